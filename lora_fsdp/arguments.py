@@ -1,0 +1,198 @@
+"""What a run can be told, beyond what upstream's own argument classes already say.
+
+`trl.TrlParser` turns these dataclasses into command-line options and recipe keys
+(`--config recipe.yaml`). `peft.LoraConfig`, `transformers.TrainingArguments` and the accelerate
+YAML stay the only place for what they say; `LoraArguments.lora_kwargs` reaches the whole of the
+first.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from lora_fsdp.errors import ArgumentError
+
+
+@dataclass
+class ModelArguments:
+    """Which base model, and how it is loaded."""
+
+    model_name_or_path: str = field(
+        default="", metadata={"help": "Model folder, or a name on the Hugging Face Hub."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit."})
+    dtype: Literal["auto", "bfloat16", "float32"] = field(
+        default="auto",
+        metadata={"help": "The frozen base's dtype; auto = bfloat16 on GPUs, float32 on CPUs."},
+    )
+    attn_implementation: Literal["sdpa", "eager"] = field(
+        default="sdpa",
+        metadata={"help": "Attention kernel; both take the block mask that packed rows need."},
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run Python code that comes with the model. Off unless asked."},
+    )
+
+
+@dataclass
+class LoraArguments:
+    """The adapter; names as in `trl.ModelConfig`, defaults as in the source article."""
+
+    lora_r: int = field(default=8, metadata={"help": "Rank of the update matrices."})
+    lora_alpha: int = field(default=32, metadata={"help": "The update is scaled by alpha / r."})
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Dropout before the adapter. At 0 packed rows share their common prefix exactly."
+        },
+    )
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"],
+        metadata={"help": "Module names to adapt, or all-linear."},
+    )
+    lora_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Any other peft.LoraConfig field, as JSON: \'{"use_dora": true}\'.'},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.lora_kwargs, str):
+            self.lora_kwargs = _parse_json_object("lora_kwargs", self.lora_kwargs)
+
+
+@dataclass
+class DataArguments:
+    """Which task, which rows, and how they become tokens."""
+
+    task: str = field(default="", metadata={"help": "Name of a registered task."})
+    data_file: str | None = field(
+        default=None,
+        metadata={"help": "CSV, TSV, JSONL, Parquet, or a folder saved by `datasets`."},
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Held-out rows; without it they are split off data_file."}
+    )
+    encoding: str | None = field(
+        default=None, metadata={"help": "Text encoding of the files; detected when not given."}
+    )
+    instruction: str | None = field(
+        default=None, metadata={"help": "Overrides the task's instruction."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "Column with the text."})
+    label_column: str | None = field(default=None, metadata={"help": "Column with the label."})
+    labels: list[str] | None = field(
+        default=None, metadata={"help": "Closed label set; read from the data when not given."}
+    )
+    on_bad_rows: Literal["error", "drop"] = field(
+        default="error",
+        metadata={"help": "Rows without text or with an unknown label: stop, or drop and count."},
+    )
+    max_rows: int | None = field(
+        default=None, metadata={"help": "Use a seeded random sample of this many rows."}
+    )
+    head: int | None = field(
+        default=None, metadata={"help": "Use the first rows of the file, as the article does."}
+    )
+    eval_size: float = field(
+        default=0.1,
+        metadata={"help": "Held-out share of the rows (below 1), or their number (1 and above)."},
+    )
+    max_length: int = field(
+        default=512,
+        metadata={"help": "Longest example in tokens; longer ones have their text shortened."},
+    )
+    chat_template: bool = field(
+        default=False, metadata={"help": "Put the prompt through the tokenizer's chat template."}
+    )
+
+
+@dataclass
+class FineTuningArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with this library's defaults and the few settings it adds.
+
+    An optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` examples per
+    process, however they are divided between the two: they are packed into rows of at most
+    `max_tokens_per_row` tokens, so accumulation is never needed to save memory.
+    """
+
+    output_dir: str = field(default="runs/latest", metadata={"help": "Where the run is written."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "Examples per process and accumulation step."}
+    )
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Hide NaN losses from the log (costs a device sync every step)."},
+    )
+    # A list, so that nothing leaves the machine unless a tracker is asked for by name.
+    report_to: None | str | list[str] = field(
+        default_factory=list, metadata={"help": "Trackers to report to; none by default."}
+    )
+    share_prefix: Literal["auto", "always", "never"] = field(
+        default="auto",
+        metadata={
+            "help": "Compute the tokens that all prompts of a row begin with once. auto = when "
+            "lora_dropout is 0, where gradients are exact; with dropout they stay unbiased, but "
+            "examples of a row share the prefix's dropout masks."
+        },
+    )
+    max_tokens_per_row: int = field(
+        default=2048, metadata={"help": "Longest packed row in tokens (bounds activation memory)."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace a run that output_dir already holds."}
+    )
+    allow_fsdp_on_one_process: bool = field(
+        default=False,
+        metadata={"help": "Run an FSDP YAML on one process, where it shards nothing."},
+    )
+    generate_examples: int = field(
+        default=0,
+        metadata={"help": "Let base and adapter write freely on so many held-out rows."},
+    )
+    max_new_tokens: int = field(default=20, metadata={"help": "Length limit of free generation."})
+    temperature: float = field(
+        default=0.0, metadata={"help": "Sampling temperature of free generation; 0 = greedy."}
+    )
+
+    def __post_init__(self) -> None:
+        if not torch.cuda.is_available():
+            # Without it, ranks on a machine without GPUs would each train alone, unjoined.
+            self.use_cpu = True
+        if isinstance(self.resume_from_checkpoint, str):
+            named = {"true": True, "last": True, "false": None, "": None}
+            choice = named.get(self.resume_from_checkpoint.lower(), self.resume_from_checkpoint)
+            self.resume_from_checkpoint = choice  # type: ignore[assignment]
+        super().__post_init__()
+        self._check()
+
+    def _check(self) -> None:
+        if self.fp16:
+            raise ArgumentError(
+                "fp16 is not supported: its loss scaling hides small adapter gradients. "
+                "Use --dtype bfloat16 (or float32)."
+            )
+        if self.fsdp:
+            raise ArgumentError(
+                "FSDP is configured by an accelerate YAML only (accelerate launch --config_file "
+                "accelerate_configs/fsdp2.yaml ...): remove --fsdp."
+            )
+        if self.deepspeed:
+            raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
+
+
+def _parse_json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ArgumentError(f"--{name} is not valid JSON ({error}): {text!r}") from error
+    if not isinstance(value, dict):
+        raise ArgumentError(f"--{name} must be a JSON object, not {text!r}")
+    return value

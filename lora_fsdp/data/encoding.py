@@ -1,0 +1,186 @@
+"""Examples to token ids: prompt and target apart, only the text ever shortened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_fsdp.errors import ArgumentError, EmptyTextError, LabelCollisionError, RowTooLongError
+from lora_fsdp.tasks import Example, Prompt, Task
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedExample:
+    """One example as token ids.
+
+    Attributes:
+        row: its row number, for messages.
+        prompt_ids: the prompt, with the tokenizer's leading special token if it has one.
+        target_ids: the answer and the end token; empty if the example has no target.
+        candidate_ids: every label of the closed set, each with the end token; empty for free text.
+        label: index of the target among the candidates, or `None`.
+        shortened: whether the text was cut to fit.
+    """
+
+    row: int
+    prompt_ids: list[int]
+    target_ids: list[int]
+    candidate_ids: tuple[list[int], ...]
+    label: int | None
+    shortened: bool
+
+
+class Encoder:
+    """Tokenises a task's examples.
+
+    Prompt and target are tokenised apart and joined as ids, so the border between them cannot move:
+    training sees exactly the prompt tokens that prediction will see, and the label mask cannot be
+    off by a merge. The target is tokenised as the continuation of the prompt's last part, which
+    matters for tokenizers that mark the start of a text.
+
+    Args:
+        tokenizer: a fast or slow tokenizer with an end token.
+        task: gives the label set and its target texts.
+        max_length: longest prompt + longest answer + end token, in tokens.
+        chat_template: put the prompt through the tokenizer's chat template, as a user's message.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        task: Task,
+        max_length: int = 512,
+        chat_template: bool = False,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ArgumentError(
+                f"The tokenizer {tokenizer.name_or_path!r} has no end token (eos_token), so the "
+                "end of an answer could not be learnt: set one in its tokenizer_config.json."
+            )
+        if chat_template and not tokenizer.chat_template:
+            raise ArgumentError(
+                f"The tokenizer {tokenizer.name_or_path!r} has no chat template: leave out "
+                "--chat_template, or use the chat model's own tokenizer."
+            )
+        self.tokenizer = tokenizer
+        self.task = task
+        self.max_length = max_length
+        self.chat_template = chat_template
+        self._continuation_ids = lru_cache(maxsize=4096)(self._tokenize_continuation)
+        self._candidates = lru_cache(maxsize=256)(self._encode_candidates)
+
+    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
+        """Token ids of all `examples`, in order.
+
+        Raises:
+            RowTooLongError: an example does not fit even without its text.
+            LabelCollisionError: labels that the model could not tell apart.
+        """
+        if not examples:
+            return []
+        texts = [self.render(example.prompt) for example in examples]
+        prompts = self._tokenize(texts)
+        return [
+            self._encode_one(example, ids) for example, ids in zip(examples, prompts, strict=True)
+        ]
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt as the model sees it."""
+        if not self.chat_template:
+            return str(prompt)
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": str(prompt)}], add_generation_prompt=True, tokenize=False
+        )
+        return str(rendered)
+
+    def _encode_one(self, example: Example, prompt_ids: list[int]) -> EncodedExample:
+        after = example.prompt.after
+        target_ids = [] if example.target is None else self._answer_ids(after, example.target)
+        candidates = self._candidates(after) if self.task.labels else ()
+        longest = max((len(ids) for ids in (target_ids, *candidates)), default=0)
+        shortened = len(prompt_ids) + longest > self.max_length
+        if shortened:
+            prompt_ids = self._shorten(example, budget=self.max_length - longest)
+        if not prompt_ids:
+            raise EmptyTextError(f"Row {example.row}: the prompt has no tokens; give it a text.")
+        label = candidates.index(target_ids) if target_ids in candidates else None
+        return EncodedExample(example.row, prompt_ids, target_ids, candidates, label, shortened)
+
+    def _shorten(self, example: Example, *, budget: int) -> list[int]:
+        """Ids of the prompt with the longest head of its text that fits `budget` tokens."""
+        prompt = example.prompt
+
+        def ids_with(characters: int) -> list[int]:
+            text = prompt.text[:characters].rstrip()
+            return self._tokenize([self.render(Prompt(prompt.before, text, prompt.after))])[0]
+
+        fits, too_long = 0, len(prompt.text)
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            if len(ids_with(middle)) <= budget:
+                fits = middle
+            else:
+                too_long = middle
+        ids = ids_with(fits)
+        if len(ids) > budget or fits == 0:
+            raise RowTooLongError(
+                f"Row {example.row}: instruction and answer alone leave no room for the text within "
+                f"--max_length {self.max_length}; raise it or shorten the instruction."
+            )
+        return ids
+
+    def _encode_candidates(self, after: str) -> tuple[list[int], ...]:
+        labels = list(self.task.labels or ())
+        candidates = [self._answer_ids(after, self.task.target_of(label)) for label in labels]
+        for first, a in zip(labels, candidates, strict=True):
+            for second, b in zip(labels, candidates, strict=True):
+                if first != second and b[: len(a) - 1] == a[:-1]:
+                    raise LabelCollisionError(
+                        f"Labels {first!r} {a[:-1]} and {second!r} {b[:-1]}: to this tokenizer one "
+                        "is the same as, or the beginning of, the other; rename one of them."
+                    )
+        return tuple(candidates)
+
+    def _answer_ids(self, after: str, target: str) -> list[int]:
+        return [*self._continuation_ids(after, target), self.end_token_id]
+
+    def _tokenize_continuation(self, after: str, target: str) -> tuple[int, ...]:
+        if self.chat_template:  # the template ends a turn; the answer starts a new one
+            return tuple(self._bare([target.strip()])[0])
+        anchor, joined, alone = self._bare([after, after + target, target])
+        if joined[: len(anchor)] == anchor:
+            return tuple(joined[len(anchor) :])
+        return tuple(alone)
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[*self._leading_ids, *ids] for ids in self._bare(texts)]
+
+    def _bare(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        return [list(ids) for ids in encoded["input_ids"]]
+
+    @cached_property
+    def _leading_ids(self) -> list[int]:
+        """Special tokens this tokenizer puts before a text (never those it puts after one)."""
+        if self.chat_template:  # the template writes its own
+            return []
+        probe = self.tokenizer("a")["input_ids"]
+        bare = self._bare(["a"])[0]
+        return list(probe[: probe.index(bare[0])])
+
+    @cached_property
+    def end_token_id(self) -> int:
+        """The token that ends an answer: the chat template's end of turn, else the end of text."""
+        if not self.chat_template:
+            return int(self.tokenizer.eos_token_id)
+        marker = "answer"
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
+        rendered = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        tail = rendered.rpartition(marker)[2]
+        return self._bare([tail])[0][0] if tail.strip() else int(self.tokenizer.eos_token_id)

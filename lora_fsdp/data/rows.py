@@ -1,0 +1,99 @@
+"""From what the user named to training and held-out examples of a bound task."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import pandas as pd
+
+from lora_fsdp.arguments import DataArguments
+from lora_fsdp.data.splits import split_table
+from lora_fsdp.data.tables import read_table, sample_rows
+from lora_fsdp.errors import ArgumentError
+from lora_fsdp.tasks import ClassificationTask, Example, Task, get_task
+
+logger = logging.getLogger(__name__)
+
+_TASK_OPTIONS = ("instruction", "text_column", "label_column", "labels")
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A bound task with its examples; `dropped` rows were left out as unusable."""
+
+    task: Task
+    train: list[Example]
+    held_out: list[Example]
+    dropped: int
+
+
+def load_task_data(arguments: DataArguments, *, seed: int, task: Task | None = None) -> TaskData:
+    """Read, sample, check and split the rows.
+
+    Args:
+        arguments: where the rows are and how to take them.
+        seed: of the sample and of the split.
+        task: stands in for the task that the arguments name.
+    """
+    task = _choose_task(arguments, task)
+    table = _training_table(arguments, task)
+    table = sample_rows(table, max_rows=arguments.max_rows, head=arguments.head, seed=seed)
+    table, dropped = _without_bad_rows(arguments, task, table)
+    task = task.bind(table)
+    if arguments.eval_file is not None:
+        held_out = read_table(arguments.eval_file, encoding=arguments.encoding)
+    else:
+        own = task.load("test") if arguments.data_file is None else None
+        table, held_out = (table, own) if own is not None else _split(arguments, task, table, seed)
+    held_out, dropped_there = _without_bad_rows(arguments, task, held_out)
+    evaluated = task.bind(held_out, for_training=False)
+    return TaskData(task, task.examples(table), evaluated.examples(held_out), dropped + dropped_there)
+
+
+def _choose_task(arguments: DataArguments, task: Task | None) -> Task:
+    options = {name: getattr(arguments, name) for name in _TASK_OPTIONS}
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if task is None:
+        if not arguments.task:
+            raise ArgumentError("No task given: set --task (for example --task sentiment).")
+        return get_task(arguments.task, options)
+    if given:
+        raise ArgumentError(
+            f"{', '.join(given)} would be ignored, because a task object was passed: set them on "
+            "the task instead."
+        )
+    return task
+
+
+def _training_table(arguments: DataArguments, task: Task) -> pd.DataFrame:
+    if arguments.data_file is not None:
+        return read_table(arguments.data_file, encoding=arguments.encoding)
+    own = task.load("train")
+    if own is None:
+        raise ArgumentError(f"Task {task.name!r} brings no data of its own: set --data_file.")
+    return own
+
+
+def _without_bad_rows(
+    arguments: DataArguments, task: Task, table: pd.DataFrame
+) -> tuple[pd.DataFrame, int]:
+    if arguments.on_bad_rows != "drop":
+        return table, 0
+    kept, dropped = task.drop_bad_rows(table)
+    if dropped:
+        logger.warning("Left out %d of %d rows without text or label.", dropped, len(table))
+    return kept, dropped
+
+
+def _split(
+    arguments: DataArguments, task: Task, table: pd.DataFrame, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    is_table_task = isinstance(task, ClassificationTask)
+    return split_table(
+        table,
+        text_column=task.text_column if is_table_task else None,
+        label_column=task.label_column if is_table_task else None,
+        test_size=arguments.eval_size,
+        seed=seed,
+    )

@@ -1,0 +1,151 @@
+"""Which examples each rank sees at each optimizer step: a function of the seed, epoch and step.
+
+The order of examples does not depend on the number of ranks, and every example comes exactly once
+an epoch. So a run is defined by (seed, global batch size), and resuming needs only the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.data.packing import Row, Tree, empty_row, pack_row, plan_rows
+
+
+@dataclass
+class TrainingStep:
+    """One rank's share of one optimizer step.
+
+    Attributes:
+        rows: the packed rows; as many on every rank.
+        label_tokens: number of label tokens of the step over all ranks, the loss's denominator.
+        example_rows: row numbers of this rank's examples, for messages.
+    """
+
+    rows: list[Row]
+    label_tokens: int
+    example_rows: list[int]
+
+    def pin_memory(self) -> TrainingStep:
+        """The same step in page-locked memory."""
+        return TrainingStep(
+            [row.pin_memory() for row in self.rows], self.label_tokens, self.example_rows
+        )
+
+
+def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
+    """The order in which `count` examples are seen in `epoch`."""
+    return np.random.default_rng((seed, epoch)).permutation(count).tolist()
+
+
+class TrainingSteps(Dataset[TrainingStep]):
+    """The optimizer steps of an epoch, as a map-style dataset: index = step within the epoch.
+
+    Every rank holds all examples and works out every rank's share, so the number of rows and the
+    global number of label tokens are known everywhere without communication.
+
+    Args:
+        examples: all training examples, the same on every rank.
+        examples_per_step: examples of one optimizer step over all ranks.
+        rank, world_size: this process and the number of processes.
+        seed: seed of the order.
+        share_prefix: compute the prompts' common prefix once a row.
+        max_tokens: longest row in tokens.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[EncodedExample],
+        *,
+        examples_per_step: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        share_prefix: bool,
+        max_tokens: int,
+    ) -> None:
+        self.examples = examples
+        self.examples_per_step = examples_per_step
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.share_prefix = share_prefix
+        self.max_tokens = max_tokens
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle for `epoch`."""
+        self._order = epoch_order(len(self.examples), seed=self.seed, epoch=epoch)
+
+    def __len__(self) -> int:
+        return -(-len(self.examples) // self.examples_per_step)
+
+    def __getitem__(self, step: int) -> TrainingStep:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        start = step * self.examples_per_step
+        chosen = [self.examples[i] for i in self._order[start : start + self.examples_per_step]]
+        shares = [self._plan(chosen[rank :: self.world_size]) for rank in range(self.world_size)]
+        rows = [
+            pack_row(trees, share_prefix=self.share_prefix) for trees in shares[self.rank]
+        ]
+        missing = max(len(share) for share in shares) - len(rows)
+        return TrainingStep(
+            rows=rows + [empty_row() for _ in range(missing)],
+            label_tokens=sum(len(example.target_ids) for example in chosen),
+            example_rows=[example.row for example in chosen[self.rank :: self.world_size]],
+        )
+
+    def _plan(self, examples: Sequence[EncodedExample]) -> list[list[Tree]]:
+        trees = [Tree(example.prompt_ids, [example.target_ids]) for example in examples]
+        plan = plan_rows(trees, max_tokens=self.max_tokens, share_prefix=self.share_prefix)
+        return [[trees[index] for index in row] for row in plan]
+
+
+@dataclass
+class ScoringRow:
+    """A packed row to be scored; `examples` are indices into the scored set, in the row's order."""
+
+    row: Row
+    examples: list[int]
+
+    def pin_memory(self) -> ScoringRow:
+        """The same row in page-locked memory."""
+        return ScoringRow(self.row.pin_memory(), self.examples)
+
+
+class ScoringRows(Dataset[ScoringRow]):
+    """This rank's rows of a set whose answers are to be scored.
+
+    An example's answers are all labels of a closed set, or its target in a free-text task. The
+    division into rows does not depend on the number of ranks, so neither do the scores; every rank
+    has as many rows, and every example is in exactly one of them.
+    """
+
+    def __init__(
+        self, examples: Sequence[EncodedExample], *, rank: int, world_size: int, max_tokens: int
+    ) -> None:
+        self.examples = examples
+        self.answers = [example.candidate_ids or (example.target_ids,) for example in examples]
+        self._trees = [
+            Tree(example.prompt_ids, answers)
+            for example, answers in zip(examples, self.answers, strict=True)
+        ]
+        plan = plan_rows(self._trees, max_tokens=max_tokens, share_prefix=True)
+        self._plan = plan[rank::world_size]
+        self._length = -(-len(plan) // world_size)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> ScoringRow:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        if index >= len(self._plan):
+            return ScoringRow(empty_row(), [])
+        chosen = self._plan[index]
+        return ScoringRow(pack_row([self._trees[i] for i in chosen], share_prefix=True), chosen)

@@ -1,0 +1,260 @@
+"""Data files as tables, exactly as written: no guessing of types or missing values in text."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import io
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import charset_normalizer
+import numpy as np
+import pandas as pd
+
+from lora_fsdp.errors import (
+    ArgumentError,
+    DataFileNotFoundError,
+    MalformedRowError,
+    NoRowsError,
+    TableEncodingError,
+    UnsupportedTableError,
+)
+
+logger = logging.getLogger(__name__)
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_SUPPORTED = ", ".join([*_SEPARATORS, *_JSON_SUFFIXES, ".parquet", "a folder of save_to_disk"])
+
+# What text files are in when they are not Unicode. Left to choose among all 99 encodings it knows,
+# charset-normalizer takes the few accents of a mostly ASCII file for Baltic DOS.
+_LEGACY_ENCODINGS = ["cp1252", "cp1251", "gb18030", "big5", "cp932", "cp949"]
+
+
+def read_table(path: str | Path, *, encoding: str | None = None) -> pd.DataFrame:
+    """Reads a table from CSV, TSV, JSON (lines or a list), Parquet or a `datasets` folder.
+
+    Cells of CSV and TSV are text to the letter ("NA", "null", "007"); an empty cell is "". Of a
+    saved `DatasetDict` the split "train" is taken; name the split's own folder for another.
+
+    Args:
+        path: the file or folder.
+        encoding: of a text file, by Python's name for it; `None` = UTF-8, or, where the file is
+            not, what charset-normalizer makes of it, which is logged.
+
+    Returns:
+        The rows, with the index "row" counting from 1 (data rows, not lines of the file).
+
+    Raises:
+        DataFileNotFoundError, UnsupportedTableError, TableEncodingError, MalformedRowError,
+        NoRowsError: the file is missing, of another format, not in the encoding, not well-formed
+            at a line, or holds no rows.
+    """
+    source = Path(path)
+    suffix = source.suffix.lower()
+    if not source.exists():
+        raise _not_found(source)
+    if source.is_dir():
+        table = _read_saved_dataset(source)
+    elif suffix in _SEPARATORS:
+        text = _read_text(source, encoding)
+        table = _parse_delimited(text, source=source, separator=_SEPARATORS[suffix])
+    elif suffix in _JSON_SUFFIXES:
+        table = _parse_json(_read_text(source, encoding), source)
+    elif suffix == ".parquet":
+        table = _read_parquet(source)
+    else:
+        raise UnsupportedTableError(f"{source} is no table that can be read: use {_SUPPORTED}.")
+    if len(table) == 0:
+        raise NoRowsError(f"{source} holds no rows.")
+    table.index = pd.RangeIndex(1, len(table) + 1, name="row")
+    return table
+
+
+def sample_rows(
+    table: pd.DataFrame, *, max_rows: int | None, head: int | None, seed: int
+) -> pd.DataFrame:
+    """At most `max_rows` random rows in their original order, or the first `head` rows.
+
+    For one seed, a smaller sample is part of a larger one.
+
+    Raises:
+        ArgumentError: both are given, or a number below 1.
+    """
+    if max_rows is not None and head is not None:
+        raise ArgumentError(f"max_rows={max_rows} and head={head} exclude each other: give one.")
+    for name, count in (("max_rows", max_rows), ("head", head)):
+        if count is not None and count < 1:
+            raise ArgumentError(f"{name}={count}: give a number of rows from 1, or leave it out.")
+    if max_rows is None:
+        return table.head(len(table) if head is None else head)
+    chosen = np.random.default_rng(seed).permutation(len(table))[:max_rows]
+    return table.iloc[np.sort(chosen)]
+
+
+def fingerprint(table: pd.DataFrame) -> str:
+    """A hash of column names, row numbers and cells: equal on two ranks that read the same rows."""
+    digest = hashlib.sha256()
+    for name, column in table.items():
+        # Lists and dicts cannot be hashed; their text can.
+        cells = column.map(repr) if column.dtype == object else column
+        digest.update(f"{name}\0{len(cells)}\0".encode())
+        digest.update(pd.util.hash_pandas_object(cells, index=True).to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _not_found(source: Path) -> DataFileNotFoundError:
+    folder = source.resolve().parent
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    nearest = difflib.get_close_matches(source.name, names, n=1)
+    hint = f" Did you mean {str(folder / nearest[0])!r}?" if nearest else ""
+    return DataFileNotFoundError(f"There is no data file {str(source.resolve())!r}.{hint}")
+
+
+def _read_text(source: Path, encoding: str | None) -> str:
+    raw = source.read_bytes()
+    try:
+        text = raw.decode(encoding or "utf-8")
+    except LookupError as error:
+        raise TableEncodingError(f"{source}: there is no encoding {encoding!r}.") from error
+    except UnicodeDecodeError as error:
+        if encoding is not None:
+            raise _wrong_encoding(source, encoding, error) from error
+        text = _decode_legacy(raw, source=source, failure=error)
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise MalformedRowError(
+            f"{source}, line {line}: NUL byte. The file is damaged, or it is UTF-16 without a "
+            "mark (then pass --encoding utf-16-le)."
+        )
+    return text.removeprefix("\ufeff")
+
+
+def _decode_legacy(raw: bytes, *, source: Path, failure: UnicodeDecodeError) -> str:
+    unicode_marks = ["utf_16", "utf_32"]
+    matches = charset_normalizer.from_bytes(raw, cp_isolation=_LEGACY_ENCODINGS + unicode_marks)
+    best = matches.best()
+    if best is None:
+        raise _wrong_encoding(source, "utf-8", failure) from failure
+    text = raw.decode(best.encoding)
+    first = next((place for place, letter in enumerate(text) if not letter.isascii()), 0)
+    logger.warning(
+        "%s is not UTF-8 (byte offset %d). Reading it as %s, a guess: %r. "
+        "If that looks wrong, name the encoding with --encoding.",
+        source, failure.start, best.encoding, text[max(0, first - 20) : first + 20],
+    )  # fmt: skip
+    return text
+
+
+def _wrong_encoding(source: Path, encoding: str, error: UnicodeDecodeError) -> TableEncodingError:
+    return TableEncodingError(
+        f"{source} is not {encoding}: byte 0x{error.object[error.start]:02x} at offset "
+        f"{error.start} ({error.reason}). Name its encoding, for example --encoding latin-1."
+    )
+
+
+def _parse_delimited(text: str, *, source: Path, separator: str) -> pd.DataFrame:
+    # pandas' parser fills short rows up and takes a long first row for an index; this one says
+    # where a row is wrong.
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    former_limit = csv.field_size_limit(max(len(text), 1))
+    rows: list[list[str]] = []
+    line = 1
+    try:
+        for row in reader:
+            if row and rows and len(row) != len(rows[0]):
+                raise MalformedRowError(
+                    f"{source}, line {line}: {len(row)} fields where the header has "
+                    f"{len(rows[0])}. Put a field that contains a separator, a quote or a line "
+                    "break in double quotes."
+                )
+            rows += [row] if row else []
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise MalformedRowError(
+            f"{source}, line {line}: {error}. A double quote inside a quoted field is written "
+            "twice, and every quote that opens must close."
+        ) from error
+    finally:
+        csv.field_size_limit(former_limit)
+    if not rows:
+        raise NoRowsError(f"{source} is empty.")
+    return pd.DataFrame(rows[1:], columns=_column_names(rows[0], source), dtype="str")
+
+
+def _column_names(header: list[str], source: Path) -> list[str]:
+    names = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(header)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise MalformedRowError(
+            f"{source}, line 1: the header names {', '.join(map(repr, twice))} more than once."
+        )
+    return names
+
+
+def _parse_json(text: str, source: Path) -> pd.DataFrame:
+    """Records of JSON Lines, or of one list of records."""
+    if text.lstrip().startswith("["):
+        records = _load_json(text, source=source, first_line=1)
+        places = [f"record {number}" for number in range(1, len(records) + 1)]
+    else:
+        # Not splitlines: U+2028 and its like may stand inside JSON strings.
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        records = [_load_json(line, source=source, first_line=number) for number, line in lines]
+        places = [f"line {number}" for number, _ in lines]
+    for place, record in zip(places, records, strict=True):
+        if not isinstance(record, dict):
+            raise MalformedRowError(f"{source}, {place}: a row must be a JSON object.")
+    try:
+        return pd.DataFrame(records)
+    except UnicodeEncodeError as error:
+        near = error.object[max(0, error.start - 20) : error.end + 20]
+        raise MalformedRowError(f"{source}: half a surrogate pair (\\ud8…) in {near!r}.") from error
+
+
+def _load_json(text: str, *, source: Path, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise MalformedRowError(
+            f"{source}, line {line}, column {error.colno}: {error.msg}. What can be read: one JSON "
+            "object a line, or one list of objects."
+        ) from error
+
+
+def _read_parquet(source: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(source)
+    except ValueError as error:  # pyarrow's ArrowInvalid is one
+        raise UnsupportedTableError(f"{source} is not a Parquet file: {error}") from error
+
+
+def _read_saved_dataset(folder: Path) -> pd.DataFrame:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except FileNotFoundError as error:
+        raise UnsupportedTableError(
+            f"The folder {folder} was not written by datasets' save_to_disk. "
+            f"What can be read: {_SUPPORTED}."
+        ) from error
+    if isinstance(saved, datasets.DatasetDict):
+        splits = sorted(saved)
+        if "train" not in saved:
+            raise UnsupportedTableError(
+                f"{folder} holds the splits {', '.join(splits)} and no train: name one of their "
+                f"folders, such as {folder / splits[0]}."
+            )
+        logger.info("%s holds the splits %s: reading train.", folder, ", ".join(splits))
+        saved = saved["train"]
+    table = saved.to_pandas()
+    for name, feature in saved.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            # -1 stands for "no label" and becomes a missing value.
+            table[name] = table[name].map(dict(enumerate(feature.names)))
+    return table

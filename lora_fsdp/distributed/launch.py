@@ -1,0 +1,215 @@
+"""What the launcher was asked for, read once and compared with what the ranks got.
+
+`accelerate launch` hands its YAML to the ranks as environment variables, and accelerate's own
+plugin class reads them. From there on the base is sharded by `lora_fsdp.distributed.sharding` and
+not by accelerate's `prepare`, which drops FSDP on CPUs without an error, shards only when training
+starts, and whose checkpoints gather the whole base. So the same YAML, script and code run on GPUs
+over NCCL and, as a rehearsal, on a laptop's CPU over gloo.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate.commands.to_fsdp2 import convert_config_to_fsdp2
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+from transformers import TrainingArguments
+
+from lora_fsdp.errors import (
+    Fsdp1ConfigError,
+    FsdpDroppedError,
+    FsdpOnOneProcessError,
+    FsdpSettingError,
+    LaunchError,
+    RankMismatchError,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FsdpSettings:
+    """The FSDP2 settings of the accelerate YAML, as far as they concern a frozen base.
+
+    Attributes:
+        reshard_after_forward: free a layer's gathered weights between forward and backward.
+        offload: keep the shards in host memory.
+        activation_checkpointing: recompute activations in backward.
+        layer_classes: class names of the layers to shard one by one; `None` = found by structure.
+        wrap_layers: shard layer by layer (else the whole base is one group).
+    """
+
+    reshard_after_forward: bool
+    offload: bool
+    activation_checkpointing: bool
+    layer_classes: tuple[str, ...] | None
+    wrap_layers: bool
+
+
+def fsdp_requested() -> bool:
+    """Whether this process was started from an accelerate YAML that asks for FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def read_fsdp_settings() -> FsdpSettings | None:
+    """The FSDP settings this process was launched with, or `None` if FSDP was not asked for.
+
+    Raises:
+        Fsdp1ConfigError: the YAML is for FSDP1.
+        FsdpSettingError: a setting that cannot work here.
+    """
+    if not fsdp_requested():
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise Fsdp1ConfigError(
+            "The accelerate YAML asks for FSDP1, whose flat parameters cannot mix a frozen base "
+            f"with a trained adapter. The FSDP2 equivalent:\n\n{_fsdp2_equivalent()}"
+        )
+    plugin = FullyShardedDataParallelPlugin()
+    _refuse_unsupported(plugin)
+    names = plugin.transformer_cls_names_to_wrap
+    return FsdpSettings(
+        reshard_after_forward=bool(plugin.reshard_after_forward),
+        offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        activation_checkpointing=bool(plugin.activation_checkpointing),
+        layer_classes=tuple(names) if names else None,
+        wrap_layers=plugin.auto_wrap_policy is not None,
+    )
+
+
+def check_launch(
+    arguments: TrainingArguments, settings: FsdpSettings | None, *, allow_one_process: bool
+) -> None:
+    """Stop a run whose ranks did not get what the launcher was asked for.
+
+    Raises:
+        FsdpDroppedError: the ranks are not joined.
+        FsdpOnOneProcessError: FSDP over one process, unless that is allowed.
+        LaunchError: more processes than GPUs.
+    """
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked != arguments.world_size:
+        raise FsdpDroppedError(
+            f"{asked} processes were started, but this one is alone (world size "
+            f"{arguments.world_size}): each would train its own adapter. Without GPUs start from "
+            "accelerate_configs/fsdp2_cpu.yaml."
+        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if arguments.device.type == "cuda" and local > torch.cuda.device_count():
+        raise LaunchError(
+            f"{local} processes for {torch.cuda.device_count()} GPU(s) on this machine: start "
+            f"accelerate launch with --num_processes {torch.cuda.device_count()}."
+        )
+    if settings is None:
+        return
+    if arguments.world_size == 1 and not allow_one_process:
+        raise FsdpOnOneProcessError(
+            "The accelerate YAML asks for FSDP, but there is one process, where it shards "
+            "nothing: use accelerate_configs/single.yaml, raise --num_processes, or pass "
+            "--allow_fsdp_on_one_process true."
+        )
+    if arguments.device.type == "cpu" and arguments.process_index == 0:
+        logger.warning(
+            "Rehearsal: FSDP2 really shards over %d CPU processes (gloo), for correctness and not "
+            "for speed.",
+            arguments.world_size,
+        )
+
+
+@contextmanager
+def accelerate_without_fsdp() -> Iterator[None]:
+    """Let accelerate build its state as if no FSDP had been asked for (the module says why)."""
+    asked = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = asked
+
+
+def check_ranks_agree(fingerprints: Mapping[str, str]) -> None:
+    """Compare named fingerprints (settings, data) across ranks.
+
+    Raises:
+        RankMismatchError: names what differs and its value on each rank.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    everyone: list[Mapping[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, dict(fingerprints))
+    for name in fingerprints:
+        values = [rank.get(name, "(missing)") for rank in everyone]
+        if len(set(values)) > 1:
+            listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise RankMismatchError(
+                f"The ranks differ in {name} ({listed}): start every rank with the same command, "
+                "YAML and files."
+            )
+
+
+def launch_fingerprint() -> str:
+    """The FSDP settings in this rank's environment, as one string."""
+    settings = {key: value for key, value in os.environ.items() if key.startswith("FSDP_")}
+    return str(sorted({**settings, "ACCELERATE_USE_FSDP": str(fsdp_requested())}.items()))
+
+
+def _refuse_unsupported(plugin: FullyShardedDataParallelPlugin) -> None:
+    if plugin.cpu_ram_efficient_loading:
+        raise FsdpSettingError(
+            "fsdp_cpu_ram_efficient_loading: true cannot work with a replicated adapter: set it to "
+            "false."
+        )
+    if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
+        raise FsdpSettingError(
+            "fsdp_auto_wrap_policy: SIZE_BASED_WRAP would cut through layers: set it to "
+            "TRANSFORMER_BASED_WRAP."
+        )
+    if plugin.ignored_modules:
+        raise FsdpSettingError(
+            "fsdp_ignored_modules is set by this library (the adapter): remove it from the YAML."
+        )
+    if plugin.activation_checkpointing_offload:
+        raise FsdpSettingError(
+            "fsdp_activation_checkpointing_offload is not supported: set it to false."
+        )
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        raise FsdpSettingError(
+            "parallelism_config is not supported: remove it; the base is sharded over all ranks."
+        )
+
+
+def _fsdp2_equivalent() -> str:
+    """The `fsdp_config` section that the environment came from, converted by accelerate."""
+    names = {
+        "SHARDING_STRATEGY": "fsdp_sharding_strategy",
+        "AUTO_WRAP_POLICY": "fsdp_auto_wrap_policy",
+        "TRANSFORMER_CLS_TO_WRAP": "fsdp_transformer_layer_cls_to_wrap",
+        "OFFLOAD_PARAMS": "fsdp_offload_params",
+        "STATE_DICT_TYPE": "fsdp_state_dict_type",
+        "ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing",
+    }
+    section: dict[str, object] = {"fsdp_cpu_ram_efficient_loading": False}
+    for variable, key in names.items():
+        value = os.environ.get(f"FSDP_{variable}")
+        if value not in (None, "", "None"):
+            section[key] = {"true": True, "false": False}.get(str(value).lower(), value)
+    strategies = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
+    strategy = str(section.get("fsdp_sharding_strategy", "FULL_SHARD"))
+    if strategy.isdigit():  # FSDP1 YAMLs may number their strategies from 1
+        strategy = strategies[int(strategy) - 1]
+    section["fsdp_sharding_strategy"] = strategy
+    return yaml.safe_dump(
+        {
+            "distributed_type": "FSDP",
+            "fsdp_config": convert_config_to_fsdp2({"fsdp_config": section})["fsdp_config"],
+        }
+    )

@@ -1,0 +1,136 @@
+"""The frozen base in FSDP2 shards, the adapter outside them.
+
+Only the base is sharded. The adapter stays a plain tensor on every rank (`ignored_params`), so that
+the base's groups never hold anything that changes: their weights cannot go stale, saving needs no
+gather, and the optimizer's state does not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from lora_fsdp.distributed.launch import FsdpSettings
+from lora_fsdp.errors import FsdpDroppedError, FsdpSettingError, UnsupportedModelError
+from lora_fsdp.modeling.adapters import trainable_parameters
+
+
+def place_model(
+    model: PeftModel, *, settings: FsdpSettings | None, device: torch.device, world_size: int
+) -> None:
+    """Put base and adapter where they stay for the run, in place.
+
+    With `settings` the base is sharded over all ranks, layer by layer, so no rank ever holds more
+    on its device than its shard and one layer; without, each rank keeps a whole copy.
+    """
+    if settings is None:
+        model.to(device)  # type: ignore[arg-type]
+        return
+    adapter = trainable_parameters(model)
+    for parameter in adapter.values():
+        parameter.data = parameter.data.to(device)
+    mesh = init_device_mesh(device.type, (world_size,))
+    shard_base(
+        model.get_base_model(), settings=settings, mesh=mesh, ignored=set(adapter.values())
+    )
+
+
+def shard_base(
+    base: PreTrainedModel, *, settings: FsdpSettings, mesh: DeviceMesh, ignored: set[nn.Parameter]
+) -> None:
+    """Apply `fully_shard` to the layers, the embeddings, the head, and what is left.
+
+    Tied embeddings stay together in the root group, because torch refuses a parameter that two
+    groups can see.
+    """
+    offload = CPUOffloadPolicy() if settings.offload and mesh.device_type != "cpu" else None
+    options = {
+        "mesh": mesh,
+        "ignored_params": ignored,
+        "offload_policy": offload or OffloadPolicy(),
+        "reshard_after_forward": settings.reshard_after_forward,
+    }
+    if settings.wrap_layers:
+        for layer in layers_to_shard(base, names=settings.layer_classes):
+            fully_shard(layer, **options)  # type: ignore[call-overload]
+        embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+        tied = head is not None and embedding.weight is head.weight
+        if not tied:
+            for module in (embedding, head):
+                if module is not None:
+                    fully_shard(module, **options)  # type: ignore[call-overload]
+    # The root is needed again at once in backward, so it is never resharded in between.
+    fully_shard(base, **{**options, "reshard_after_forward": False})  # type: ignore[call-overload]
+
+
+def layers_to_shard(base: nn.Module, *, names: tuple[str, ...] | None) -> list[nn.Module]:
+    """The modules that form an FSDP group each: those of the named classes, or the decoder layers.
+
+    Raises:
+        FsdpSettingError: the named classes do not occur in the model.
+    """
+    if names is None:
+        return decoder_layers(base)
+    found = [module for module in base.modules() if type(module).__name__ in names]
+    if not found:
+        present = sorted({type(layer).__name__ for layer in decoder_layers(base)})
+        raise FsdpSettingError(
+            f"fsdp_transformer_layer_cls_to_wrap: {', '.join(names)} does not occur in "
+            f"{type(base).__name__}; its layers are {', '.join(present)} (or leave the key out)."
+        )
+    return found
+
+
+def decoder_layers(base: nn.Module) -> list[nn.Module]:
+    """The decoder layers of any causal LM.
+
+    The list of modules whose class the model names in `_no_split_modules`, or else the list with
+    the most parameters.
+    """
+    lists = [
+        list(module)
+        for module in base.modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 0
+    ]
+    unsplittable = set(getattr(base, "_no_split_modules", None) or ())
+    named = [
+        layers for layers in lists if all(type(layer).__name__ in unsplittable for layer in layers)
+    ]
+    if not lists:
+        raise UnsupportedModelError(
+            f"No list of decoder layers was found in {type(base).__name__}: name their class in "
+            "the accelerate YAML (fsdp_transformer_layer_cls_to_wrap)."
+        )
+    return max(named or lists, key=lambda layers: sum(map(_parameter_count, layers)))
+
+
+def check_placement(model: PeftModel, *, settings: FsdpSettings | None) -> None:
+    """Check on the live model that sharding, replication and dtypes are what they must be.
+
+    Raises:
+        FsdpDroppedError: names the parameter that is not where, or not of the dtype, it should be.
+    """
+    adapter = trainable_parameters(model)
+    base = {name: p for name, p in model.named_parameters() if name not in adapter}
+    for name, parameter in adapter.items():
+        if isinstance(parameter, DTensor) or parameter.dtype != torch.float32:
+            raise FsdpDroppedError(
+                f"The adapter's {name} should be a float32 tensor on every rank, but is "
+                f"{type(parameter.data).__name__} of {parameter.dtype}."
+            )
+    for name, parameter in base.items():
+        if isinstance(parameter, DTensor) != (settings is not None):
+            state = "is not sharded" if settings else "is sharded although no FSDP was asked for"
+            raise FsdpDroppedError(f"The base's {name} {state}.")
+    dtypes = {parameter.dtype for parameter in base.values() if parameter.is_floating_point()}
+    if len(dtypes) > 1:
+        raise FsdpDroppedError(f"The base's parameters have several dtypes: {sorted(map(str, dtypes))}")
+
+
+def _parameter_count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,173 @@
+"""Every exception that a user's input can cause.
+
+Each message says what was wrong (file, row, key, value) and what to do about it. Each class also
+subclasses the standard exception it stands for, so that ``except ValueError`` keeps working.
+
+::
+
+    LoraFsdpError
+    ├── DataError(ValueError)           rows and tables
+    │   ├── DataFileNotFoundError(FileNotFoundError)
+    │   ├── UnsupportedTableError
+    │   ├── NoRowsError
+    │   ├── ColumnNotFoundError(LookupError)
+    │   ├── TableEncodingError
+    │   ├── MalformedRowError
+    │   ├── EmptyTextError
+    │   ├── UnknownLabelError
+    │   ├── SingleLabelError
+    │   ├── SplitError
+    │   └── RowTooLongError
+    ├── TaskError                       what is learnt
+    │   ├── UnknownTaskError(LookupError)
+    │   ├── DuplicateTaskError(ValueError)
+    │   ├── BrokenTaskError(ImportError)
+    │   ├── IncompleteTaskError(ValueError)
+    │   └── LabelCollisionError(ValueError)
+    ├── ModelError                      the base model and its adapter
+    │   ├── ModelNotFoundError(FileNotFoundError)
+    │   ├── TokenizerNotFoundError(FileNotFoundError)
+    │   ├── UnsupportedModelError(ValueError)
+    │   ├── TargetModulesError(ValueError)
+    │   └── AdapterVerificationError(RuntimeError)
+    ├── LaunchError(RuntimeError)       what the launcher was asked for against what the ranks got
+    │   ├── Fsdp1ConfigError
+    │   ├── FsdpOnOneProcessError
+    │   ├── FsdpDroppedError
+    │   ├── FsdpSettingError
+    │   └── RankMismatchError
+    ├── ArgumentError(ValueError)       settings that contradict each other
+    └── OutputFolderError(FileExistsError)
+"""
+
+
+class LoraFsdpError(Exception):
+    """Base class of all errors that this library raises on purpose."""
+
+
+class DataError(LoraFsdpError, ValueError):
+    """Something is wrong with the rows."""
+
+
+class DataFileNotFoundError(DataError, FileNotFoundError):
+    """The data file or folder does not exist."""
+
+
+class UnsupportedTableError(DataError):
+    """The file's format is not one that can be read as a table."""
+
+
+class NoRowsError(DataError):
+    """The table holds no rows (or none is left)."""
+
+
+class ColumnNotFoundError(DataError, LookupError):
+    """A column is missing; the message names those that are there."""
+
+
+class TableEncodingError(DataError):
+    """The file is not in the encoding it was read with."""
+
+
+class MalformedRowError(DataError):
+    """A row cannot be parsed; the message gives its line number."""
+
+
+class EmptyTextError(DataError):
+    """Rows whose text is empty or missing."""
+
+
+class UnknownLabelError(DataError):
+    """Rows whose label is missing or outside the task's label set."""
+
+
+class SingleLabelError(DataError):
+    """All rows carry the same label: there is nothing to learn."""
+
+
+class SplitError(DataError):
+    """The table is too small for the split asked for."""
+
+
+class RowTooLongError(DataError):
+    """An example does not fit `max_length` even with its text removed."""
+
+
+class TaskError(LoraFsdpError):
+    """Something is wrong with a task or its registration."""
+
+
+class UnknownTaskError(TaskError, LookupError):
+    """No task of that name; the message suggests the nearest."""
+
+
+class DuplicateTaskError(TaskError, ValueError):
+    """Two tasks of one name; the message names both origins."""
+
+
+class BrokenTaskError(TaskError, ImportError):
+    """A plug-in's task fails to import; the message gives the reason."""
+
+
+class IncompleteTaskError(TaskError, ValueError):
+    """A task lacks something it needs (instruction, column, label set)."""
+
+
+class LabelCollisionError(TaskError, ValueError):
+    """Two labels have the same tokens, or one is a prefix of another."""
+
+
+class ModelError(LoraFsdpError):
+    """Something is wrong with the base model or the adapter."""
+
+
+class ModelNotFoundError(ModelError, FileNotFoundError):
+    """The model folder does not exist, is incomplete, or the Hub name cannot be reached."""
+
+
+class TokenizerNotFoundError(ModelError, FileNotFoundError):
+    """The model folder holds no tokenizer."""
+
+
+class UnsupportedModelError(ModelError, ValueError):
+    """The architecture cannot be trained in packed rows."""
+
+
+class TargetModulesError(ModelError, ValueError):
+    """LoRA target modules match nothing in this model."""
+
+
+class AdapterVerificationError(ModelError, RuntimeError):
+    """An adapter on disk, or on some rank, is not the one that was trained."""
+
+
+class LaunchError(LoraFsdpError, RuntimeError):
+    """The processes are not what the launcher was asked for."""
+
+
+class Fsdp1ConfigError(LaunchError):
+    """The accelerate YAML asks for FSDP1; the message prints the FSDP2 equivalent."""
+
+
+class FsdpOnOneProcessError(LaunchError):
+    """The accelerate YAML asks for FSDP, but there is one process: nothing would be sharded."""
+
+
+class FsdpDroppedError(LaunchError):
+    """The accelerate YAML asks for FSDP or for N processes, and the ranks got something else."""
+
+
+class FsdpSettingError(LaunchError):
+    """An FSDP setting of the accelerate YAML that this library does not support."""
+
+
+class RankMismatchError(LaunchError):
+    """The ranks were started with different settings or different data."""
+
+
+class ArgumentError(LoraFsdpError, ValueError):
+    """Settings that contradict each other or cannot work."""
+
+
+class OutputFolderError(LoraFsdpError, FileExistsError):
+    """The output folder already holds a run."""

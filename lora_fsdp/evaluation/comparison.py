@@ -1,0 +1,163 @@
+"""Is it worth it: the tuned model beside the untrained one and the classic baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.evaluation.baselines import majority_baseline, tfidf_baseline
+from lora_fsdp.evaluation.metrics import evaluation_metrics, predicted_labels
+from lora_fsdp.evaluation.report import (
+    PredictionRow,
+    format_metrics_table,
+    format_predictions_table,
+    save_confusion_matrix_png,
+    write_json,
+)
+from lora_fsdp.evaluation.scoring import Scores
+from lora_fsdp.tasks import ClassificationTask, Example, Task
+
+MAJORITY, TFIDF, UNTRAINED, TUNED = "majority", "TF-IDF + logistic", "untrained", "tuned"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Results on the held-out rows.
+
+    Attributes:
+        metrics: metrics by system.
+        primary_metric: the metric that decides.
+        predictions: one row per held-out example: row number, text, target, answers, probability.
+        confusion: counts of true by predicted label of the tuned model; `None` for free text.
+        facts: what else is worth keeping in `metrics.json`.
+        shown: how many predictions to print.
+    """
+
+    metrics: Mapping[str, Mapping[str, float]]
+    primary_metric: str
+    predictions: pd.DataFrame
+    confusion: pd.DataFrame | None
+    facts: Mapping[str, Any]
+    shown: int = 10
+
+    def save(self, folder: Path) -> None:
+        """Write `metrics.json`, `predictions.csv` and `confusion_matrix.png` into `folder`."""
+        contents: dict[str, Any] = {"primary_metric": self.primary_metric, **self.facts}
+        contents["metrics"] = {name: dict(values) for name, values in self.metrics.items()}
+        if self.confusion is not None:
+            contents["confusion_matrix"] = {
+                "labels": list(self.confusion.index),
+                "predicted": list(self.confusion.columns),
+                "counts": self.confusion.to_numpy().tolist(),
+            }
+            save_confusion_matrix_png(self.confusion, folder / "confusion_matrix.png")
+        self.predictions.to_csv(folder / "predictions.csv", index=False)
+        write_json(folder / "metrics.json", contents)
+
+    def __str__(self) -> str:
+        keys = [
+            key
+            for key in ("accuracy", "macro_f1", "exact_match", "loss")
+            if key in self.metrics[TUNED]
+        ]
+        sample = self.predictions.sample(min(self.shown, len(self.predictions)), random_state=0)
+        fields = list(PredictionRow.__dataclass_fields__)
+        rows = [PredictionRow(*values) for values in sample[fields].itertuples(index=False)]
+        return "\n\n".join(
+            [
+                f"Held-out rows: {len(self.predictions)}",
+                format_metrics_table(self.metrics, keys),
+                format_predictions_table(rows),
+                self.verdict(),
+            ]
+        )
+
+    def verdict(self) -> str:
+        """One sentence: whether tuning beats everything else."""
+        key = self.primary_metric
+        tuned = self.metrics[TUNED][key]
+        others = {name: values[key] for name, values in self.metrics.items() if name != TUNED}
+        best = max(others, key=lambda name: others[name])
+        outcome = "beats" if tuned > others[best] else "does not beat"
+        return (
+            f"By {key} the tuned model ({tuned:.4f}) {outcome} the best of the others, "
+            f"{best} ({others[best]:.4f})."
+        )
+
+
+def compare(
+    task: Task,
+    *,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    encoded: Sequence[EncodedExample],
+    untrained: Scores,
+    tuned: Scores,
+    facts: Mapping[str, Any],
+) -> Comparison:
+    """Metrics of all systems on the held-out examples.
+
+    Args:
+        train, held_out: examples with targets.
+        encoded: `held_out` as tokens.
+        untrained, tuned: scores of `held_out` without and with the adapter.
+        facts: further entries of `metrics.json`.
+    """
+    metrics = {
+        **_baselines(task, train, held_out),
+        UNTRAINED: evaluation_metrics(task, encoded, untrained),
+        TUNED: evaluation_metrics(task, encoded, tuned),
+    }
+    predictions = pd.DataFrame(
+        {
+            "row": [example.row for example in held_out],
+            "text": [example.prompt.text for example in held_out],
+            "target": _answers_of(task, held_out),
+            "base": _answers(task, held_out, untrained),
+            "tuned": _answers(task, held_out, tuned),
+            "probability": tuned.probabilities.amax(dim=1).tolist(),
+        }
+    )
+    confusion = None
+    if isinstance(task, ClassificationTask):
+        confusion = task.confusion_matrix(list(predictions["target"]), list(predictions["tuned"]))
+        by_label = tuned.probabilities
+        for column, label in enumerate(task.labels or ()):
+            predictions[f"probability/{label}"] = by_label[:, column].tolist()
+    return Comparison(metrics, task.primary_metric, predictions, confusion, facts)
+
+
+def _baselines(
+    task: Task, train: Sequence[Example], held_out: Sequence[Example]
+) -> dict[str, dict[str, float]]:
+    if task.labels is None:
+        return {}
+    train_labels, truth = _answers_of(task, train), _answers_of(task, held_out)
+    texts = [example.prompt.text for example in train]
+    tested = [example.prompt.text for example in held_out]
+    return {
+        MAJORITY: task.compute_metrics(truth, majority_baseline(train_labels, len(truth))),
+        TFIDF: task.compute_metrics(truth, tfidf_baseline(texts, train_labels, tested)),
+    }
+
+
+def _answers_of(task: Task, examples: Sequence[Example]) -> list[str]:
+    """The right answers: labels of a closed set, or the target text."""
+    by_target = {task.target_of(label): label for label in task.labels or ()}
+    return [by_target.get(example.target or "", (example.target or "").strip()) for example in examples]
+
+
+def _answers(task: Task, examples: Sequence[Example], scores: Scores) -> list[str | None]:
+    """A system's answers; in a free-text task only whether greedy decoding writes the target."""
+    if task.labels is not None:
+        return list(predicted_labels(task, scores))
+    hits = scores.is_greedy[:, 0].tolist()
+    return [
+        (example.target or "").strip() if hit else None
+        for example, hit in zip(examples, hits, strict=True)
+    ]

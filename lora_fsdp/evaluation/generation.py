@@ -1,0 +1,73 @@
+"""Free generation, for looking at what a model writes by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def generate_texts(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    device: torch.device,
+    max_new_tokens: int,
+    temperature: float,
+    end_token_id: int,
+) -> list[str]:
+    """What the model writes after each prompt (only that, so a prompt cannot be mistaken for it).
+
+    A collective call under FSDP: every rank generates for every prompt, with the ranks' forwards
+    kept in step (`synced_gpus`), and rank 0's texts are returned everywhere.
+
+    Args:
+        prompts: token ids.
+        max_new_tokens: length limit in tokens.
+        temperature: 0 is greedy.
+        end_token_id: the token that ends an answer.
+    """
+    if not prompts:
+        return []
+    was_training = model.training
+    model.eval()
+    input_ids, attention_mask = _pad_left(prompts, tokenizer.pad_token_id, device)
+    joined = dist.is_initialized() and dist.get_world_size() > 1
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        synced_gpus=joined,
+        use_cache=True,
+        **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+    )
+    model.train(was_training)
+    texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+    if joined:
+        holder = [texts]
+        dist.broadcast_object_list(holder, src=0)
+        texts = holder[0]
+    return list(texts)
+
+
+def _pad_left(
+    prompts: Sequence[list[int]], pad_token_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, longest] ids and mask, padded on the left so that all prompts end together."""
+
+    def padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        return pad_sequence(
+            tensors, batch_first=True, padding_value=value, padding_side="left"
+        ).to(device)
+
+    return padded(prompts, pad_token_id), padded([[1] * len(ids) for ids in prompts], 0)

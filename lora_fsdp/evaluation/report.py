@@ -1,0 +1,158 @@
+"""The plain outputs of a run: tables for the terminal, a picture, JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_NOTHING = "—"
+
+
+@dataclass(frozen=True, slots=True)
+class PredictionRow:
+    """One row of the table of predictions; `None` = there is none.
+
+    Attributes:
+        row: number of the row in its table.
+        text: the text that was classified.
+        target: the right answer.
+        base: the answer of the model before training.
+        tuned: the answer of the model after training.
+        probability: of the tuned model's answer, 0 to 1.
+    """
+
+    row: int
+    text: str
+    target: str | None
+    base: str | None
+    tuned: str | None
+    probability: float | None
+
+
+def format_metrics_table(
+    columns: Mapping[str, Mapping[str, float]], keys: Sequence[str], *, width: int = 100
+) -> str:
+    """Metrics side by side, as plain text.
+
+    Args:
+        columns: for each heading (a model, a baseline) its metrics.
+        keys: the metrics to show, a line each; one that a column lacks is shown as a dash.
+        width: characters a line, at most.
+    """
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("metric")
+    for heading in columns:
+        table.add_column(Text(heading), justify="right")
+    for key in keys:
+        values = (metrics.get(key) for metrics in columns.values())
+        table.add_row(Text(key), *map(_number, values))
+    return _plain_text(table, width)
+
+
+def format_predictions_table(rows: Sequence[PredictionRow], *, width: int = 100) -> str:
+    """Predictions beside the truth, a line each, as plain text.
+
+    Only the text is shortened to make a line fit into `width` characters; line breaks and control
+    characters in it are shown as escapes.
+    """
+    table = Table(box=box.SIMPLE_HEAD, expand=True)
+    table.add_column("row", justify="right", no_wrap=True)
+    table.add_column("text", no_wrap=True, overflow="ellipsis", ratio=1)
+    for heading in ("true", "base", "tuned"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("prob.", justify="right", no_wrap=True)
+    for row in rows:
+        answers = [answer or _NOTHING for answer in (row.target, row.base, row.tuned)]
+        cells = [Text(_escaped(cell)) for cell in (row.text, *answers)]
+        table.add_row(str(row.row), *cells, _number(row.probability))
+    return _plain_text(table, width)
+
+
+def save_confusion_matrix_png(matrix: pd.DataFrame, path: str | Path) -> None:
+    """Draws a confusion matrix: counts in the cells, coloured by their share of the row.
+
+    Args:
+        matrix: counts [true labels, predicted labels], as `ClassificationTask.confusion_matrix`
+            returns them.
+        path: the PNG file to write; its folder must exist.
+    """
+    # A Figure without pyplot draws with Agg and leaves the user's pyplot state alone.
+    from matplotlib.figure import Figure
+
+    counts = matrix.to_numpy()
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = counts / np.maximum(totals, 1)
+    height, width = counts.shape
+    figure = Figure(figsize=(3.0 + 0.6 * width, 2.5 + 0.5 * height), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+    # Without parse_math a label such as "$" would be taken for a formula.
+    axes.set_xticks(range(width), matrix.columns, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(range(height), matrix.index, parse_math=False)
+    axes.set_xlabel("predicted label")
+    axes.set_ylabel("true label")
+    for row, column in np.ndindex(height, width):
+        ink = "white" if shares[row, column] > 0.6 else "black"
+        axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=ink)
+    figure.colorbar(image, ax=axes, label="share of the true label's rows")
+    figure.savefig(path, format="png", dpi=120)
+
+
+def write_json(path: str | Path, data: object) -> None:
+    """Writes `data` as JSON, all or nothing: to a file beside `path` first, which then replaces it.
+
+    NumPy numbers and paths are written as plain numbers and strings.
+
+    Raises:
+        TypeError: something in `data` has no JSON form; `path` is left as it was.
+    """
+    text = json.dumps(data, indent=2, ensure_ascii=False, default=_as_json) + "\n"
+    target = Path(path)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _as_json(value: object) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} {value!r} cannot be written as JSON")
+
+
+def _number(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.4f}"
+
+
+def _escaped(text: str) -> str:
+    """The text on one line; an escape sequence in it cannot reach the terminal."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def _plain_text(table: Table, width: int) -> str:
+    output = io.StringIO()
+    # Said outright, so that no environment variable (FORCE_COLOR, COLUMNS) changes a log file.
+    Console(file=output, width=width, force_terminal=False, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")

@@ -1,0 +1,101 @@
+"""How likely each answer is: label likelihoods in packed rows, under FSDP, without `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.data.sampling import ScoringRow, ScoringRows
+from lora_fsdp.modeling.label_head import label_logits
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of N examples with A answers each, on the CPU and the same on every rank.
+
+    Attributes:
+        log_likelihoods: [N, A] float32, log-probability of each answer with its end token.
+        is_greedy: [N, A] bool, whether greedy decoding from the prompt writes exactly this answer
+            (each of its tokens is the most likely one given those before it).
+    """
+
+    log_likelihoods: torch.Tensor
+    is_greedy: torch.Tensor
+
+    @property
+    def best(self) -> list[int]:
+        """[N], the most likely answer of each example."""
+        return self.log_likelihoods.argmax(dim=1).tolist()
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """[N, A] float32, softmax over each example's answers."""
+        return self.log_likelihoods.softmax(dim=1)
+
+
+@torch.no_grad()
+def score_rows(
+    model: nn.Module,
+    rows: Iterable[ScoringRow],
+    *,
+    count: int,
+    answers: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    after_row: Callable[[], None] | None = None,
+) -> Scores:
+    """Score this rank's `rows` of `count` examples and join the ranks' results.
+
+    A collective call: every rank must bring the same number of rows.
+    """
+    was_training = model.training
+    model.eval()
+    # One tensor for both results, so that the ranks join them in one all-reduce.
+    results = torch.zeros(2, count * answers, dtype=torch.float32, device=device)
+    for scoring in rows:
+        row = scoring.row.to(device, non_blocking=True)
+        logits = label_logits(model, row, dtype=dtype)
+        log_probs = logits.log_softmax(dim=-1).gather(1, row.label_ids[:, None])[:, 0]
+        missed = (logits.argmax(dim=-1) != row.label_ids).float()
+        places = _answer_places(scoring.examples, answers=answers).to(device)
+        owner = places[row.label_answers]
+        results[0].index_add_(0, owner, log_probs)
+        results[1].index_add_(0, owner, missed)
+        if after_row is not None:
+            after_row()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(results)
+    model.train(was_training)
+    likelihoods, misses = results.cpu().view(2, count, answers)
+    return Scores(likelihoods, misses == 0)
+
+
+def score_examples(
+    model: nn.Module,
+    examples: Sequence[EncodedExample],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_tokens: int = 2048,
+) -> Scores:
+    """Score `examples` with an unsharded model in this process alone."""
+    rows = ScoringRows(examples, rank=0, world_size=1, max_tokens=max_tokens)
+    return score_rows(
+        model,
+        (rows[index] for index in range(len(rows))),
+        count=len(examples),
+        answers=len(rows.answers[0]) if examples else 0,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _answer_places(examples: Sequence[int], *, answers: int) -> torch.Tensor:
+    """Where a row's answers stand in the flat [N * A] result, in the row's order."""
+    starts = torch.tensor(examples, dtype=torch.int64)[:, None] * answers
+    return (starts + torch.arange(answers)).flatten()

@@ -1,0 +1,129 @@
+"""The LoRA adapter: attached, saved in plain PEFT form, read back and compared, loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_fsdp.arguments import LoraArguments
+from lora_fsdp.errors import AdapterVerificationError, ArgumentError, TargetModulesError
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def lora_config(arguments: LoraArguments) -> LoraConfig:
+    """The `peft.LoraConfig` that the arguments describe."""
+    targets: list[str] | str = arguments.lora_target_modules
+    if targets == ["all-linear"]:  # PEFT knows this word only outside a list
+        targets = "all-linear"
+    settings = {
+        "r": arguments.lora_r,
+        "lora_alpha": arguments.lora_alpha,
+        "lora_dropout": arguments.lora_dropout,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+    }
+    extra = arguments.lora_kwargs or {}
+    try:
+        return LoraConfig(**{**settings, **extra})  # type: ignore[dict-item]
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"peft.LoraConfig refuses lora_kwargs {extra}: {error}") from error
+
+
+def attach_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Attach a new adapter to the frozen base: float32, whatever the base's dtype.
+
+    Attach before sharding: an adapter attached afterwards would be a different one on every rank.
+
+    Raises:
+        TargetModulesError: a target module that matches nothing.
+    """
+    _check_targets(base, config)
+    try:
+        model = get_peft_model(base, config, autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise TargetModulesError(f"PEFT cannot adapt {type(base).__name__}: {error}") from error
+    return model  # type: ignore[return-value]
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's tensors under their names on disk. Gathers nothing: they are on every rank."""
+    # A bool, because "auto" asks the Hub about the base's vocabulary.
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Write the adapter as a plain PEFT folder and prove it by reading it back."""
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    verify_adapter(model, folder)
+
+
+def verify_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Compare the adapter in `folder` with the live one, bit for bit.
+
+    Raises:
+        AdapterVerificationError: a tensor is missing or differs.
+    """
+    saved, live = load_file(Path(folder) / ADAPTER_FILE), adapter_state(model)
+    if saved.keys() != live.keys():
+        raise AdapterVerificationError(
+            f"{folder}: tensors on disk and in memory differ: {sorted(saved.keys() ^ live.keys())}"
+        )
+    for name, tensor in live.items():
+        if not torch.equal(saved[name], tensor.detach().to("cpu")):
+            raise AdapterVerificationError(f"{folder}: {name} is not what is in memory.")
+
+
+def load_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Load the adapter in `folder` into the one already attached to `model`, in place."""
+    file = Path(folder) / ADAPTER_FILE
+    if not file.is_file():
+        raise AdapterVerificationError(f"{folder} holds no adapter ({ADAPTER_FILE} is missing).")
+    saved, live = load_file(file), adapter_state(model)
+    wrong = [
+        name
+        for name in saved.keys() | live.keys()
+        if name not in saved or name not in live or saved[name].shape != live[name].shape
+    ]
+    if wrong:
+        raise AdapterVerificationError(
+            f"The adapter in {folder} has other modules or ranks than this run's "
+            f"(for example {min(wrong)}): give the same lora_r and lora_target_modules."
+        )
+    set_peft_model_state_dict(model, saved)
+
+
+def _check_targets(base: PreTrainedModel, config: LoraConfig) -> None:
+    names = [name for name, _ in base.named_modules() if name]
+    targets = config.target_modules
+    if targets == "all-linear" or targets is None:
+        return
+    if isinstance(targets, str):  # to PEFT a plain string is a regular expression
+        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        missing = [t for t in sorted(targets) if not any(f".{n}".endswith(f".{t}") for n in names)]
+    if missing:
+        known = sorted(
+            {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)}
+        )
+        raise TargetModulesError(
+            f"LoRA target modules {missing} match nothing in {type(base).__name__}. Its linear "
+            f"modules are {known}; --lora_target_modules all-linear adapts all but the head."
+        )

@@ -1,0 +1,24 @@
+"""The block mask of a packed row: who may attend to whom."""
+
+from __future__ import annotations
+
+import torch
+
+from lora_fsdp.data.packing import SHARED, Row
+
+
+def block_mask(row: Row, *, dtype: torch.dtype) -> torch.Tensor:
+    """Additive attention mask of a packed row, [1, 1, T, T], 0 where allowed and -inf elsewhere.
+
+    A token sees itself and what comes before it in the row, if that is the shared prefix, its own
+    example's prompt, or its own answer. transformers hands a 4-D mask to SDPA and eager attention
+    as it is (`masking_utils`), which is what makes packing work without a kernel of our own.
+    """
+    example, answer = row.example_ids, row.answer_ids
+    index = torch.arange(len(row), device=example.device)
+    same_example = example[:, None] == example[None, :]
+    same_path = (answer[None, :] == 0) | (answer[:, None] == answer[None, :])
+    allowed = (example[None, :] == SHARED) | (same_example & same_path)
+    allowed &= index[:, None] >= index[None, :]
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=example.device)
+    return mask.masked_fill_(~allowed, float("-inf"))[None, None]

@@ -1,0 +1,82 @@
+"""The output head where there is a label, and nowhere else."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lora_fsdp.data.packing import Row
+from lora_fsdp.errors import UnsupportedModelError
+from lora_fsdp.modeling.attention import block_mask
+
+
+def label_logits(model: nn.Module, row: Row, *, dtype: torch.dtype) -> torch.Tensor:
+    """Logits at the row's label positions, [L, vocabulary], in float32 at least.
+
+    The mask is always explicit and the cache always off: with `use_cache` unset a packed row's
+    examples attend to each other without any error.
+    """
+    keep = {"logits_to_keep": row.label_positions} if _keeps_logits(model) else {}
+    output = model(
+        input_ids=row.input_ids[None],
+        position_ids=row.position_ids[None],
+        attention_mask=block_mask(row, dtype=dtype),
+        use_cache=False,
+        **keep,
+    )
+    logits = output.logits[0] if keep else output.logits[0][row.label_positions]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def label_log_probs(model: nn.Module, row: Row, *, dtype: torch.dtype) -> torch.Tensor:
+    """Log-probability of each label token given all before it on its path, [L], float32 at least.
+
+    Args:
+        model: a causal LM, with or without adapter; may be sharded.
+        row: the packed row, on the model's device.
+        dtype: the dtype in which attention runs (the base's).
+    """
+    logits = label_logits(model, row, dtype=dtype)
+    return -functional.cross_entropy(logits, row.label_ids, reduction="none")
+
+
+def check_architecture(model: nn.Module, *, longest: int) -> None:
+    """Refuse models whose forward cannot compute a packed row as its examples alone.
+
+    Args:
+        model: the causal LM, without adapter.
+        longest: the longest example in tokens.
+    """
+    name = type(model).__name__
+    accepted = inspect.signature(model.forward).parameters
+    for needed in ("attention_mask", "position_ids"):
+        if needed not in accepted:
+            raise UnsupportedModelError(
+                f"{name} takes no `{needed}`, without which several examples cannot share a row: "
+                "choose a model with rotary or learnt positions (Llama, Qwen, Mistral, Gemma, ...)."
+            )
+    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    kinds = set(getattr(config, "layer_types", None) or ())
+    recurrent = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    if recurrent or getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(
+            f"{name} mixes tokens by {sorted(recurrent) or 'a recurrent state'}, which no mask "
+            "can keep apart within a row: choose an attention-only model."
+        )
+    window = getattr(config, "sliding_window", None) or getattr(
+        config, "attention_chunk_size", None
+    )
+    if window is not None and longest > window:
+        raise UnsupportedModelError(
+            f"{name} attends over windows of {window} tokens, and examples may have {longest}: "
+            f"set --max_length to at most {window}."
+        )
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    """Whether the model can run its head at chosen positions only (almost all in transformers)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters

@@ -1,0 +1,179 @@
+"""`finetune`: the whole story on one screen."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import set_seed
+
+from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
+from lora_fsdp.data.rows import TaskData, load_task_data
+from lora_fsdp.distributed.status import fsdp_status
+from lora_fsdp.errors import OutputFolderError
+from lora_fsdp.evaluation.comparison import Comparison, compare
+from lora_fsdp.evaluation.generation import generate_texts
+from lora_fsdp.evaluation.scoring import Scores
+from lora_fsdp.modeling.adapters import lora_config
+from lora_fsdp.modeling.loading import load_base, load_tokenizer
+from lora_fsdp.tasks import Task
+from lora_fsdp.training.trainer import LoraTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FineTuningResult:
+    """What a run leaves behind.
+
+    Attributes:
+        output_dir: the adapter's folder, with the tokenizer, `metrics.json`, `predictions.csv` and
+            `confusion_matrix.png`.
+        comparison: the tuned model's metrics beside those of the untrained model and the baselines,
+            on the held-out rows; the same on every rank.
+    """
+
+    output_dir: Path
+    comparison: Comparison
+
+
+def finetune(
+    *,
+    model_args: ModelArguments,
+    lora_args: LoraArguments,
+    data_args: DataArguments,
+    training_args: FineTuningArguments,
+    task: Task | None = None,
+) -> FineTuningResult:
+    """Train an adapter for a task, prove it, and compare it with what it should beat.
+
+    Called by every process of a launch. `task` stands in for `data_args.task`.
+    """
+    output_dir = claim_output_folder(training_args)
+    data = load_task_data(data_args, seed=training_args.seed, task=task)
+    set_seed(training_args.seed)  # the adapter's first values
+    trainer = LoraTrainer(
+        model=load_base(model_args, device=training_args.device),
+        args=training_args,
+        task=data.task,
+        processing_class=load_tokenizer(model_args),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        peft_config=lora_config(lora_args),
+        max_length=data_args.max_length,
+        chat_template=data_args.chat_template,
+    )
+    _announce(trainer, data)
+
+    with trainer.model.disable_adapter():
+        untrained = trainer.score(data.held_out)
+        written = {"untrained": _write_freely(trainer, data)}
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    seconds = time.perf_counter() - started
+    tuned = trainer.score(data.held_out)
+    written["tuned"] = _write_freely(trainer, data)
+    trainer.save_model()
+
+    comparison = compare(
+        data.task,
+        train=data.train,
+        held_out=data.held_out,
+        encoded=trainer.eval_dataset,  # type: ignore[arg-type]
+        untrained=untrained,
+        tuned=tuned,
+        facts=_facts(trainer, data, seconds=seconds, written=written),
+    )
+    if trainer.is_world_process_zero():
+        comparison.save(output_dir)
+        print(f"\n{comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
+    trainer.accelerator.wait_for_everyone()
+    return FineTuningResult(output_dir, comparison)
+
+
+def claim_output_folder(arguments: FineTuningArguments) -> Path:
+    """The output folder, emptied if that was asked for.
+
+    Raises:
+        OutputFolderError: it holds a run, and neither resuming nor overwriting was asked for.
+    """
+    folder = Path(arguments.output_dir or ".")
+    runs = ("adapter_config.json", "metrics.json", "checkpoint-*")
+    holds_run = any(any(folder.glob(pattern)) for pattern in runs)
+    # Every rank looks before rank 0 changes anything.
+    _wait_for_all_ranks()
+    if holds_run and not arguments.resume_from_checkpoint:
+        if not arguments.overwrite_output_dir:
+            raise OutputFolderError(
+                f"{folder} already holds a run: choose another --output_dir, continue it with "
+                "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true."
+            )
+        if arguments.process_index == 0:
+            shutil.rmtree(folder)
+    _wait_for_all_ranks()
+    return folder
+
+
+def _announce(trainer: LoraTrainer, data: TaskData) -> None:
+    """Say what is about to happen, before it costs anything."""
+    status = fsdp_status(trainer.model)
+    if not trainer.is_world_process_zero():
+        return
+    labels = ", ".join(data.task.labels) if data.task.labels else "free text"
+    print(f"Task {data.task.name}: {len(data.train)} training rows, {len(data.held_out)} held out")
+    print(f"  answers: {labels}")
+    if data.dropped:
+        print(f"  rows left out as unusable: {data.dropped}")
+    print(f"  rows whose text was shortened to fit: {trainer.shortened}")
+    print(f"  prompts' common prefix computed once a row: {'yes' if trainer.share_prefix else 'no'}")
+    print(status, flush=True)
+
+
+def _write_freely(trainer: LoraTrainer, data: TaskData) -> list[str]:
+    """What the model writes by itself on the first held-out rows."""
+    args = trainer.args
+    chosen = trainer.eval_dataset[: args.generate_examples]  # type: ignore[index]
+    return generate_texts(
+        trainer.model,
+        trainer.processing_class,
+        [example.prompt_ids for example in chosen],
+        device=args.device,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        end_token_id=trainer.encoder.end_token_id,
+    )
+
+
+def _facts(
+    trainer: LoraTrainer, data: TaskData, *, seconds: float, written: dict[str, list[str]]
+) -> dict[str, Any]:
+    examples = trainer.examples_per_step * (trainer.state.global_step or 0)
+    facts: dict[str, Any] = {
+        "task": data.task.name,
+        "labels": list(data.task.labels or ()),
+        "training_rows": len(data.train),
+        "held_out_rows": len(data.held_out),
+        "rows_left_out": data.dropped,
+        "rows_shortened": trainer.shortened,
+        "processes": trainer.args.world_size,
+        "steps": trainer.state.global_step,
+        "training_seconds": round(seconds, 2),
+        "examples_per_second": round(examples / seconds, 2),
+    }
+    if trainer.args.device.type == "cuda":
+        facts["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    if any(written.values()):
+        answers = {who: [data.task.parse(text) for text in texts] for who, texts in written.items()}
+        facts["generated"] = {"text": written, "parsed": answers}
+    return facts
+
+
+def _wait_for_all_ranks() -> None:
+    if dist.is_initialized():
+        dist.barrier()

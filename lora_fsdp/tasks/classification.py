@@ -1,0 +1,286 @@
+"""Classification of the rows of a table: one text column, one label column, a closed label set."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+
+from lora_fsdp.errors import (
+    ColumnNotFoundError,
+    EmptyTextError,
+    IncompleteTaskError,
+    NoRowsError,
+    SingleLabelError,
+    UnknownLabelError,
+)
+from lora_fsdp.tasks.base import Prompt, Task
+from lora_fsdp.tasks.registry import register_task
+
+# The column of the confusion matrix for rows without an answer from the label set.
+NO_ANSWER = "(none)"
+_NO_TEXT = "no text"
+_NO_LABEL = "no label"
+_ROWS_SHOWN = 5
+_HOW_TO_DROP = "Correct them, or leave them out with --on_bad_rows drop."
+
+
+@register_task
+class ClassificationTask(Task):
+    """Classifies the rows of a table. Complete as it is; subclasses only set class attributes.
+
+    Every class attribute below is also a constructor argument, which wins unless it is `None`.
+
+    Attributes:
+        instruction: what the model is told to do with the text.
+        text_column: column with the text to classify.
+        label_column: column with the right answer.
+        labels: the label set; `None` = the labels that occur in the table, sorted.
+        layouts: (text column, label column) pairs, tried in order for what is not named above.
+    """
+
+    name = "classification"
+    description = "One label for each text of a table; columns and labels named or read from it"
+    primary_metric = "macro_f1"
+
+    instruction: str = (
+        "Classify the following text. Output exactly one label, with no punctuation or extra text:"
+    )
+    text_column: str | None = None
+    label_column: str | None = None
+    labels: Sequence[str] | None = None
+    layouts: Sequence[tuple[str, str]] = ()
+
+    def __init__(
+        self,
+        *,
+        instruction: str | None = None,
+        text_column: str | None = None,
+        label_column: str | None = None,
+        labels: Sequence[str] | None = None,
+        layouts: Sequence[tuple[str, str]] | None = None,
+    ) -> None:
+        self.instruction = self.instruction if instruction is None else instruction
+        self.text_column = self.text_column if text_column is None else text_column
+        self.label_column = self.label_column if label_column is None else label_column
+        self.layouts = self.layouts if layouts is None else layouts
+        labels = self.labels if labels is None else labels
+        self.labels = None if labels is None else tuple(label_text(label) for label in labels)
+
+    def bind(
+        self, table: pd.DataFrame, *, with_labels: bool = True, for_training: bool = True
+    ) -> Self:
+        """A copy with columns and labels settled, after every row has been checked.
+
+        Args:
+            table: the rows; their index gives the row numbers in messages.
+            with_labels: `False` for a table to predict, which needs no label column.
+            for_training: `False` for a table to evaluate on, where one label is no mistake.
+
+        Raises:
+            NoRowsError, ColumnNotFoundError, EmptyTextError, UnknownLabelError, SingleLabelError:
+                the table does not fit.
+            IncompleteTaskError: instruction or columns are neither set nor known from a layout.
+        """
+        if not self.instruction.strip():
+            raise IncompleteTaskError(f"Task {self.name!r} has no instruction: set one.")
+        if len(table) == 0:
+            raise NoRowsError(f"Task {self.name!r} was given a table without rows.")
+        task = self._with_columns(table, with_labels=with_labels)
+        task._refuse_bad_rows(table, with_labels=with_labels)
+        if with_labels:
+            found = sorted({label_text(value) for value in table[task.label_column]})
+            if for_training and len(found) < 2:
+                raise SingleLabelError(
+                    f"All {len(table)} rows have the label {found[0]!r} (column "
+                    f"{task.label_column!r}): there is nothing to learn. Take rows of at least two "
+                    "labels; the first rows of a sorted file are a common cause."
+                )
+            task.labels = tuple(found) if task.labels is None else task.labels
+        return task
+
+    def bad_rows(self, table: pd.DataFrame, *, with_labels: bool = True) -> pd.Series:
+        """What is wrong with each row that cannot be used: "no text", "no label" or which label.
+
+        Returns:
+            A string for each bad row, under the row's index in `table`; empty if all are good.
+        """
+        task = self._with_columns(table, with_labels=with_labels)
+        faults = pd.Series("", index=table.index, name="fault", dtype="str")
+        if with_labels:
+            labels = table[task.label_column].map(label_text)
+            faults[labels == ""] = _NO_LABEL
+            if task.labels is not None:
+                unknown = (labels != "") & ~labels.isin(task.labels)
+                faults[unknown] = "label " + labels[unknown].map(repr)
+        faults[table[task.text_column].map(_text).str.strip() == ""] = _NO_TEXT
+        return faults[faults != ""]
+
+    def drop_bad_rows(
+        self, table: pd.DataFrame, *, with_labels: bool = True
+    ) -> tuple[pd.DataFrame, int]:
+        """The table without its bad rows, row numbers kept, and how many were left out."""
+        bad = self.bad_rows(table, with_labels=with_labels)
+        return table[~table.index.isin(bad.index)], len(bad)
+
+    def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
+        """The article's format: instruction, input, and the cue for the answer."""
+        if self.text_column is None:
+            raise IncompleteTaskError(f"Task {self.name!r} has no text column: bind(table) first.")
+        return Prompt(
+            before=f"Instruction: {self.instruction}\nInput: ",
+            text=_text(row[self.text_column]),
+            after="\nOutput:",
+        )
+
+    def build_target(self, row: Mapping[str, Any]) -> str:
+        """The row's label, after a space."""
+        if self.label_column is None:
+            raise IncompleteTaskError(f"Task {self.name!r} has no label column: bind(table) first.")
+        return self.target_of(label_text(row[self.label_column]))
+
+    def parse(self, text: str) -> str | None:
+        """The label that the first line of `text` starts with, in the label set's spelling.
+
+        Case, quotes and punctuation around it do not matter, nor do words after it; a label that
+        comes only after other words ("not positive") is no answer.
+        """
+        line = text.strip().partition("\n")[0]
+        matches = [label for label in self._label_set() if _starts_with(label, line)]
+        # Of "very positive" and "very" the longer is meant; of "US" and "us" the one as written.
+        return max(matches, key=lambda label: (len(label), label in line), default=None)
+
+    def compute_metrics(
+        self, targets: Sequence[str], predictions: Sequence[str | None]
+    ) -> dict[str, float]:
+        """Accuracy, F1 and per-label scores over the whole label set, as scikit-learn has them.
+
+        Args:
+            targets: the right labels.
+            predictions: as many labels; `None`, or what is not in the label set, counts as wrong.
+
+        Returns:
+            `accuracy`, `macro_f1`, `weighted_f1` and, for every label, `precision/<label>`,
+            `recall/<label>` and `f1/<label>`, each from 0 to 1. A label that occurs nowhere has 0.
+        """
+        # Imported here, because scikit-learn takes longer to import than everything else here.
+        from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
+
+        labels = self._label_set()
+        answers = _closed(predictions, labels)
+        metrics = {"accuracy": float(accuracy_score(targets, answers))}
+        for average in ("macro", "weighted"):
+            score = f1_score(targets, answers, labels=labels, average=average, zero_division=0)
+            metrics[f"{average}_f1"] = float(score)
+        scores = precision_recall_fscore_support(targets, answers, labels=labels, zero_division=0)
+        for kind, values in zip(("precision", "recall", "f1"), scores[:3], strict=True):
+            for label, value in zip(labels, values, strict=True):
+                metrics[f"{kind}/{label}"] = float(value)
+        return metrics
+
+    def confusion_matrix(
+        self, targets: Sequence[str], predictions: Sequence[str | None]
+    ) -> pd.DataFrame:
+        """Counts of rows, true label by predicted label, and a column "(none)" where needed."""
+        from sklearn.metrics import confusion_matrix
+
+        labels = self._label_set()
+        answers = _closed(predictions, labels)
+        counts = confusion_matrix(targets, answers, labels=[*labels, NO_ANSWER])
+        matrix = pd.DataFrame(
+            counts[:-1],
+            index=pd.Index(labels, name="true"),
+            columns=pd.Index([*labels, NO_ANSWER], name="predicted"),
+        )
+        return matrix if NO_ANSWER in answers else matrix.drop(columns=NO_ANSWER)
+
+    def _with_columns(self, table: pd.DataFrame, *, with_labels: bool) -> Self:
+        """A copy with the columns that `table` has, of those given or known."""
+        layouts: Sequence[tuple[str | None, str | None]] = self.layouts or ((None, None),)
+        pairs = [(self.text_column or text, self.label_column or label) for text, label in layouts]
+        for text, label in pairs:
+            if text in table.columns and (label in table.columns or not with_labels):
+                task = copy.copy(self)
+                task.text_column, task.label_column = text, label
+                return task
+        wanted = [pair if with_labels else pair[:1] for pair in pairs]
+        raise _column_error(self.name, wanted, [str(column) for column in table.columns])
+
+    def _refuse_bad_rows(self, table: pd.DataFrame, *, with_labels: bool) -> None:
+        bad = self.bad_rows(table, with_labels=with_labels)
+        empty = bad[bad == _NO_TEXT]
+        if len(empty) > 0:
+            raise EmptyTextError(
+                f"{len(empty)} of {len(table)} rows have no text in column {self.text_column!r}: "
+                f"{_first_rows(empty)}. {_HOW_TO_DROP}"
+            )
+        if len(bad) > 0:
+            known = "" if self.labels is None else f", or none of {_listed(self.labels)}"
+            raise UnknownLabelError(
+                f"{len(bad)} of {len(table)} rows have no label in column {self.label_column!r}"
+                f"{known}: {_first_rows(bad)}. {_HOW_TO_DROP}"
+            )
+
+    def _label_set(self) -> Sequence[str]:
+        if self.labels is None:
+            raise IncompleteTaskError(
+                f"Task {self.name!r} has no label set: bind(table) reads it, or pass labels."
+            )
+        return self.labels
+
+
+def label_text(value: object) -> str:
+    """A label as text: stripped, 1 and 1.0 both "1", and a missing value ""."""
+    if isinstance(value, float | np.floating) and value.is_integer():
+        return str(int(value))
+    return _text(value).strip()
+
+
+def _text(value: object) -> str:
+    """A cell as text; a missing value is ""."""
+    return "" if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
+
+
+def _starts_with(label: str, line: str) -> bool:
+    """Whether `line` is `label`, give or take case, punctuation around it and words after it."""
+    # A sign may belong to the answer ("-1" is not "1"), and so may decimals ("1.5").
+    pattern = rf"(?:[^\w+-]|-\s)*{re.escape(label)}(?!\w|-\w|[.,]\d)"
+    return re.match(pattern, line, flags=re.IGNORECASE) is not None
+
+
+def _column_error(
+    task: str, wanted: Sequence[Sequence[str | None]], columns: Sequence[str]
+) -> IncompleteTaskError | ColumnNotFoundError:
+    advice = "Name them with --text_column and --label_column."
+    if any(None in names for names in wanted):
+        return IncompleteTaskError(
+            f"Task {task!r} does not know which columns to read. {advice} "
+            f"The table has {_listed(columns)}."
+        )
+    missing = [str(name) for names in wanted for name in names if name not in columns]
+    nearest = {name: difflib.get_close_matches(name, columns, n=1) for name in missing}
+    hints = [f"Did you mean {near[0]!r} for {name!r}?" for name, near in nearest.items() if near]
+    choices = dict.fromkeys(" and ".join(map(repr, names)) for names in wanted)
+    return ColumnNotFoundError(
+        f"Task {task!r} needs {', or '.join(choices)}, but the columns of the table are "
+        f"{_listed(columns)}. {' '.join([*hints, advice])}"
+    )
+
+
+def _closed(predictions: Sequence[str | None], labels: Sequence[str]) -> list[str]:
+    known = {label: label for label in labels}
+    return [NO_ANSWER if answer is None else known.get(answer, NO_ANSWER) for answer in predictions]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _first_rows(faults: pd.Series) -> str:
+    shown = [f"row {number} ({fault})" for number, fault in faults[:_ROWS_SHOWN].items()]
+    return ", ".join([*shown, "…"] if len(faults) > len(shown) else shown)

@@ -1,0 +1,130 @@
+"""The shape of the code base. Run: python -m pytest tests/test_project.py"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "lora_fsdp"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+YAMLS = sorted(
+    [
+        ROOT / "mkdocs.yml",
+        ROOT / ".pre-commit-config.yaml",
+        *(ROOT / "accelerate_configs").glob("*.yaml"),
+        *(ROOT / "examples").rglob("*.yaml"),
+    ]
+)
+
+# A module may import from its own layer and from those before it.
+LAYERS = (
+    "errors",
+    "arguments",
+    "tasks",
+    "data",
+    "modeling",
+    "distributed",
+    "evaluation",
+    "training",
+    "planning",
+    "pipeline",
+    "cli",
+)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+each_source = pytest.mark.parametrize("source", SOURCES, ids=name_of)
+each_yaml = pytest.mark.parametrize("path", YAMLS, ids=name_of)
+
+
+def layer_of(source: Path) -> str:
+    return source.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_layers(tree: ast.AST, package: list[str]) -> Iterator[tuple[int, str]]:
+    """Line and layer of every import of this library, wherever in the file it stands."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "lora_fsdp" and parts[1:] != ["__version__"]:
+                yield node.lineno, parts[1] if len(parts) > 1 else "(the package itself)"
+
+
+def test_every_module_belongs_to_a_layer() -> None:
+    found = {layer_of(source) for source in SOURCES} - {"__init__", "__main__"}
+    assert found <= set(LAYERS)
+
+
+@each_source
+def test_imports_go_one_way(source: Path) -> None:
+    layer = layer_of(source)
+    if layer in ("__init__", "__main__"):
+        pytest.skip("the package's front door may import everything")
+    allowed = LAYERS[: LAYERS.index(layer) + 1]
+    package = list(source.relative_to(ROOT).parent.parts)
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    wrong = [(n, name) for n, name in imported_layers(tree, package) if name not in allowed]
+    assert not wrong, f"{name_of(source)} ({layer}) imports from later layers: {wrong}"
+
+
+def is_type_narrowing(node: ast.Assert) -> bool:
+    """`assert x is not None` and `assert isinstance(x, ...)`, which only tell the type checker."""
+    test = node.test
+    if isinstance(test, ast.Compare):
+        return isinstance(test.ops[0], ast.IsNot)
+    return (
+        isinstance(test, ast.Call)
+        and isinstance(test.func, ast.Name)
+        and test.func.id == "isinstance"
+    )
+
+
+@each_source
+def test_errors_are_named(source: Path) -> None:
+    """No bare `except:`, and no `assert` where an exception from errors.py belongs."""
+    wrong = []
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        bare_except = isinstance(node, ast.ExceptHandler) and node.type is None
+        check = isinstance(node, ast.Assert) and not is_type_narrowing(node)
+        if bare_except or check:
+            wrong.append(f"line {node.lineno}: {ast.unparse(node).splitlines()[0]}")
+    assert not wrong, f"{name_of(source)}: {wrong}"
+
+
+def test_public_names_are_sorted_and_importable() -> None:
+    library = importlib.import_module("lora_fsdp")
+    names = list(library.__all__)
+    assert names == sorted(set(names))
+    missing = [name for name in names if not hasattr(library, name)]
+    assert not missing
+
+
+@each_yaml
+def test_yaml_is_a_mapping(path: Path) -> None:
+    assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in YAMLS if path.parent.name == "accelerate_configs"], ids=name_of
+)
+def test_accelerate_reads_its_yaml(path: Path) -> None:
+    """Refuses keys that accelerate does not know."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(path)) is not None
