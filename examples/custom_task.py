@@ -1,6 +1,6 @@
 """A task of one's own: the subject of a support ticket, in a dozen lines.
 
-    accelerate launch examples/custom_task.py --model_name_or_path MODEL --data_file tickets.csv
+accelerate launch examples/custom_task.py --model_name_or_path MODEL --data_file tickets.csv
 """
 
 from lora_fsdp import ClassificationTask, finetune, register_task

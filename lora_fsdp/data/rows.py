@@ -48,7 +48,9 @@ def load_task_data(arguments: DataArguments, *, seed: int, task: Task | None = N
         table, held_out = (table, own) if own is not None else _split(arguments, task, table, seed)
     held_out, dropped_there = _without_bad_rows(arguments, task, held_out)
     evaluated = task.bind(held_out, for_training=False)
-    return TaskData(task, task.examples(table), evaluated.examples(held_out), dropped + dropped_there)
+    return TaskData(
+        task, task.examples(table), evaluated.examples(held_out), dropped + dropped_there
+    )
 
 
 def _choose_task(arguments: DataArguments, task: Task | None) -> Task:

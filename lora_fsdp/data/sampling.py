@@ -90,9 +90,7 @@ class TrainingSteps(Dataset[TrainingStep]):
         start = step * self.examples_per_step
         chosen = [self.examples[i] for i in self._order[start : start + self.examples_per_step]]
         shares = [self._plan(chosen[rank :: self.world_size]) for rank in range(self.world_size)]
-        rows = [
-            pack_row(trees, share_prefix=self.share_prefix) for trees in shares[self.rank]
-        ]
+        rows = [pack_row(trees, share_prefix=self.share_prefix) for trees in shares[self.rank]]
         missing = max(len(share) for share in shares) - len(rows)
         return TrainingStep(
             rows=rows + [empty_row() for _ in range(missing)],

@@ -35,9 +35,7 @@ def place_model(
     for parameter in adapter.values():
         parameter.data = parameter.data.to(device)
     mesh = init_device_mesh(device.type, (world_size,))
-    shard_base(
-        model.get_base_model(), settings=settings, mesh=mesh, ignored=set(adapter.values())
-    )
+    shard_base(model.get_base_model(), settings=settings, mesh=mesh, ignored=set(adapter.values()))
 
 
 def shard_base(
@@ -129,7 +127,9 @@ def check_placement(model: PeftModel, *, settings: FsdpSettings | None) -> None:
             raise FsdpDroppedError(f"The base's {name} {state}.")
     dtypes = {parameter.dtype for parameter in base.values() if parameter.is_floating_point()}
     if len(dtypes) > 1:
-        raise FsdpDroppedError(f"The base's parameters have several dtypes: {sorted(map(str, dtypes))}")
+        raise FsdpDroppedError(
+            f"The base's parameters have several dtypes: {sorted(map(str, dtypes))}"
+        )
 
 
 def _parameter_count(module: nn.Module) -> int:

@@ -118,8 +118,9 @@ def compare(
             "row": [example.row for example in held_out],
             "text": [example.prompt.text for example in held_out],
             "target": _answers_of(task, held_out),
-            "base": _answers(task, held_out, untrained),
-            "tuned": _answers(task, held_out, tuned),
+            # As objects, where no answer stays None and does not become NaN.
+            "base": pd.Series(_answers(task, held_out, untrained), dtype=object),
+            "tuned": pd.Series(_answers(task, held_out, tuned), dtype=object),
             "probability": tuned.probabilities.amax(dim=1).tolist(),
         }
     )
@@ -149,7 +150,9 @@ def _baselines(
 def _answers_of(task: Task, examples: Sequence[Example]) -> list[str]:
     """The right answers: labels of a closed set, or the target text."""
     by_target = {task.target_of(label): label for label in task.labels or ()}
-    return [by_target.get(example.target or "", (example.target or "").strip()) for example in examples]
+    return [
+        by_target.get(example.target or "", (example.target or "").strip()) for example in examples
+    ]
 
 
 def _answers(task: Task, examples: Sequence[Example], scores: Scores) -> list[str | None]:

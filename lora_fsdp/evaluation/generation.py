@@ -66,8 +66,8 @@ def _pad_left(
 
     def padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
         tensors = [torch.tensor(row) for row in rows]
-        return pad_sequence(
-            tensors, batch_first=True, padding_value=value, padding_side="left"
-        ).to(device)
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left").to(
+            device
+        )
 
     return padded(prompts, pad_token_id), padded([[1] * len(ids) for ids in prompts], 0)

@@ -38,7 +38,9 @@ def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
             trust_remote_code=arguments.trust_remote_code,
         )
     except OSError as error:
-        raise TokenizerNotFoundError(f"No tokenizer could be loaded from {name}: {error}") from error
+        raise TokenizerNotFoundError(
+            f"No tokenizer could be loaded from {name}: {error}"
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

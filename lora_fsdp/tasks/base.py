@@ -83,6 +83,13 @@ class Task:
         """
         return self
 
+    def options(self) -> dict[str, Any]:
+        """Constructor options with which `get_task` makes this (bound) task again, as JSON has them.
+
+        They are written beside an adapter, so that it can later be asked as it was trained.
+        """
+        return {}
+
     def drop_bad_rows(
         self, table: pd.DataFrame, *, with_labels: bool = True
     ) -> tuple[pd.DataFrame, int]:

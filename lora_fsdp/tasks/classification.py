@@ -104,6 +104,15 @@ class ClassificationTask(Task):
             task.labels = tuple(found) if task.labels is None else task.labels
         return task
 
+    def options(self) -> dict[str, Any]:
+        """Instruction, columns and labels."""
+        return {
+            "instruction": self.instruction,
+            "text_column": self.text_column,
+            "label_column": self.label_column,
+            "labels": None if self.labels is None else list(self.labels),
+        }
+
     def bad_rows(self, table: pd.DataFrame, *, with_labels: bool = True) -> pd.Series:
         """What is wrong with each row that cannot be used: "no text", "no label" or which label.
 

@@ -40,6 +40,7 @@ from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.sharding import check_placement, place_model
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.metrics import evaluation_metrics
+from lora_fsdp.evaluation.prediction import save_task
 from lora_fsdp.evaluation.scoring import Scores, score_rows
 from lora_fsdp.modeling.adapters import (
     attach_adapter,
@@ -99,9 +100,7 @@ class LoraTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.fsdp_settings = read_fsdp_settings()
-        check_launch(
-            args, self.fsdp_settings, allow_one_process=args.allow_fsdp_on_one_process
-        )
+        check_launch(args, self.fsdp_settings, allow_one_process=args.allow_fsdp_on_one_process)
         _check_arguments(args, self.fsdp_settings, max_length=max_length)
         self.task = task
         self.encoder = Encoder(
@@ -140,9 +139,7 @@ class LoraTrainer(Trainer):
         self.base_dtype: torch.dtype = self.model.get_base_model().dtype
         self.share_prefix = _shares_prefix(self.args, self.model)
         _enable_checkpointing(self.model, self.args, self.fsdp_settings)
-        place_model(
-            self.model, settings=self.fsdp_settings, device=device, world_size=world_size
-        )
+        place_model(self.model, settings=self.fsdp_settings, device=device, world_size=world_size)
         check_placement(self.model, settings=self.fsdp_settings)
         self.adapter = ReplicatedParameters(trainable_parameters(self.model))
         self.adapter.broadcast()
@@ -302,7 +299,9 @@ class LoraTrainer(Trainer):
 
     # ---- saving and loading ---------------------------------------------------------------------
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
         """Write adapter, tokenizer and arguments from rank 0. Nothing of the base is gathered."""
         self.adapter.check_equal()
         if not self.args.should_save:
@@ -311,6 +310,7 @@ class LoraTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         save_adapter(self.model, folder)
         self.processing_class.save_pretrained(folder)
+        save_task(self.encoder, folder)
         # As JSON: a pickle would have to be trusted by whoever reads it.
         arguments = json.dumps(self.args.to_dict(), indent=2, default=str)
         (folder / "training_args.json").write_text(arguments, encoding="utf-8")

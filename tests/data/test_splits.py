@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -24,8 +26,8 @@ def split(
     )
 
 
-def table_of(rows: list[tuple[str, str | None]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=["text", "label"], index=range(1, len(rows) + 1))
+def table_of(rows: Sequence[tuple[str, str | None]]) -> pd.DataFrame:
+    return pd.DataFrame(list(rows), columns=["text", "label"], index=range(1, len(rows) + 1))
 
 
 @st.composite

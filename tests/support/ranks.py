@@ -1,0 +1,128 @@
+"""Runs a function on several real ranks (gloo), as a launcher with an accelerate YAML would."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
+TIMEOUT_SECONDS = 240
+
+# The server imports once what every rank needs; ranks are forked from it.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["lora_fsdp", "tests.support.runs"])
+
+
+class RankError(AssertionError):
+    """A rank raised; `kind` is the exception's class name, `text` its message."""
+
+    def __init__(self, kind: str, text: str, trace: str) -> None:
+        super().__init__(trace)
+        self.kind = kind
+        self.text = text
+
+
+def launch_environment(config: str | None, **fsdp_overrides: str) -> dict[str, str]:
+    """The variables that `accelerate launch --config_file` sets for the ranks."""
+    if config is None:
+        return {}
+    contents = yaml.safe_load((CONFIGS / config).read_text())
+    variables = {"ACCELERATE_USE_CPU": str(contents.get("use_cpu", False))}
+    if contents["distributed_type"] == "FSDP":
+        variables["ACCELERATE_USE_FSDP"] = "true"
+        for key, value in contents["fsdp_config"].items():
+            variables[key.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
+    return variables | fsdp_overrides
+
+
+def run_ranks(
+    function: Callable[..., Any],
+    *arguments: Any,
+    world_size: int = 2,
+    environment: Mapping[str, str] | list[Mapping[str, str]] | None = None,
+) -> list[Any]:
+    """`function(*arguments)` on every rank; the list of what the ranks returned.
+
+    `environment` is for all ranks, or a list with one for each.
+    """
+    ranks = list(range(world_size))
+    shared = environment or {}
+    each = shared if isinstance(shared, list) else [shared] * world_size
+    port = _free_port()
+    processes, pipes = [], []
+    for rank in ranks:
+        ours, theirs = _context.Pipe()
+        variables = {**each[rank], **_rendezvous(rank, world_size, port)}
+        process = _context.Process(target=_rank_main, args=(theirs, variables, function, arguments))
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes.append(ours)
+    try:
+        return _collect(pipes)
+    finally:
+        for process in processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _collect(pipes: list[Connection]) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        pending = [pipe for index, pipe in enumerate(pipes) if index not in results]
+        ready = wait(pending, timeout=TIMEOUT_SECONDS)
+        if not ready:
+            raise TimeoutError(f"ranks hang: only {sorted(results)} answered")
+        for pipe in ready:
+            outcome, value = pipe.recv()
+            if outcome == "error":
+                raise RankError(*value)
+            results[pipes.index(pipe)] = value
+    return [results[index] for index in range(len(pipes))]
+
+
+def _rank_main(
+    pipe: Connection, variables: Mapping[str, str], function: Callable[..., Any], arguments: Any
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    try:
+        pipe.send(("result", function(*arguments)))
+    except BaseException as error:
+        pipe.send(("error", (type(error).__name__, str(error), traceback.format_exc())))
+    finally:
+        pipe.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _rendezvous(rank: int, world_size: int, port: int) -> dict[str, str]:
+    if world_size == 1:
+        return {}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

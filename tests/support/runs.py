@@ -1,0 +1,78 @@
+"""A whole toy training run in one call, for the tests that compare runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from lora_fsdp import FineTuningArguments, LoraTrainer
+from lora_fsdp.distributed.status import fsdp_status
+from lora_fsdp.modeling.adapters import adapter_state
+from tests.support.tiny import ToyTask, tiny_model, tiny_tokenizer, toy_table
+
+
+def toy_trainer(
+    output_dir: str | Path,
+    *,
+    kind: str = "llama",
+    dropout: float = 0.0,
+    rows: int = 24,
+    dtype: torch.dtype = torch.float32,
+    callbacks: list[Any] | None = None,
+    **arguments: Any,
+) -> LoraTrainer:
+    """A trainer for the toy task; `arguments` are those of `FineTuningArguments`."""
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "num_train_epochs": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+        "seed": 3,
+    }
+    task = ToyTask()
+    table = task.bind(toy_table(rows))
+    examples = table.examples(toy_table(rows))
+    held_out = table.examples(toy_table(13, seed=9))
+    torch.manual_seed(5)
+    return LoraTrainer(
+        model=tiny_model(kind, dtype=dtype),
+        args=FineTuningArguments(output_dir=str(output_dir), **{**settings, **arguments}),
+        task=table,
+        processing_class=tiny_tokenizer(),
+        train_dataset=examples,
+        eval_dataset=held_out,
+        peft_config=LoraConfig(
+            r=4, target_modules="all-linear", lora_dropout=dropout, task_type="CAUSAL_LM"
+        ),
+        max_length=128,
+        callbacks=callbacks,
+    )
+
+
+def toy_run(output_dir: str | Path, resume: str | bool | None = None, **options: Any) -> dict:
+    """Train, evaluate and save; everything a test may want to compare."""
+    trainer = toy_trainer(output_dir, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    metrics = trainer.evaluate()
+    trainer.save_model(f"{output_dir}/final")
+    history = trainer.state.log_history
+    return {
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
+        "gradient_norms": [entry["grad_norm"] for entry in history if "grad_norm" in entry],
+        "metrics": {
+            k: v for k, v in metrics.items() if "runtime" not in k and "per_second" not in k
+        },
+        "adapter": {k: v.detach().cpu().numpy() for k, v in adapter_state(trainer.model).items()},
+        "fingerprint": trainer.adapter.fingerprint(),
+        "groups": fsdp_status(trainer.model).groups,
+        "files": sorted(str(p.relative_to(output_dir)) for p in Path(output_dir).rglob("*")),
+        "history": history,
+        "steps": trainer.state.global_step,
+        "best": trainer.state.best_model_checkpoint,
+    }
