@@ -49,7 +49,7 @@ class LoraArguments:
     lora_dropout: float = field(
         default=0.0,
         metadata={
-            "help": "Dropout before the adapter. At 0 packed rows share their common prefix exactly."
+            "help": "Dropout before the adapter. At 0, packed rows share their prefix exactly."
         },
     )
     lora_target_modules: list[str] = field(
@@ -132,7 +132,7 @@ class FineTuningArguments(TrainingArguments):
         metadata={"help": "Hide NaN losses from the log (costs a device sync every step)."},
     )
     # A list, so that nothing leaves the machine unless a tracker is asked for by name.
-    report_to: None | str | list[str] = field(
+    report_to: str | list[str] | None = field(
         default_factory=list, metadata={"help": "Trackers to report to; none by default."}
     )
     share_prefix: Literal["auto", "always", "never"] = field(
@@ -184,6 +184,9 @@ class FineTuningArguments(TrainingArguments):
                 "FSDP is configured by an accelerate YAML only (accelerate launch --config_file "
                 "accelerate_configs/fsdp2.yaml ...): remove --fsdp."
             )
+        for name in ("torch_compile", "label_smoothing_factor", "neftune_noise_alpha"):
+            if getattr(self, name):
+                raise ArgumentError(f"--{name} has no effect on packed rows: remove it.")
         if self.deepspeed:
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
 

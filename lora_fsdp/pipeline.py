@@ -19,7 +19,6 @@ from lora_fsdp.distributed.status import fsdp_status
 from lora_fsdp.errors import OutputFolderError
 from lora_fsdp.evaluation.comparison import Comparison, compare
 from lora_fsdp.evaluation.generation import generate_texts
-from lora_fsdp.evaluation.scoring import Scores
 from lora_fsdp.modeling.adapters import lora_config
 from lora_fsdp.modeling.loading import load_base, load_tokenizer
 from lora_fsdp.tasks import Task

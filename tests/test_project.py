@@ -34,6 +34,8 @@ LAYERS = (
     "training",
     "planning",
     "pipeline",
+    "scripts",
+    "scripts",
     "cli",
 )
 

@@ -128,7 +128,7 @@ class Encoder:
         ids = ids_with(fits)
         if len(ids) > budget or fits == 0:
             raise RowTooLongError(
-                f"Row {example.row}: instruction and answer alone leave no room for the text within "
+                f"Row {example.row}: instruction and answer leave no room for the text within "
                 f"--max_length {self.max_length}; raise it or shorten the instruction."
             )
         return ids

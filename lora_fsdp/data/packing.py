@@ -119,7 +119,8 @@ def empty_row() -> Row:
 
 def common_prefix(trees: Sequence[Tree]) -> list[int]:
     """The longest token prefix of all prompts."""
-    return list(commonprefix([tree.prompt_ids for tree in trees]))
+    # Documented for any sequences, not only paths: it compares element by element.
+    return list(commonprefix([tree.prompt_ids for tree in trees]))  # noqa: RUF071
 
 
 def plan_rows(trees: Sequence[Tree], *, max_tokens: int, share_prefix: bool) -> list[list[int]]:

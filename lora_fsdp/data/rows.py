@@ -11,7 +11,7 @@ from lora_fsdp.arguments import DataArguments
 from lora_fsdp.data.splits import split_table
 from lora_fsdp.data.tables import read_table, sample_rows
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.tasks import ClassificationTask, Example, Task, get_task
+from lora_fsdp.tasks import Example, Task, get_task
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +91,11 @@ def _without_bad_rows(
 def _split(
     arguments: DataArguments, task: Task, table: pd.DataFrame, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    is_table_task = isinstance(task, ClassificationTask)
+    text_column, label_column = task.split_columns()
     return split_table(
         table,
-        text_column=task.text_column if is_table_task else None,
-        label_column=task.label_column if is_table_task else None,
+        text_column=text_column,
+        label_column=label_column,
         test_size=arguments.eval_size,
         seed=seed,
     )

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lora_fsdp.distributed.launch import FsdpSettings
 from lora_fsdp.errors import FsdpDroppedError, FsdpSettingError, UnsupportedModelError
-from lora_fsdp.modeling.adapters import trainable_parameters
+from lora_fsdp.modeling.adapters import base_model, trainable_parameters
 
 
 def place_model(
@@ -29,13 +29,13 @@ def place_model(
     on its device than its shard and one layer; without, each rank keeps a whole copy.
     """
     if settings is None:
-        model.to(device)  # type: ignore[arg-type]
+        model.to(device)
         return
     adapter = trainable_parameters(model)
     for parameter in adapter.values():
         parameter.data = parameter.data.to(device)
     mesh = init_device_mesh(device.type, (world_size,))
-    shard_base(model.get_base_model(), settings=settings, mesh=mesh, ignored=set(adapter.values()))
+    shard_base(base_model(model), settings=settings, mesh=mesh, ignored=set(adapter.values()))
 
 
 def shard_base(

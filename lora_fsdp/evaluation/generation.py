@@ -39,7 +39,8 @@ def generate_texts(
     model.eval()
     input_ids, attention_mask = _pad_left(prompts, tokenizer.pad_token_id, device)
     joined = dist.is_initialized() and dist.get_world_size() > 1
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling = {"do_sample": True, "temperature": temperature}
     output = model.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -48,7 +49,7 @@ def generate_texts(
         pad_token_id=tokenizer.pad_token_id,
         synced_gpus=joined,
         use_cache=True,
-        **(sampling or {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}),
+        **(sampling if temperature > 0 else greedy),
     )
     model.train(was_training)
     texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)

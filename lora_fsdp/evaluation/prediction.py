@@ -16,6 +16,7 @@ from lora_fsdp.errors import AdapterVerificationError
 from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.evaluation.report import write_json
 from lora_fsdp.evaluation.scoring import Scores, score_examples
+from lora_fsdp.modeling.adapters import base_model
 from lora_fsdp.modeling.loading import load_base, load_tokenizer
 from lora_fsdp.tasks import Example, Task, get_task
 
@@ -60,7 +61,7 @@ class Predictor:
         base_name = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
         arguments = ModelArguments(model_name_or_path=base_name, dtype=dtype)  # type: ignore[arg-type]
         base = load_base(arguments, device=device)
-        model = PeftModel.from_pretrained(base, str(folder)).to(device).eval()  # type: ignore[arg-type]
+        model = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
         task = get_task(saved["task"], saved["options"])
         encoder = Encoder(
             load_tokenizer(ModelArguments(model_name_or_path=str(folder.absolute()))),
@@ -76,7 +77,7 @@ class Predictor:
             self.model,
             self.encoder.encode(examples),
             device=self.device,
-            dtype=self.model.get_base_model().dtype,
+            dtype=base_model(self.model).dtype,
         )
 
     def write(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import (
@@ -55,7 +56,12 @@ def attach_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
         model = get_peft_model(base, config, autocast_adapter_dtype=True)
     except ValueError as error:
         raise TargetModulesError(f"PEFT cannot adapt {type(base).__name__}: {error}") from error
-    return model  # type: ignore[return-value]
+    return model
+
+
+def base_model(model: PeftModel) -> PreTrainedModel:
+    """The base under an adapter."""
+    return cast(PreTrainedModel, model.get_base_model())
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

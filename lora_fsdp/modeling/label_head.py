@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 
 from lora_fsdp.data.packing import Row
 from lora_fsdp.errors import UnsupportedModelError
+from lora_fsdp.modeling.adapters import base_model
 from lora_fsdp.modeling.attention import block_mask
 
 
@@ -78,5 +80,5 @@ def check_architecture(model: nn.Module, *, longest: int) -> None:
 
 def _keeps_logits(model: nn.Module) -> bool:
     """Whether the model can run its head at chosen positions only (almost all in transformers)."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model) if isinstance(model, PeftModel) else model
     return "logits_to_keep" in inspect.signature(base.forward).parameters

@@ -71,6 +71,12 @@ class Task:
         """
         return None
 
+    def split_columns(self) -> tuple[str | None, str | None]:
+        """Columns by which a table is split: rows with equal values of the first stay together,
+        and the second is stratified by. `None` = not at all.
+        """
+        return None, None
+
     def bind(
         self, table: pd.DataFrame, *, with_labels: bool = True, for_training: bool = True
     ) -> Task:
@@ -84,7 +90,7 @@ class Task:
         return self
 
     def options(self) -> dict[str, Any]:
-        """Constructor options with which `get_task` makes this (bound) task again, as JSON has them.
+        """Constructor options with which `get_task` makes this bound task again, JSON-ready.
 
         They are written beside an adapter, so that it can later be asked as it was trained.
         """

@@ -104,6 +104,10 @@ class ClassificationTask(Task):
             task.labels = tuple(found) if task.labels is None else task.labels
         return task
 
+    def split_columns(self) -> tuple[str | None, str | None]:
+        """Text and label column."""
+        return self.text_column, self.label_column
+
     def options(self) -> dict[str, Any]:
         """Instruction, columns and labels."""
         return {

@@ -79,7 +79,8 @@ class RunProgress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Print what a person watches; everything else goes to the trackers."""
-        shown = {name: logs[name] for name in _SHOWN if name in (logs or {})}
+        logs = logs or {}
+        shown = {name: logs[name] for name in _SHOWN if name in logs}
         if not state.is_world_process_zero or not shown:
             return
         if "loss" in shown:

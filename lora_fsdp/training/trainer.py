@@ -1,9 +1,10 @@
 """`transformers.Trainer` for LoRA over a sharded, frozen base."""
 
+# Steps and rows stand where the Trainer has dicts of tensors.
+# mypy: disable-error-code="override"
+
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -29,11 +30,9 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import ScoringRow, ScoringRows, TrainingStep, TrainingSteps
 from lora_fsdp.distributed.launch import (
-    FsdpSettings,
     accelerate_without_fsdp,
     check_launch,
     check_ranks_agree,
-    launch_fingerprint,
     read_fsdp_settings,
 )
 from lora_fsdp.distributed.replication import ReplicatedParameters
@@ -44,6 +43,7 @@ from lora_fsdp.evaluation.prediction import save_task
 from lora_fsdp.evaluation.scoring import Scores, score_rows
 from lora_fsdp.modeling.adapters import (
     attach_adapter,
+    base_model,
     load_adapter,
     save_adapter,
     trainable_parameters,
@@ -51,6 +51,14 @@ from lora_fsdp.modeling.adapters import (
 from lora_fsdp.modeling.label_head import check_architecture, label_log_probs
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
+from lora_fsdp.training.setup import (
+    check_arguments,
+    check_targets,
+    enable_checkpointing,
+    fold_accumulation,
+    run_fingerprints,
+    shares_prefix,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +72,8 @@ class LoraTrainer(Trainer):
     * `create_accelerator_and_postprocess`: shards the frozen base and replicates the adapter, so
       that to the Trainer the model is an ordinary one; its own FSDP paths would gather or write the
       whole base at every checkpoint.
-    * `get_train_dataloader`, `get_batch_samples`, `training_step`: packed rows, loss at label positions over the global
-      number of label tokens, one all-reduce of the adapter's gradients.
+    * `get_train_dataloader`, `get_batch_samples`, `training_step`: packed rows, loss at label
+      positions over the global number of label tokens, one all-reduce of the adapter's gradients.
     * `get_eval_dataloader`, `evaluation_loop`: the task's metrics from label likelihoods.
     * `_save`, `_load_from_checkpoint`, `_load_best_model`: the adapter only, verified.
 
@@ -85,6 +93,13 @@ class LoraTrainer(Trainer):
         LaunchError: the ranks did not get what the accelerate YAML asked for.
     """
 
+    # Narrower than the Trainer's own annotations.
+    args: FineTuningArguments
+    model: PeftModel
+    processing_class: PreTrainedTokenizerBase
+    train_dataset: list[EncodedExample]
+    eval_dataset: list[EncodedExample] | None
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -101,14 +116,14 @@ class LoraTrainer(Trainer):
     ) -> None:
         self.fsdp_settings = read_fsdp_settings()
         check_launch(args, self.fsdp_settings, allow_one_process=args.allow_fsdp_on_one_process)
-        _check_arguments(args, self.fsdp_settings, max_length=max_length)
+        check_arguments(args, self.fsdp_settings, max_length=max_length)
         self.task = task
         self.encoder = Encoder(
             processing_class, task=task, max_length=max_length, chat_template=chat_template
         )
         train = self.encoder.encode(train_dataset)
         held_out = self.encoder.encode(eval_dataset)
-        _check_targets(train)
+        check_targets(train)
         self.shortened = sum(example.shortened for example in (*train, *held_out))
         if not isinstance(model, PeftModel):
             if peft_config is None:
@@ -117,13 +132,14 @@ class LoraTrainer(Trainer):
             model = attach_adapter(model, peft_config)
         super().__init__(
             model=model,
-            args=_fold_accumulation(args),
-            train_dataset=train,  # type: ignore[arg-type]
-            eval_dataset=held_out or None,  # type: ignore[arg-type]
+            args=fold_accumulation(args),
+            train_dataset=train,
+            eval_dataset=held_out or None,
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        self._check_agreement(train)
+        check_ranks_agree(run_fingerprints(self.args, train))
+        self.adapter.check_equal()
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(RunProgress(examples_per_step=self.examples_per_step))
@@ -136,31 +152,18 @@ class LoraTrainer(Trainer):
         with accelerate_without_fsdp():
             super().create_accelerator_and_postprocess()
         device, world_size = self.args.device, self.args.world_size
-        self.base_dtype: torch.dtype = self.model.get_base_model().dtype
-        self.share_prefix = _shares_prefix(self.args, self.model)
-        _enable_checkpointing(self.model, self.args, self.fsdp_settings)
+        self.base_dtype = base_model(self.model).dtype
+        self.share_prefix = shares_prefix(self.args, self.model)
+        enable_checkpointing(self.model, self.fsdp_settings)
         place_model(self.model, settings=self.fsdp_settings, device=device, world_size=world_size)
         check_placement(self.model, settings=self.fsdp_settings)
         self.adapter = ReplicatedParameters(trainable_parameters(self.model))
         self.adapter.broadcast()
         # accelerate must not wrap the model in DDP: the adapter's gradients are summed here.
-        self.model._is_accelerate_prepared = True
+        self.model._is_accelerate_prepared = True  # type: ignore[assignment]
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Nothing: the model already lies where it stays (its shards perhaps in host memory)."""
-
-    def _check_agreement(self, train: Sequence[EncodedExample]) -> None:
-        tokens = [(example.prompt_ids, example.target_ids) for example in train]
-        check_ranks_agree(
-            {
-                "the accelerate YAML's FSDP settings": launch_fingerprint(),
-                "the number of training examples": str(len(train)),
-                "the training examples": _digest(tokens),
-                "the seed": f"{self.args.seed}/{self.args.data_seed}",
-                "the batch size": str(self.args.per_device_train_batch_size),
-            }
-        )
-        self.adapter.check_equal()
 
     # ---- training -------------------------------------------------------------------------------
 
@@ -174,7 +177,7 @@ class LoraTrainer(Trainer):
         if not self.train_dataset:
             raise ArgumentError("There are no training examples: give a train_dataset.")
         steps = TrainingSteps(
-            self.train_dataset,  # type: ignore[arg-type]
+            self.train_dataset,
             examples_per_step=self.examples_per_step,
             rank=self.args.process_index,
             world_size=self.args.world_size,
@@ -195,7 +198,7 @@ class LoraTrainer(Trainer):
     def training_step(
         self,
         model: nn.Module,
-        inputs: TrainingStep,  # type: ignore[override]
+        inputs: TrainingStep,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """Forward and backward of this rank's rows, then the sum of gradients over the ranks.
@@ -217,7 +220,7 @@ class LoraTrainer(Trainer):
         self.adapter.sum_gradients()
         return loss * self.args.world_size
 
-    def floating_point_ops(self, inputs: TrainingStep) -> int:  # type: ignore[override]
+    def floating_point_ops(self, inputs: TrainingStep) -> int:
         """4 per base parameter and token: a frozen weight has no gradient of its own."""
         base = sum(parameter.numel() for parameter in self.model.parameters())
         return 4 * base * sum(len(row) for row in inputs.rows)
@@ -229,26 +232,24 @@ class LoraTrainer(Trainer):
     # ---- evaluation -----------------------------------------------------------------------------
 
     def get_eval_dataloader(
-        self, eval_dataset: Sequence[Example] | str | None = None
-    ) -> DataLoader[ScoringRow]:  # type: ignore[override]
+        self, eval_dataset: Sequence[Example] | None = None
+    ) -> DataLoader[ScoringRow]:
         """This rank's rows of the held-out examples (or of other examples of the task)."""
         examples = self.eval_dataset
-        if isinstance(eval_dataset, str):
-            examples = self.eval_dataset[eval_dataset]  # type: ignore[index,call-overload]
-        elif eval_dataset is not None:
+        if eval_dataset is not None:
             examples = _encoded(eval_dataset, self.encoder)
         if not examples:
             raise ArgumentError("There are no examples to evaluate: give an eval_dataset.")
         return self._loader(
             ScoringRows(
-                examples,  # type: ignore[arg-type]
+                examples,
                 rank=self.args.process_index,
                 world_size=self.args.world_size,
                 max_tokens=self.args.max_tokens_per_row,
             )
         )
 
-    def get_test_dataloader(self, test_dataset: Sequence[Example]) -> DataLoader[ScoringRow]:  # type: ignore[override]
+    def get_test_dataloader(self, test_dataset: Sequence[Example]) -> DataLoader[ScoringRow]:
         """As `get_eval_dataloader`."""
         return self.get_eval_dataloader(test_dataset)
 
@@ -349,62 +350,3 @@ def _encoded(examples: Sequence[Any], encoder: Encoder) -> list[EncodedExample]:
     if examples and isinstance(examples[0], EncodedExample):
         return list(examples)
     return encoder.encode(examples)
-
-
-def _digest(tokens: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
-
-
-def _check_targets(examples: Sequence[EncodedExample]) -> None:
-    for example in examples:
-        if not example.target_ids:
-            raise ArgumentError(f"Row {example.row} has no target: it cannot be trained on.")
-
-
-def _fold_accumulation(args: FineTuningArguments) -> FineTuningArguments:
-    """The same arguments with accumulation folded into the batch: packed rows make it needless."""
-    folded = copy.copy(args)
-    folded.per_device_train_batch_size *= args.gradient_accumulation_steps
-    folded.gradient_accumulation_steps = 1
-    folded._n_gpu = min(args.n_gpu, 1)  # several GPUs are used by several processes
-    return folded
-
-
-def _shares_prefix(args: FineTuningArguments, model: PeftModel) -> bool:
-    if args.share_prefix == "auto":
-        config = model.peft_config[model.active_adapter]
-        return getattr(config, "lora_dropout", 0.0) == 0.0
-    return args.share_prefix == "always"
-
-
-def _check_arguments(
-    args: FineTuningArguments, settings: FsdpSettings | None, *, max_length: int
-) -> None:
-    if args.gradient_checkpointing and settings is not None and settings.activation_checkpointing:
-        raise ArgumentError(
-            "Both --gradient_checkpointing and the YAML's fsdp_activation_checkpointing are set, "
-            "which would recompute everything twice: keep one."
-        )
-    if args.max_tokens_per_row < max_length:
-        raise ArgumentError(
-            f"--max_tokens_per_row {args.max_tokens_per_row} is less than --max_length "
-            f"{max_length}: a row must hold the longest example."
-        )
-    if args.torch_compile:
-        raise ArgumentError("--torch_compile is not supported yet: remove it.")
-
-
-def _enable_checkpointing(
-    model: PeftModel, args: FineTuningArguments, settings: FsdpSettings | None
-) -> None:
-    """Recompute activations layer by layer if the YAML asks for it.
-
-    By transformers' own switch and not by wrapper modules, which would rename the adapter's
-    parameters; `--gradient_checkpointing` is switched on by the Trainer itself.
-    """
-    if settings is None or not settings.activation_checkpointing:
-        return
-    base = model.get_base_model()
-    # transformers < 5.20 knows the switch by its old name only.
-    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-    enable()

@@ -123,7 +123,7 @@ def test_changing_one_example_leaves_the_others_bit_identical():
     trees = random_trees(4, prefix=10, seed=1)
     changed = [*trees]
     last = trees[-1]
-    changed[-1] = tree(last.prompt_ids[:-1] + [(last.prompt_ids[-1] + 1) % 400], last.answers[0])
+    changed[-1] = tree([*last.prompt_ids[:-1], (last.prompt_ids[-1] + 1) % 400], last.answers[0])
     before, after = (
         label_log_probs(model, pack_row(t, share_prefix=True), dtype=torch.float32)
         for t in (trees, changed)

@@ -3,6 +3,7 @@
 import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM as AutoModel
 from transformers import (
     GPT2Config,
     LlamaConfig,
@@ -11,7 +12,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
 )
-from transformers import AutoModelForCausalLM as AutoModel
 
 from lora_fsdp.tasks import ClassificationTask
 
