@@ -35,7 +35,6 @@ LAYERS = (
     "planning",
     "pipeline",
     "scripts",
-    "scripts",
     "cli",
 )
 

@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -70,14 +64,26 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under their names on disk. Gathers nothing: they are on every rank."""
+    """The adapter's live tensors under their names on disk. Gathers nothing: every rank has them.
+
+    Made from the adapter's parameters and not from `model.state_dict()`, which reshards FSDP2's
+    groups: called on rank 0 alone it would set the ranks' collectives apart.
+    """
+    state: dict[str, torch.Tensor] = {
+        name: parameter.detach() for name, parameter in trainable_parameters(model).items()
+    }
     # A bool, because "auto" asks the Hub about the base's vocabulary.
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """Write the adapter as a plain PEFT folder and prove it by reading it back."""
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    model.save_pretrained(
+        str(folder),
+        state_dict=dict(trainable_parameters(model)),
+        safe_serialization=True,
+        save_embedding_layers=False,
+    )
     verify_adapter(model, folder)
 
 
@@ -113,7 +119,9 @@ def load_adapter(model: PeftModel, folder: str | Path) -> None:
             f"The adapter in {folder} has other modules or ranks than this run's "
             f"(for example {min(wrong)}): give the same lora_r and lora_target_modules."
         )
-    set_peft_model_state_dict(model, saved)
+    for name, tensor in live.items():
+        tensor.copy_(saved[name])
+    verify_adapter(model, folder)
 
 
 def _check_targets(base: PreTrainedModel, config: LoraConfig) -> None:

@@ -85,7 +85,9 @@ def run_fingerprints(
         "the number of training examples": str(len(examples)),
         "the training examples (SHA-256)": digest[:16],
         "--seed and --data_seed": f"{args.seed} {args.data_seed}",
-        "the examples of a step": str(args.per_device_train_batch_size),
+        "the examples of a step": str(
+            args.per_device_train_batch_size * args.gradient_accumulation_steps
+        ),
         "--max_tokens_per_row": str(args.max_tokens_per_row),
         "--share_prefix": args.share_prefix,
     }

@@ -124,6 +124,7 @@ class LoraTrainer(Trainer):
         train = self.encoder.encode(train_dataset)
         held_out = self.encoder.encode(eval_dataset)
         check_targets(train)
+        check_ranks_agree(run_fingerprints(args, train))
         self.shortened = sum(example.shortened for example in (*train, *held_out))
         if not isinstance(model, PeftModel):
             if peft_config is None:
@@ -138,8 +139,6 @@ class LoraTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        check_ranks_agree(run_fingerprints(self.args, train))
-        self.adapter.check_equal()
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(RunProgress(examples_per_step=self.examples_per_step))
@@ -159,6 +158,7 @@ class LoraTrainer(Trainer):
         check_placement(self.model, settings=self.fsdp_settings)
         self.adapter = ReplicatedParameters(trainable_parameters(self.model))
         self.adapter.broadcast()
+        self.adapter.check_equal()
         # accelerate must not wrap the model in DDP: the adapter's gradients are summed here.
         self.model._is_accelerate_prepared = True  # type: ignore[assignment]
 

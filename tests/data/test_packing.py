@@ -1,0 +1,146 @@
+"""Rows of tokens: nothing lost, nothing twice, every token knows where it belongs.
+
+Run: python -m pytest tests/data/test_packing.py
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_fsdp.data.packing import (
+    SHARED,
+    Tree,
+    common_prefix,
+    empty_row,
+    pack_row,
+    plan_rows,
+)
+from lora_fsdp.modeling.attention import block_mask
+
+tokens = st.lists(st.integers(2, 9), min_size=1, max_size=12)
+answers = st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+@st.composite
+def forests(draw):
+    """Trees that may share a beginning."""
+    head = draw(st.lists(st.integers(2, 9), max_size=8))
+    return draw(
+        st.lists(st.builds(lambda p, a: Tree(head + p, a), tokens, answers), min_size=1, max_size=9)
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(trees=forests(), max_tokens=st.integers(1, 60), share_prefix=st.booleans())
+def test_plan_takes_every_tree_once_in_order_and_keeps_the_limit(trees, max_tokens, share_prefix):
+    plan = plan_rows(trees, max_tokens=max_tokens, share_prefix=share_prefix)
+    assert [index for row in plan for index in row] == list(range(len(trees)))
+    for row in plan:
+        packed = pack_row([trees[index] for index in row], share_prefix=share_prefix)
+        assert len(row) == 1 or len(packed) <= max_tokens
+    for row, following in zip(plan, plan[1:], strict=False):
+        # No row is left with room for the first tree of the next one.
+        shared = len(common_prefix(trees)) if share_prefix else 0
+        fuller = shared + sum(len(trees[index]) - shared for index in [*row, following[0]])
+        assert fuller > max_tokens
+
+
+def test_plan_of_nothing():
+    assert plan_rows([], max_tokens=10, share_prefix=True) == []
+
+
+@settings(max_examples=200, deadline=None)
+@given(trees=forests(), share_prefix=st.booleans())
+def test_every_label_is_predicted_from_its_own_path(trees, share_prefix):
+    """Walking back from a label along what the mask allows gives the prompt and the answer."""
+    row = pack_row(trees, share_prefix=share_prefix)
+    allowed = block_mask(row, dtype=torch.float32)[0, 0] == 0
+    expected = [
+        (tree.prompt_ids + answer[:count], answer[count])
+        for tree in trees
+        for answer in tree.answers
+        for count in range(len(answer))
+    ]
+    found = [
+        (row.input_ids[allowed[at]].tolist(), int(token))
+        for at, token in zip(row.label_positions, row.label_ids, strict=True)
+    ]
+    assert found == expected
+    for at in row.label_positions:
+        path = row.position_ids[allowed[at]]
+        assert path.tolist() == list(range(len(path)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(trees=forests(), share_prefix=st.booleans())
+def test_owners_and_lengths(trees, share_prefix):
+    row = pack_row(trees, share_prefix=share_prefix)
+    shared = len(common_prefix(trees)) if share_prefix else 0
+    assert len(row) == shared + sum(len(tree) - shared for tree in trees)
+    owners = [
+        owner
+        for owner, answer in enumerate(answer for tree in trees for answer in tree.answers)
+        for _ in answer
+    ]
+    assert row.label_answers.tolist() == owners
+    assert {t.dtype for t in vars(row).values()} == {torch.int64}
+    assert (row.example_ids == SHARED).sum() == shared
+
+
+def test_a_row_by_hand():
+    trees = [Tree([5, 6, 7], [[1, 0]]), Tree([5, 6, 8, 9], [[2, 3, 0], [4, 0]])]
+    row = pack_row(trees, share_prefix=True)
+    assert row.input_ids.tolist() == [5, 6, 7, 1, 8, 9, 2, 3, 4]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 4]
+    assert row.example_ids.tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2]
+    assert row.answer_ids.tolist() == [0, 0, 0, 1, 0, 0, 1, 1, 2]
+    assert row.label_positions.tolist() == [2, 3, 5, 6, 7, 5, 8]
+    assert row.label_ids.tolist() == [1, 0, 2, 3, 0, 4, 0]
+    assert row.label_answers.tolist() == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_a_prompt_that_is_the_prefix_itself():
+    trees = [Tree([5, 6], [[1, 0]]), Tree([5, 6, 7], [[2, 0]])]
+    row = pack_row(trees, share_prefix=True)
+    assert row.input_ids.tolist() == [5, 6, 1, 7, 2]
+    assert row.label_positions.tolist() == [1, 2, 3, 4]
+    assert row.position_ids.tolist() == [0, 1, 2, 2, 3]
+
+
+def test_a_single_tree_shares_its_whole_prompt():
+    row = pack_row([Tree([5, 6], [[1, 0], [2, 3, 0]])], share_prefix=True)
+    assert row.example_ids.tolist() == [0, 0, 1, 1, 1]
+    assert row.label_positions.tolist() == [1, 2, 1, 3, 4]
+
+
+def test_mask_by_hand():
+    trees = [Tree([5, 6], [[1, 0]]), Tree([5, 7], [[2, 0], [3, 0]])]
+    mask = block_mask(pack_row(trees, share_prefix=True), dtype=torch.float32)
+    assert mask.shape == (1, 1, 6, 6)
+    assert (mask[0, 0] == 0).int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0],
+        [1, 0, 0, 1, 1, 0],
+        [1, 0, 0, 1, 0, 1],
+    ]
+    assert mask.unique().tolist() == [float("-inf"), 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_mask_has_the_dtype_of_attention(dtype):
+    assert block_mask(pack_row([Tree([5], [[0]])], share_prefix=True), dtype=dtype).dtype == dtype
+
+
+def test_empty_row():
+    row = empty_row()
+    assert len(row) == 1
+    assert row.label_positions.numel() == row.label_ids.numel() == row.label_answers.numel() == 0
+    assert block_mask(row, dtype=torch.float32).tolist() == [[[[0.0]]]]
+
+
+def test_row_moves_whole():
+    row = pack_row([Tree([5, 6], [[1, 0]])], share_prefix=True).to(torch.device("meta"))
+    assert {t.device.type for t in vars(row).values()} == {"meta"}

@@ -1,0 +1,175 @@
+"""Which examples a rank sees at a step: a function of seed, epoch and step, whatever the ranks.
+
+Run: python -m pytest tests/data/test_sampling.py
+"""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.data.sampling import ScoringRows, TrainingSteps, epoch_order
+
+HEAD = [2, 3, 4]
+
+
+def make_examples(count, *, closed=True):
+    """Examples whose prompts end with their own number."""
+    candidates = ([11, 0], [12, 13, 0], [14, 0]) if closed else ()
+    examples = []
+    for number in range(count):
+        label = number % 3
+        target = candidates[label] if closed else [20 + number % 5] * (1 + number % 4) + [0]
+        prompt = HEAD + [30 + number] * (1 + number % 5)
+        examples.append(
+            EncodedExample(number, prompt, target, candidates, label if closed else None, False)
+        )
+    return examples
+
+
+def training_steps(examples, *, rank=0, world_size=1, per_step=6, **options):
+    settings_ = {"seed": 1, "share_prefix": True, "max_tokens": 40, **options}
+    return TrainingSteps(
+        examples, examples_per_step=per_step, rank=rank, world_size=world_size, **settings_
+    )
+
+
+def seen(step):
+    """The numbers of the examples that really lie in the step's rows."""
+    numbers = []
+    for row in step.rows:
+        ends = row.input_ids[row.label_positions[row.label_ids != 0]]
+        own = sorted({int(token) - 30 for token in row.input_ids if token >= 30})
+        assert len(ends) > 0 or len(row) == 1
+        numbers += own
+    return numbers
+
+
+worlds = st.sampled_from([1, 2, 3, 4])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    count=st.integers(1, 40),
+    world_size=worlds,
+    batch=st.integers(1, 5),
+    max_tokens=st.integers(8, 80),
+    share_prefix=st.booleans(),
+    epoch=st.integers(0, 3),
+)
+def test_every_example_exactly_once_an_epoch(
+    count, world_size, batch, max_tokens, share_prefix, epoch
+):
+    examples = make_examples(count)
+    datasets = [
+        training_steps(
+            examples,
+            rank=rank,
+            world_size=world_size,
+            per_step=batch * world_size,
+            max_tokens=max_tokens,
+            share_prefix=share_prefix,
+        )
+        for rank in range(world_size)
+    ]
+    total = Counter()
+    for dataset in datasets:
+        dataset.set_epoch(epoch)
+    assert len({len(dataset) for dataset in datasets}) == 1
+    for step in range(len(datasets[0])):
+        shares = [dataset[step] for dataset in datasets]
+        assert len({len(share.rows) for share in shares}) == 1
+        assert len({share.label_tokens for share in shares}) == 1
+        assert shares[0].label_tokens == sum(
+            row.label_ids.numel() for share in shares for row in share.rows
+        )
+        for share in shares:
+            assert sorted(seen(share)) == sorted(share.example_rows)
+            total.update(seen(share))
+    assert total == Counter(range(count))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_step_holds_the_same_examples_on_any_number_of_ranks(world_size):
+    examples = make_examples(30)
+    alone = training_steps(examples, per_step=8)
+    ranks = [
+        training_steps(examples, rank=rank, world_size=world_size, per_step=8)
+        for rank in range(world_size)
+    ]
+    for step in range(len(alone)):
+        union = [number for rank in ranks for number in seen(rank[step])]
+        assert sorted(union) == sorted(seen(alone[step]))
+        assert alone[step].label_tokens == ranks[0][step].label_tokens
+
+
+def test_a_rank_without_examples_gets_empty_rows():
+    [first, second] = [
+        training_steps(make_examples(5), rank=rank, world_size=2, per_step=4) for rank in range(2)
+    ]
+    assert len(second[1].rows) == len(first[1].rows) == 1
+    assert second[1].example_rows == []
+    assert second[1].rows[0].label_ids.numel() == 0
+    assert second[1].label_tokens == first[1].label_tokens > 0
+
+
+def test_epochs_differ_and_repeat():
+    steps = training_steps(make_examples(24), per_step=24, max_tokens=1000)
+    orders = {}
+    for epoch in (0, 1, 2, 0):
+        steps.set_epoch(epoch)
+        order = tuple(steps[0].example_rows)
+        assert orders.setdefault(epoch, order) == order
+    assert len(set(orders.values())) == 3
+    assert epoch_order(24, seed=1, epoch=0) != epoch_order(24, seed=2, epoch=0)
+
+
+def test_a_new_data_set_starts_with_epoch_0():
+    steps = training_steps(make_examples(24))
+    assert list(steps._order) == epoch_order(24, seed=1, epoch=0)
+
+
+@pytest.mark.parametrize("step", [-1, 4])
+def test_steps_outside_the_epoch(step):
+    with pytest.raises(IndexError):
+        training_steps(make_examples(24))[step]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    count=st.integers(1, 40),
+    world_size=worlds,
+    max_tokens=st.integers(8, 120),
+    closed=st.booleans(),
+)
+def test_scoring_takes_every_example_once_in_rows_that_ignore_the_ranks(
+    count, world_size, max_tokens, closed
+):
+    examples = make_examples(count, closed=closed)
+    [alone] = [ScoringRows(examples, rank=0, world_size=1, max_tokens=max_tokens)]
+    ranks = [
+        ScoringRows(examples, rank=rank, world_size=world_size, max_tokens=max_tokens)
+        for rank in range(world_size)
+    ]
+    assert len({len(rank) for rank in ranks}) == 1
+    rows = [rank[index] for index in range(len(ranks[0])) for rank in ranks]
+    filled = [row for row in rows if row.examples]
+    assert [row.examples for row in filled] == [alone[i].examples for i in range(len(alone))]
+    assert sorted(number for row in filled for number in row.examples) == list(range(count))
+    for row in filled:
+        answers = sum(len(alone.answers[number]) for number in row.examples)
+        assert row.row.label_answers.unique().tolist() == list(range(answers))
+
+
+def test_scoring_rows_of_closed_sets_hold_all_candidates():
+    rows = ScoringRows(make_examples(2), rank=0, world_size=1, max_tokens=1000)
+    assert len(rows) == 1
+    assert rows[0].row.label_ids.tolist() == [11, 0, 12, 13, 0, 14, 0] * 2
+
+
+@pytest.mark.parametrize("index", [-1, 1])
+def test_rows_outside_the_set(index):
+    with pytest.raises(IndexError):
+        ScoringRows(make_examples(2), rank=0, world_size=1, max_tokens=1000)[index]
