@@ -48,11 +48,14 @@ def run_ranks(
     *arguments: Any,
     world_size: int = 2,
     environment: Mapping[str, str] | list[Mapping[str, str]] | None = None,
+    launched: bool | None = None,
 ) -> list[Any]:
     """`function(*arguments)` on every rank; the list of what the ranks returned.
 
-    `environment` is for all ranks, or a list with one for each.
+    `environment` is for all ranks, or a list with one for each. `launched` says whether the ranks
+    have a rendezvous, as those of a launcher do (by default, if there are several).
     """
+    launched = world_size > 1 if launched is None else launched
     ranks = list(range(world_size))
     shared = environment or {}
     each = shared if isinstance(shared, list) else [shared] * world_size
@@ -60,7 +63,8 @@ def run_ranks(
     processes, pipes = [], []
     for rank in ranks:
         ours, theirs = _context.Pipe()
-        variables = {**each[rank], **_rendezvous(rank, world_size, port)}
+        meeting = _rendezvous(rank, world_size, port) if launched else {}
+        variables = {**each[rank], **meeting}
         process = _context.Process(target=_rank_main, args=(theirs, variables, function, arguments))
         process.start()
         theirs.close()
@@ -110,8 +114,6 @@ def _rank_main(
 
 
 def _rendezvous(rank: int, world_size: int, port: int) -> dict[str, str]:
-    if world_size == 1:
-        return {}
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
