@@ -9,6 +9,7 @@ from peft import LoraConfig
 
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.data.sampling import ScoringRows
+from lora_fsdp.errors import LoraFsdpError
 from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.evaluation.metrics import evaluation_metrics, predicted_labels
 from lora_fsdp.evaluation.scoring import Scores, score_examples, score_rows
@@ -163,15 +164,17 @@ def test_target_outside_the_candidates_is_not_taken_for_the_first_label():
             return str(row["label"])
 
     task = Blankless()
-    with pytest.raises(Exception, match=r"target|label") as caught:
-        examples = encoded(6, task=task)
-        scores = score_examples(adapted(), examples, device=CPU, dtype=FP32)
-        evaluation_metrics(task, examples, scores)
-    assert type(caught.value).__module__ == "lora_fsdp.errors"
+    with pytest.raises(LoraFsdpError, match=r"target|label"):
+        evaluate_all(task, encoded(6, task=task))
 
 
-def score_on_ranks(kind, max_tokens):
-    trainer = toy_trainer("unused", kind=kind, max_tokens_per_row=max_tokens)
+def evaluate_all(task, examples):
+    scores = score_examples(adapted(), examples, device=CPU, dtype=FP32)
+    return evaluation_metrics(task, examples, scores)
+
+
+def score_on_ranks(folder, max_tokens):
+    trainer = toy_trainer(folder, max_tokens_per_row=max_tokens)
     randomise_adapter(trainer.model)
     scores = trainer.score(trainer.eval_dataset)
     return scores.log_likelihoods.numpy(), scores.is_greedy.numpy(), trainer.evaluate()
@@ -179,11 +182,11 @@ def score_on_ranks(kind, max_tokens):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("max_tokens", [128, 2048])
-def test_two_ranks_give_the_bits_of_one(max_tokens):
+def test_two_ranks_give_the_bits_of_one(max_tokens, tmp_path):
     """13 examples in rows of a few: the ranks get unequal numbers of rows, or one gets none."""
     environment = launch_environment("fsdp2_cpu.yaml")
-    [alone] = run_ranks(score_on_ranks, "llama", max_tokens, world_size=1)
-    ranks = run_ranks(score_on_ranks, "llama", max_tokens, environment=environment)
+    [alone] = run_ranks(score_on_ranks, tmp_path, max_tokens, world_size=1)
+    ranks = run_ranks(score_on_ranks, tmp_path, max_tokens, environment=environment)
     for likelihoods, greedy, metrics in ranks:
         assert (likelihoods == alone[0]).all()
         assert (greedy == alone[1]).all()
@@ -194,7 +197,7 @@ def test_two_ranks_give_the_bits_of_one(max_tokens):
 def test_rows_may_come_in_any_order():
     model, examples = adapted(), encoded()
     rows = ScoringRows(examples, rank=0, world_size=1, max_tokens=128)
-    assert len(rows) > 3
+    assert len(rows) > 1
     backwards = score_rows(
         model,
         (rows[index] for index in reversed(range(len(rows)))),
