@@ -132,7 +132,7 @@ class FineTuningArguments(TrainingArguments):
         metadata={"help": "Hide NaN losses from the log (costs a device sync every step)."},
     )
     # A list, so that nothing leaves the machine unless a tracker is asked for by name.
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (trl reads the order)
         default_factory=list, metadata={"help": "Trackers to report to; none by default."}
     )
     share_prefix: Literal["auto", "always", "never"] = field(

@@ -48,6 +48,7 @@ from lora_fsdp.modeling.adapters import (
     save_adapter,
     trainable_parameters,
 )
+from lora_fsdp.modeling.attention import avoid_kernels_planned_by_shape
 from lora_fsdp.modeling.label_head import check_architecture, label_log_probs
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
@@ -150,6 +151,7 @@ class LoraTrainer(Trainer):
         """Create the accelerator, then put base and adapter where they stay."""
         with accelerate_without_fsdp():
             super().create_accelerator_and_postprocess()
+        avoid_kernels_planned_by_shape()
         device, world_size = self.args.device, self.args.world_size
         self.base_dtype = base_model(self.model).dtype
         self.share_prefix = shares_prefix(self.args, self.model)

@@ -108,7 +108,7 @@ class TestBorder:
     def test_joined_ids_are_those_of_the_whole_text(self, tokenizer, text, label):
         chosen = example(text, f" {label}")
         encoded = encode_one(tokenizer, chosen)
-        whole = bare(tokenizer, f"{chosen.prompt} {label}") + [tokenizer.eos_token_id]
+        whole = [*bare(tokenizer, f"{chosen.prompt} {label}"), tokenizer.eos_token_id]
         assert encoded.prompt_ids + encoded.target_ids == whole
         assert not encoded.shortened
 
@@ -118,7 +118,7 @@ class TestBorder:
         for label in LABELS:
             chosen = example(text, f" {label}")
             encoded = encode_one(tokenizer, chosen)
-            whole = bare(tokenizer, f"{chosen.prompt} {label}") + [tokenizer.eos_token_id]
+            whole = [*bare(tokenizer, f"{chosen.prompt} {label}"), tokenizer.eos_token_id]
             assert encoded.prompt_ids + encoded.target_ids == whole
 
     @settings(max_examples=50, deadline=None)

@@ -3,6 +3,8 @@
 Run: python -m pytest tests/data/test_packing.py
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -39,7 +41,7 @@ def test_plan_takes_every_tree_once_in_order_and_keeps_the_limit(trees, max_toke
     for row in plan:
         packed = pack_row([trees[index] for index in row], share_prefix=share_prefix)
         assert len(row) == 1 or len(packed) <= max_tokens
-    for row, following in zip(plan, plan[1:], strict=False):
+    for row, following in pairwise(plan):
         # No row is left with room for the first tree of the next one.
         shared = len(common_prefix(trees)) if share_prefix else 0
         fuller = shared + sum(len(trees[index]) - shared for index in [*row, following[0]])

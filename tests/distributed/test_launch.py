@@ -11,8 +11,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from peft import LoraConfig
 
-from lora_fsdp import FineTuningArguments
+from lora_fsdp import FineTuningArguments, LoraTrainer
 from lora_fsdp.distributed.launch import (
     FsdpSettings,
     accelerate_without_fsdp,
@@ -31,6 +32,7 @@ from lora_fsdp.errors import (
 )
 from tests.support.ranks import CONFIGS, RankError, launch_environment, run_ranks
 from tests.support.runs import toy_run, toy_trainer
+from tests.support.tiny import ToyTask, tiny_model, tiny_tokenizer, toy_table
 
 FSDP = launch_environment("fsdp2_cpu.yaml")
 SHARDED = FsdpSettings(
@@ -61,7 +63,9 @@ def launched_environment(config, monkeypatch):
     """The variables that `accelerate launch` itself makes of a YAML."""
     use(monkeypatch, {})
     parser = launch_command_parser()
-    arguments = parser.parse_args(["--config_file", str(config), "script.py"])
+    # Port 0 = any free one: the usual port may be taken by another run on this machine.
+    port = ["--main_process_port", "0"]
+    arguments = parser.parse_args(["--config_file", str(config), *port, "script.py"])
     arguments, _, _ = _validate_launch_command(arguments)
     assert isinstance(arguments, argparse.Namespace)
     if arguments.use_fsdp or arguments.multi_gpu:
@@ -82,18 +86,8 @@ class TestShippedConfigs:
 
     @pytest.mark.parametrize("name", sorted(EXPECTED))
     def test_settings_that_arrive(self, name, monkeypatch):
-        if not accelerate_keeps_fsdp_here() and name in ("fsdp2.yaml", "fsdp2_offload.yaml"):
-            variables = launch_environment(name)  # without GPUs the launcher drops them
-        else:
-            variables = launched_environment(CONFIGS / name, monkeypatch)
-        use(monkeypatch, variables)
+        use(monkeypatch, launched_environment(CONFIGS / name, monkeypatch))
         assert read_fsdp_settings() == EXPECTED[name]
-
-
-def accelerate_keeps_fsdp_here():
-    import torch
-
-    return torch.cuda.is_available()
 
 
 class TestSettings:
@@ -183,8 +177,14 @@ fsdp_config:
 class TestFsdp1:
     @pytest.mark.parametrize(
         ("strategy", "reshards"),
-        [("FULL_SHARD", True), ("SHARD_GRAD_OP", False), ("NO_SHARD", None), ("1", True)]
-        + [("HYBRID_SHARD", True), ("2", False)],
+        [
+            ("FULL_SHARD", True),
+            ("SHARD_GRAD_OP", False),
+            ("NO_SHARD", None),
+            ("HYBRID_SHARD", True),
+            ("1", True),
+            ("2", False),
+        ],
     )
     def test_refused_with_an_equivalent_that_works(self, tmp_path, monkeypatch, strategy, reshards):
         old = tmp_path / "fsdp1.yaml"
@@ -264,6 +264,12 @@ def train_differently(folder, by_rank):
     return trainer.args.world_size
 
 
+@pytest.fixture
+def short_timeout(monkeypatch):
+    """A hang is told from a refusal in less time than a real run may take."""
+    monkeypatch.setattr("tests.support.ranks.TIMEOUT_SECONDS", 40)
+
+
 def refused_with(kind, function, *arguments, **options):
     with pytest.raises(RankError) as caught:
         run_ranks(function, *arguments, **options)
@@ -272,9 +278,10 @@ def refused_with(kind, function, *arguments, **options):
 
 
 @pytest.mark.distributed
+@pytest.mark.usefixtures("short_timeout")
 class TestRanks:
     def test_fsdp_on_one_process(self, tmp_path):
-        options = {"world_size": 1, "environment": FSDP}
+        options = {"world_size": 1, "environment": FSDP, "launched": True}
         message = refused_with(
             "FsdpOnOneProcessError", train_on_one_process, tmp_path, False, **options
         )
@@ -312,11 +319,11 @@ class TestRanks:
         ("by_rank", "name", "values"),
         [
             ([{"rows": 24}, {"rows": 23}], "the number of training examples", ("24", "23")),
-            ([{"seed": 3}, {"seed": 4}], "the seed", ("3", "4")),
-            ([{"data_seed": 3}, {"data_seed": 4}], "the seed", ("3/3", "3/4")),
+            ([{"seed": 3}, {"seed": 4}], "--seed", ("3", "4")),
+            ([{"data_seed": 3}, {"data_seed": 4}], "--data_seed", ("3 3", "3 4")),
             (
                 [{"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 4}],
-                "the batch size",
+                "the examples of a step",
                 ("8", "4"),
             ),
         ],
@@ -331,9 +338,7 @@ class TestRanks:
         assert f"rank 1: {values[1]}" in message
 
     def test_ranks_with_different_rows_of_one_number(self, tmp_path):
-        message = refused_with(
-            "RankMismatchError", train_on_other_rows, tmp_path, environment=FSDP
-        )
+        message = refused_with("RankMismatchError", train_on_other_rows, tmp_path, environment=FSDP)
         assert "the training examples" in message
 
     @pytest.mark.parametrize(
@@ -352,15 +357,11 @@ class TestRanks:
 
     def test_ranks_with_different_held_out_rows(self, tmp_path):
         """Ranks that score unequal numbers of rows wait for each other for ever."""
-        refused_with(
-            "RankMismatchError", evaluate_on_other_rows, tmp_path, environment=FSDP
-        )
+        refused_with("RankMismatchError", evaluate_on_other_rows, tmp_path, environment=FSDP)
 
     @pytest.mark.parametrize("what", ["r", "lora_alpha", "lora_dropout", "target_modules"])
     def test_ranks_with_different_adapters(self, tmp_path, what):
-        refused_with(
-            "RankMismatchError", train_other_adapters, tmp_path, what, environment=FSDP
-        )
+        refused_with("RankMismatchError", train_other_adapters, tmp_path, what, environment=FSDP)
 
     def test_ranks_with_different_bases(self, tmp_path):
         """Each rank would shard its own: a patchwork of two models."""
@@ -369,11 +370,6 @@ class TestRanks:
 
 def build(folder, **changes):
     """A trainer from parts, some of which differ by rank."""
-    from peft import LoraConfig
-
-    from lora_fsdp import LoraTrainer
-    from tests.support.tiny import ToyTask, tiny_model, tiny_tokenizer, toy_table
-
     task = ToyTask()
     lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     return LoraTrainer(

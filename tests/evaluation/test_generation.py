@@ -13,6 +13,13 @@ from tests.support.tiny import tiny_tokenizer
 
 CPU = torch.device("cpu")
 LENGTHS = (3, 17, 9, 30)
+PENALTIES = {
+    "do_sample": True,
+    "temperature": 0.6,
+    "top_p": 0.5,
+    "repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+}
 
 
 def trained(folder):
@@ -45,6 +52,11 @@ def trainer(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("run"))
 
 
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    return toy_trainer(tmp_path_factory.mktemp("untrained"))
+
+
 def test_a_batch_writes_what_each_prompt_would_alone(trainer):
     prompts = prompts_of(trainer)
     together = write(trainer, prompts)
@@ -61,15 +73,15 @@ def test_only_the_continuation_comes_back(trainer):
     assert "<|end|>" not in text
 
 
-def test_limit(trainer):
-    lengths = []
-    hook = trainer.model.register_forward_hook(lambda *_: lengths.append(1))
-    base = trainer.model.get_base_model()
-    counted = base.register_forward_hook(lambda *_: lengths.append(1))
-    write(trainer, prompts_of(trainer), max_new_tokens=3)
+@pytest.mark.parametrize("limit", [1, 5])
+def test_limit(untrained, limit):
+    """A model that knows nothing never ends an answer by itself."""
+    forwards = []
+    base = untrained.model.get_base_model()
+    hook = base.register_forward_hook(lambda *_: forwards.append(1))
+    write(untrained, prompts_of(untrained), max_new_tokens=limit)
     hook.remove()
-    counted.remove()
-    assert len(lengths) == 3
+    assert len(forwards) == limit
 
 
 def test_sampling_differs_and_repeats_with_the_seed(trainer):
@@ -92,18 +104,18 @@ def test_mode_is_restored(trainer):
     assert trainer.model.training
 
 
-def test_the_model_s_own_generation_settings_do_not_make_greedy_something_else(trainer):
+def test_the_model_s_own_generation_settings_do_not_make_greedy_something_else(untrained):
     """Chat models ship a generation_config.json with sampling and penalties switched on."""
-    prompts = prompts_of(trainer)
-    expected = write(trainer, prompts)
-    own = trainer.model.get_base_model().generation_config
-    before = own.to_dict()
+    prompts = prompts_of(untrained)
+    expected = write(untrained, prompts)
+    assert all(expected)
+    own = untrained.model.get_base_model().generation_config
+    before = {name: getattr(own, name) for name in PENALTIES}
     try:
-        own.update(do_sample=True, temperature=0.6, top_p=0.5, repetition_penalty=5.0)
-        assert write(trainer, prompts) == expected
+        own.update(**PENALTIES)
+        assert write(untrained, prompts) == expected
     finally:
-        own.update(**{key: before.get(key) for key in ("do_sample", "temperature", "top_p")})
-        own.repetition_penalty = before.get("repetition_penalty")
+        own.update(**before)
 
 
 def write_on_ranks(folder, temperature):
@@ -117,6 +129,33 @@ def test_ranks_whose_prompts_end_at_different_steps_do_not_hang(trainer, tmp_pat
     environment = launch_environment("fsdp2_cpu.yaml")
     ranks = run_ranks(write_on_ranks, tmp_path, 0.0, environment=environment)
     assert ranks[0] == ranks[1] == write(trainer, prompts_of(trainer))
+
+
+def write_of_unequal_length(folder):
+    """Rank 0's prompt ends with an answer, rank 1's runs to the limit."""
+    trainer = trained(folder)
+    learnt, strange = trainer.eval_dataset[0].prompt_ids, [5, 42, 79]
+    is_first = trainer.args.process_index == 0
+    if not is_first:
+        # An untrained adapter: nothing it writes ends by itself.
+        for parameter in trainer.adapter.parameters.values():
+            parameter.data.zero_()
+    forwards = []
+    base = trainer.model.get_base_model()
+    base.lm_head.register_forward_hook(lambda _, __, output: forwards.append(output.shape))
+    texts = write(trainer, [learnt if is_first else strange])
+    after = trainer.score(trainer.eval_dataset[:2])
+    return texts, len(forwards), after.log_likelihoods.isfinite().all().item()
+
+
+@pytest.mark.distributed
+def test_a_rank_that_has_finished_keeps_step_with_the_others(tmp_path):
+    environment = launch_environment("fsdp2_cpu.yaml")
+    first, second = run_ranks(write_of_unequal_length, tmp_path, environment=environment)
+    assert first == second
+    assert first[0] != [""]
+    assert first[1] >= 12
+    assert first[2]
 
 
 @pytest.mark.distributed

@@ -87,9 +87,7 @@ def run(model_folder, output, table, *, task="classification", task_object=None,
 
 @pytest.fixture(scope="module")
 def finished(model_folder, tmp_path_factory):
-    return run(
-        model_folder, tmp_path_factory.mktemp("runs") / "toy", toy_table(40), data=OPTIONS
-    )
+    return run(model_folder, tmp_path_factory.mktemp("runs") / "toy", toy_table(40), data=OPTIONS)
 
 
 def held_out_examples(predictor, predictions):

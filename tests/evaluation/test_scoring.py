@@ -77,7 +77,10 @@ def test_free_text_has_one_answer():
     model = adapted()
     task = FreeTask()
     examples = Encoder(tiny_tokenizer(), task=task).encode(
-        [Example(1, Prompt("Say:", " hi", ":"), " good crew"), Example(2, Prompt("", "a", ""), " b")]
+        [
+            Example(1, Prompt("Say:", " hi", ":"), " good crew"),
+            Example(2, Prompt("", "a", ""), " b"),
+        ]
     )
     scores = score_examples(model, examples, device=CPU, dtype=FP32)
     expected = torch.stack([one_by_one(model, example) for example in examples])
@@ -98,9 +101,7 @@ def test_free_text_without_targets():
 
 
 def test_dropout_is_off_and_the_mode_restored():
-    config = LoraConfig(
-        r=4, target_modules="all-linear", lora_dropout=0.5, task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5, task_type="CAUSAL_LM")
     model = attach_adapter(tiny_model(), config)
     randomise_adapter(model)
     model.train()
@@ -155,7 +156,7 @@ def test_metrics_use_the_examples_with_a_target():
 
 
 def test_target_outside_the_candidates_is_not_taken_for_the_first_label():
-    """`build_target` and `target_of` disagree by a blank: an easy mistake in a task of one's own."""
+    """`build_target` and `target_of` disagree by a blank: an easy mistake in one's own task."""
 
     class Blankless(ToyTask):
         name = "blankless"

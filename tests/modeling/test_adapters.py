@@ -204,7 +204,7 @@ class TestDisk:
 
     def test_load_another_rank(self, tmp_path):
         save_adapter(adapted(r=8), tmp_path)
-        with pytest.raises(AdapterVerificationError, match="other modules or ranks.*same lora_r"):
+        with pytest.raises(AdapterVerificationError, match=r"other modules or ranks.*same lora_r"):
             load_adapter(adapted(r=4), tmp_path)
 
     def test_load_other_modules(self, tmp_path):

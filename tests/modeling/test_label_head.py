@@ -133,15 +133,18 @@ class TestCacheTrap:
     def test_ours_does_not(self):
         model = tiny_model().eval()
         answers = [[12, 0]]
-        second = Tree([15, 16, 17, 18], answers)
+        second = Tree([3, 4, 15, 16, 17, 18], answers)
         before, after = (
             label_log_probs(
                 model, pack_row([Tree(first, [[11, 0]]), second], share_prefix=True), dtype=FP32
             )
-            for first in ([5, 6, 7, 8, 9], [25, 26, 27, 28, 29])
+            for first in ([3, 4, 5, 6, 7, 8, 9], [3, 4, 25, 26, 27, 28, 29])
         )
         assert torch.equal(before[2:], after[2:])
         assert not torch.equal(before[:2], after[:2])
+        with torch.no_grad():
+            alone = label_log_probs(model, pack_row([second], share_prefix=False), dtype=FP32)
+        torch.testing.assert_close(before[2:], alone, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("use_cache", [True, False])
     def test_the_model_s_own_setting_changes_nothing(self, use_cache):
