@@ -30,9 +30,9 @@ class ModelArguments:
         default="auto",
         metadata={"help": "The frozen base's dtype; auto = bfloat16 on GPUs, float32 on CPUs."},
     )
-    attn_implementation: Literal["sdpa", "eager"] = field(
-        default="sdpa",
-        metadata={"help": "Attention kernel; both take the block mask that packed rows need."},
+    attn_implementation: Literal["auto", "sdpa", "eager"] = field(
+        default="auto",
+        metadata={"help": "Attention kernel; auto = SDPA, or eager where a model has no SDPA."},
     )
     trust_remote_code: bool = field(
         default=False,
@@ -112,6 +112,19 @@ class DataArguments:
     )
 
 
+# What `TrainingArguments` offers and packed rows cannot honour.
+_WITHOUT_EFFECT = (
+    "torch_compile",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "auto_find_batch_size",
+    "dataloader_drop_last",
+    "train_sampling_strategy",
+    "include_num_input_tokens_seen",
+    "torch_empty_cache_steps",
+)
+
+
 @dataclass
 class FineTuningArguments(TrainingArguments):
     """`transformers.TrainingArguments` with this library's defaults and the few settings it adds.
@@ -174,21 +187,26 @@ class FineTuningArguments(TrainingArguments):
         self._check()
 
     def _check(self) -> None:
-        if self.fp16:
+        # `mixed_precision` also holds what the accelerate YAML says.
+        if self.fp16 or self.mixed_precision == "fp16":
             raise ArgumentError(
                 "fp16 is not supported: its loss scaling hides small adapter gradients. "
-                "Use --dtype bfloat16 (or float32)."
+                "Use --dtype bfloat16 (or float32), and mixed_precision: 'no' in the YAML."
             )
         if self.fsdp:
             raise ArgumentError(
                 "FSDP is configured by an accelerate YAML only (accelerate launch --config_file "
                 "accelerate_configs/fsdp2.yaml ...): remove --fsdp."
             )
-        for name in ("torch_compile", "label_smoothing_factor", "neftune_noise_alpha"):
-            if getattr(self, name):
+        for name in _WITHOUT_EFFECT:
+            if getattr(self, name) != _default_of(name):
                 raise ArgumentError(f"--{name} has no effect on packed rows: remove it.")
         if self.deepspeed:
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
+
+
+def _default_of(name: str) -> Any:
+    return TrainingArguments.__dataclass_fields__[name].default
 
 
 def _parse_json_object(name: str, text: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from dataclasses import dataclass
@@ -24,7 +23,17 @@ from lora_fsdp.modeling.loading import load_base, load_tokenizer
 from lora_fsdp.tasks import Task
 from lora_fsdp.training.trainer import LoraTrainer
 
-logger = logging.getLogger(__name__)
+# What a run leaves in its folder and no other program does; nothing else is ever removed.
+_RUN_FILES = (
+    "checkpoint-*",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "confusion_matrix.png",
+    "metrics.json",
+    "predictions.csv",
+    "task.json",
+    "training_args.json",
+)
 
 
 @dataclass(frozen=True)
@@ -97,24 +106,33 @@ def finetune(
 
 
 def claim_output_folder(arguments: FineTuningArguments) -> Path:
-    """The output folder, emptied if that was asked for.
+    """The output folder, with an earlier run's files removed if that was asked for.
 
     Raises:
-        OutputFolderError: it holds a run, and neither resuming nor overwriting was asked for.
+        OutputFolderError: it holds a run, and neither resuming nor overwriting was asked for; or
+            it is to be resumed and holds no checkpoint.
     """
     folder = Path(arguments.output_dir or ".")
-    runs = ("adapter_config.json", "metrics.json", "checkpoint-*")
-    holds_run = any(any(folder.glob(pattern)) for pattern in runs)
+    left = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
+    resume = arguments.resume_from_checkpoint
+    checkpoint = Path(resume) if isinstance(resume, str) else None
+    found = checkpoint.is_dir() if checkpoint else any(folder.glob("checkpoint-*"))
     # Every rank looks before rank 0 changes anything.
     _wait_for_all_ranks()
-    if holds_run and not arguments.resume_from_checkpoint:
+    if resume and not found:
+        raise OutputFolderError(
+            f"There is no checkpoint {checkpoint or folder / 'checkpoint-*'} to resume from: leave "
+            "--resume_from_checkpoint out to start anew."
+        )
+    if left and not resume:
         if not arguments.overwrite_output_dir:
             raise OutputFolderError(
                 f"{folder} already holds a run: choose another --output_dir, continue it with "
                 "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true."
             )
         if arguments.process_index == 0:
-            shutil.rmtree(folder)
+            for path in left:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     _wait_for_all_ranks()
     return folder
 

@@ -8,7 +8,13 @@ from functools import cached_property, lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_fsdp.errors import ArgumentError, EmptyTextError, LabelCollisionError, RowTooLongError
+from lora_fsdp.errors import (
+    ArgumentError,
+    EmptyTextError,
+    LabelCollisionError,
+    RowTooLongError,
+    UnknownLabelError,
+)
 from lora_fsdp.tasks import Example, Prompt, Task
 
 
@@ -78,6 +84,7 @@ class Encoder:
 
         Raises:
             RowTooLongError: an example does not fit even without its text.
+            UnknownLabelError: a target that is not one of the closed set's answers.
             LabelCollisionError: labels that the model could not tell apart.
         """
         if not examples:
@@ -100,13 +107,19 @@ class Encoder:
     def _encode_one(self, example: Example, prompt_ids: list[int]) -> EncodedExample:
         after = example.prompt.after
         target_ids = [] if example.target is None else self._answer_ids(after, example.target)
-        candidates = self._candidates(after) if self.task.labels else ()
+        candidates = self._candidates(after) if self.task.labels is not None else ()
         longest = max((len(ids) for ids in (target_ids, *candidates)), default=0)
         shortened = len(prompt_ids) + longest > self.max_length
         if shortened:
             prompt_ids = self._shorten(example, budget=self.max_length - longest)
         if not prompt_ids:
             raise EmptyTextError(f"Row {example.row}: the prompt has no tokens; give it a text.")
+        if candidates and target_ids and target_ids not in candidates:
+            answers = [self.task.target_of(label) for label in self.task.labels or ()]
+            raise UnknownLabelError(
+                f"Row {example.row}: the target {example.target!r} is none of the task's answers "
+                f"{answers}: build_target must give one of them to the letter."
+            )
         label = candidates.index(target_ids) if target_ids in candidates else None
         return EncodedExample(example.row, prompt_ids, target_ids, candidates, label, shortened)
 
@@ -182,5 +195,6 @@ class Encoder:
         marker = "answer"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
         rendered = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-        tail = rendered.rpartition(marker)[2]
-        return self._bare([tail])[0][0] if tail.strip() else int(self.tokenizer.eos_token_id)
+        tail = self._bare([rendered.rpartition(marker)[2]])[0]
+        known = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        return next((token for token in tail if token in known), int(self.tokenizer.eos_token_id))

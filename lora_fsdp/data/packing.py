@@ -34,7 +34,7 @@ class Tree:
 
     def __len__(self) -> int:
         """Tokens this example takes in a row of its own (an answer's last token is no input)."""
-        return len(self.prompt_ids) + sum(len(answer) - 1 for answer in self.answers)
+        return len(self.prompt_ids) + sum(len(answer[:-1]) for answer in self.answers)
 
 
 @dataclass
@@ -99,7 +99,7 @@ def pack_row(trees: Sequence[Tree], *, share_prefix: bool) -> Row:
         for number, answer in enumerate(tree.answers, start=1):
             first = len(input_ids)
             lay(answer[:-1], start=len(tree.prompt_ids), example=example, answer=number)
-            positions = [prompt_end, *range(first, len(input_ids))]
+            positions = [prompt_end, *range(first, len(input_ids))][: len(answer)]
             owner = answers_before + number - 1
             labels += [(at, token, owner) for at, token in zip(positions, answer, strict=True)]
         answers_before += len(tree.answers)

@@ -60,6 +60,11 @@ def _choose_task(arguments: DataArguments, task: Task | None) -> Task:
         if not arguments.task:
             raise ArgumentError("No task given: set --task (for example --task sentiment).")
         return get_task(arguments.task, options)
+    if arguments.task and arguments.task != task.name:
+        raise ArgumentError(
+            f"--task {arguments.task} and the task object {task.name!r} contradict each other: "
+            "leave one out."
+        )
     if given:
         raise ArgumentError(
             f"{', '.join(given)} would be ignored, because a task object was passed: set them on "

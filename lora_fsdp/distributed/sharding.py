@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -75,10 +75,11 @@ def layers_to_shard(base: nn.Module, *, names: tuple[str, ...] | None) -> list[n
     if names is None:
         return decoder_layers(base)
     found = [module for module in base.modules() if type(module).__name__ in names]
-    if not found:
+    absent = set(names) - {type(module).__name__ for module in found}
+    if absent:
         present = sorted({type(layer).__name__ for layer in decoder_layers(base)})
         raise FsdpSettingError(
-            f"fsdp_transformer_layer_cls_to_wrap: {', '.join(names)} does not occur in "
+            f"fsdp_transformer_layer_cls_to_wrap: {', '.join(sorted(absent))} does not occur in "
             f"{type(base).__name__}; its layers are {', '.join(present)} (or leave the key out)."
         )
     return found
@@ -107,6 +108,16 @@ def decoder_layers(base: nn.Module) -> list[nn.Module]:
     return max(named or lists, key=lambda layers: sum(map(_parameter_count, layers)))
 
 
+def release_gathered(model: PeftModel) -> None:
+    """Free what a forward without a backward leaves gathered: the root group.
+
+    In training its backward does so. To be called on every rank or on none.
+    """
+    base = base_model(model)
+    if isinstance(base, FSDPModule):
+        base.reshard()
+
+
 def check_placement(model: PeftModel, *, settings: FsdpSettings | None) -> None:
     """Check on the live model that sharding, replication and dtypes are what they must be.
 
@@ -114,6 +125,10 @@ def check_placement(model: PeftModel, *, settings: FsdpSettings | None) -> None:
         FsdpDroppedError: names the parameter that is not where, or not of the dtype, it should be.
     """
     adapter = trainable_parameters(model)
+    if not adapter:
+        raise FsdpDroppedError(
+            "The model has no parameter to train: load an adapter with is_trainable=True."
+        )
     base = {name: p for name, p in model.named_parameters() if name not in adapter}
     for name, parameter in adapter.items():
         if isinstance(parameter, DTensor) or parameter.dtype != torch.float32:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
 @torch.no_grad()
@@ -39,17 +39,26 @@ def generate_texts(
     model.eval()
     input_ids, attention_mask = _pad_left(prompts, tokenizer.pad_token_id, device)
     joined = dist.is_initialized() and dist.get_world_size() > 1
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    sampling = {"do_sample": True, "temperature": temperature}
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
+    # Complete, so that nothing is taken over from the model's own file: a repetition penalty there
+    # would make greedy decoding write something else than the likeliest answer.
+    settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=end_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        synced_gpus=joined,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else 1.0,
+        top_p=1.0,
+        top_k=0,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         use_cache=True,
-        **(sampling if temperature > 0 else greedy),
+    )
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        generation_config=settings,
+        synced_gpus=joined,
     )
     model.train(was_training)
     texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)

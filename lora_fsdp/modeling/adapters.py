@@ -8,9 +8,11 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lora_fsdp.arguments import LoraArguments
 from lora_fsdp.errors import AdapterVerificationError, ArgumentError, TargetModulesError
@@ -50,6 +52,8 @@ def attach_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
         model = get_peft_model(base, config, autocast_adapter_dtype=True)
     except ValueError as error:
         raise TargetModulesError(f"PEFT cannot adapt {type(base).__name__}: {error}") from error
+    for parameter in trainable_parameters(model).values():  # also what PEFT copies from the base
+        parameter.data = parameter.data.float()
     return model
 
 
@@ -77,7 +81,17 @@ def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Write the adapter as a plain PEFT folder and prove it by reading it back."""
+    """Write the adapter as a plain PEFT folder and prove it by reading it back.
+
+    Raises:
+        AdapterVerificationError: it holds NaN or infinity, or was not written as it is.
+    """
+    broken = [name for name, tensor in adapter_state(model).items() if not tensor.isfinite().all()]
+    if broken:
+        raise AdapterVerificationError(
+            f"The adapter is not saved to {folder}: {len(broken)} of its tensors hold NaN or "
+            f"infinity (for example {broken[0]}). The run has diverged: lower --learning_rate."
+        )
     model.save_pretrained(
         str(folder),
         state_dict=dict(trainable_parameters(model)),
@@ -93,7 +107,7 @@ def verify_adapter(model: PeftModel, folder: str | Path) -> None:
     Raises:
         AdapterVerificationError: a tensor is missing or differs.
     """
-    saved, live = load_file(Path(folder) / ADAPTER_FILE), adapter_state(model)
+    saved, live = _read_adapter(folder), adapter_state(model)
     if saved.keys() != live.keys():
         raise AdapterVerificationError(
             f"{folder}: tensors on disk and in memory differ: {sorted(saved.keys() ^ live.keys())}"
@@ -105,10 +119,7 @@ def verify_adapter(model: PeftModel, folder: str | Path) -> None:
 
 def load_adapter(model: PeftModel, folder: str | Path) -> None:
     """Load the adapter in `folder` into the one already attached to `model`, in place."""
-    file = Path(folder) / ADAPTER_FILE
-    if not file.is_file():
-        raise AdapterVerificationError(f"{folder} holds no adapter ({ADAPTER_FILE} is missing).")
-    saved, live = load_file(file), adapter_state(model)
+    saved, live = _read_adapter(folder), adapter_state(model)
     wrong = [
         name
         for name in saved.keys() | live.keys()
@@ -124,6 +135,16 @@ def load_adapter(model: PeftModel, folder: str | Path) -> None:
     verify_adapter(model, folder)
 
 
+def _read_adapter(folder: str | Path) -> dict[str, torch.Tensor]:
+    file = Path(folder) / ADAPTER_FILE
+    if not file.is_file():
+        raise AdapterVerificationError(f"{folder} holds no adapter ({ADAPTER_FILE} is missing).")
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise AdapterVerificationError(f"{file} is damaged: {error}") from error
+
+
 def _check_targets(base: PreTrainedModel, config: LoraConfig) -> None:
     names = [name for name, _ in base.named_modules() if name]
     targets = config.target_modules
@@ -135,7 +156,11 @@ def _check_targets(base: PreTrainedModel, config: LoraConfig) -> None:
         missing = [t for t in sorted(targets) if not any(f".{n}".endswith(f".{t}") for n in names)]
     if missing:
         known = sorted(
-            {n.rpartition(".")[2] for n, m in base.named_modules() if isinstance(m, nn.Linear)}
+            {
+                name.rpartition(".")[2]
+                for name, module in base.named_modules()
+                if isinstance(module, nn.Linear | Conv1D)
+            }
         )
         raise TargetModulesError(
             f"LoRA target modules {missing} match nothing in {type(base).__name__}. Its linear "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -16,7 +18,9 @@ from lora_fsdp.errors import (
     UnsupportedModelError,
 )
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+#: Attention that takes the 4-D mask of packed rows.
+_MASKED_ATTENTION = ("sdpa", "eager")
 
 
 def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
@@ -47,20 +51,45 @@ def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
 
 
 def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedModel:
-    """The frozen base in host memory, in the dtype it will be used in on `device`."""
+    """The frozen base in host memory, in the dtype it will be used in on `device`.
+
+    Raises:
+        ModelNotFoundError: there is no such model, or its weights are damaged or incomplete.
+        UnsupportedModelError: it is not a causal language model, or cannot run as asked.
+    """
     name = _existing_model(arguments)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ModelNotFoundError(f"The folder {name} holds no model (config.json is missing).")
+    attention = arguments.attn_implementation
+    model: PreTrainedModel
+    loaded: dict[str, Any]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             name,
             revision=arguments.model_revision,
             dtype=resolve_dtype(arguments.dtype, device=device),
-            attn_implementation=arguments.attn_implementation,
+            attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=arguments.trust_remote_code,
+            output_loading_info=True,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ModelNotFoundError(f"No model could be loaded from {name}: {error}") from error
     except ValueError as error:
-        raise UnsupportedModelError(f"{name} is not a causal language model: {error}") from error
+        raise UnsupportedModelError(
+            # What follows the first line lists every architecture there is.
+            f"{name} cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
+        ) from error
+    # transformers fills missing weights with random ones and says so in a log line only.
+    if absent := sorted({*loaded["missing_keys"], *map(str, loaded["mismatched_keys"])}):
+        raise ModelNotFoundError(
+            f"The checkpoint {name} lacks {len(absent)} of the weights of {type(model).__name__} "
+            f"(for example {absent[0]}): it is incomplete, or not a causal language model's."
+        )
+    if model.config._attn_implementation not in _MASKED_ATTENTION:
+        raise UnsupportedModelError(
+            f"{name} runs with {model.config._attn_implementation} attention, which takes no mask "
+            "for packed rows: set --attn_implementation eager."
+        )
     return model.requires_grad_(False)
 
 
@@ -75,10 +104,12 @@ def _existing_model(arguments: ModelArguments) -> str:
     name = arguments.model_name_or_path
     if not name:
         raise ArgumentError("No model given: set --model_name_or_path to a folder or Hub name.")
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_like_path and not Path(name).expanduser().is_dir():
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelNotFoundError(
-            f"There is no model folder {Path(name).expanduser().absolute()}: check the path, or "
-            "give a Hub name such as deepseek-ai/deepseek-llm-7b-base."
+            f"There is no model folder {folder.absolute()}: check the path, or give a Hub name "
+            "such as deepseek-ai/deepseek-llm-7b-base."
         )
-    return str(Path(name).expanduser()) if looks_like_path else name
+    return name

@@ -12,8 +12,9 @@ from peft import PeftModel
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.distributed.launch import FsdpSettings, launch_fingerprint
-from lora_fsdp.errors import ArgumentError
-from lora_fsdp.modeling.adapters import base_model
+from lora_fsdp.errors import ArgumentError, IncompleteTaskError
+from lora_fsdp.modeling.adapters import base_model, trainable_parameters
+from lora_fsdp.tasks import Task
 
 
 def check_arguments(
@@ -74,20 +75,59 @@ def enable_checkpointing(model: PeftModel, settings: FsdpSettings | None) -> Non
     enable()
 
 
+def check_task(task: Task) -> None:
+    """Refuse a free-text task with a metric of its own, which nothing would compute."""
+    own_metric = type(task).compute_metrics is not Task.compute_metrics
+    if task.labels is None and (own_metric or task.primary_metric != "exact_match"):
+        raise IncompleteTaskError(
+            f"Task {task.name!r} has no closed label set and a metric of its own "
+            f"({task.primary_metric!r}): free-text tasks are measured by exact_match only. Give it "
+            "labels, or leave compute_metrics and primary_metric as they are."
+        )
+
+
 def run_fingerprints(
-    args: FineTuningArguments, examples: Sequence[EncodedExample]
+    args: FineTuningArguments,
+    model: PeftModel,
+    *,
+    train: Sequence[EncodedExample],
+    held_out: Sequence[EncodedExample],
 ) -> Mapping[str, str]:
-    """What must be the same on every rank, by name."""
-    tokens = [(example.prompt_ids, example.target_ids) for example in examples]
-    digest = hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+    """What must be the same on every rank, by name; to be taken before the model is sharded."""
+    adapter = {name: list(p.shape) for name, p in trainable_parameters(model).items()}
+    settings = model.peft_config[str(model.active_adapter)].to_dict()
+    arguments = {f"--{k}": str(v) for k, v in args.to_dict().items() if k not in _OF_ONE_RANK}
     return {
         "the accelerate YAML's FSDP settings": launch_fingerprint(),
-        "the number of training examples": str(len(examples)),
-        "the training examples (SHA-256)": digest[:16],
-        "--seed and --data_seed": f"{args.seed} {args.data_seed}",
-        "the examples of a step": str(
-            args.per_device_train_batch_size * args.gradient_accumulation_steps
-        ),
-        "--max_tokens_per_row": str(args.max_tokens_per_row),
-        "--share_prefix": args.share_prefix,
+        "the number of training examples": str(len(train)),
+        "the training examples (SHA-256)": _digest_examples(train),
+        "the number of held-out examples": str(len(held_out)),
+        "the held-out examples (SHA-256)": _digest_examples(held_out),
+        "the adapter's modules (SHA-256)": _digest(adapter),
+        "the LoRA settings": str(sorted((k, _ordered(v)) for k, v in settings.items())),
+        "the base model (SHA-256 of a sample)": _digest_base(model),
+        **arguments,
     }
+
+
+# Arguments that may differ between ranks, because they concern one process only.
+_OF_ONE_RANK = {"local_rank", "log_level", "log_level_replica", "disable_tqdm", "logging_dir"}
+
+
+def _digest_examples(examples: Sequence[EncodedExample]) -> str:
+    return _digest([(e.prompt_ids, e.target_ids, e.candidate_ids) for e in examples])
+
+
+def _digest_base(model: PeftModel) -> str:
+    """Of the first values of every frozen parameter: a whole 7B would take a minute."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    return _digest([parameter.flatten()[:8].float().tolist() for parameter in frozen])
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _ordered(value: object) -> str:
+    """As text; sets in order, since theirs differs between processes."""
+    return str(sorted(value, key=str)) if isinstance(value, set) else str(value)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -36,7 +36,7 @@ from lora_fsdp.distributed.launch import (
     read_fsdp_settings,
 )
 from lora_fsdp.distributed.replication import ReplicatedParameters
-from lora_fsdp.distributed.sharding import check_placement, place_model
+from lora_fsdp.distributed.sharding import check_placement, place_model, release_gathered
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.metrics import evaluation_metrics
 from lora_fsdp.evaluation.prediction import save_task
@@ -49,12 +49,17 @@ from lora_fsdp.modeling.adapters import (
     trainable_parameters,
 )
 from lora_fsdp.modeling.attention import avoid_kernels_planned_by_shape
-from lora_fsdp.modeling.label_head import check_architecture, label_log_probs
+from lora_fsdp.modeling.label_head import (
+    check_architecture,
+    check_packed_rows,
+    label_log_probs,
+)
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
 from lora_fsdp.training.setup import (
     check_arguments,
     check_targets,
+    check_task,
     enable_checkpointing,
     fold_accumulation,
     run_fingerprints,
@@ -118,6 +123,7 @@ class LoraTrainer(Trainer):
         self.fsdp_settings = read_fsdp_settings()
         check_launch(args, self.fsdp_settings, allow_one_process=args.allow_fsdp_on_one_process)
         check_arguments(args, self.fsdp_settings, max_length=max_length)
+        check_task(task)
         self.task = task
         self.encoder = Encoder(
             processing_class, task=task, max_length=max_length, chat_template=chat_template
@@ -125,13 +131,15 @@ class LoraTrainer(Trainer):
         train = self.encoder.encode(train_dataset)
         held_out = self.encoder.encode(eval_dataset)
         check_targets(train)
-        check_ranks_agree(run_fingerprints(args, train))
         self.shortened = sum(example.shortened for example in (*train, *held_out))
+        if isinstance(model, PeftModel) == (peft_config is not None):
+            raise ArgumentError("Give a peft_config, or a model that already has an adapter.")
+        check_architecture(
+            base_model(model) if isinstance(model, PeftModel) else model, longest=max_length
+        )
         if not isinstance(model, PeftModel):
-            if peft_config is None:
-                raise ArgumentError("Give a peft_config, or a model that already has an adapter.")
-            check_architecture(model, longest=max_length)
-            model = attach_adapter(model, peft_config)
+            model = attach_adapter(model, cast(LoraConfig, peft_config))
+        check_ranks_agree(run_fingerprints(args, model, train=train, held_out=held_out))
         super().__init__(
             model=model,
             args=fold_accumulation(args),
@@ -161,6 +169,8 @@ class LoraTrainer(Trainer):
         self.adapter = ReplicatedParameters(trainable_parameters(self.model))
         self.adapter.broadcast()
         self.adapter.check_equal()
+        check_packed_rows(self.model, device=device, dtype=self.base_dtype)
+        release_gathered(self.model)
         # accelerate must not wrap the model in DDP: the adapter's gradients are summed here.
         self.model._is_accelerate_prepared = True  # type: ignore[assignment]
 
@@ -288,7 +298,7 @@ class LoraTrainer(Trainer):
         rows: ScoringRows = dataloader.dataset  # type: ignore[assignment]
         self.callback_handler.eval_dataloader = dataloader
         with self.accelerator.autocast():
-            return score_rows(
+            scores = score_rows(
                 self.model,
                 dataloader,
                 count=len(rows.examples),
@@ -299,6 +309,8 @@ class LoraTrainer(Trainer):
                     self.args, self.state, self.control
                 ),
             )
+        release_gathered(self.model)
+        return scores
 
     # ---- saving and loading ---------------------------------------------------------------------
 

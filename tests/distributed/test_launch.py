@@ -320,10 +320,10 @@ class TestRanks:
         [
             ([{"rows": 24}, {"rows": 23}], "the number of training examples", ("24", "23")),
             ([{"seed": 3}, {"seed": 4}], "--seed", ("3", "4")),
-            ([{"data_seed": 3}, {"data_seed": 4}], "--data_seed", ("3 3", "3 4")),
+            ([{"data_seed": 3}, {"data_seed": 4}], "--data_seed", ("3", "4")),
             (
                 [{"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 4}],
-                "the examples of a step",
+                "--per_device_train_batch_size",
                 ("8", "4"),
             ),
         ],

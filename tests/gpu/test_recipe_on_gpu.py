@@ -113,9 +113,7 @@ def recipe_run(name, output_dir, dropout, steps):
     rate = 8 / median(times.seconds[3:])
     del trainer
     reloaded = PeftModel.from_pretrained(base_model(name).cuda(), str(output_dir)).eval()
-    again = score_examples(
-        reloaded, encoded, device=torch.device("cuda"), dtype=torch.bfloat16
-    )
+    again = score_examples(reloaded, encoded, device=torch.device("cuda"), dtype=torch.bfloat16)
     return {
         "losses": losses,
         "examples_per_second": rate,

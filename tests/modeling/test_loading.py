@@ -131,7 +131,7 @@ def test_damaged_weights(tmp_path, folder):
 def test_not_a_causal_language_model(tmp_path):
     config = json.loads(BertConfig().to_json_string()) | {"model_type": "vit"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="not a causal language model"):
+    with pytest.raises(UnsupportedModelError, match="cannot be loaded as a causal language model"):
         load_base(arguments(tmp_path), device=CPU)
 
 

@@ -39,6 +39,8 @@ def launch_environment(config: str | None, **fsdp_overrides: str) -> dict[str, s
     if contents["distributed_type"] == "FSDP":
         variables["ACCELERATE_USE_FSDP"] = "true"
         for key, value in contents["fsdp_config"].items():
+            # accelerate's name for this one is shorter than its key.
+            key = key.replace("transformer_layer_cls", "transformer_cls")
             variables[key.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
     return variables | fsdp_overrides
 
