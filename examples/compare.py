@@ -11,6 +11,7 @@ import argparse
 
 import pandas as pd
 
+from lora_fsdp.evaluation.comparison import format_written, written_answers
 from lora_fsdp.evaluation.metrics import predicted_labels
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.evaluation.report import PredictionRow, format_predictions_table
@@ -37,16 +38,11 @@ def compare(adapter: str, *, rows: int, generate: bool, temperature: float, seed
     print(format_predictions_table([PredictionRow(*values) for values in columns]))
 
     if generate:
+        texts = predictor.write(examples, temperature=temperature)
         with predictor.model.disable_adapter():
             base_texts = predictor.write(examples, temperature=temperature)
-        for row, base, text in zip(
-            sample.index,
-            base_texts,
-            predictor.write(examples, temperature=temperature),
-            strict=True,
-        ):
-            print(f"row {row}\n  base  writes {base!r} -> {predictor.task.parse(base)}")
-            print(f"  tuned writes {text!r} -> {predictor.task.parse(text)}")
+        for entry in written_answers(predictor.task, examples, base=base_texts, tuned=texts):
+            print(format_written(entry))
 
     agreeing = sum(a == b for a, b in zip(answers, sample.tuned, strict=True))
     print(f"{agreeing} of {len(sample)} answers are those of the run's own evaluation.")

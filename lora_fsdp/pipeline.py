@@ -16,7 +16,7 @@ from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArgument
 from lora_fsdp.data.rows import TaskData, load_task_data
 from lora_fsdp.distributed.status import fsdp_status
 from lora_fsdp.errors import OutputFolderError
-from lora_fsdp.evaluation.comparison import Comparison, compare
+from lora_fsdp.evaluation.comparison import Comparison, compare, written_answers
 from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.modeling.adapters import lora_config
 from lora_fsdp.modeling.loading import load_base, load_tokenizer
@@ -81,12 +81,12 @@ def finetune(
 
     with trainer.model.disable_adapter():
         untrained = trainer.score(data.held_out)
-        written = {"untrained": _write_freely(trainer, data)}
+        base_texts = _write_freely(trainer)
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     seconds = time.perf_counter() - started
     tuned = trainer.score(data.held_out)
-    written["tuned"] = _write_freely(trainer, data)
+    tuned_texts = _write_freely(trainer)
     trainer.save_model()
 
     comparison = compare(
@@ -96,7 +96,8 @@ def finetune(
         encoded=trainer.eval_dataset,  # type: ignore[arg-type]
         untrained=untrained,
         tuned=tuned,
-        facts=_facts(trainer, data, seconds=seconds, written=written),
+        written=written_answers(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
+        facts=_facts(trainer, data, seconds=seconds),
     )
     if trainer.is_world_process_zero():
         comparison.save(output_dir)
@@ -154,7 +155,7 @@ def _announce(trainer: LoraTrainer, data: TaskData) -> None:
     print(status, flush=True)
 
 
-def _write_freely(trainer: LoraTrainer, data: TaskData) -> list[str]:
+def _write_freely(trainer: LoraTrainer) -> list[str]:
     """What the model writes by itself on the first held-out rows."""
     args = trainer.args
     chosen = trainer.eval_dataset[: args.generate_examples]  # type: ignore[index]
@@ -169,9 +170,7 @@ def _write_freely(trainer: LoraTrainer, data: TaskData) -> list[str]:
     )
 
 
-def _facts(
-    trainer: LoraTrainer, data: TaskData, *, seconds: float, written: dict[str, list[str]]
-) -> dict[str, Any]:
+def _facts(trainer: LoraTrainer, data: TaskData, *, seconds: float) -> dict[str, Any]:
     examples = trainer.examples_per_step * (trainer.state.global_step or 0)
     facts: dict[str, Any] = {
         "task": data.task.name,
@@ -187,9 +186,6 @@ def _facts(
     }
     if trainer.args.device.type == "cuda":
         facts["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    if any(written.values()):
-        answers = {who: [data.task.parse(text) for text in texts] for who, texts in written.items()}
-        facts["generated"] = {"text": written, "parsed": answers}
     return facts
 
 

@@ -34,6 +34,7 @@ class Comparison:
         primary_metric: the metric that decides.
         predictions: one row per held-out example: row number, text, target, answers, probability.
         confusion: counts of true by predicted label of the tuned model; `None` for free text.
+        written: what both models wrote by themselves on some held-out rows, and the answer in it.
         facts: what else is worth keeping in `metrics.json`.
         shown: how many predictions to print.
     """
@@ -42,12 +43,14 @@ class Comparison:
     primary_metric: str
     predictions: pd.DataFrame
     confusion: pd.DataFrame | None
+    written: Sequence[Mapping[str, Any]]
     facts: Mapping[str, Any]
     shown: int = 10
 
     def save(self, folder: Path) -> None:
         """Write `metrics.json`, `predictions.csv` and `confusion_matrix.png` into `folder`."""
         contents: dict[str, Any] = {"primary_metric": self.primary_metric, **self.facts}
+        contents["written"] = list(self.written)
         contents["metrics"] = {name: dict(values) for name, values in self.metrics.items()}
         if self.confusion is not None:
             contents["confusion_matrix"] = {
@@ -68,14 +71,14 @@ class Comparison:
         sample = self.predictions.sample(min(self.shown, len(self.predictions)), random_state=0)
         fields = list(PredictionRow.__dataclass_fields__)
         rows = [PredictionRow(*values) for values in sample[fields].itertuples(index=False)]
-        return "\n\n".join(
-            [
-                f"Held-out rows: {len(self.predictions)}",
-                format_metrics_table(self.metrics, keys),
-                format_predictions_table(rows),
-                self.verdict(),
-            ]
-        )
+        parts = [
+            f"Held-out rows: {len(self.predictions)}",
+            format_metrics_table(self.metrics, keys),
+            format_predictions_table(rows),
+            *map(format_written, self.written),
+            self.verdict(),
+        ]
+        return "\n\n".join(parts)
 
     def verdict(self) -> str:
         """One sentence: whether tuning beats everything else."""
@@ -99,6 +102,7 @@ def compare(
     untrained: Scores,
     tuned: Scores,
     facts: Mapping[str, Any],
+    written: Sequence[Mapping[str, Any]] = (),
 ) -> Comparison:
     """Metrics of all systems on the held-out examples.
 
@@ -107,6 +111,7 @@ def compare(
         encoded: `held_out` as tokens.
         untrained, tuned: scores of `held_out` without and with the adapter.
         facts: further entries of `metrics.json`.
+        written: see `written_answers`.
     """
     metrics = {
         **_baselines(task, train, held_out),
@@ -130,7 +135,29 @@ def compare(
         by_label = tuned.probabilities
         for column, label in enumerate(task.labels or ()):
             predictions[f"probability/{label}"] = by_label[:, column].tolist()
-    return Comparison(metrics, task.primary_metric, predictions, confusion, facts)
+    return Comparison(metrics, task.primary_metric, predictions, confusion, written, facts)
+
+
+def written_answers(
+    task: Task, examples: Sequence[Example], *, base: Sequence[str], tuned: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What base and tuned model wrote on the first of `examples`, and the answers in it."""
+    return [
+        {
+            "row": example.row,
+            "base": {"text": base_text, "answer": task.parse(base_text)},
+            "tuned": {"text": tuned_text, "answer": task.parse(tuned_text)},
+        }
+        for example, base_text, tuned_text in zip(examples, base, tuned, strict=False)
+    ]
+
+
+def format_written(entry: Mapping[str, Any]) -> str:
+    """One of `written_answers` as text."""
+    lines = [f"row {entry['row']}"]
+    for who in ("base", "tuned"):
+        lines.append(f"  {who:<5} writes {entry[who]['text']!r} -> {entry[who]['answer']}")
+    return "\n".join(lines)
 
 
 def _baselines(

@@ -177,7 +177,7 @@ def test_free_text_from_end_to_end(model_folder, tmp_path, capsys):
     assert set(metrics["metrics"]) == {"untrained", "tuned"}
     assert 0 <= metrics["metrics"]["tuned"]["exact_match"] <= 1
     assert metrics["metrics"]["tuned"]["loss"] < metrics["metrics"]["untrained"]["loss"]
-    assert len(metrics["generated"]["text"]["tuned"]) == 3
+    assert len(metrics["written"]) == 3
     assert not (result.output_dir / "confusion_matrix.png").exists()
     assert "By exact_match the tuned model" in capsys.readouterr().out
     predictor = Predictor.from_adapter(result.output_dir)

@@ -88,7 +88,7 @@ def test_other_architectures_under_fsdp2(kind, tmp_path):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"FSDP_RESHARD_AFTER_FORWARD": "false"},
+        {"FSDP_RESHARD_AFTER_FORWARD": "true"},
         {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
         {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"},
         {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},

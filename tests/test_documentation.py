@@ -1,0 +1,211 @@
+"""What README and docs name exists. Run: python -m pytest tests/test_documentation.py"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import dataclasses
+import importlib
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lora_fsdp import DataArguments, FineTuningArguments, LoraArguments, ModelArguments, errors
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+ARGUMENTS = (ModelArguments, LoraArguments, DataArguments, FineTuningArguments)
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+
+# Options of programs whose parser cannot be asked here.
+OF_OTHERS = {
+    "--nproc_per_node",  # torchrun
+    "--local-dir",  # hf download
+    "--no-deps",  # pip
+    "--strict",  # mkdocs
+    "--help",
+}
+
+# Named as the reader's own, or as what must not be.
+NOT_OURS = {"recipe.yaml", "utils.py"}
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return [block for kind, block in FENCE.findall(text) if kind == language]
+
+
+def files_here() -> set[str]:
+    """Files of the project, without what is made or installed in its folder."""
+    found: set[str] = set()
+    for folder, folders, names in os.walk(ROOT):
+        made = {"runs", "site", "build", "dist", "__pycache__"}
+        folders[:] = [
+            name
+            for name in folders
+            if name not in made and (not name.startswith(".") or name == ".ci")
+        ]
+        found |= {(Path(folder) / name).relative_to(ROOT).as_posix() for name in names}
+    return found
+
+
+@each_page
+def test_files_exist(page: Path) -> None:
+    """A path from the root, or the end of one (`tasks/base.py`)."""
+    here = files_here()
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w/.-])[\w./-]*\w\.(?:py|ya?ml|toml)\b(?![\w/(])", text))
+    named = {re.sub(r"^(\.\./|\./)+", "", name) for name in named} - NOT_OURS
+    missing = {
+        name
+        for name in named
+        if name not in here and not any(file.endswith(f"/{name}") for file in here)
+    }
+    assert not missing
+
+
+def options_of_scripts() -> set[str]:
+    """What `parse_arguments` takes, from the same parser."""
+    from trl import TrlParser
+
+    parser = TrlParser(ARGUMENTS)  # type: ignore[arg-type]
+    return {option for action in parser._actions for option in action.option_strings} | {"--config"}
+
+
+def options_of_accelerate() -> set[str]:
+    from accelerate.commands.launch import launch_command_parser
+
+    actions = launch_command_parser()._actions
+    return {option for action in actions for option in action.option_strings}
+
+
+def options_in_examples() -> set[str]:
+    """Of the examples that have a parser of their own."""
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.py")]
+    return {
+        option
+        for source in sources
+        for option in re.findall(r"""add_argument\(\s*["'](--[\w-]+)""", source)
+    }
+
+
+def test_options_exist() -> None:
+    known = options_of_scripts() | options_of_accelerate() | options_in_examples() | OF_OTHERS
+    unknown = {
+        f"{name_of(page)}: {option}"
+        for page in PAGES
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", page.read_text(encoding="utf-8"))
+        if option not in known
+    }
+    assert not unknown
+
+
+def own_fields(arguments: Any) -> Iterator[dataclasses.Field[Any]]:
+    """The fields that this library declares (or declares anew)."""
+    return (f for f in dataclasses.fields(arguments) if f.name in arguments.__annotations__)
+
+
+def line_of(field: dataclasses.Field[Any]) -> str:
+    """The field's line in the tables of the reference."""
+    default = field.default
+    if default is dataclasses.MISSING:
+        assert field.default_factory is not dataclasses.MISSING
+        default = field.default_factory()
+    if isinstance(default, bool):
+        default = str(default).lower()
+    elif isinstance(default, list):
+        default = " ".join(default)
+    shown = "–" if default in (None, "") else f"`{default}`"
+    return f"| `--{field.name}` | {shown} | {field.metadata['help']} |"
+
+
+def test_reference_lists_every_option() -> None:
+    lines = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8").splitlines()
+    wanted = [line_of(field) for arguments in ARGUMENTS for field in own_fields(arguments)]
+    missing = [line for line in wanted if line not in lines]
+    assert not missing, "docs/reference.md lacks:\n" + "\n".join(missing)
+    listed = [line for line in lines if line.startswith("| `--")]
+    assert sorted(listed) == sorted(wanted)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_recipe_keys_are_options(recipe: Path) -> None:
+    keys = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    assert {f"--{key}" for key in keys} <= options_of_scripts()
+
+
+@each_page
+def test_python_compiles_and_its_imports_exist(page: Path) -> None:
+    for block in blocks(page, "python"):
+        for node in ast.walk(ast.parse(block, filename=name_of(page))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lora_fsdp"):
+                module = importlib.import_module(str(node.module))
+                absent = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not absent, f"{node.module} has no {absent}"
+
+
+@each_page
+def test_toml_and_yaml_are_well_formed(page: Path) -> None:
+    for block in blocks(page, "toml"):
+        tomllib.loads(block)
+    for block in blocks(page, "yaml"):
+        yaml.safe_load(block)
+
+
+@each_page
+def test_links_resolve(page: Path) -> None:
+    """Of relative links the file; mkdocs checks the anchors."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    targets = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)]
+    relative = [target for target in targets if target and "://" not in target]
+    missing = [target for target in relative if not (page.parent / target).exists()]
+    assert not missing
+
+
+@each_page
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    text = page.read_text(encoding="utf-8")
+    code = [*re.findall(r"`(make [^`]*)`", text), *blocks(page, "bash")]
+    named = {name for line in code for name in re.findall(r"\bmake ([a-z]+)", line)}
+    assert named <= targets
+
+
+@each_page
+def test_errors_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+Error)`", text))
+    assert not {name for name in named if not hasattr(errors, name) and not hasattr(builtins, name)}
+
+
+def test_custom_task_is_short_and_the_one_in_the_readme() -> None:
+    example = (ROOT / "examples" / "custom_task.py").read_text(encoding="utf-8")
+    assert len(example.splitlines()) <= 25
+    [shown] = [block for block in blocks(ROOT / "README.md", "python") if "TicketTask" in block]
+    assert example.endswith(shown)
+
+
+def test_every_accelerate_config_is_explained() -> None:
+    page = (ROOT / "docs" / "fsdp.md").read_text(encoding="utf-8")
+    configs = [name_of(path) for path in (ROOT / "accelerate_configs").glob("*.yaml")]
+    assert [config for config in configs if config not in page] == []
