@@ -3,8 +3,6 @@
 Each message says what was wrong (file, row, key, value) and what to do about it. Each class also
 subclasses the standard exception it stands for, so that ``except ValueError`` keeps working.
 
-::
-
     LoraFsdpError
     ├── DataError(ValueError)           rows and tables
     │   ├── DataFileNotFoundError(FileNotFoundError)

@@ -135,7 +135,7 @@ def line_of(field: dataclasses.Field[Any]) -> str:
         default = str(default).lower()
     elif isinstance(default, list):
         default = " ".join(default)
-    shown = "–" if default in (None, "") else f"`{default}`"
+    shown = "none" if default in (None, "") else f"`{default}`"
     return f"| `--{field.name}` | {shown} | {field.metadata['help']} |"
 
 

@@ -109,13 +109,14 @@ def decoder_layers(base: nn.Module) -> list[nn.Module]:
 
 
 def release_gathered(model: PeftModel) -> None:
-    """Free what a forward without a backward leaves gathered: the root group.
+    """Free what a forward without a backward leaves gathered.
 
-    In training its backward does so. To be called on every rank or on none.
+    That is the root group, and every layer if the YAML says `fsdp_reshard_after_forward: false`; in
+    training their backward frees them. To be called on every rank or on none.
     """
-    base = base_model(model)
-    if isinstance(base, FSDPModule):
-        base.reshard()
+    for module in base_model(model).modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def check_placement(model: PeftModel, *, settings: FsdpSettings | None) -> None:

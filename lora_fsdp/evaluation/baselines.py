@@ -18,8 +18,8 @@ def tfidf_baseline(
 ) -> list[str]:
     """Predictions of a logistic regression on TF-IDF of words and pairs of words.
 
-    Where there is nothing to learn from (no word that two texts share, or one label only), these are the
-    majority's predictions.
+    Where there is nothing to learn from (no word that two texts share, or one label only), these
+    are the majority's predictions.
 
     Args:
         train_texts: the texts to learn from.

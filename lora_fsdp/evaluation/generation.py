@@ -41,18 +41,17 @@ def generate_texts(
     joined = dist.is_initialized() and dist.get_world_size() > 1
     # Complete, so that nothing is taken over from the model's own file: a repetition penalty there
     # would make greedy decoding write something else than the likeliest answer.
+    sampling = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature > 0 else {}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=end_token_id,
         pad_token_id=tokenizer.pad_token_id,
         do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else 1.0,
-        top_p=1.0,
-        top_k=0,
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         use_cache=True,
+        **sampling,
     )
     output = model.generate(
         input_ids=input_ids,
