@@ -94,8 +94,8 @@ def get_task(name: str, options: Mapping[str, object] | None = None) -> Task:
         nearest = difflib.get_close_matches(name, claims, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise UnknownTaskError(
-            f"No task {name!r}.{hint} Known: {', '.join(sorted(claims))}. A task of a script is known "
-            "once its module has been imported."
+            f"No task {name!r}.{hint} Known: {', '.join(sorted(claims))}. A task of a script is "
+            "known once its module has been imported."
         )
     if len(claims[name]) > 1:
         raise _duplicate(name, claims[name])
