@@ -5,6 +5,7 @@ Run: python -m pytest tests/distributed/test_launch.py
 
 import argparse
 import os
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -46,7 +47,7 @@ EXPECTED = {
     "single.yaml": None,
     "ddp.yaml": None,
     "fsdp2.yaml": SHARDED,
-    "fsdp2_cpu.yaml": SHARDED,
+    "fsdp2_cpu.yaml": replace(SHARDED, reshard_after_forward=False),
     "fsdp2_offload.yaml": FsdpSettings(True, True, True, None, True),
 }
 
@@ -292,7 +293,7 @@ class TestRanks:
     @pytest.mark.parametrize(
         ("variable", "value"),
         [
-            ("FSDP_RESHARD_AFTER_FORWARD", "false"),
+            ("FSDP_RESHARD_AFTER_FORWARD", "true"),
             ("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaMLP"),
             ("FSDP_ACTIVATION_CHECKPOINTING", "true"),
         ],
