@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from transformers import set_seed
 
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.data.rows import TaskData, load_task_data
+from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import fsdp_status
 from lora_fsdp.errors import OutputFolderError
 from lora_fsdp.evaluation.comparison import Comparison, compare, written_answers
@@ -82,9 +82,7 @@ def finetune(
     with trainer.model.disable_adapter():
         untrained = trainer.score(data.held_out)
         base_texts = _write_freely(trainer)
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    seconds = time.perf_counter() - started
+    trained = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     tuned = trainer.score(data.held_out)
     tuned_texts = _write_freely(trainer)
     trainer.save_model()
@@ -97,7 +95,7 @@ def finetune(
         untrained=untrained,
         tuned=tuned,
         written=written_answers(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
-        facts=_facts(trainer, data, seconds=seconds),
+        facts=_facts(trainer, data, trained.metrics),
     )
     if trainer.is_world_process_zero():
         comparison.save(output_dir)
@@ -159,7 +157,7 @@ def _write_freely(trainer: LoraTrainer) -> list[str]:
     """What the model writes by itself on the first held-out rows."""
     args = trainer.args
     chosen = trainer.eval_dataset[: args.generate_examples]  # type: ignore[index]
-    return generate_texts(
+    texts = generate_texts(
         trainer.model,
         trainer.processing_class,
         [example.prompt_ids for example in chosen],
@@ -168,10 +166,11 @@ def _write_freely(trainer: LoraTrainer) -> list[str]:
         temperature=args.temperature,
         end_token_id=trainer.encoder.end_token_id,
     )
+    release_gathered(trainer.model)
+    return texts
 
 
-def _facts(trainer: LoraTrainer, data: TaskData, *, seconds: float) -> dict[str, Any]:
-    examples = trainer.examples_per_step * (trainer.state.global_step or 0)
+def _facts(trainer: LoraTrainer, data: TaskData, trained: dict[str, float]) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "task": data.task.name,
         "labels": list(data.task.labels or ()),
@@ -181,8 +180,12 @@ def _facts(trainer: LoraTrainer, data: TaskData, *, seconds: float) -> dict[str,
         "rows_shortened": trainer.shortened,
         "processes": trainer.args.world_size,
         "steps": trainer.state.global_step,
-        "training_seconds": round(seconds, 2),
-        "examples_per_second": round(examples / seconds, 2),
+        "training_seconds": trained["train_runtime"],
+        "examples_per_second": trained["train_samples_per_second"],
+        "confusion_matrices": {
+            step: matrix.to_dict(orient="split")
+            for step, matrix in trainer.confusion_matrices.items()
+        },
     }
     if trainer.args.device.type == "cuda":
         facts["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import hashlib
 import io
 import json
 import logging
@@ -94,17 +93,6 @@ def sample_rows(
         return table.head(len(table) if head is None else head)
     chosen = np.random.default_rng(seed).permutation(len(table))[:max_rows]
     return table.iloc[np.sort(chosen)]
-
-
-def fingerprint(table: pd.DataFrame) -> str:
-    """A hash of column names, row numbers and cells: equal on two ranks that read the same rows."""
-    digest = hashlib.sha256()
-    for name, column in table.items():
-        # Lists and dicts cannot be hashed; their text can.
-        cells = column.map(repr) if column.dtype == object else column
-        digest.update(f"{name}\0{len(cells)}\0".encode())
-        digest.update(pd.util.hash_pandas_object(cells, index=True).to_numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _not_found(source: Path) -> DataFileNotFoundError:

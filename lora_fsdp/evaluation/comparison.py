@@ -11,7 +11,11 @@ import pandas as pd
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.evaluation.baselines import majority_baseline, tfidf_baseline
-from lora_fsdp.evaluation.metrics import evaluation_metrics, predicted_labels
+from lora_fsdp.evaluation.metrics import (
+    confusion_matrix,
+    evaluation_metrics,
+    predicted_labels,
+)
 from lora_fsdp.evaluation.report import (
     PredictionRow,
     format_metrics_table,
@@ -53,11 +57,7 @@ class Comparison:
         contents["written"] = list(self.written)
         contents["metrics"] = {name: dict(values) for name, values in self.metrics.items()}
         if self.confusion is not None:
-            contents["confusion_matrix"] = {
-                "labels": list(self.confusion.index),
-                "predicted": list(self.confusion.columns),
-                "counts": self.confusion.to_numpy().tolist(),
-            }
+            contents["confusion_matrix"] = self.confusion.to_dict(orient="split")
             save_confusion_matrix_png(self.confusion, folder / "confusion_matrix.png")
         self.predictions.to_csv(folder / "predictions.csv", index=False)
         write_json(folder / "metrics.json", contents)
@@ -131,7 +131,7 @@ def compare(
     )
     confusion = None
     if isinstance(task, ClassificationTask):
-        confusion = task.confusion_matrix(list(predictions["target"]), list(predictions["tuned"]))
+        confusion = confusion_matrix(task, encoded, tuned)
         by_label = tuned.probabilities
         for column, label in enumerate(task.labels or ()):
             predictions[f"probability/{label}"] = by_label[:, column].tolist()

@@ -10,8 +10,9 @@ from lora_fsdp.data.packing import SHARED, Row
 def avoid_kernels_planned_by_shape() -> None:
     """Keep SDPA from cuDNN's attention, which plans a kernel for every new row length.
 
-    Packed rows have a new length at nearly every step, and a plan takes longer than the step: with
-    the shape of a 7B on an H100, 480 ms a step instead of 186.
+    Packed rows have a new length at nearly every step, and planning takes longer than computing:
+    without it the shape of a 7B on an H100 trains at 50.8 examples/s instead of 31.8 (8 a step,
+    `tests/gpu`).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 

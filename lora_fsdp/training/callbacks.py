@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_fsdp.data.sampling import TrainingSteps
 from lora_fsdp.distributed.replication import ReplicatedParameters
 
-_SHOWN = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy", "eval_macro_f1")
+_SHOWN = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy")
 
 
 class ShuffleEachEpoch(TrainerCallback):
@@ -51,8 +51,9 @@ class RunProgress(TrainerCallback):
     Stands in for transformers' own progress callbacks, which print every metric of every label.
     """
 
-    def __init__(self, *, examples_per_step: int) -> None:
+    def __init__(self, *, examples_per_step: int, primary_metric: str) -> None:
         self.examples_per_step = examples_per_step
+        self.shown = (*_SHOWN, f"eval_{primary_metric}")
         self.bar: tqdm[Any] | None = None
 
     def on_train_begin(
@@ -80,7 +81,7 @@ class RunProgress(TrainerCallback):
     ) -> None:
         """Print what a person watches; everything else goes to the trackers."""
         logs = logs or {}
-        shown = {name: logs[name] for name in _SHOWN if name in logs}
+        shown = {name: logs[name] for name in self.shown if name in logs}
         if not state.is_world_process_zero or not shown:
             return
         if "loss" in shown:

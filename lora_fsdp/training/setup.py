@@ -115,7 +115,10 @@ _OF_ONE_RANK = {"local_rank", "log_level", "log_level_replica", "disable_tqdm", 
 
 
 def _digest_examples(examples: Sequence[EncodedExample]) -> str:
-    return _digest([(e.prompt_ids, e.target_ids, e.candidate_ids) for e in examples])
+    # Examples share their candidates: each set once.
+    candidates = {id(example.candidate_ids): example.candidate_ids for example in examples}
+    tokens = [(example.prompt_ids, example.target_ids) for example in examples]
+    return _digest([tokens, list(candidates.values())])
 
 
 def _digest_base(model: PeftModel) -> str:

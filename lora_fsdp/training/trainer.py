@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -38,7 +39,7 @@ from lora_fsdp.distributed.launch import (
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.sharding import check_placement, place_model, release_gathered
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.evaluation.metrics import evaluation_metrics
+from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
 from lora_fsdp.evaluation.prediction import save_task
 from lora_fsdp.evaluation.scoring import Scores, score_rows
 from lora_fsdp.modeling.adapters import (
@@ -54,7 +55,7 @@ from lora_fsdp.modeling.label_head import (
     check_packed_rows,
     label_log_probs,
 )
-from lora_fsdp.tasks import Example, Task
+from lora_fsdp.tasks import ClassificationTask, Example, Task
 from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
 from lora_fsdp.training.setup import (
     check_arguments,
@@ -95,6 +96,10 @@ class LoraTrainer(Trainer):
         chat_template: put prompts through the tokenizer's chat template.
         callbacks: further callbacks.
 
+    Attributes:
+        confusion_matrices: of every evaluation by the optimizer step it was made at, counts of true
+            by predicted label (loggers take single numbers only); empty for free text.
+
     Raises:
         LaunchError: the ranks did not get what the accelerate YAML asked for.
     """
@@ -125,6 +130,7 @@ class LoraTrainer(Trainer):
         check_arguments(args, self.fsdp_settings, max_length=max_length)
         check_task(task)
         self.task = task
+        self.confusion_matrices: dict[int, pd.DataFrame] = {}
         self.encoder = Encoder(
             processing_class, task=task, max_length=max_length, chat_template=chat_template
         )
@@ -139,7 +145,8 @@ class LoraTrainer(Trainer):
         )
         if not isinstance(model, PeftModel):
             model = attach_adapter(model, cast(LoraConfig, peft_config))
-        check_ranks_agree(run_fingerprints(args, model, train=train, held_out=held_out))
+        if args.world_size > 1:
+            check_ranks_agree(run_fingerprints(args, model, train=train, held_out=held_out))
         super().__init__(
             model=model,
             args=fold_accumulation(args),
@@ -150,7 +157,11 @@ class LoraTrainer(Trainer):
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(RunProgress(examples_per_step=self.examples_per_step))
+        self.add_callback(
+            RunProgress(
+                examples_per_step=self.examples_per_step, primary_metric=task.primary_metric
+            )
+        )
         self.add_callback(CheckAdapterMoves(self.adapter))
 
     # ---- placement ------------------------------------------------------------------------------
@@ -162,6 +173,7 @@ class LoraTrainer(Trainer):
         avoid_kernels_planned_by_shape()
         device, world_size = self.args.device, self.args.world_size
         self.base_dtype = base_model(self.model).dtype
+        self.parameter_count = self.model.num_parameters()
         self.share_prefix = shares_prefix(self.args, self.model)
         enable_checkpointing(self.model, self.fsdp_settings)
         place_model(self.model, settings=self.fsdp_settings, device=device, world_size=world_size)
@@ -233,9 +245,8 @@ class LoraTrainer(Trainer):
         return loss * self.args.world_size
 
     def floating_point_ops(self, inputs: TrainingStep) -> int:
-        """4 per base parameter and token: a frozen weight has no gradient of its own."""
-        base = sum(parameter.numel() for parameter in self.model.parameters())
-        return 4 * base * sum(len(row) for row in inputs.rows)
+        """4 per parameter and token: a frozen weight has no gradient of its own."""
+        return 4 * self.parameter_count * sum(len(row) for row in inputs.rows)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Examples, not steps or rows."""
@@ -286,6 +297,9 @@ class LoraTrainer(Trainer):
         rows: ScoringRows = dataloader.dataset  # type: ignore[assignment]
         scores = self._score(dataloader)
         metrics = evaluation_metrics(self.task, rows.examples, scores)
+        if isinstance(self.task, ClassificationTask):
+            matrix = confusion_matrix(self.task, rows.examples, scores)
+            self.confusion_matrices[self.state.global_step] = matrix
         labels = [-1 if example.label is None else example.label for example in rows.examples]
         return EvalLoopOutput(
             predictions=scores.log_likelihoods.numpy(),

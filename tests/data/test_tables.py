@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from lora_fsdp.data.tables import fingerprint, read_table, sample_rows
+from lora_fsdp.data.tables import read_table, sample_rows
 from lora_fsdp.errors import (
     ArgumentError,
     DataFileNotFoundError,
@@ -252,35 +250,6 @@ def test_head_and_everything() -> None:
 def test_sample_refuses(max_rows: int | None, head: int | None, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         sample_rows(numbers(5), max_rows=max_rows, head=head, seed=0)
-
-
-def test_fingerprint_changes_with_every_part_of_the_table() -> None:
-    table = pd.DataFrame({"text": ["a", "b"], "tags": [["x"], None]})
-    prints = {
-        fingerprint(table),
-        fingerprint(table[::-1]),
-        fingerprint(table.rename(columns={"text": "body"})),
-        fingerprint(table.assign(text=["a", "c"])),
-        fingerprint(table.assign(tags=[["y"], None])),
-        fingerprint(table.set_axis([1, 2])),
-        fingerprint(table[["tags", "text"]]),
-    }
-    assert len(prints) == 7
-    assert fingerprint(table.copy()) == fingerprint(table)
-
-
-def test_fingerprint_is_the_same_in_another_process(tmp_path: Path) -> None:
-    path = write(tmp_path / "data.jsonl", '{"text": "é", "tags": ["x", 1]}\n{"text": null}\n')
-    code = "import sys; from lora_fsdp.data.tables import *; "
-    code += "print(fingerprint(read_table(sys.argv[1])))"
-    other = subprocess.run(
-        [sys.executable, "-c", code, str(path)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert other.stdout.strip() == fingerprint(read_table(path))
 
 
 @pytest.mark.skipif(not TWEETS.exists(), reason="needs the article's tweets")

@@ -5,6 +5,7 @@ Run: python -m pytest tests/modeling/test_label_head.py
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,7 +22,13 @@ from transformers import (
 
 from lora_fsdp.data.packing import Tree, empty_row, pack_row
 from lora_fsdp.errors import UnsupportedModelError
-from lora_fsdp.modeling.label_head import check_architecture, label_log_probs, label_logits
+from lora_fsdp.modeling.adapters import attach_adapter
+from lora_fsdp.modeling.label_head import (
+    check_architecture,
+    check_packed_rows,
+    label_log_probs,
+    label_logits,
+)
 from tests.support.tiny import CONFIGS, tiny_model
 
 FP32 = torch.float32
@@ -32,6 +39,31 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
+
+
+def adapted():
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return attach_adapter(tiny_model(), config)
+
+
+def read_across_examples(inputs):
+    length = inputs["input_ids"].shape[1]
+    return inputs | {"attention_mask": torch.full((1, 1, length, length), -torch.inf).triu(1)}
+
+
+def count_along_the_row(inputs):
+    return inputs | {"position_ids": None}
+
+
+@pytest.mark.parametrize("fault", [read_across_examples, count_along_the_row])
+def test_live_check_refuses_a_model_that_cannot_be_packed(fault):
+    """Whatever its name and signature say."""
+    model = adapted()
+    check_packed_rows(model, device=torch.device("cpu"), dtype=FP32)
+    forward = model.forward
+    model.forward = lambda **inputs: forward(**fault(inputs))
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM computes packed examples"):
+        check_packed_rows(model, device=torch.device("cpu"), dtype=FP32)
 
 
 def model_from(config):

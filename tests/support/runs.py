@@ -74,5 +74,6 @@ def toy_run(output_dir: str | Path, resume: str | bool | None = None, **options:
         "files": sorted(str(p.relative_to(output_dir)) for p in Path(output_dir).rglob("*")),
         "history": history,
         "steps": trainer.state.global_step,
+        "confusion": {s: m.to_numpy().sum() for s, m in trainer.confusion_matrices.items()},
         "best": trainer.state.best_model_checkpoint,
     }

@@ -100,6 +100,8 @@ def test_best_checkpoint_by_the_tasks_metric(tmp_path):
         for entry in results[0]["history"][:-1]
         if "eval_macro_f1" in entry
     }
+    # One confusion matrix an evaluation, of all 13 held-out rows (the last is `toy_run`'s own).
+    assert results[0]["confusion"] == results[1]["confusion"] == dict.fromkeys((2, 4, 6, 8, 9), 13)
     best = max(scores.values())
     assert results[0]["metrics"]["eval_macro_f1"] == best
     first_best = min(step for step, score in scores.items() if score == best)
