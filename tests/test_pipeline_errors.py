@@ -39,14 +39,6 @@ ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {"text_column": "text", "label_column": "label", "instruction": "Say how it sounds:"}
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def table(tmp_path):
     file = tmp_path / "table.csv"

@@ -7,7 +7,6 @@ import os
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,10 +27,10 @@ from lora_fsdp.errors import (
     FsdpSettingError,
     UnsupportedModelError,
 )
-from lora_fsdp.modeling.adapters import attach_adapter, trainable_parameters
+from lora_fsdp.modeling.adapters import trainable_parameters
 from tests.support.ranks import RankError, launch_environment, run_ranks
 from tests.support.runs import toy_trainer
-from tests.support.tiny import CONFIGS, randomise_adapter, tiny_model
+from tests.support.tiny import CONFIGS, adapted_model, randomise_adapter, tiny_model
 
 CPU = torch.device("cpu")
 FSDP = launch_environment("fsdp2_cpu.yaml")
@@ -57,11 +56,6 @@ SIZES = {
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
 }
-
-
-def adapted(*, dtype=torch.float32, kind="llama"):
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    return attach_adapter(tiny_model(kind, dtype=dtype), config)
 
 
 class TestDecoderLayers:
@@ -136,21 +130,21 @@ class TestNamedLayers:
 
 class TestCheckPlacement:
     def test_unsharded_model_without_fsdp_is_right(self):
-        check_placement(adapted(), settings=None)
+        check_placement(adapted_model(), settings=None)
 
     def test_base_that_was_not_sharded(self):
         with pytest.raises(FsdpDroppedError, match=r"The base's .*embed_tokens.* is not sharded"):
-            check_placement(adapted(), settings=SETTINGS)
+            check_placement(adapted_model(), settings=SETTINGS)
 
     def test_adapter_in_bf16(self):
-        model = adapted(dtype=torch.bfloat16)
+        model = adapted_model(dtype=torch.bfloat16)
         for parameter in trainable_parameters(model).values():
             parameter.data = parameter.data.bfloat16()
         with pytest.raises(FsdpDroppedError, match=r"lora_A.* float32 .* torch\.bfloat16"):
             check_placement(model, settings=None)
 
     def test_base_of_several_dtypes(self):
-        model = adapted(dtype=torch.bfloat16)
+        model = adapted_model(dtype=torch.bfloat16)
         check_placement(model, settings=None)
         norm = model.get_base_model().model.norm.weight
         norm.data = norm.data.float()
@@ -158,7 +152,7 @@ class TestCheckPlacement:
             check_placement(model, settings=None)
 
     def test_model_without_a_trained_parameter(self):
-        model = adapted()
+        model = adapted_model()
         model.requires_grad_(False)
         with pytest.raises((FsdpDroppedError, AdapterVerificationError)):
             check_placement(model, settings=None)
@@ -166,7 +160,7 @@ class TestCheckPlacement:
 
 class TestReplicated:
     def test_adapter_that_does_not_move_is_named(self):
-        model = adapted()
+        model = adapted_model()
         replicated = ReplicatedParameters(trainable_parameters(model))
         with pytest.raises(AdapterVerificationError, match=r"21 of 21 lora_B did not move"):
             replicated.check_moved()
@@ -174,7 +168,7 @@ class TestReplicated:
         replicated.check_moved()
 
     def test_one_that_does_not_move_is_named(self):
-        model = adapted()
+        model = adapted_model()
         replicated = ReplicatedParameters(trainable_parameters(model))
         randomise_adapter(model)
         name, parameter = next((n, p) for n, p in trainable_parameters(model).items() if "B" in n)
@@ -184,7 +178,7 @@ class TestReplicated:
         assert name in str(caught.value)
 
     def test_fingerprint_sees_one_bit(self):
-        model = adapted()
+        model = adapted_model()
         replicated = ReplicatedParameters(trainable_parameters(model))
         before = replicated.fingerprint()
         parameter = next(iter(replicated.parameters.values()))
@@ -216,7 +210,7 @@ def seeds_apart(folder):
     """The adapter of every rank is its own before it is placed."""
     rank = int(os.environ["RANK"])
     torch.distributed.init_process_group("gloo")
-    model = adapted()
+    model = adapted_model()
     generator = torch.Generator().manual_seed(rank)
     for parameter in trainable_parameters(model).values():
         parameter.data = torch.randn(parameter.shape, generator=generator)
@@ -250,7 +244,7 @@ def sums(folder):
 def adapter_swept_into_the_shards(folder):
     """What accelerate's own `prepare` would do: adapter and base in the same groups."""
     torch.distributed.init_process_group("gloo")
-    model = adapted()
+    model = adapted_model()
     mesh = init_device_mesh("cpu", (2,))
     fully_shard(model.get_base_model(), mesh=mesh)
     check_placement(model, settings=SETTINGS)
@@ -258,7 +252,7 @@ def adapter_swept_into_the_shards(folder):
 
 def base_sharded_unasked(folder):
     torch.distributed.init_process_group("gloo")
-    model = adapted()
+    model = adapted_model()
     place_model(model, settings=SETTINGS, device=CPU, world_size=2)
     check_placement(model, settings=None)
 

@@ -26,7 +26,7 @@ from lora_fsdp.errors import (
     UnknownTaskError,
 )
 from lora_fsdp.evaluation.prediction import TASK_FILE, Predictor
-from tests.support.tiny import tiny_model, tiny_tokenizer, toy_table
+from tests.support.tiny import toy_table
 
 OPTIONS = {"text_column": "text", "label_column": "label", "instruction": "Say how it sounds:"}
 
@@ -53,14 +53,6 @@ class LengthTask(EchoTask):
     def compute_metrics(self, targets, predictions):
         same = [len(t) == len(p or "") for t, p in zip(targets, predictions, strict=True)]
         return {"same_length": sum(same) / len(same)}
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def run(model_folder, output, table, *, task="classification", task_object=None, **options):

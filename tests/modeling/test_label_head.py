@@ -5,7 +5,6 @@ Run: python -m pytest tests/modeling/test_label_head.py
 
 import pytest
 import torch
-from peft import LoraConfig
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,14 +21,13 @@ from transformers import (
 
 from lora_fsdp.data.packing import Tree, empty_row, pack_row
 from lora_fsdp.errors import UnsupportedModelError
-from lora_fsdp.modeling.adapters import attach_adapter
 from lora_fsdp.modeling.label_head import (
     check_architecture,
     check_packed_rows,
     label_log_probs,
     label_logits,
 )
-from tests.support.tiny import CONFIGS, tiny_model
+from tests.support.tiny import CONFIGS, adapted_model, tiny_model
 
 FP32 = torch.float32
 SIZES = {
@@ -39,11 +37,6 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-
-
-def adapted():
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    return attach_adapter(tiny_model(), config)
 
 
 def read_across_examples(inputs):
@@ -58,7 +51,7 @@ def count_along_the_row(inputs):
 @pytest.mark.parametrize("fault", [read_across_examples, count_along_the_row])
 def test_live_check_refuses_a_model_that_cannot_be_packed(fault):
     """Whatever its name and signature say."""
-    model = adapted()
+    model = adapted_model()
     check_packed_rows(model, device=torch.device("cpu"), dtype=FP32)
     forward = model.forward
     model.forward = lambda **inputs: forward(**fault(inputs))

@@ -22,14 +22,6 @@ from tests.support.tiny import tiny_model, tiny_tokenizer
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny_model().save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
-
-
 def arguments(name, **options):
     return ModelArguments(model_name_or_path=str(name), **options)
 
@@ -48,25 +40,25 @@ def test_dtype(name, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_base_is_frozen_in_one_dtype(folder, dtype):
-    model = load_base(arguments(folder, dtype=dtype), device=CPU)
+def test_base_is_frozen_in_one_dtype(model_folder, dtype):
+    model = load_base(arguments(model_folder, dtype=dtype), device=CPU)
     assert {p.dtype for p in model.parameters()} == {resolve_dtype(dtype, device=CPU)}
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_weights_are_those_of_the_folder(folder):
-    loaded = load_base(arguments(folder), device=CPU).state_dict()
+def test_weights_are_those_of_the_folder(model_folder):
+    loaded = load_base(arguments(model_folder), device=CPU).state_dict()
     for name, tensor in tiny_model().state_dict().items():
         assert torch.equal(loaded[name], tensor), name
 
 
-def test_attention_is_as_asked(folder):
-    model = load_base(arguments(folder, attn_implementation="eager"), device=CPU)
+def test_attention_is_as_asked(model_folder):
+    model = load_base(arguments(model_folder, attn_implementation="eager"), device=CPU)
     assert model.config._attn_implementation == "eager"
 
 
-def test_tokenizer(folder):
-    tokenizer = load_tokenizer(arguments(folder))
+def test_tokenizer(model_folder):
+    tokenizer = load_tokenizer(arguments(model_folder))
     assert tokenizer.eos_token == "<|end|>"
     assert tokenizer.pad_token == "<|pad|>"
 
@@ -115,14 +107,14 @@ def test_empty_folder(tmp_path):
         load_base(arguments(tmp_path), device=CPU)
 
 
-def test_folder_without_weights(tmp_path, folder):
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+def test_folder_without_weights(tmp_path, model_folder):
+    (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
     with pytest.raises(ModelNotFoundError, match=tmp_path.name):
         load_base(arguments(tmp_path), device=CPU)
 
 
-def test_damaged_weights(tmp_path, folder):
-    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+def test_damaged_weights(tmp_path, model_folder):
+    (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
     (tmp_path / "model.safetensors").write_bytes(b"not a model")
     with pytest.raises(ModelNotFoundError, match=tmp_path.name):
         load_base(arguments(tmp_path), device=CPU)

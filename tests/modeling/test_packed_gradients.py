@@ -7,25 +7,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
 from torch.nn import functional
 
 from lora_fsdp.data.packing import Tree, pack_row
-from lora_fsdp.modeling.adapters import attach_adapter, trainable_parameters
+from lora_fsdp.modeling.adapters import trainable_parameters
 from lora_fsdp.modeling.label_head import label_log_probs
-from tests.support.tiny import CONFIGS, randomise_adapter, tiny_model
+from tests.support.tiny import CONFIGS, adapted_model, randomise_adapter
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-7}
 
 
 def adapted(kind, dtype):
-    config = LoraConfig(
-        r=4,
-        target_modules="all-linear",
-        fan_in_fan_out=kind == "gpt2",
-        task_type="CAUSAL_LM",
-    )
-    model = attach_adapter(tiny_model(kind), config)
+    model = adapted_model(kind)
     randomise_adapter(model)
     return model.to(dtype)
 

@@ -2,6 +2,7 @@
 
 import pandas as pd
 import torch
+from peft import LoraConfig, PeftModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM as AutoModel
 from transformers import (
@@ -13,6 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from lora_fsdp.modeling.adapters import attach_adapter
 from lora_fsdp.tasks import ClassificationTask
 
 WORDS = "the flight was late good bad cancelled crew friendly lost my bag again thanks for help"
@@ -69,6 +71,17 @@ def tiny_model(
     )
     model = AutoModel.from_config(config, attn_implementation="sdpa")
     return model.to(dtype).requires_grad_(False)
+
+
+def adapted_model(kind: str = "llama", *, dtype: torch.dtype = torch.float32) -> PeftModel:
+    """A tiny model with a new adapter on every linear layer."""
+    config = LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        fan_in_fan_out=kind == "gpt2",
+        task_type="CAUSAL_LM",
+    )
+    return attach_adapter(tiny_model(kind, dtype=dtype), config)
 
 
 def randomise_adapter(model: torch.nn.Module, *, seed: int = 1) -> None:
