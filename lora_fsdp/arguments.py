@@ -156,8 +156,28 @@ class FineTuningArguments(TrainingArguments):
             "examples of a row share the prefix's dropout masks."
         },
     )
-    max_tokens_per_row: int = field(
-        default=2048, metadata={"help": "Longest packed row in tokens (bounds activation memory)."}
+    max_tokens_per_row: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest packed row in tokens (bounds activation memory). Not given: what half "
+            "of the free GPU memory holds, from 2048 to 8192; 2048 on a CPU."
+        },
+    )
+    step: Literal["auto", "eager", "fused", "compiled", "graph"] = field(
+        default="auto",
+        metadata={
+            "help": "How forward and backward run: by the model's own layers, by fused layers, by "
+            "layers compiled by torch and captured, or by fused layers captured as CUDA graphs. "
+            "All give the same gradients; auto says what it chose."
+        },
+    )
+    resident_layers: str = field(
+        default="auto",
+        metadata={
+            "help": "Under FSDP, the layers that every rank keeps whole, which are then never "
+            "gathered: all, none, or their number. auto = as many as GPU memory holds; none on a "
+            "CPU."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace a run that output_dir already holds."}

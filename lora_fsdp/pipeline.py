@@ -150,7 +150,8 @@ def _announce(trainer: LoraTrainer, data: TaskData) -> None:
     print(
         f"  prompts' common prefix computed once a row: {'yes' if trainer.share_prefix else 'no'}"
     )
-    print(status, flush=True)
+    print(status)
+    print(trainer.plan, flush=True)
 
 
 def _write_freely(trainer: LoraTrainer) -> list[str]:

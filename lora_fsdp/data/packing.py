@@ -15,14 +15,16 @@ Grouper (arXiv 2506.05433).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 
 import torch
 
 #: `Row.example_ids` of the tokens that every example of the row sees.
 SHARED = 0
+#: `Row.example_ids` and `Row.label_answers` of what only fills a row up.
+PADDING = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,41 +39,82 @@ class Tree:
         return len(self.prompt_ids) + sum(len(answer[:-1]) for answer in self.answers)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Row:
-    """One packed row: T input tokens and L label tokens, all tensors int64.
+    """One packed row: T input tokens and L label tokens.
 
     Attributes:
-        input_ids: [T].
-        position_ids: [T], counted along each token's path to the root.
-        example_ids: [T], 0 for the shared prefix, 1.. for the examples.
-        answer_ids: [T], 0 for prompts, 1.. for the answers of an example.
-        label_positions: [L], the input token whose output predicts each label token.
-        label_ids: [L], the label tokens.
-        label_answers: [L], which answer of the row (0-based, over all examples) each belongs to.
+        tokens: [4, T] int64: `input_ids`; `position_ids`, counted along each token's path to the
+            root; `example_ids`, 0 for the shared prefix, 1.. for the examples, -1 for padding;
+            `answer_ids`, 0 for prompts, 1.. for the answers of an example.
+        labels: [3, L] int64: `label_positions`, the input token whose output predicts each label
+            token; `label_ids`, the label tokens; `label_answers`, which answer of the row (0-based,
+            over all examples) each belongs to, -1 for padding.
+        is_one_sequence: whether every token sees all before it, as in an ordinary text.
     """
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    example_ids: torch.Tensor
-    answer_ids: torch.Tensor
-    label_positions: torch.Tensor
-    label_ids: torch.Tensor
-    label_answers: torch.Tensor
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    is_one_sequence: bool = False
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """[T]."""
+        return self.tokens[0]
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """[T]."""
+        return self.tokens[1]
+
+    @property
+    def example_ids(self) -> torch.Tensor:
+        """[T]."""
+        return self.tokens[2]
+
+    @property
+    def answer_ids(self) -> torch.Tensor:
+        """[T]."""
+        return self.tokens[3]
+
+    @property
+    def label_positions(self) -> torch.Tensor:
+        """[L]."""
+        return self.labels[0]
+
+    @property
+    def label_ids(self) -> torch.Tensor:
+        """[L]."""
+        return self.labels[1]
+
+    @property
+    def label_answers(self) -> torch.Tensor:
+        """[L]."""
+        return self.labels[2]
 
     def __len__(self) -> int:
-        return int(self.input_ids.numel())
+        return int(self.tokens.shape[1])
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Row:
         """The row on `device`."""
-        return Row(*(tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors()))
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+        )
 
     def pin_memory(self) -> Row:
         """The row in page-locked memory, from which copies to a GPU are asynchronous."""
-        return Row(*(tensor.pin_memory() for tensor in self._tensors()))
+        return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory())
 
-    def _tensors(self) -> Iterable[torch.Tensor]:
-        return (getattr(self, field.name) for field in fields(self))
+    def padded(self, *, tokens: int, labels: int) -> Row:
+        """The row with `tokens` tokens and `labels` label tokens; what is added counts nothing."""
+        more_tokens, more_labels = tokens - len(self), labels - self.labels.shape[1]
+        if more_tokens < 0 or more_labels < 0:
+            raise ValueError(f"A row of {len(self)} tokens cannot be padded to {tokens}.")
+        token = torch.tensor([0, 0, PADDING, 0])[:, None].expand(4, more_tokens)
+        label = torch.tensor([0, 0, PADDING])[:, None].expand(3, more_labels)
+        return Row(torch.cat([self.tokens, token], 1), torch.cat([self.labels, label], 1))
 
 
 def pack_row(trees: Sequence[Tree], *, share_prefix: bool) -> Row:
@@ -104,9 +147,11 @@ def pack_row(trees: Sequence[Tree], *, share_prefix: bool) -> Row:
             labels += [(at, token, owner) for at, token in zip(positions, answer, strict=True)]
         answers_before += len(tree.answers)
 
-    label_columns = zip(*labels, strict=True) if labels else ([], [], [])
-    columns = (input_ids, position_ids, example_ids, answer_ids, *label_columns)
-    return Row(*(torch.tensor(column, dtype=torch.int64) for column in columns))
+    return Row(
+        torch.tensor([input_ids, position_ids, example_ids, answer_ids], dtype=torch.int64),
+        torch.tensor(labels, dtype=torch.int64).reshape(-1, 3).t().contiguous(),
+        is_one_sequence=len(trees) == 1 and len(trees[0].answers) <= 1,
+    )
 
 
 def empty_row() -> Row:

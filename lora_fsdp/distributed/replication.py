@@ -23,6 +23,21 @@ class ReplicatedParameters:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.parameters = dict(parameters)
         self._b_at_start = self._b_checksums()
+        values = list(self.parameters.values())
+        self._gradients = torch.cat([torch.zeros_like(value).flatten() for value in values])
+        pieces = self._gradients.split([value.numel() for value in values])
+        self._views = [
+            (value, piece.view_as(value)) for value, piece in zip(values, pieces, strict=True)
+        ]
+
+    def zero_gradients(self) -> None:
+        """Set every gradient to zero, in one block of memory that stays where it is.
+
+        A captured step needs fixed addresses, and the ranks' sum needs no copy.
+        """
+        self._gradients.zero_()
+        for value, gradient in self._views:
+            value.grad = gradient
 
     def broadcast(self) -> None:
         """Give every rank rank 0's values."""
@@ -31,24 +46,22 @@ class ReplicatedParameters:
         for parameter in self.parameters.values():
             dist.broadcast(parameter.data, src=0)
 
+    def copy_gradients(self) -> torch.Tensor:
+        """All gradients, flat."""
+        return self._gradients.clone()
+
+    def set_gradients(self, gradients: torch.Tensor) -> None:
+        """Put back what `copy_gradients` gave."""
+        self._gradients.copy_(gradients)
+
     def sum_gradients(self) -> None:
         """Sum the gradients over all ranks: one flat float32 all-reduce.
 
         The sum is right, not the mean, because each rank's loss is already divided by the number
         of label tokens of all ranks. A parameter without a gradient counts as zero.
         """
-        if not _is_distributed():
-            return
-        flat = torch.cat(
-            [
-                torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
-                for p in self.parameters.values()
-            ]
-        )
-        dist.all_reduce(flat)
-        pieces = flat.split([p.numel() for p in self.parameters.values()])
-        for parameter, piece in zip(self.parameters.values(), pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
+        if _is_distributed():
+            dist.all_reduce(self._gradients)
 
     def check_equal(self) -> None:
         """Check that every rank holds the same bits.

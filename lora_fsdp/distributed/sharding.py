@@ -7,6 +7,10 @@ gather, and the optimizer's state does not depend on the number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from typing import cast
+
 import torch
 from peft import PeftModel
 from torch import nn
@@ -16,45 +20,69 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lora_fsdp.distributed.launch import FsdpSettings
+from lora_fsdp.distributed.residency import Residency
 from lora_fsdp.errors import FsdpDroppedError, FsdpSettingError, UnsupportedModelError
 from lora_fsdp.modeling.adapters import base_model, trainable_parameters
 
 
 def place_model(
-    model: PeftModel, *, settings: FsdpSettings | None, device: torch.device, world_size: int
-) -> None:
+    model: PeftModel,
+    *,
+    settings: FsdpSettings | None,
+    residency: Residency,
+    device: torch.device,
+    world_size: int,
+) -> frozenset[nn.Parameter]:
     """Put base and adapter where they stay for the run, in place.
 
-    With `settings` the base is sharded over all ranks, layer by layer, so no rank ever holds more
-    on its device than its shard and one layer; without, each rank keeps a whole copy.
+    With `settings` what is not resident is sharded over all ranks, layer by layer, so no rank ever
+    holds more of it on its device than its shard and the layers in flight; without, or with the
+    whole base resident, each rank keeps a whole copy.
+
+    Returns:
+        the base's parameters that every rank holds whole.
     """
-    if settings is None:
-        model.to(device)
-        return
     adapter = trainable_parameters(model)
+    if settings is None or residency.is_whole:
+        model.to(device)
+        return frozenset(model.parameters()) - set(adapter.values())
     for parameter in adapter.values():
         parameter.data = parameter.data.to(device)
+    resident = [residency.layers_of_model[index].to(device) for index in residency.indices]
+    whole = frozenset(p for layer in resident for p in layer.parameters()) - set(adapter.values())
     mesh = init_device_mesh(device.type, (world_size,))
-    shard_base(base_model(model), settings=settings, mesh=mesh, ignored=set(adapter.values()))
+    shard_base(
+        base_model(model),
+        settings=settings,
+        mesh=mesh,
+        ignored=whole | set(adapter.values()),
+        groups=[layer for layer in residency.layers_of_model if layer not in resident],
+    )
+    return whole
 
 
 def shard_base(
-    base: PreTrainedModel, *, settings: FsdpSettings, mesh: DeviceMesh, ignored: set[nn.Parameter]
+    base: PreTrainedModel,
+    *,
+    settings: FsdpSettings,
+    mesh: DeviceMesh,
+    ignored: frozenset[nn.Parameter],
+    groups: Sequence[nn.Module],
 ) -> None:
-    """Apply `fully_shard` to the layers, the embeddings, the head, and what is left.
+    """Apply `fully_shard` to the layers in `groups`, the embeddings, the head, and what is left.
 
     Tied embeddings stay together in the root group, because torch refuses a parameter that two
-    groups can see.
+    groups can see. Parameters in `ignored` stay as they are.
     """
     offload = CPUOffloadPolicy() if settings.offload and mesh.device_type != "cpu" else None
     options = {
         "mesh": mesh,
-        "ignored_params": ignored,
+        "ignored_params": set(ignored),
         "offload_policy": offload or OffloadPolicy(),
         "reshard_after_forward": settings.reshard_after_forward,
     }
     if settings.wrap_layers:
-        for layer in layers_to_shard(base, names=settings.layer_classes):
+        for layer in groups:
             fully_shard(layer, **options)  # type: ignore[call-overload]
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
         tied = head is not None and embedding.weight is head.weight
@@ -64,6 +92,15 @@ def shard_base(
                     fully_shard(module, **options)  # type: ignore[call-overload]
     # The root is needed again at once in backward, so it is never resharded in between.
     fully_shard(base, **{**options, "reshard_after_forward": False})  # type: ignore[call-overload]
+    if settings.wrap_layers:
+        _prefetch(groups)
+
+
+def _prefetch(groups: Sequence[nn.Module]) -> None:
+    """Gather the next group while one computes, in both directions."""
+    for earlier, later in pairwise(groups):
+        cast(FSDPModule, earlier).set_modules_to_forward_prefetch([cast(FSDPModule, later)])
+        cast(FSDPModule, later).set_modules_to_backward_prefetch([cast(FSDPModule, earlier)])
 
 
 def layers_to_shard(base: nn.Module, *, names: tuple[str, ...] | None) -> list[nn.Module]:
@@ -119,8 +156,14 @@ def release_gathered(model: PeftModel) -> None:
             module.reshard()
 
 
-def check_placement(model: PeftModel, *, settings: FsdpSettings | None) -> None:
+def check_placement(
+    model: PeftModel, *, resident: Collection[nn.Parameter]
+) -> None:
     """Check on the live model that sharding, replication and dtypes are what they must be.
+
+    Args:
+        model: the placed model.
+        resident: the base's parameters that every rank must hold whole; the others must be sharded.
 
     Raises:
         FsdpDroppedError: names the parameter that is not where, or not of the dtype, it should be.
@@ -138,8 +181,8 @@ def check_placement(model: PeftModel, *, settings: FsdpSettings | None) -> None:
                 f"{type(parameter.data).__name__} of {parameter.dtype}."
             )
     for name, parameter in base.items():
-        if isinstance(parameter, DTensor) != (settings is not None):
-            state = "is not sharded" if settings else "is sharded although no FSDP was asked for"
+        if isinstance(parameter, DTensor) == (parameter in resident):
+            state = "is sharded although it is resident" if parameter in resident else "is not sharded"
             raise FsdpDroppedError(f"The base's {name} {state}.")
     dtypes = {parameter.dtype for parameter in base.values() if parameter.is_floating_point()}
     if len(dtypes) > 1:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.sampling import ScoringRow, ScoringRows
-from lora_fsdp.modeling.label_head import label_logits
+from lora_fsdp.modeling.label_head import RowComputation, label_outputs
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def score_rows(
     count: int,
     answers: int,
     device: torch.device,
-    dtype: torch.dtype,
+    computation: RowComputation,
     after_row: Callable[[], None] | None = None,
 ) -> Scores:
     """Score this rank's `rows` of `count` examples and join the ranks' results.
@@ -59,13 +59,11 @@ def score_rows(
     results = torch.zeros(2, count * answers, dtype=torch.float32, device=device)
     for scoring in rows:
         row = scoring.row.to(device, non_blocking=True)
-        logits = label_logits(model, row, dtype=dtype)
-        log_probs = logits.log_softmax(dim=-1).gather(1, row.label_ids[:, None])[:, 0]
-        missed = (logits.argmax(dim=-1) != row.label_ids).float()
+        outputs = label_outputs(model, row, computation=computation)
         places = _answer_places(scoring.examples, answers=answers).to(device)
         owner = places[row.label_answers]
-        results[0].index_add_(0, owner, log_probs)
-        results[1].index_add_(0, owner, missed)
+        results[0].index_add_(0, owner, outputs.log_probs.float())
+        results[1].index_add_(0, owner, (~outputs.is_most_likely).float())
         if after_row is not None:
             after_row()
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -80,7 +78,7 @@ def score_examples(
     examples: Sequence[EncodedExample],
     *,
     device: torch.device,
-    dtype: torch.dtype,
+    computation: RowComputation,
     max_tokens: int = 2048,
 ) -> Scores:
     """Score `examples` with an unsharded model in this process alone."""
@@ -91,7 +89,7 @@ def score_examples(
         count=len(examples),
         answers=len(rows.answers[0]) if examples else 0,
         device=device,
-        dtype=dtype,
+        computation=computation,
     )
 
 

@@ -3,20 +3,52 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from lora_fsdp.data.packing import Row, Tree, pack_row
 from lora_fsdp.errors import UnsupportedModelError
+from lora_fsdp.modeling import chunked_head
 from lora_fsdp.modeling.adapters import base_model
-from lora_fsdp.modeling.attention import block_mask
+from lora_fsdp.modeling.attention import row_mask
 
 
-def label_logits(model: nn.Module, row: Row, *, dtype: torch.dtype) -> torch.Tensor:
+class LabelOutputs(NamedTuple):
+    """What the model says about a row's L label tokens.
+
+    Attributes:
+        log_probs: [L] float32 at least, log-probability given all before the token on its path.
+        is_most_likely: [L] bool, whether no token is more likely.
+    """
+
+    log_probs: torch.Tensor
+    is_most_likely: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RowComputation:
+    """How a model computes packed rows.
+
+    Attributes:
+        dtype: in which attention runs (the base's).
+        by_blocks: its attention takes a `BlockMask` for long rows (fused layers do).
+        chunked_head: its logits are its head's output, frozen, so that many label tokens can be
+            taken chunk by chunk (`check_packed_rows` finds out).
+    """
+
+    dtype: torch.dtype
+    by_blocks: bool = False
+    chunked_head: bool = False
+
+
+def label_logits(model: nn.Module, row: Row, *, computation: RowComputation) -> torch.Tensor:
     """Logits at the row's label positions, [L, vocabulary], in float32 at least.
 
     The mask is always explicit and the cache always off: with `use_cache` unset a packed row's
@@ -27,7 +59,7 @@ def label_logits(model: nn.Module, row: Row, *, dtype: torch.dtype) -> torch.Ten
     output = model(
         input_ids=row.input_ids[None],
         position_ids=row.position_ids[None],
-        attention_mask=block_mask(row, dtype=dtype),
+        attention_mask=row_mask(row, dtype=computation.dtype, by_blocks=computation.by_blocks),
         use_cache=False,
         **keep,
     )
@@ -35,16 +67,35 @@ def label_logits(model: nn.Module, row: Row, *, dtype: torch.dtype) -> torch.Ten
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def label_log_probs(model: nn.Module, row: Row, *, dtype: torch.dtype) -> torch.Tensor:
-    """Log-probability of each label token given all before it on its path, [L], float32 at least.
+def label_outputs(
+    model: nn.Module,
+    row: Row,
+    *,
+    computation: RowComputation,
+    chunk_above: int = chunked_head.CHUNK,
+) -> LabelOutputs:
+    """Log-probability of each label token, and whether it is the most likely one.
 
     Args:
         model: a causal LM, with or without adapter; may be sharded.
         row: the packed row, on the model's device.
-        dtype: the dtype in which attention runs (the base's).
+        computation: how the model computes rows.
+        chunk_above: number of label tokens from which on the head runs chunk by chunk.
     """
-    logits = label_logits(model, row, dtype=dtype)
-    return -functional.cross_entropy(logits, row.label_ids, reduction="none")
+    if computation.chunked_head and row.labels.shape[1] > chunk_above:
+        base = base_model(model) if isinstance(model, PeftModel) else model
+        head: nn.Linear = base.get_output_embeddings()  # type: ignore[operator]
+        with chunked_head.head_gives_log_probs(head, row.label_ids):
+            both = label_logits(model, row, computation=computation)
+        return LabelOutputs(both[:, 0], both[:, 1] > 0)
+    logits = label_logits(model, row, computation=computation)
+    log_probs = -functional.cross_entropy(logits, row.label_ids, reduction="none")
+    return LabelOutputs(log_probs, logits.detach().argmax(dim=-1) == row.label_ids)
+
+
+def label_log_probs(model: nn.Module, row: Row, *, computation: RowComputation) -> torch.Tensor:
+    """`label_outputs`' log-probabilities, [L], for training."""
+    return label_outputs(model, row, computation=computation).log_probs
 
 
 def check_architecture(model: nn.Module, *, longest: int) -> None:
@@ -92,12 +143,17 @@ def check_architecture(model: nn.Module, *, longest: int) -> None:
 
 
 @torch.no_grad()
-def check_packed_rows(model: PeftModel, *, device: torch.device, dtype: torch.dtype) -> None:
+def check_packed_rows(
+    model: PeftModel, *, device: torch.device, computation: RowComputation
+) -> RowComputation:
     """Check on the live model that examples of one row are computed as if each stood alone.
 
     Two short random texts with a common beginning, packed and one by one; a collective call under
     FSDP. This catches what the architecture's name does not tell: attention that ignores the mask,
     positions that count along the row.
+
+    Returns:
+        `computation`, with `chunked_head` switched off if the logits are not the head's output.
 
     Raises:
         UnsupportedModelError: they are not.
@@ -107,10 +163,14 @@ def check_packed_rows(model: PeftModel, *, device: torch.device, dtype: torch.dt
     tokens = torch.randint(vocabulary, (2, 12), generator=generator)
     tokens[1, :4] = tokens[0, :4]
     texts = tokens.tolist()
-    trees = [Tree(text[:6], [text[6:]]) for text in texts]
+    row = pack_row([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True).to(device)
     was_training = model.training
     model.eval()
-    packed = label_log_probs(model, pack_row(trees, share_prefix=True).to(device), dtype=dtype)
+    packed = label_outputs(model, row, computation=computation)
+    if computation.chunked_head:
+        chunked = label_outputs(model, row, computation=computation, chunk_above=0)
+        same = (chunked.log_probs - packed.log_probs).abs().max().item() < _ROUNDING[False]
+        computation = replace(computation, chunked_head=same)
     alone = [
         model(input_ids=torch.tensor([text], device=device), use_cache=False).logits[0].float()
         for text in texts
@@ -122,13 +182,27 @@ def check_packed_rows(model: PeftModel, *, device: torch.device, dtype: torch.dt
             for logits, text in zip(alone, texts, strict=True)
         ]
     )[:, 0]
-    difference = (packed - expected).abs().mean().item()
-    # In nats a token. Rounding alone makes, in SmolLM2, 5e-6 in float32 and 0.085 in bfloat16.
-    if not difference < (1e-4 if dtype == torch.float32 else 0.3):
+    difference = (packed.log_probs - expected).abs().mean().item()
+    if not difference < _ROUNDING[computation.dtype == torch.bfloat16]:
         raise UnsupportedModelError(
             f"{type(base_model(model)).__name__} computes packed examples differently from single "
             f"ones (by {difference:.2g} nats a token): it cannot be trained in packed rows."
         )
+    return computation
+
+
+def head_can_be_chunked(base: PreTrainedModel) -> bool:
+    """Whether the head is a frozen linear layer (LoRA on it would not be one)."""
+    head = base.get_output_embeddings()
+    return (
+        type(head) is nn.Linear
+        and not any(parameter.requires_grad for parameter in head.parameters())
+        and _keeps_logits(type(base))  # type: ignore[arg-type]
+    )
+
+
+# In nats a token. Rounding alone makes, in SmolLM2, 5e-6 in float32 and 0.085 in bfloat16.
+_ROUNDING = {False: 1e-4, True: 0.3}
 
 
 @cache  # asked at every forward

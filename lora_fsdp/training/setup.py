@@ -30,7 +30,7 @@ def check_arguments(
             "Both --gradient_checkpointing and the YAML's fsdp_activation_checkpointing are set, "
             "which would recompute everything twice: keep one."
         )
-    if args.max_tokens_per_row < max_length:
+    if args.max_tokens_per_row is not None and args.max_tokens_per_row < max_length:
         raise ArgumentError(
             f"--max_tokens_per_row {args.max_tokens_per_row} is less than --max_length "
             f"{max_length}: a row must hold the longest example."
@@ -42,6 +42,28 @@ def check_targets(examples: Sequence[EncodedExample]) -> None:
     for example in examples:
         if not example.target_ids:
             raise ArgumentError(f"Row {example.row} has no target: it cannot be trained on.")
+
+
+def longest_example(examples: Sequence[EncodedExample]) -> int:
+    """The longest prompt with its longest answer, in tokens."""
+    return max(
+        (
+            len(example.prompt_ids)
+            + max(len(ids) for ids in (example.target_ids, *example.candidate_ids))
+            for example in examples
+        ),
+        default=0,
+    )
+
+
+def training_tokens(args: FineTuningArguments, examples: Sequence[EncodedExample]) -> int:
+    """Tokens that each rank will train on, about (a shared prefix counted in every example)."""
+    tokens = sum(len(example.prompt_ids) + len(example.target_ids) for example in examples)
+    epochs = args.num_train_epochs
+    if args.max_steps > 0:
+        seen = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
+        epochs = seen * args.world_size / max(1, len(examples))
+    return int(tokens * epochs) // args.world_size
 
 
 def fold_accumulation(args: FineTuningArguments) -> FineTuningArguments:

@@ -37,7 +37,7 @@ from lora_fsdp.distributed.launch import (
     read_fsdp_settings,
 )
 from lora_fsdp.distributed.replication import ReplicatedParameters
-from lora_fsdp.distributed.sharding import check_placement, place_model, release_gathered
+from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
 from lora_fsdp.evaluation.prediction import save_task
@@ -53,18 +53,20 @@ from lora_fsdp.modeling.attention import avoid_kernels_planned_by_shape
 from lora_fsdp.modeling.label_head import (
     check_architecture,
     check_packed_rows,
-    label_log_probs,
 )
 from lora_fsdp.tasks import ClassificationTask, Example, Task
 from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
+from lora_fsdp.training.placement import build_step, place_for_training
 from lora_fsdp.training.setup import (
     check_arguments,
     check_targets,
     check_task,
     enable_checkpointing,
     fold_accumulation,
+    longest_example,
     run_fingerprints,
     shares_prefix,
+    training_tokens,
 )
 
 logger = logging.getLogger(__name__)
@@ -137,6 +139,8 @@ class LoraTrainer(Trainer):
         train = self.encoder.encode(train_dataset)
         held_out = self.encoder.encode(eval_dataset)
         check_targets(train)
+        self.longest_example = longest_example([*train, *held_out])
+        self.training_tokens = training_tokens(args, train)
         self.shortened = sum(example.shortened for example in (*train, *held_out))
         if isinstance(model, PeftModel) == (peft_config is not None):
             raise ArgumentError("Give a peft_config, or a model that already has an adapter.")
@@ -171,18 +175,32 @@ class LoraTrainer(Trainer):
         with accelerate_without_fsdp():
             super().create_accelerator_and_postprocess()
         avoid_kernels_planned_by_shape()
-        device, world_size = self.args.device, self.args.world_size
-        self.base_dtype = base_model(self.model).dtype
         self.parameter_count = self.model.num_parameters()
         self.share_prefix = shares_prefix(self.args, self.model)
         enable_checkpointing(self.model, self.fsdp_settings)
-        place_model(self.model, settings=self.fsdp_settings, device=device, world_size=world_size)
-        check_placement(self.model, settings=self.fsdp_settings)
+        self.plan = place_for_training(
+            self.model,
+            args=self.args,
+            settings=self.fsdp_settings,
+            autocast=self.accelerator.mixed_precision != "no",
+            longest_example=self.longest_example,
+            training_tokens=self.training_tokens,
+        )
         self.adapter = ReplicatedParameters(trainable_parameters(self.model))
         self.adapter.broadcast()
         self.adapter.check_equal()
-        check_packed_rows(self.model, device=device, dtype=self.base_dtype)
+        self.computation = check_packed_rows(
+            self.model, device=self.args.device, computation=self.plan.computation
+        )
         release_gathered(self.model)
+        self.step = build_step(
+            self.plan,
+            self.model,
+            computation=self.computation,
+            adapter=self.adapter,
+            device=self.args.device,
+            autocast=self.accelerator.autocast,
+        )
         # accelerate must not wrap the model in DDP: the adapter's gradients are summed here.
         self.model._is_accelerate_prepared = True  # type: ignore[assignment]
 
@@ -207,7 +225,7 @@ class LoraTrainer(Trainer):
             world_size=self.args.world_size,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             share_prefix=self.share_prefix,
-            max_tokens=self.args.max_tokens_per_row,
+            max_tokens=self.plan.max_tokens_per_row,
         )
         self.remove_callback(ShuffleEachEpoch)
         self.add_callback(ShuffleEachEpoch(steps))
@@ -233,14 +251,7 @@ class LoraTrainer(Trainer):
         """
         if not model.training:
             model.train()
-        loss = torch.zeros((), device=self.args.device)
-        for packed in inputs.rows:
-            row = packed.to(self.args.device, non_blocking=True)
-            with self.accelerator.autocast():
-                log_probs = label_log_probs(model, row, dtype=self.base_dtype)
-            row_loss = -log_probs.sum() / inputs.label_tokens
-            self.accelerator.backward(row_loss)
-            loss += row_loss.detach()
+        loss = self.step(inputs.rows, label_tokens=inputs.label_tokens)
         self.adapter.sum_gradients()
         return loss * self.args.world_size
 
@@ -268,7 +279,7 @@ class LoraTrainer(Trainer):
                 examples,
                 rank=self.args.process_index,
                 world_size=self.args.world_size,
-                max_tokens=self.args.max_tokens_per_row,
+                max_tokens=self.plan.max_tokens_per_row,
             )
         )
 
@@ -318,7 +329,7 @@ class LoraTrainer(Trainer):
                 count=len(rows.examples),
                 answers=len(rows.answers[0]),
                 device=self.args.device,
-                dtype=self.base_dtype,
+                computation=self.computation,
                 after_row=lambda: self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 ),

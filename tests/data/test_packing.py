@@ -18,7 +18,7 @@ from lora_fsdp.data.packing import (
     pack_row,
     plan_rows,
 )
-from lora_fsdp.modeling.attention import block_mask
+from lora_fsdp.modeling.attention import dense_mask
 
 tokens = st.lists(st.integers(2, 9), min_size=1, max_size=12)
 answers = st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=4), min_size=1, max_size=3)
@@ -57,7 +57,7 @@ def test_plan_of_nothing():
 def test_every_label_is_predicted_from_its_own_path(trees, share_prefix):
     """Walking back from a label along what the mask allows gives the prompt and the answer."""
     row = pack_row(trees, share_prefix=share_prefix)
-    allowed = block_mask(row, dtype=torch.float32)[0, 0] == 0
+    allowed = dense_mask(row, dtype=torch.float32)[0, 0] == 0
     expected = [
         (tree.prompt_ids + answer[:count], answer[count])
         for tree in trees
@@ -118,7 +118,7 @@ def test_a_single_tree_shares_its_whole_prompt():
 
 def test_mask_by_hand():
     trees = [Tree([5, 6], [[1, 0]]), Tree([5, 7], [[2, 0], [3, 0]])]
-    mask = block_mask(pack_row(trees, share_prefix=True), dtype=torch.float32)
+    mask = dense_mask(pack_row(trees, share_prefix=True), dtype=torch.float32)
     assert mask.shape == (1, 1, 6, 6)
     assert (mask[0, 0] == 0).int().tolist() == [
         [1, 0, 0, 0, 0, 0],
@@ -133,14 +133,14 @@ def test_mask_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_mask_has_the_dtype_of_attention(dtype):
-    assert block_mask(pack_row([Tree([5], [[0]])], share_prefix=True), dtype=dtype).dtype == dtype
+    assert dense_mask(pack_row([Tree([5], [[0]])], share_prefix=True), dtype=dtype).dtype == dtype
 
 
 def test_empty_row():
     row = empty_row()
     assert len(row) == 1
     assert row.label_positions.numel() == row.label_ids.numel() == row.label_answers.numel() == 0
-    assert block_mask(row, dtype=torch.float32).tolist() == [[[[0.0]]]]
+    assert dense_mask(row, dtype=torch.float32).tolist() == [[[[0.0]]]]
 
 
 def test_row_moves_whole():

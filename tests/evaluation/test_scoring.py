@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from lora_fsdp.modeling.label_head import RowComputation
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.data.sampling import ScoringRows
 from lora_fsdp.errors import LoraFsdpError
@@ -67,7 +68,7 @@ def one_by_one(model, example):
 @pytest.mark.parametrize("max_tokens", [128, 2048])
 def test_likelihoods_equal_one_by_one(kind, max_tokens):
     model, examples = adapted(kind), encoded()
-    scores = score_examples(model, examples, device=CPU, dtype=FP32, max_tokens=max_tokens)
+    scores = score_examples(model, examples, device=CPU, computation=RowComputation(FP32), max_tokens=max_tokens)
     expected = torch.stack([one_by_one(model, example) for example in examples])
     torch.testing.assert_close(scores.log_likelihoods, expected, rtol=1e-5, atol=1e-5)
     assert scores.log_likelihoods.shape == (13, 3)
@@ -82,7 +83,7 @@ def test_free_text_has_one_answer():
             Example(2, Prompt("", "a", ""), " b"),
         ]
     )
-    scores = score_examples(model, examples, device=CPU, dtype=FP32)
+    scores = score_examples(model, examples, device=CPU, computation=RowComputation(FP32))
     expected = torch.stack([one_by_one(model, example) for example in examples])
     torch.testing.assert_close(scores.log_likelihoods, expected, rtol=1e-5, atol=1e-5)
     metrics = evaluation_metrics(task, examples, scores)
@@ -95,7 +96,7 @@ def test_free_text_without_targets():
     examples = Encoder(tiny_tokenizer(), task=FreeTask()).encode(
         [Example(1, Prompt("Say:", " hi", ":"), None), Example(2, Prompt("", "a", ""), " b")]
     )
-    scores = score_examples(adapted(), examples, device=CPU, dtype=FP32)
+    scores = score_examples(adapted(), examples, device=CPU, computation=RowComputation(FP32))
     assert scores.log_likelihoods.shape == (2, 1)
     assert evaluation_metrics(FreeTask(), examples, scores)["loss"] > 0
 
@@ -106,7 +107,7 @@ def test_dropout_is_off_and_the_mode_restored():
     randomise_adapter(model)
     model.train()
     first, second = (
-        score_examples(model, encoded(), device=CPU, dtype=FP32).log_likelihoods for _ in range(2)
+        score_examples(model, encoded(), device=CPU, computation=RowComputation(FP32)).log_likelihoods for _ in range(2)
     )
     assert torch.equal(first, second)
     assert model.training
@@ -118,7 +119,7 @@ def test_is_greedy_agrees_with_generate(tmp_path):
     trainer.train()
     model, tokenizer = trainer.model, tiny_tokenizer()
     examples = encoded(24)
-    scores = score_examples(model, examples, device=CPU, dtype=FP32)
+    scores = score_examples(model, examples, device=CPU, computation=RowComputation(FP32))
     written = generate_texts(
         model,
         tokenizer,
@@ -150,7 +151,7 @@ def test_metrics_use_the_examples_with_a_target():
         *examples,
         *Encoder(tiny_tokenizer(), task=task).encode([Example(7, Prompt("a", "b", "c"), None)]),
     ]
-    scores = score_examples(adapted(), without, device=CPU, dtype=FP32)
+    scores = score_examples(adapted(), without, device=CPU, computation=RowComputation(FP32))
     cut = Scores(scores.log_likelihoods[:6], scores.is_greedy[:6])
     assert evaluation_metrics(task, without, scores) == evaluation_metrics(task, examples, cut)
 
@@ -170,7 +171,7 @@ def test_target_outside_the_candidates_is_not_taken_for_the_first_label():
 
 
 def evaluate_all(task, examples):
-    scores = score_examples(adapted(), examples, device=CPU, dtype=FP32)
+    scores = score_examples(adapted(), examples, device=CPU, computation=RowComputation(FP32))
     return evaluation_metrics(task, examples, scores)
 
 
@@ -205,7 +206,7 @@ def test_rows_may_come_in_any_order():
         count=len(examples),
         answers=3,
         device=CPU,
-        dtype=FP32,
+        computation=RowComputation(FP32),
     )
-    forwards = score_examples(model, examples, device=CPU, dtype=FP32, max_tokens=128)
+    forwards = score_examples(model, examples, device=CPU, computation=RowComputation(FP32), max_tokens=128)
     assert torch.equal(backwards.log_likelihoods, forwards.log_likelihoods)

@@ -22,6 +22,7 @@ from transformers import (
 from lora_fsdp.data.packing import Tree, empty_row, pack_row
 from lora_fsdp.errors import UnsupportedModelError
 from lora_fsdp.modeling.label_head import (
+    RowComputation,
     check_architecture,
     check_packed_rows,
     label_log_probs,
@@ -52,11 +53,11 @@ def count_along_the_row(inputs):
 def test_live_check_refuses_a_model_that_cannot_be_packed(fault):
     """Whatever its name and signature say."""
     model = adapted_model()
-    check_packed_rows(model, device=torch.device("cpu"), dtype=FP32)
+    check_packed_rows(model, device=torch.device("cpu"), computation=RowComputation(FP32))
     forward = model.forward
     model.forward = lambda **inputs: forward(**fault(inputs))
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM computes packed examples"):
-        check_packed_rows(model, device=torch.device("cpu"), dtype=FP32)
+        check_packed_rows(model, device=torch.device("cpu"), computation=RowComputation(FP32))
 
 
 def model_from(config):
@@ -74,7 +75,7 @@ def test_logits_are_those_of_the_label_positions(kind):
     [tree, *_] = two_trees()
     with torch.no_grad():
         plain = model(input_ids=torch.tensor([[*tree.prompt_ids, 11]]), use_cache=False).logits[0]
-        logits = label_logits(model, pack_row([tree], share_prefix=False), dtype=FP32)
+        logits = label_logits(model, pack_row([tree], share_prefix=False), computation=RowComputation(FP32))
     torch.testing.assert_close(logits, plain[-2:], rtol=1e-5, atol=1e-5)
 
 
@@ -83,7 +84,7 @@ def test_head_runs_at_label_positions_only():
     rows = []
     model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
     row = pack_row(two_trees(), share_prefix=True)
-    label_log_probs(model, row, dtype=FP32)
+    label_log_probs(model, row, computation=RowComputation(FP32))
     assert rows == [row.label_ids.numel()] == [5]
 
 
@@ -106,20 +107,20 @@ def test_model_without_logits_to_keep():
     model = tiny_model().eval()
     row = pack_row(two_trees(), share_prefix=True)
     with torch.no_grad():
-        expected = label_log_probs(model, row, dtype=FP32)
-        found = label_log_probs(Wrapper(model), row, dtype=FP32)
+        expected = label_log_probs(model, row, computation=RowComputation(FP32))
+        found = label_log_probs(Wrapper(model), row, computation=RowComputation(FP32))
     torch.testing.assert_close(found, expected)
 
 
 def test_logits_are_float32_over_a_bf16_base():
     model = tiny_model(dtype=torch.bfloat16).eval()
-    logits = label_logits(model, pack_row(two_trees(), share_prefix=True), dtype=torch.bfloat16)
+    logits = label_logits(model, pack_row(two_trees(), share_prefix=True), computation=RowComputation(torch.bfloat16))
     assert logits.dtype == FP32
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_a_row_without_labels(kind):
-    assert label_log_probs(tiny_model(kind).eval(), empty_row(), dtype=FP32).shape == (0,)
+    assert label_log_probs(tiny_model(kind).eval(), empty_row(), computation=RowComputation(FP32)).shape == (0,)
 
 
 class TestCacheTrap:
@@ -161,23 +162,23 @@ class TestCacheTrap:
         second = Tree([3, 4, 15, 16, 17, 18], answers)
         before, after = (
             label_log_probs(
-                model, pack_row([Tree(first, [[11, 0]]), second], share_prefix=True), dtype=FP32
+                model, pack_row([Tree(first, [[11, 0]]), second], share_prefix=True), computation=RowComputation(FP32)
             )
             for first in ([3, 4, 5, 6, 7, 8, 9], [3, 4, 25, 26, 27, 28, 29])
         )
         assert torch.equal(before[2:], after[2:])
         assert not torch.equal(before[:2], after[:2])
         with torch.no_grad():
-            alone = label_log_probs(model, pack_row([second], share_prefix=False), dtype=FP32)
+            alone = label_log_probs(model, pack_row([second], share_prefix=False), computation=RowComputation(FP32))
         torch.testing.assert_close(before[2:], alone, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("use_cache", [True, False])
     def test_the_model_s_own_setting_changes_nothing(self, use_cache):
         model = tiny_model().eval()
         row = pack_row(two_trees(), share_prefix=True)
-        expected = label_log_probs(model, row, dtype=FP32)
+        expected = label_log_probs(model, row, computation=RowComputation(FP32))
         model.config.use_cache = use_cache
-        assert torch.equal(label_log_probs(model, row, dtype=FP32), expected)
+        assert torch.equal(label_log_probs(model, row, computation=RowComputation(FP32)), expected)
 
 
 class TestArchitectures:
@@ -233,7 +234,7 @@ class TestArchitectures:
         with torch.no_grad():
             windowed = model(input_ids=ids, use_cache=False).logits[0, -1].log_softmax(-1)[3]
             row = pack_row([Tree([2], [[4]]), Tree(ids[0].tolist(), [[3]])], share_prefix=True)
-            packed = label_log_probs(model, row, dtype=FP32)[-1]
+            packed = label_log_probs(model, row, computation=RowComputation(FP32))[-1]
         torch.testing.assert_close(packed, windowed)
 
     def test_no_window(self):

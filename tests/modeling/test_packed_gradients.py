@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lora_fsdp.data.packing import Tree, pack_row
 from lora_fsdp.modeling.adapters import trainable_parameters
-from lora_fsdp.modeling.label_head import label_log_probs
+from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
 from tests.support.tiny import CONFIGS, adapted_model, randomise_adapter
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-7}
@@ -43,7 +43,7 @@ def packed(model, trees, *, share_prefix):
     dtype = model.get_base_model().dtype
     row = pack_row(trees, share_prefix=share_prefix)
     total = sum(len(tree.answers[0]) for tree in trees)
-    loss = -label_log_probs(model, row, dtype=dtype).sum() / total
+    loss = -label_log_probs(model, row, computation=RowComputation(dtype)).sum() / total
     loss.backward()
     return loss.item(), take_gradients(model)
 
@@ -118,7 +118,7 @@ def test_changing_one_example_leaves_the_others_bit_identical():
     last = trees[-1]
     changed[-1] = tree([*last.prompt_ids[:-1], (last.prompt_ids[-1] + 1) % 400], last.answers[0])
     before, after = (
-        label_log_probs(model, pack_row(t, share_prefix=True), dtype=torch.float32)
+        label_log_probs(model, pack_row(t, share_prefix=True), computation=RowComputation(torch.float32))
         for t in (trees, changed)
     )
     own = len(last.answers[0])
@@ -132,7 +132,7 @@ def test_candidate_answers_score_as_they_would_alone():
     prompts = [[3, 4, 5, *range(20 + i, 25 + 2 * i)] for i in range(3)]
     row = pack_row([Tree(prompt, answers) for prompt in prompts], share_prefix=True)
     with torch.no_grad():
-        log_probs = label_log_probs(model, row, dtype=torch.float32)
+        log_probs = label_log_probs(model, row, computation=RowComputation(torch.float32))
         scores = torch.zeros(9).index_add_(0, row.label_answers, log_probs)
         alone = []
         for prompt in prompts:

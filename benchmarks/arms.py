@@ -1,0 +1,291 @@
+"""The ways to train that are compared, one a process: `python -m benchmarks.arms '{...}'`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from transformers import Trainer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.workload import (
+    SEED,
+    StepClock,
+    Workload,
+    examples_hash,
+    in_step_order,
+    load_model,
+    load_tokenizer,
+    task_and_examples,
+)
+from lora_fsdp import FineTuningArguments, LoraTrainer
+
+
+def lora(work: Workload) -> LoraConfig:
+    """The article's adapter."""
+    return LoraConfig(
+        r=8, lora_alpha=32, lora_dropout=work.dropout, target_modules=work.targets, task_type="CAUSAL_LM"
+    )
+
+
+class KeepGradient(TrainerCallback):
+    """Writes the first step's gradients, for the comparison of the arms."""
+
+    def __init__(self, file: str | None) -> None:
+        self.file = file
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write once."""
+        if self.file and state.global_step == 0:
+            write_gradient(kwargs["model"], self.file)
+
+
+def write_gradient(model: torch.nn.Module, file: str) -> None:
+    """Every adapter gradient by its name in PEFT."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            bare = name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
+            gradients[bare] = parameter.grad.detach().float().cpu().contiguous()
+    save_file(gradients, file)
+
+
+def some_adapter(model: torch.nn.Module) -> None:
+    """Give lora_B values, since at its zeros the gradient of lora_A is zero."""
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_A" in name or "lora_B" in name:
+                values = torch.randn(parameter.shape, generator=generator) * 0.05
+                parameter.copy_(values.to(parameter))
+
+
+def ours(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]:
+    """This library's trainer."""
+    task, examples = task_and_examples(work)
+    clock = StepClock()
+    held_out = examples[-1000:] if work.rows == "tweets" and not gradient else []
+    trainer = LoraTrainer(
+        load_model(work),
+        FineTuningArguments(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=work.examples,
+            max_steps=work.steps,
+            learning_rate=2e-4,
+            logging_steps=max(1, work.steps // 4),
+            max_grad_norm=0.0 if gradient else 1.0,  # compared as they are
+            save_strategy="no",
+            disable_tqdm=True,
+            seed=SEED,
+            **options,
+        ),
+        task=task,
+        processing_class=load_tokenizer(work),
+        train_dataset=examples,
+        eval_dataset=held_out,
+        peft_config=lora(work),
+        max_length=4352 if work.rows == "long" else 512,
+        callbacks=[clock, KeepGradient(gradient)],
+    )
+    if gradient:
+        some_adapter(trainer.model)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    seen = in_step_order(trainer.train_dataset, count=trainer.examples_per_step * work.steps)
+    lengths = [len(e.prompt_ids) + len(e.target_ids) for e in seen]
+    result = clock.result(examples_per_step=trainer.examples_per_step, lengths=lengths)
+    rows = [row for step in range(3) for row in trainer.get_train_dataloader().dataset[step].rows]
+    if os.environ.get("RANK", "0") == "0":
+        print(trainer.plan, flush=True)
+    result |= {
+        "examples_hash": examples_hash([e.row for e in seen]),
+        "computed_tokens_per_step": sum(map(len, rows)) / 3 * work.processes,
+        "parameters": trainer.parameter_count,
+        "plan": str(trainer.plan),
+    }
+    if held_out:
+        result |= _scoring(trainer, held_out)
+    return result
+
+
+def _scoring(trainer: LoraTrainer, examples: list[Any]) -> dict[str, Any]:
+    """Examples scored per second, every label of each."""
+    trainer.score(examples)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    trainer.score(examples)
+    return {"scored_per_second": round(len(examples) / (time.perf_counter() - began), 1)}
+
+
+def trl(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]:
+    """TRL's SFTTrainer with `options` of SFTConfig."""
+    accumulation = options.get("gradient_accumulation_steps", 1)
+    batch = options.get("per_device_train_batch_size", work.examples)
+    count = batch * accumulation * work.processes * work.steps
+    task, all_examples = task_and_examples(work)
+    examples = in_step_order(all_examples, count=count)
+    rows = task.to_prompt_completion(examples)
+    clock = StepClock()
+    settings = {
+        "per_device_train_batch_size": work.examples,
+        "max_steps": work.steps,
+        "learning_rate": 2e-4,
+        "logging_steps": max(1, work.steps // 4),
+        "max_grad_norm": 0.0 if gradient else 1.0,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "max_length": 4352 if work.rows == "long" else 512,
+        "train_sampling_strategy": "sequential",
+        "bf16": work.dtype == "bfloat16" and torch.cuda.is_available(),
+        "seed": SEED,
+        **options,
+    }
+    if settings.get("padding_free") and not settings.get("packing"):
+        settings["max_length"] = None  # TRL wants it so; no row is longer
+    trainer = SFTTrainer(
+        load_model(work),
+        SFTConfig(output_dir=tempfile.mkdtemp(), **settings),
+        train_dataset=rows,
+        processing_class=load_tokenizer(work),
+        peft_config=lora(work),
+        callbacks=[clock, KeepGradient(gradient)],
+    )
+    if gradient:
+        some_adapter(trainer.model)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    return _peer_result(trainer, clock, examples, work, settings)
+
+
+def _peer_result(
+    trainer: Trainer, clock: StepClock, examples: list[Any], work: Workload, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What the clock says of a run over `examples`."""
+    per_step = len(examples) // work.steps
+    tokenizer = load_tokenizer(work)
+    texts = [str(e.prompt) + str(e.target) for e in examples]
+    lengths = [len(ids) + 1 for ids in tokenizer(texts)["input_ids"]]
+    result = clock.result(examples_per_step=per_step, lengths=lengths)
+    packed = bool(settings.get("packing"))
+    return result | {
+        "examples_hash": "packed" if packed else examples_hash([e.row for e in examples]),
+        "computed_tokens_per_step": sum(lengths) / work.steps,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+    }
+
+
+def article(work: Workload, gradient: str | None) -> dict[str, Any]:
+    """The tutorial's loop: FSDP1, padded to 512, batches of 2 accumulated, all logits.
+
+    Its labels are every token that is no padding; here they are the answer's, so that every arm has
+    the same loss. The work is the same.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    count = work.examples * processes * work.steps
+    examples = in_step_order(task_and_examples(work)[1], count=count)
+    tokenizer = load_tokenizer(work)
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
+    model = get_peft_model(load_model(work), lora(work))
+    if gradient:
+        some_adapter(model)
+    model = model.to(getattr(torch, work.dtype))
+    layer = type(model.base_model.model.model.layers[0])
+    plugin = None
+    if torch.cuda.is_available():
+        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={layer})
+        plugin = FullyShardedDataParallelPlugin(auto_wrap_policy=policy, use_orig_params=True)
+    accelerator = Accelerator(fsdp_plugin=plugin)
+    model = accelerator.prepare(model)
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=2e-4))
+    clock, batch = StepClock(), 2
+    mine = examples[accelerator.process_index :: accelerator.num_processes]
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    for step in range(work.steps):
+        clock.on_step_begin(None, None, None)
+        total = 0.0
+        for micro in range(work.examples // batch):
+            start = step * work.examples + micro * batch
+            inputs = _padded_batch(mine[start : start + batch], tokenizer, accelerator.device)
+            loss = model(**inputs).loss / (work.examples // batch)
+            accelerator.backward(loss)
+            total += loss.item()
+        if gradient and step == 0:
+            write_gradient(model, gradient)
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in model.parameters() if p.grad is not None]
+        )
+        clock.on_log(None, None, None, logs={"loss": total, "grad_norm": float(norm)})
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.on_step_end(None, None, None)
+    texts = [str(e.prompt) + str(e.target) for e in examples]
+    lengths = [len(ids) + 1 for ids in tokenizer(texts)["input_ids"]]
+    per_step = work.examples * accelerator.num_processes
+    return clock.result(examples_per_step=per_step, lengths=lengths) | {
+        "examples_hash": examples_hash([e.row for e in examples]),
+        "computed_tokens_per_step": sum(lengths) / work.steps,
+        "parameters": sum(p.numel() for p in load_config_parameters(work)),
+    }
+
+
+def load_config_parameters(work: Workload) -> list[torch.nn.Parameter]:
+    """The model's parameters without memory, since FSDP's are shards."""
+    with torch.device("meta"):
+        from transformers import AutoModelForCausalLM
+
+        from benchmarks.workload import SHAPES
+
+        return list(AutoModelForCausalLM.from_config(SHAPES[work.model]).parameters())
+
+
+def _padded_batch(examples: list[Any], tokenizer: Any, device: torch.device) -> dict[str, Any]:
+    texts = [str(e.prompt) + str(e.target) + tokenizer.eos_token for e in examples]
+    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=512, return_tensors="pt")
+    labels = torch.full_like(batch["input_ids"], -100)
+    for index, example in enumerate(examples):
+        prompt = len(tokenizer(str(example.prompt))["input_ids"])
+        whole = len(tokenizer(texts[index])["input_ids"])
+        labels[index, prompt:whole] = batch["input_ids"][index, prompt:whole]
+    return {key: value.to(device) for key, value in {**batch, "labels": labels}.items()}
+
+
+ARMS = {"ours": ours, "trl": trl, "article": article}
+
+
+def main() -> None:
+    """One arm, as the driver asked for it."""
+    asked = json.loads(sys.argv[1])
+    work = Workload(**asked["work"])
+    arm = ARMS[asked["kind"]]
+    if asked.get("gradient"):
+        tiny = dataclasses.replace(
+            work, model="tiny", dtype="float32", steps=1, dropout=0.0, rows="tweets"
+        )
+        arm(tiny, asked["gradient"], **asked["options"])
+        torch.manual_seed(SEED)
+        return
+    result = arm(work, None, **asked["options"])
+    if os.environ.get("RANK", "0") == "0":
+        Path(asked["output"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""What every arm of the throughput benchmark trains on: the same model, rows, order and clock."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    TrainerCallback,
+)
+
+from lora_fsdp import get_task
+from lora_fsdp.data.sampling import epoch_order
+from lora_fsdp.data.tables import read_table, sample_rows
+from lora_fsdp.tasks import Example, Prompt, Task
+
+SEED = 0
+#: Shapes with random weights; `tiny` is the one on which the arms' gradients are compared.
+SHAPES: dict[str, PretrainedConfig] = {
+    "deepseek-7b": LlamaConfig(
+        vocab_size=102400, hidden_size=4096, intermediate_size=11008, num_hidden_layers=30,
+        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=8192,
+    ),
+    "llama-8b": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
+    ),
+    "mistral-7b": MistralConfig(
+        vocab_size=49152, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
+        sliding_window=None,
+    ),
+    "qwen3-8b": Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
+    ),
+    "smollm2": LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
+    "tiny": LlamaConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Workload:
+    """What one arm is to do; travels to its process as JSON.
+
+    Attributes:
+        model: a key of `SHAPES`, or a model folder.
+        data: folder with the prepared default (tokenizer and tweets).
+        dtype: of the base.
+        examples: examples of an optimizer step on one process.
+        steps: optimizer steps.
+        dropout: LoRA's.
+        rows: `tweets` (a label each), or `long` (texts of 4,096 tokens, loss on every token).
+        targets: LoRA's target modules.
+    """
+
+    model: str = "deepseek-7b"
+    data: str = ".cache/default"
+    dtype: str = "bfloat16"
+    examples: int = 8
+    steps: int = 40
+    dropout: float = 0.0
+    rows: str = "tweets"
+    targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+
+    @property
+    def processes(self) -> int:
+        """Ranks of this launch."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def load_tokenizer(work: Workload) -> PreTrainedTokenizerBase:
+    """SmolLM2's tokenizer, for every shape."""
+    folder = Path(work.model)
+    name = folder if folder.is_dir() else Path(work.data) / "smollm2-135m-instruct"
+    return AutoTokenizer.from_pretrained(name)
+
+
+def load_model(work: Workload) -> PreTrainedModel:
+    """The base on its device, with random weights unless it is a folder."""
+    dtype = getattr(torch, work.dtype)
+    if Path(work.model).is_dir():
+        return AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(SEED)
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            SHAPES[work.model], attn_implementation="sdpa", dtype=dtype
+        )
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+class LongTexts(Task):
+    """Texts of about 4,096 tokens, learnt from the first token to the last."""
+
+    name = "long"
+    primary_metric = "exact_match"
+
+
+def task_and_examples(work: Workload) -> tuple[Task, list[Example]]:
+    """The task and its examples, in the table's order."""
+    table = sample_rows(
+        read_table(Path(work.data) / "airline_tweets.csv"), max_rows=4500, head=None, seed=SEED
+    )
+    task = get_task("sentiment").bind(table)
+    tweets = task.examples(table)
+    if work.rows == "tweets":
+        return task, tweets
+    tokenizer = load_tokenizer(work)
+    ids = tokenizer("\n".join(example.prompt.text for example in tweets))["input_ids"]
+    texts = [tokenizer.decode(ids[start : start + 4080]) for start in range(0, len(ids), 4080)]
+    return LongTexts(), [
+        Example(prompt=Prompt("Text:", "", ""), target=" " + text, row=row)
+        for row, text in enumerate(texts[:-1])
+    ]
+
+
+def in_step_order(examples: list[Any], *, count: int) -> list[Any]:
+    """The first `count` examples as this library's trainer takes them, over the epochs."""
+    ordered: list[Any] = []
+    epoch = 0
+    while len(ordered) < count:
+        order = epoch_order(len(examples), seed=SEED, epoch=epoch)
+        ordered += [examples[index] for index in order]
+        epoch += 1
+    return ordered[:count]
+
+
+def examples_hash(rows: list[int]) -> str:
+    """Of the row numbers in the order they are trained on."""
+    return hashlib.sha256(str(rows).encode()).hexdigest()[:12]
+
+
+class StepClock(TrainerCallback):
+    """Times optimizer steps by CUDA events, without making anything wait.
+
+    The first three steps and those that evaluate or capture count in `first_step` and not in the
+    median.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.host: list[float] = []
+        self.logs: list[dict[str, float]] = []
+        self.first_step = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the host's clock."""
+        if not self.events:
+            self._mark()
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Mark the step's end on the device."""
+        self.host.append(time.perf_counter() - self._began)
+        self._mark()
+        if not self.first_step:
+            _synchronize()
+            self.first_step = time.time() - float(os.environ.get("ARM_STARTED", "nan"))
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
+        """Keep losses and gradient norms."""
+        if logs and "loss" in logs:
+            self.logs.append({key: float(logs[key]) for key in ("loss", "grad_norm") if key in logs})
+
+    def seconds(self) -> list[float]:
+        """Of every step."""
+        _synchronize()
+        if torch.cuda.is_available():
+            pairs = zip(self.events, self.events[1:], strict=False)
+            return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+        return [b - a for a, b in zip(self.events, self.events[1:], strict=False)]
+
+    def result(self, *, examples_per_step: int, lengths: list[int]) -> dict[str, Any]:
+        """Speed over the steps after the tenth."""
+        seconds = self.seconds()
+        counted = seconds[10:] or seconds[-1:]
+        step = median(counted)
+        return {
+            "examples_per_second": round(examples_per_step / step, 1),
+            "examples_per_second_mean": round(examples_per_step * len(counted) / sum(counted), 1),
+            "tokens_per_second": round(examples_per_step * sum(lengths) / len(lengths) / step),
+            "step_ms": round(step * 1e3, 2),
+            "host_ms": round(median(self.host[10:] or self.host) * 1e3, 2),
+            "first_step_s": round(self.first_step, 1),
+            "first_loss": self.logs[0]["loss"],
+            "last_loss": self.logs[-1]["loss"],
+            "grad_norms": [round(log.get("grad_norm", float("nan")), 4) for log in self.logs],
+            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2)
+            if torch.cuda.is_available()
+            else None,
+        }
+
+    def _mark(self) -> None:
+        if torch.cuda.is_available():
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.events.append(event)
+        else:
+            self.events.append(time.perf_counter())
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

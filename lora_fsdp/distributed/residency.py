@@ -1,0 +1,148 @@
+"""How many layers of the frozen base every rank keeps whole.
+
+A frozen weight never changes, so a layer that every rank holds whole ("resident") is never gathered
+again. With all layers resident a step communicates nothing but the adapter's gradients; with none
+the YAML's FSDP shards everything. In between, resident layers are spread evenly among the sharded
+ones, so that there is work behind which the next layer's gather can hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lora_fsdp.distributed.launch import FsdpSettings
+from lora_fsdp.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Which layers are resident.
+
+    Attributes:
+        layers_of_model: the layers that FSDP would shard one by one.
+        indices: which of them every rank keeps.
+        reason: why, in words.
+    """
+
+    layers_of_model: Sequence[nn.Module]
+    indices: frozenset[int]
+    reason: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank keeps the whole base, so that nothing is sharded."""
+        return len(self.indices) == len(self.layers_of_model)
+
+    def __str__(self) -> str:
+        kept, total = len(self.indices), len(self.layers_of_model)
+        if self.is_whole:
+            return f"every rank keeps the whole base ({self.reason})"
+        if not kept:
+            return f"layers are gathered when they are needed ({self.reason})"
+        return f"every rank keeps {kept} of {total} layers ({self.reason})"
+
+
+def plan_residency(
+    requested: str,
+    layers: Sequence[nn.Module],
+    base: nn.Module,
+    *,
+    settings: FsdpSettings | None,
+    device: torch.device,
+    world_size: int,
+    needed_besides: int,
+) -> Residency:
+    """Decide which layers stay on every rank; a collective call, the same answer on every rank.
+
+    Args:
+        requested: `auto`, `all`, `none`, or a number of layers.
+        layers: the layers that FSDP would shard one by one.
+        base: the base model they are of, not yet on the device.
+        settings: the YAML's FSDP settings; `None` = no FSDP, where everything is resident.
+        device: where the run computes.
+        world_size: number of ranks.
+        needed_besides: bytes of the device that the rest of the run needs.
+
+    Raises:
+        ArgumentError: a number of layers that the model does not have, or FSDP is not asked for.
+    """
+    total = len(layers)
+
+    def keep(count: int, reason: str) -> Residency:
+        if settings is not None and not settings.wrap_layers and count < total:
+            count = 0  # the base is one group
+        return Residency(layers, _spread(count, total), reason)
+
+    if settings is None:
+        if requested not in ("auto", "all"):
+            raise ArgumentError(
+                f"--resident_layers {requested} needs an accelerate YAML with FSDP; without FSDP "
+                "every rank keeps the whole base."
+            )
+        return keep(total, "no FSDP was asked for")
+    if requested != "auto":
+        return keep(_requested_count(requested, total), f"--resident_layers {requested}")
+    if device.type == "cpu":
+        return keep(0, "a rehearsal shards as the YAML says")
+    if settings.offload:
+        return keep(0, "the YAML offloads the base to host memory")
+    free = _least_free_memory(device) - needed_besides
+    count = _layers_that_fit(layers, base, free=free, world_size=world_size)
+    size = _bytes([base])
+    return keep(count, f"{size / 1e9:.1f} GB of base, {free / 1e9:.1f} GB of GPU memory to spare")
+
+
+def _requested_count(requested: str, total: int) -> int:
+    if requested in ("all", "none"):
+        return total if requested == "all" else 0
+    if not requested.isdigit() or int(requested) > total:
+        raise ArgumentError(
+            f"--resident_layers {requested}: give auto, all, none, or a number up to {total}, the "
+            "layers this model has."
+        )
+    return int(requested)
+
+
+def _layers_that_fit(
+    layers: Sequence[nn.Module], base: nn.Module, *, free: int, world_size: int
+) -> int:
+    """How many resident layers leave room for the shards of the others and two in flight."""
+    whole, layer = _bytes([base]), max(_bytes([layer]) for layer in layers)
+    if whole <= free:
+        return len(layers)
+    sharded = whole // world_size + 2 * layer + (whole - _bytes(layers))
+    more_each = layer - layer // world_size
+    return max(0, min(len(layers) - 1, (free - sharded) // max(more_each, 1)))
+
+
+def _spread(count: int, total: int) -> frozenset[int]:
+    """`count` of `total` indices, evenly."""
+    return frozenset(index * total // count for index in range(count))
+
+
+def _least_free_memory(device: torch.device) -> int:
+    """Free bytes of the rank that has the least."""
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return int(free)
+    least = torch.tensor(free, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least.item())
+
+
+def _bytes(modules: Sequence[nn.Module]) -> int:
+    """Size of the modules' frozen parameters, each counted once."""
+    frozen = {
+        parameter
+        for module in modules
+        for parameter in module.parameters()
+        if not parameter.requires_grad
+    }
+    return sum(cast(nn.Parameter, parameter).nbytes for parameter in frozen)

@@ -1,0 +1,203 @@
+"""The fused decoder layer: Llama's shape, which Mistral, Qwen and many others share.
+
+The layer's modules stay what and where they are; only the layer's `forward` is exchanged, and only
+for packed rows: generation, other masks and anything unusual run transformers' own code. Whether an
+architecture has this shape is not decided by its name: the fused layer must give what the original
+gives (`fuse_layers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from lora_fsdp.modeling.attention import attend
+from lora_fsdp.modeling.fused_functions import (
+    project,
+    rms_norm,
+    silu_multiply,
+    split_and_rotate,
+)
+from lora_fsdp.modeling.projections import Projections, can_project
+
+
+class FusedLayer:
+    """Computes one decoder layer on a packed row [1, T, H].
+
+    Args:
+        layer: a decoder layer of Llama's shape (`has_fused_shape`).
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer = layer
+        self.original = layer.forward
+        self.first_norm, self.second_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.query_key_value = Projections([attention.q_proj, attention.k_proj, attention.v_proj])  # type: ignore[union-attr,list-item]
+        self.output = Projections([attention.o_proj])  # type: ignore[union-attr,list-item]
+        self.gate_up = Projections([mlp.gate_proj, mlp.up_proj])  # type: ignore[union-attr,list-item]
+        self.down = Projections([mlp.down_proj])  # type: ignore[union-attr,list-item]
+        self.scaling = float(attention.scaling)  # type: ignore[union-attr,arg-type]
+        width = int(attention.head_dim)  # type: ignore[union-attr,arg-type]
+        query, key, value = (
+            (member.columns.stop - member.columns.start) // width
+            for member in self.query_key_value.members
+        )
+        self.heads = (query, key, value)
+        norms = (getattr(attention, name, None) for name in _HEAD_NORMS)
+        self.head_norms = [norm for norm in norms if isinstance(norm, nn.Module)]
+
+    def join_weights(self) -> None:
+        """Lay projections of one input in one block each. Not for sharded layers."""
+        self.query_key_value.join()
+        self.gate_up.join()
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | BlockMask | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: object | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
+        """As the original layer; packed rows by the fused computation."""
+        if position_embeddings is None or past_key_values is not None or not _is_packed(
+            hidden_states, attention_mask
+        ):
+            result: torch.Tensor = self.original(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **others,
+            )
+            return result
+        cosine, sine = (table[0] for table in position_embeddings)
+        return self.compute(hidden_states[0], attention_mask, cosine, sine)[None]  # type: ignore[arg-type]
+
+    def compute(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | BlockMask,
+        cosine: torch.Tensor,
+        sine: torch.Tensor,
+    ) -> torch.Tensor:
+        """The layer on `hidden` [T, H]."""
+        normed, residual = rms_norm(hidden, *_norm(self.first_norm))
+        joined = project(self.query_key_value, normed)
+        if self.head_norms:
+            joined = self._norm_heads(joined)
+        query, key, value = split_and_rotate(joined, cosine, sine, heads=self.heads)
+        context = attend(query, key, value, mask, scaling=self.scaling)
+        context = context[0].transpose(0, 1).flatten(1)
+        hidden = project(self.output, context, residual)
+        normed, residual = rms_norm(hidden, *_norm(self.second_norm))
+        return project(self.down, silu_multiply(project(self.gate_up, normed)), residual)
+
+    def _norm_heads(self, joined: torch.Tensor) -> torch.Tensor:
+        """Queries and keys normed head by head (Qwen3)."""
+        parts = list(joined.split([m.columns.stop - m.columns.start for m in self.query_key_value.members], 1))
+        for index, norm in enumerate(self.head_norms):
+            weight, epsilon = _norm(norm)
+            by_head = parts[index].reshape(-1, weight.shape[0])
+            parts[index] = rms_norm(by_head, weight, epsilon)[0].view(parts[index].shape)
+        return torch.cat(parts, dim=1)
+
+
+def fuse_layers(layers: Sequence[nn.Module]) -> list[FusedLayer] | str:
+    """Exchange the `forward` of `layers` for fused ones, if they compute the same.
+
+    To be called before the layers are sharded, in training or evaluation mode.
+
+    Returns:
+        the fused layers, or why the layers stay as they are.
+    """
+    wanting = [reason for layer in layers if (reason := _missing(layer))]
+    if wanting:
+        return wanting[0]
+    fused = [FusedLayer(layer) for layer in layers]
+    difference = _difference(fused[0])
+    if not difference < _TOLERANCE[fused[0].query_key_value.members[0].linear.weight.dtype]:
+        return f"{type(layers[0]).__name__} computes something else (by {difference:.2g})"
+    for layer, replacement in zip(layers, fused, strict=True):
+        layer.forward = replacement  # type: ignore[method-assign]
+    return fused
+
+
+_LINEARS = (
+    ("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    ("mlp", ("gate_proj", "up_proj", "down_proj")),
+)
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_HEAD_NORMS = ("q_norm", "k_norm")
+# Of the layer's update, relative to its size; rounding alone makes a tenth of it.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def _missing(layer: nn.Module) -> str | None:
+    """Why `layer` has not the fused layer's shape."""
+    name = type(layer).__name__
+    children = dict(layer.named_children())
+    if set(children) != {"self_attn", "mlp", *_NORMS}:
+        return f"{name} is built of other modules: {', '.join(sorted(children))}"
+    for block, linears in _LINEARS:
+        inner = dict(children[block].named_children())
+        if missing := set(linears) - set(inner):
+            return f"{name}.{block} has no {', '.join(sorted(missing))}"
+        for linear in linears:
+            if not can_project(inner[linear]):
+                return f"{name}'s {linear} is no frozen linear layer with plain LoRA"
+    for norm in _NORMS:
+        parameters = dict(children[norm].named_parameters())
+        if set(parameters) != {"weight"} or parameters["weight"].requires_grad:
+            return f"{name}'s {norm} is no frozen RMS norm"
+    return None
+
+
+@torch.no_grad()
+def _difference(fused: FusedLayer) -> float:
+    """How far the fused layer is from the original on random input, relative to its update."""
+    attention = fused.layer.self_attn
+    weight = fused.query_key_value.members[0].linear.weight
+    generator = torch.Generator().manual_seed(0)
+    tokens, width = 12, int(attention.head_dim)  # type: ignore[union-attr,arg-type]
+    # Small, so that the layer's update, which does not depend on the scale, is not lost in it.
+    hidden = torch.randn(1, tokens, weight.shape[1], generator=generator) * 0.01
+    angles = torch.randn(tokens, width // 2, generator=generator).repeat(1, 2)
+    causal = torch.full((tokens, tokens), float("-inf")).triu(1)
+    hidden, cosine, sine, mask = (
+        tensor.to(device=weight.device, dtype=weight.dtype)
+        for tensor in (hidden, angles.cos()[None], angles.sin()[None], causal[None, None])
+    )
+    was_training = fused.layer.training
+    fused.layer.eval()
+    expected = fused.original(
+        hidden, attention_mask=mask, position_embeddings=(cosine, sine), past_key_values=None
+    )
+    found = fused(hidden, attention_mask=mask, position_embeddings=(cosine, sine))
+    fused.layer.train(was_training)
+    if not isinstance(expected, torch.Tensor) or expected.shape != found.shape:
+        return float("inf")
+    update = (expected - hidden).float()
+    return float((found - expected).float().norm() / update.norm())
+
+
+def _norm(module: nn.Module) -> tuple[torch.Tensor, float]:
+    """An RMS norm's weight and epsilon."""
+    return module.weight, float(module.variance_epsilon)  # type: ignore[return-value,arg-type]
+
+
+def _is_packed(hidden: torch.Tensor, mask: object) -> bool:
+    """Whether `mask` is a packed row's (`lora_fsdp.modeling.attention`)."""
+    if isinstance(mask, BlockMask):
+        return True
+    return (
+        isinstance(mask, torch.Tensor)
+        and mask.shape == (1, 1, hidden.shape[1], hidden.shape[1])
+        and mask.is_floating_point()
+        and hidden.shape[0] == 1
+    )

@@ -1,0 +1,143 @@
+"""Linear layers of one input, with their LoRA adapters, as one product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import nn
+from torch.nn import functional
+
+
+class Projection:
+    """One linear layer and its place in the joined output.
+
+    Reads the module at every use: a weight or adapter that was exchanged is seen.
+
+    Attributes:
+        columns: its slice of the joined output.
+        ranks: its slice of the joined A matrices.
+    """
+
+    def __init__(self, module: nn.Module, *, columns: slice, first_rank: int) -> None:
+        self.module = module
+        self.linear: nn.Linear = module.base_layer if isinstance(module, LoraLinear) else module  # type: ignore[assignment]
+        self.columns = columns
+        self.rank = 0
+        if isinstance(module, LoraLinear):
+            self.name = str(module.active_adapters[0])
+            self.rank = int(module.r[self.name])
+        self.ranks = slice(first_rank, first_rank + self.rank)
+
+    def adapters(self) -> tuple[nn.Parameter, nn.Parameter]:
+        """A [r, in] and B [out, r], float32."""
+        a, b = self.module.lora_A[self.name], self.module.lora_B[self.name]  # type: ignore[index]
+        return a.weight, b.weight
+
+    def scaling(self) -> float:
+        """What the update is multiplied with."""
+        return float(self.module.scaling[self.name])  # type: ignore[index]
+
+    def dropout(self) -> float:
+        """Share of the adapter's input that is dropped; 0 when not training."""
+        dropout = self.module.lora_dropout[self.name]  # type: ignore[index]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+class Projections:
+    """Linear layers of one input, side by side.
+
+    Args:
+        modules: `nn.Linear`, or PEFT's LoRA layer around one (see `can_project`).
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.members: list[Projection] = []
+        first_column = first_rank = 0
+        for module in modules:
+            width = int(module.out_features)  # type: ignore[arg-type]
+            columns = slice(first_column, first_column + width)
+            self.members.append(Projection(module, columns=columns, first_rank=first_rank))
+            first_column += width
+            first_rank += self.members[-1].rank
+        self.joined: torch.Tensor | None = None
+
+    def join(self) -> None:
+        """Lay the weights in one block, of which each layer's weight becomes a slice.
+
+        Takes no memory in the end. Not for sharded weights, whose storage FSDP owns.
+        """
+        if len(self.members) == 1:
+            return
+        weights = [member.linear.weight for member in self.members]
+        self.joined = torch.cat([weight.detach() for weight in weights])
+        for member, weight in zip(self.members, weights, strict=True):
+            weight.data = self.joined[member.columns]
+
+    def adapted(self) -> list[Projection]:
+        """The members whose adapter is on."""
+        return [m for m in self.members if m.rank and not m.module.disable_adapters]
+
+    def adapters(self) -> list[nn.Parameter]:
+        """A and B of every adapted member, in turn."""
+        return [parameter for member in self.adapted() for parameter in member.adapters()]
+
+    def base_forward(self, inputs: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """x W^T + bias (+ residual), [T, sum of widths], in memory of its own."""
+        if len(self.members) == 1:
+            linear = self.members[0].linear
+            if residual is not None and linear.bias is None:
+                return torch.addmm(residual, inputs, linear.weight.t())
+            output = functional.linear(inputs, linear.weight, linear.bias)
+            return output if residual is None else output.add_(residual)
+        if self._is_joined():
+            output = inputs @ self.joined.t()  # type: ignore[union-attr]
+        else:
+            output = inputs.new_empty(inputs.shape[0], self.members[-1].columns.stop)
+            for member in self.members:
+                part = output[:, member.columns]
+                torch.mm(inputs, member.linear.weight.t(), out=part)
+        for member in self.members:
+            if member.linear.bias is not None:
+                output[:, member.columns] += member.linear.bias
+        return output if residual is None else output.add_(residual)
+
+    def base_backward(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient for the input through the frozen weights, [T, in]."""
+        if self._is_joined():
+            return gradient @ self.joined  # type: ignore[operator]
+        first, *others = self.members
+        result = gradient[:, first.columns] @ first.linear.weight
+        for member in others:
+            result.addmm_(gradient[:, member.columns], member.linear.weight)
+        return result
+
+    def _is_joined(self) -> bool:
+        """Whether the block still is what the layers hold (moving a model gives it new storage)."""
+        if self.joined is None:
+            return False
+        storage = self.joined.untyped_storage().data_ptr()
+        return all(
+            m.linear.weight.untyped_storage().data_ptr() == storage for m in self.members
+        )
+
+
+def can_project(module: nn.Module) -> bool:
+    """Whether `Projections` computes `module`: a frozen linear layer, with or without plain LoRA."""
+    if type(module) is nn.Linear:
+        return not any(parameter.requires_grad for parameter in module.parameters())
+    if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear:
+        return False
+    names = module.active_adapters
+    return (
+        len(names) == 1
+        and list(module.lora_A) == names  # one adapter, and it is the active one
+        and not module.merged
+        and not module.fan_in_fan_out
+        and not module.lora_variant
+        and module.lora_A[names[0]].bias is None
+        and module.lora_B[names[0]].bias is None
+        and type(module.lora_dropout[names[0]]) in (nn.Dropout, nn.Identity)
+        and not any(p.requires_grad for p in module.base_layer.parameters())
+    )

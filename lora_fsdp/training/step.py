@@ -1,0 +1,164 @@
+"""Forward and backward of one optimizer step's rows: eagerly, or as a captured CUDA graph.
+
+A row of a few hundred tokens is some 10 ms of work for a GPU and many times that for the CPU that
+launches it kernel by kernel. A graph is launched at once. It has fixed shapes and addresses, so
+rows are padded to one of a few sizes, inputs are copied to where the graph reads them, and
+gradients add up in the adapter's one block (`ReplicatedParameters.zero_gradients`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from lora_fsdp.data.packing import PADDING, Row
+from lora_fsdp.distributed.replication import ReplicatedParameters
+from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
+
+logger = logging.getLogger(__name__)
+
+#: Rows longer than this are computed eagerly: their kernels take longer than their launches.
+CAPTURE_UP_TO_TOKENS = 4096
+_MOST_GRAPHS = 32
+
+
+class EagerStep:
+    """Computes rows as they are.
+
+    Args:
+        model: the model with its adapter.
+        computation: how it computes rows.
+        adapter: where the gradients go.
+        device: where rows are computed.
+        autocast: the context of the forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        computation: RowComputation,
+        adapter: ReplicatedParameters,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        self.model = model
+        self.computation = computation
+        self.adapter = adapter
+        self.device = device
+        self.autocast = autocast
+
+    def __call__(self, rows: Sequence[Row], *, label_tokens: int) -> torch.Tensor:
+        """Gradients of the rows' loss, divided by `label_tokens`, into the adapter's block.
+
+        Returns:
+            this rank's part of the loss.
+        """
+        self.adapter.zero_gradients()
+        total = torch.zeros((), device=self.device)
+        for row in rows:
+            total += self.run(row, label_tokens=label_tokens)
+        return total
+
+    def run(self, row: Row, *, label_tokens: int) -> torch.Tensor:
+        """Add one row's gradients; its loss."""
+        return self._forward_backward(
+            row.to(self.device, non_blocking=True), scale=1.0 / label_tokens
+        )
+
+    def _forward_backward(self, row: Row, *, scale: float | torch.Tensor) -> torch.Tensor:
+        with self.autocast():
+            log_probs = label_log_probs(self.model, row, computation=self.computation)
+        counted = row.label_answers != PADDING
+        loss = -log_probs.where(counted, 0.0).sum() * scale
+        loss.backward()
+        return loss.detach()
+
+
+class CapturedStep(EagerStep):
+    """Computes rows by CUDA graphs, one a size; eagerly where a row is too long or capture fails.
+
+    For models whose forward and backward contain no collective.
+    """
+
+    def __init__(self, model: nn.Module, **settings: object) -> None:
+        super().__init__(model, **settings)  # type: ignore[arg-type]
+        self._graphs: dict[tuple[int, int], _RowGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self.failed: str | None = None
+
+    def run(self, row: Row, *, label_tokens: int) -> torch.Tensor:
+        """Add one row's gradients; its loss."""
+        size = captured_size(row)
+        if self.failed or size is None:
+            return super().run(row, label_tokens=label_tokens)
+        graph = self._graphs.get(size)
+        if graph is None:
+            if len(self._graphs) == _MOST_GRAPHS:
+                return super().run(row, label_tokens=label_tokens)
+            try:
+                graph = self._capture(size)
+            except RuntimeError as error:
+                self.failed = str(error).splitlines()[0]
+                logger.warning("The step cannot be captured and runs eagerly: %s", self.failed)
+                return super().run(row, label_tokens=label_tokens)
+            self._graphs[size] = graph
+        graph.load(row, scale=1.0 / label_tokens)
+        graph.graph.replay()
+        return graph.loss
+
+    def _capture(self, size: tuple[int, int]) -> _RowGraph:
+        """Capture rows of `size`; gradients and random numbers are left as they were."""
+        tokens, labels = size
+        static = _RowGraph(tokens=tokens, labels=labels, device=self.device)
+        gradients = self.adapter.copy_gradients()
+        random_state = torch.cuda.get_rng_state(self.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # kernels are compiled and workspaces allocated beforehand
+                    self._forward_backward(static.row, scale=static.scale)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(static.graph, pool=self._pool, stream=stream):
+                static.loss = self._forward_backward(static.row, scale=static.scale)
+        finally:
+            torch.cuda.synchronize()
+            torch.cuda.set_rng_state(random_state, self.device)
+            self.adapter.set_gradients(gradients)
+        return static
+
+
+class _RowGraph:
+    """A captured forward and backward, and the memory it reads and writes."""
+
+    def __init__(self, *, tokens: int, labels: int, device: torch.device) -> None:
+        empty = Row(torch.empty(4, 0, dtype=torch.int64), torch.empty(3, 0, dtype=torch.int64))
+        self.tokens, self.labels = tokens, labels
+        self.row = empty.padded(tokens=tokens, labels=labels).to(device)
+        self.scale = torch.zeros((), device=device)
+        self.graph = torch.cuda.CUDAGraph()
+        self.loss = torch.zeros((), device=device)
+
+    def load(self, row: Row, *, scale: float) -> None:
+        """Put `row` where the graph reads it."""
+        padded = row.padded(tokens=self.tokens, labels=self.labels).pin_memory()
+        self.row.tokens.copy_(padded.tokens, non_blocking=True)
+        self.row.labels.copy_(padded.labels, non_blocking=True)
+        self.scale.fill_(scale)
+
+
+def captured_size(row: Row) -> tuple[int, int] | None:
+    """The tokens and label tokens that `row` is padded to, or `None` if it is too long."""
+    if len(row) > CAPTURE_UP_TO_TOKENS:
+        return None
+    unit = 64 if len(row) <= 512 else 128 if len(row) <= 1024 else 256
+    return _round_up(len(row), unit), _round_up(max(row.labels.shape[1], 1), 32)
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
