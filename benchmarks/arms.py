@@ -18,11 +18,12 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from transformers import Trainer, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from benchmarks.workload import (
     SEED,
+    SHAPES,
     StepClock,
     Workload,
     examples_hash,
@@ -37,7 +38,11 @@ from lora_fsdp import FineTuningArguments, LoraTrainer
 def lora(work: Workload) -> LoraConfig:
     """The article's adapter."""
     return LoraConfig(
-        r=8, lora_alpha=32, lora_dropout=work.dropout, target_modules=work.targets, task_type="CAUSAL_LM"
+        r=8,
+        lora_alpha=32,
+        lora_dropout=work.dropout,
+        target_modules=work.targets,
+        task_type="CAUSAL_LM",
     )
 
 
@@ -114,7 +119,7 @@ def ours(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]
     result |= {
         "examples_hash": examples_hash([e.row for e in seen]),
         "computed_tokens_per_step": sum(map(len, rows)) / 3 * work.processes,
-        "parameters": trainer.parameter_count,
+        "parameters": layer_parameters(work),
         "plan": str(trainer.plan),
     }
     if held_out:
@@ -175,7 +180,11 @@ def trl(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]:
 
 
 def _peer_result(
-    trainer: Trainer, clock: StepClock, examples: list[Any], work: Workload, settings: dict[str, Any]
+    trainer: Trainer,
+    clock: StepClock,
+    examples: list[Any],
+    work: Workload,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     """What the clock says of a run over `examples`."""
     per_step = len(examples) // work.steps
@@ -187,7 +196,7 @@ def _peer_result(
     return result | {
         "examples_hash": "packed" if packed else examples_hash([e.row for e in examples]),
         "computed_tokens_per_step": sum(lengths) / work.steps,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": layer_parameters(work),
     }
 
 
@@ -242,23 +251,24 @@ def article(work: Workload, gradient: str | None) -> dict[str, Any]:
     return clock.result(examples_per_step=per_step, lengths=lengths) | {
         "examples_hash": examples_hash([e.row for e in examples]),
         "computed_tokens_per_step": sum(lengths) / work.steps,
-        "parameters": sum(p.numel() for p in load_config_parameters(work)),
+        "parameters": layer_parameters(work),
     }
 
 
-def load_config_parameters(work: Workload) -> list[torch.nn.Parameter]:
-    """The model's parameters without memory, since FSDP's are shards."""
+def layer_parameters(work: Workload) -> int:
+    """Of the decoder layers: the embeddings are looked up, and the head runs at labels only."""
+    config = SHAPES.get(work.model) or AutoConfig.from_pretrained(work.model)
     with torch.device("meta"):
-        from transformers import AutoModelForCausalLM
-
-        from benchmarks.workload import SHAPES
-
-        return list(AutoModelForCausalLM.from_config(SHAPES[work.model]).parameters())
+        model = AutoModelForCausalLM.from_config(config)
+    outside = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    return sum(p.numel() for p in model.parameters() if p not in outside)
 
 
 def _padded_batch(examples: list[Any], tokenizer: Any, device: torch.device) -> dict[str, Any]:
     texts = [str(e.prompt) + str(e.target) + tokenizer.eos_token for e in examples]
-    batch = tokenizer(texts, padding="max_length", truncation=True, max_length=512, return_tensors="pt")
+    batch = tokenizer(
+        texts, padding="max_length", truncation=True, max_length=512, return_tensors="pt"
+    )
     labels = torch.full_like(batch["input_ids"], -100)
     for index, example in enumerate(examples):
         prompt = len(tokenizer(str(example.prompt))["input_ids"])

@@ -87,6 +87,7 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         differences = _gradient_differences(work, asked.arms, Path(folder))
+        print(f"gradients apart from ours-eager's: {differences}", flush=True)
         for name in asked.arms:
             results[name] = _run(work, name, Path(folder), asked)
             _note_gradients(results[name], differences[name])
@@ -186,17 +187,13 @@ def _note_gradients(result: dict[str, Any], difference: float | None) -> None:
     result["gradients_agree"] = bool(same_rows and difference is not None and difference < 1e-4)
 
 
-def _gradient_differences(
-    work: Workload, arms: list[str], folder: Path
-) -> dict[str, float | None]:
+def _gradient_differences(work: Workload, arms: list[str], folder: Path) -> dict[str, float | None]:
     """How far each arm's gradients on the small model are from `ours-eager`'s; all at once."""
     names = list(dict.fromkeys(["ours-eager", *arms]))
     files = {name: folder / f"{name}.safetensors" for name in names}
     with ThreadPoolExecutor(len(names)) as pool:
         for name in names:
-            pool.submit(
-                _launch, work, name, gradient=files[name], processes=1, time_out=150.0
-            )
+            pool.submit(_launch, work, name, gradient=files[name], processes=1, time_out=150.0)
     return {name: _difference(files["ours-eager"], files[name]) for name in arms}
 
 
@@ -227,7 +224,16 @@ def _launch(
     environment = {**os.environ, "ARM_STARTED": str(time.time())}
     if gradient is None and (yaml or processes > 1 or kind == "article"):
         config = ["--config_file", str(CONFIGS / (yaml or "single.yaml"))]
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes", str(processes), "-m", "benchmarks.arms"]
+        launcher = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *config,
+            "--num_processes",
+            str(processes),
+            "-m",
+            "benchmarks.arms",
+        ]
         if name in _TILL_BACKWARD:
             launcher[5:5] = ["--fsdp_reshard_after_forward", "false"]
     try:

@@ -16,8 +16,8 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     MistralConfig,
-    PreTrainedModel,
     PretrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
     TrainerCallback,
@@ -181,12 +181,12 @@ class StepClock(TrainerCallback):
             _synchronize()
             self.first_step = time.time() - float(os.environ.get("ARM_STARTED", "nan"))
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep losses and gradient norms."""
         if logs and "loss" in logs:
-            self.logs.append({key: float(logs[key]) for key in ("loss", "grad_norm") if key in logs})
+            self.logs.append(
+                {key: float(logs[key]) for key in ("loss", "grad_norm") if key in logs}
+            )
 
     def seconds(self) -> list[float]:
         """Of every step."""

@@ -156,9 +156,7 @@ def release_gathered(model: PeftModel) -> None:
             module.reshard()
 
 
-def check_placement(
-    model: PeftModel, *, resident: Collection[nn.Parameter]
-) -> None:
+def check_placement(model: PeftModel, *, resident: Collection[nn.Parameter]) -> None:
     """Check on the live model that sharding, replication and dtypes are what they must be.
 
     Args:
@@ -182,7 +180,9 @@ def check_placement(
             )
     for name, parameter in base.items():
         if isinstance(parameter, DTensor) == (parameter in resident):
-            state = "is sharded although it is resident" if parameter in resident else "is not sharded"
+            state = (
+                "is sharded although it is resident" if parameter in resident else "is not sharded"
+            )
             raise FsdpDroppedError(f"The base's {name} {state}.")
     dtypes = {parameter.dtype for parameter in base.values() if parameter.is_floating_point()}
     if len(dtypes) > 1:

@@ -51,6 +51,11 @@ class FusedLayer:
         norms = (getattr(attention, name, None) for name in _HEAD_NORMS)
         self.head_norms = [norm for norm in norms if isinstance(norm, nn.Module)]
 
+    @property
+    def projections(self) -> tuple[Projections, ...]:
+        """All linear layers."""
+        return self.query_key_value, self.output, self.gate_up, self.down
+
     def join_weights(self) -> None:
         """Lay projections of one input in one block each. Not for sharded layers."""
         self.query_key_value.join()
@@ -65,8 +70,10 @@ class FusedLayer:
         **others: Any,
     ) -> torch.Tensor:
         """As the original layer; packed rows by the fused computation."""
-        if position_embeddings is None or past_key_values is not None or not _is_packed(
-            hidden_states, attention_mask
+        if (
+            position_embeddings is None
+            or past_key_values is not None
+            or not _is_packed(hidden_states, attention_mask)
         ):
             result: torch.Tensor = self.original(
                 hidden_states,
@@ -100,7 +107,11 @@ class FusedLayer:
 
     def _norm_heads(self, joined: torch.Tensor) -> torch.Tensor:
         """Queries and keys normed head by head (Qwen3)."""
-        parts = list(joined.split([m.columns.stop - m.columns.start for m in self.query_key_value.members], 1))
+        parts = list(
+            joined.split(
+                [m.columns.stop - m.columns.start for m in self.query_key_value.members], 1
+            )
+        )
         for index, norm in enumerate(self.head_norms):
             weight, epsilon = _norm(norm)
             by_head = parts[index].reshape(-1, weight.shape[0])
@@ -108,10 +119,15 @@ class FusedLayer:
         return torch.cat(parts, dim=1)
 
 
-def fuse_layers(layers: Sequence[nn.Module]) -> list[FusedLayer] | str:
+def fuse_layers(decoder: nn.Module, layers: Sequence[nn.Module]) -> list[FusedLayer] | str:
     """Exchange the `forward` of `layers` for fused ones, if they compute the same.
 
-    To be called before the layers are sharded, in training or evaluation mode.
+    To be called before the layers are sharded, in training or evaluation mode. The adapters' copies
+    in the base's dtype are made anew at every forward of `decoder`, so they are never stale.
+
+    Args:
+        decoder: the module that runs the layers.
+        layers: its decoder layers.
 
     Returns:
         the fused layers, or why the layers stay as they are.
@@ -125,7 +141,16 @@ def fuse_layers(layers: Sequence[nn.Module]) -> list[FusedLayer] | str:
         return f"{type(layers[0]).__name__} computes something else (by {difference:.2g})"
     for layer, replacement in zip(layers, fused, strict=True):
         layer.forward = replacement  # type: ignore[method-assign]
+    decoder.register_forward_pre_hook(lambda module, inputs: copy_adapters(fused))
     return fused
+
+
+@torch.no_grad()
+def copy_adapters(fused: Sequence[FusedLayer]) -> None:
+    """Bring the adapters' copies up to date, all in one go."""
+    pairs = [pair for layer in fused for p in layer.projections for pair in p.copies()]
+    if pairs:
+        torch._foreach_copy_([copy for copy, _ in pairs], [original for _, original in pairs])
 
 
 _LINEARS = (
@@ -175,6 +200,7 @@ def _difference(fused: FusedLayer) -> float:
     )
     was_training = fused.layer.training
     fused.layer.eval()
+    copy_adapters([fused])
     expected = fused.original(
         hidden, attention_mask=mask, position_embeddings=(cosine, sine), past_key_values=None
     )

@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from lora_fsdp.modeling.projections import Projections
+    from lora_fsdp.modeling.projections import Projection, Projections
 
 
 def rms_norm(
@@ -62,6 +62,9 @@ def project(
     projections: Projections, inputs: torch.Tensor, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """All of `projections` of `inputs` [T, in] with their adapters, side by side.
+
+    The adapters are taken from their copies (`Projections.copies`), which a forward of the model
+    brings up to date (`decoder_layer.fuse_layers`).
 
     Returns:
         [T, sum of the output widths], plus `residual` (of that shape) if given.
@@ -135,8 +138,10 @@ class _SplitAndRotate(Function):
         ctx.save_for_backward(cosine, sine)
         ctx.heads = heads
         tokens = projected.shape[0]
-        by_head = projected.view(tokens, sum(heads), -1).transpose(0, 1)
-        result = by_head.new_empty(by_head.shape)
+        by_token = projected.view(tokens, sum(heads), -1)
+        by_head = by_token.transpose(0, 1)
+        # Laid out by token, as attention's output then is too: it need not be transposed.
+        result = torch.empty_like(by_token).transpose(0, 1)
         _rotate(by_head, result, cosine, sine, rotated=heads[0] + heads[1], backward=False)
         return tuple(part[None] for part in result.split(heads))
 
@@ -191,19 +196,22 @@ class _Project(Function):
         if not adapters:
             return output
         adapted = projections.adapted()
-        down, ups = _in_dtype(adapters, inputs.dtype)
+        down, ups = projections.downs, projections.ups
+        low = inputs.new_empty(inputs.shape[0], down.shape[0])  # scaled
         dropped: list[torch.Tensor] = []
         if any(member.dropout() > 0.0 for member in adapted):
-            low = inputs.new_empty(inputs.shape[0], down.shape[0])
             for member in adapted:
                 kept, mask = torch.native_dropout(inputs, member.dropout(), train=True)
-                torch.mm(kept, down[member.ranks].t(), out=low[:, member.ranks])
+                _scaled_product(kept, down[member.ranks], member, low)
                 dropped += [kept, mask]
+        elif len({member.scaling() for member in adapted}) == 1:
+            scaling = adapted[0].scaling()
+            torch.addmm(low, inputs, down.t(), beta=0.0, alpha=scaling, out=low)
         else:
-            low = inputs @ down.t()
+            for member in adapted:
+                _scaled_product(inputs, down[member.ranks], member, low)
         for member, up in zip(adapted, ups, strict=True):
-            part = output[:, member.columns]
-            part.addmm_(low[:, member.ranks], up.t(), alpha=member.scaling())
+            output[:, member.columns].addmm_(low[:, member.ranks], up.t())
         ctx.save_for_backward(inputs, low, down, *ups, *dropped)
         return output
 
@@ -222,11 +230,9 @@ class _Project(Function):
         d_ups = []
         for member, up in zip(adapted, ups, strict=True):
             part = gradient[:, member.columns]
-            torch.mm(part, up, out=d_low[:, member.ranks])
-            d_ups.append(_product(part.t(), low[:, member.ranks]).mul_(member.scaling()))
-        for member in adapted:
-            if member.scaling() != 1.0:
-                d_low[:, member.ranks].mul_(member.scaling())
+            scaled = d_low[:, member.ranks]
+            torch.addmm(scaled, part, up, beta=0.0, alpha=member.scaling(), out=scaled)
+            d_ups.append(_product(part.t(), low[:, member.ranks]))
         if dropped:
             d_downs = []
             for member, kept, mask in zip(adapted, dropped[0::2], dropped[1::2], strict=True):
@@ -243,19 +249,12 @@ class _Project(Function):
         return None, d_inputs, into_residual, *adapters
 
 
-def _in_dtype(
-    adapters: tuple[torch.Tensor, ...], dtype: torch.dtype
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The A matrices joined [sum of ranks, in] and the B matrices [out, r], in `dtype`.
-
-    Cast at every forward, so that they can never be older than the float32 values.
-    """
-    downs, ups = adapters[0::2], adapters[1::2]
-    joined = downs[0].new_empty(sum(d.shape[0] for d in downs), downs[0].shape[1], dtype=dtype)
-    targets = [*joined.split([d.shape[0] for d in downs])]
-    targets += [torch.empty_like(up, dtype=dtype) for up in ups]
-    torch._foreach_copy_(targets, [*downs, *ups])
-    return joined, targets[len(downs) :]
+def _scaled_product(
+    inputs: torch.Tensor, down: torch.Tensor, member: Projection, low: torch.Tensor
+) -> None:
+    """The member's part of `low`: its scaling times inputs A^T."""
+    part = low[:, member.ranks]
+    torch.addmm(part, inputs, down.t(), beta=0.0, alpha=member.scaling(), out=part)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

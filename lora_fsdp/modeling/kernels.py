@@ -133,7 +133,15 @@ def _rms_norm_forward(hidden, weight, normed, reciprocal, width, epsilon, BLOCK:
 
 @triton.jit
 def _rms_norm_backward(
-    gradient, hidden, weight, reciprocal, also, result, width, ADD: tl.constexpr, BLOCK: tl.constexpr
+    gradient,
+    hidden,
+    weight,
+    reciprocal,
+    also,
+    result,
+    width,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)

@@ -62,6 +62,27 @@ class Projections:
             first_column += width
             first_rank += self.members[-1].rank
         self.joined: torch.Tensor | None = None
+        self.downs = torch.empty(0)
+        self.ups: list[torch.Tensor] = []
+
+    def copies(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Where each adapter matrix is to be copied before a forward: (copy, original).
+
+        The copies, in the base's dtype, are `downs`, the A matrices joined [sum of ranks, in], and
+        `ups`, each B [out, r].
+        """
+        adapted = self.adapted()
+        if not adapted:
+            return []
+        originals = [member.adapters() for member in adapted]
+        weight = adapted[0].linear.weight
+        ranks = [member.rank for member in adapted]
+        if not self.ups or self.downs.device != weight.device or self.downs.dtype != weight.dtype:
+            self.downs = weight.new_empty(sum(ranks), originals[0][0].shape[1])
+            self.ups = [torch.empty_like(b, dtype=weight.dtype) for _, b in originals]
+        downs = self.downs.split(ranks)
+        pairs = zip(downs, self.ups, originals, strict=True)
+        return [pair for down, up, (a, b) in pairs for pair in ((down, a), (up, b))]
 
     def join(self) -> None:
         """Lay the weights in one block, of which each layer's weight becomes a slice.
@@ -118,9 +139,7 @@ class Projections:
         if self.joined is None:
             return False
         storage = self.joined.untyped_storage().data_ptr()
-        return all(
-            m.linear.weight.untyped_storage().data_ptr() == storage for m in self.members
-        )
+        return all(m.linear.weight.untyped_storage().data_ptr() == storage for m in self.members)
 
 
 def can_project(module: nn.Module) -> bool:

@@ -86,7 +86,7 @@ def place_for_training(
     """
     base, device = base_model(model), args.device
     layers = layers_to_shard(base, names=settings.layer_classes if settings else None)
-    fused = _why_not_fused(model, args, autocast=autocast) or fuse_layers(layers)
+    fused = _why_not_fused(model, args, autocast=autocast) or fuse_layers(base.base_model, layers)
     if args.step == "fused" and isinstance(fused, str):
         raise ArgumentError(f"--step fused: {fused}. Use --step auto.")
     # At a third of what an H100 can do.
@@ -178,7 +178,10 @@ def _choose_step(
     if not isinstance(fused, str):
         return "graph", "fused layers, captured as CUDA graphs"
     if seconds > _COMPILATION_PAYS_FROM:
-        return "compiled", f"a run of some {seconds / 60:.0f} minutes pays for compilation ({fused})"
+        return (
+            "compiled",
+            f"a run of some {seconds / 60:.0f} minutes pays for compilation ({fused})",
+        )
     return "graph", f"the model's own layers ({fused}), captured as CUDA graphs"
 
 

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fsdp.data.packing import PADDING, Row
 from lora_fsdp.distributed.replication import ReplicatedParameters
@@ -24,6 +25,13 @@ logger = logging.getLogger(__name__)
 #: Rows longer than this are computed eagerly: their kernels take longer than their launches.
 CAPTURE_UP_TO_TOKENS = 4096
 _MOST_GRAPHS = 32
+# cuDNN's attention is the fastest, and a captured size is planned only once.
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 class EagerStep:
@@ -120,11 +128,14 @@ class CapturedStep(EagerStep):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(stream), sdpa_kernel(_ATTENTION, set_priority=True):
                 for _ in range(2):  # kernels are compiled and workspaces allocated beforehand
                     self._forward_backward(static.row, scale=static.scale)
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(static.graph, pool=self._pool, stream=stream):
+            with (
+                torch.cuda.graph(static.graph, pool=self._pool, stream=stream),
+                sdpa_kernel(_ATTENTION, set_priority=True),
+            ):
                 static.loss = self._forward_backward(static.row, scale=static.scale)
         finally:
             torch.cuda.synchronize()
@@ -156,7 +167,7 @@ def captured_size(row: Row) -> tuple[int, int] | None:
     """The tokens and label tokens that `row` is padded to, or `None` if it is too long."""
     if len(row) > CAPTURE_UP_TO_TOKENS:
         return None
-    unit = 64 if len(row) <= 512 else 128 if len(row) <= 1024 else 256
+    unit = 32 if len(row) <= 512 else 128 if len(row) <= 1024 else 256
     return _round_up(len(row), unit), _round_up(max(row.labels.shape[1], 1), 32)
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from lora_fsdp.modeling.label_head import RowComputation
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.data.sampling import ScoringRows
 from lora_fsdp.errors import LoraFsdpError
@@ -15,6 +14,7 @@ from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.evaluation.metrics import evaluation_metrics, predicted_labels
 from lora_fsdp.evaluation.scoring import Scores, score_examples, score_rows
 from lora_fsdp.modeling.adapters import attach_adapter
+from lora_fsdp.modeling.label_head import RowComputation
 from lora_fsdp.tasks import Example, Prompt, Task
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_trainer
@@ -68,7 +68,9 @@ def one_by_one(model, example):
 @pytest.mark.parametrize("max_tokens", [128, 2048])
 def test_likelihoods_equal_one_by_one(kind, max_tokens):
     model, examples = adapted(kind), encoded()
-    scores = score_examples(model, examples, device=CPU, computation=RowComputation(FP32), max_tokens=max_tokens)
+    scores = score_examples(
+        model, examples, device=CPU, computation=RowComputation(FP32), max_tokens=max_tokens
+    )
     expected = torch.stack([one_by_one(model, example) for example in examples])
     torch.testing.assert_close(scores.log_likelihoods, expected, rtol=1e-5, atol=1e-5)
     assert scores.log_likelihoods.shape == (13, 3)
@@ -107,7 +109,10 @@ def test_dropout_is_off_and_the_mode_restored():
     randomise_adapter(model)
     model.train()
     first, second = (
-        score_examples(model, encoded(), device=CPU, computation=RowComputation(FP32)).log_likelihoods for _ in range(2)
+        score_examples(
+            model, encoded(), device=CPU, computation=RowComputation(FP32)
+        ).log_likelihoods
+        for _ in range(2)
     )
     assert torch.equal(first, second)
     assert model.training
@@ -208,5 +213,7 @@ def test_rows_may_come_in_any_order():
         device=CPU,
         computation=RowComputation(FP32),
     )
-    forwards = score_examples(model, examples, device=CPU, computation=RowComputation(FP32), max_tokens=128)
+    forwards = score_examples(
+        model, examples, device=CPU, computation=RowComputation(FP32), max_tokens=128
+    )
     assert torch.equal(backwards.log_likelihoods, forwards.log_likelihoods)

@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
 from lora_fsdp import FineTuningArguments, LoraTrainer, get_task
-from lora_fsdp.modeling.label_head import RowComputation
 from lora_fsdp.data.tables import read_table, sample_rows
 from lora_fsdp.evaluation.scoring import score_examples
+from lora_fsdp.modeling.label_head import RowComputation
 from tests.support.ranks import launch_environment, run_ranks
 
 DEFAULT = Path(__file__).resolve().parents[2] / ".cache" / "default"
@@ -114,7 +114,9 @@ def recipe_run(name, output_dir, dropout, steps):
     rate = 8 / median(times.seconds[3:])
     del trainer
     reloaded = PeftModel.from_pretrained(base_model(name).cuda(), str(output_dir)).eval()
-    again = score_examples(reloaded, encoded, device=torch.device("cuda"), computation=RowComputation(torch.bfloat16))
+    again = score_examples(
+        reloaded, encoded, device=torch.device("cuda"), computation=RowComputation(torch.bfloat16)
+    )
     return {
         "losses": losses,
         "examples_per_second": rate,

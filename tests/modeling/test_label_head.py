@@ -75,7 +75,9 @@ def test_logits_are_those_of_the_label_positions(kind):
     [tree, *_] = two_trees()
     with torch.no_grad():
         plain = model(input_ids=torch.tensor([[*tree.prompt_ids, 11]]), use_cache=False).logits[0]
-        logits = label_logits(model, pack_row([tree], share_prefix=False), computation=RowComputation(FP32))
+        logits = label_logits(
+            model, pack_row([tree], share_prefix=False), computation=RowComputation(FP32)
+        )
     torch.testing.assert_close(logits, plain[-2:], rtol=1e-5, atol=1e-5)
 
 
@@ -114,13 +116,17 @@ def test_model_without_logits_to_keep():
 
 def test_logits_are_float32_over_a_bf16_base():
     model = tiny_model(dtype=torch.bfloat16).eval()
-    logits = label_logits(model, pack_row(two_trees(), share_prefix=True), computation=RowComputation(torch.bfloat16))
+    logits = label_logits(
+        model, pack_row(two_trees(), share_prefix=True), computation=RowComputation(torch.bfloat16)
+    )
     assert logits.dtype == FP32
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_a_row_without_labels(kind):
-    assert label_log_probs(tiny_model(kind).eval(), empty_row(), computation=RowComputation(FP32)).shape == (0,)
+    assert label_log_probs(
+        tiny_model(kind).eval(), empty_row(), computation=RowComputation(FP32)
+    ).shape == (0,)
 
 
 class TestCacheTrap:
@@ -162,14 +168,18 @@ class TestCacheTrap:
         second = Tree([3, 4, 15, 16, 17, 18], answers)
         before, after = (
             label_log_probs(
-                model, pack_row([Tree(first, [[11, 0]]), second], share_prefix=True), computation=RowComputation(FP32)
+                model,
+                pack_row([Tree(first, [[11, 0]]), second], share_prefix=True),
+                computation=RowComputation(FP32),
             )
             for first in ([3, 4, 5, 6, 7, 8, 9], [3, 4, 25, 26, 27, 28, 29])
         )
         assert torch.equal(before[2:], after[2:])
         assert not torch.equal(before[:2], after[:2])
         with torch.no_grad():
-            alone = label_log_probs(model, pack_row([second], share_prefix=False), computation=RowComputation(FP32))
+            alone = label_log_probs(
+                model, pack_row([second], share_prefix=False), computation=RowComputation(FP32)
+            )
         torch.testing.assert_close(before[2:], alone, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("use_cache", [True, False])

@@ -118,7 +118,9 @@ def test_changing_one_example_leaves_the_others_bit_identical():
     last = trees[-1]
     changed[-1] = tree([*last.prompt_ids[:-1], (last.prompt_ids[-1] + 1) % 400], last.answers[0])
     before, after = (
-        label_log_probs(model, pack_row(t, share_prefix=True), computation=RowComputation(torch.float32))
+        label_log_probs(
+            model, pack_row(t, share_prefix=True), computation=RowComputation(torch.float32)
+        )
         for t in (trees, changed)
     )
     own = len(last.answers[0])

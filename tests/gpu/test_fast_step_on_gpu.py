@@ -1,0 +1,199 @@
+"""Kernels, captured steps and block masks on a real GPU against the plain computation.
+
+Run: python -m pytest tests/gpu/test_fast_step_on_gpu.py
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from lora_fsdp.data.packing import Tree, pack_row
+from lora_fsdp.distributed.replication import ReplicatedParameters
+from lora_fsdp.modeling import fused_functions
+from lora_fsdp.modeling.adapters import trainable_parameters
+from lora_fsdp.modeling.decoder_layer import fuse_layers
+from lora_fsdp.modeling.label_head import RowComputation
+from lora_fsdp.training.step import CapturedStep, EagerStep
+from tests.modeling.test_decoder_layer import adapted
+from tests.support.runs import toy_trainer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+GPU = torch.device("cuda")
+FP32 = RowComputation(torch.float32, by_blocks=True)
+
+
+def rows(count, *, longest=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    head = [5, 6, 7, 8]
+
+    def one():
+        trees = []
+        for n in torch.randint(3, longest, (5,), generator=generator).tolist():
+            text = torch.randint(2, 400, (n,), generator=generator).tolist()
+            trees.append(Tree(head + text, [[9, n % 300, 0]]))
+        return pack_row(trees, share_prefix=True)
+
+    return [one() for _ in range(count)]
+
+
+def step_of(kind, model, *, computation=FP32):
+    adapter = ReplicatedParameters(trainable_parameters(model))
+    return kind(model, computation=computation, adapter=adapter, device=GPU, autocast=nullcontext)
+
+
+def gradients(step, some_rows):
+    loss = step(some_rows, label_tokens=30)
+    return loss.item(), step.adapter.copy_gradients()
+
+
+def fused(kind="llama", **options):
+    model = adapted(kind, **options).to(GPU)
+    decoder = model.get_base_model().base_model
+    replaced = fuse_layers(decoder, decoder.layers)
+    assert isinstance(replaced, list), replaced
+    for layer in replaced:
+        layer.join_weights()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"]
+)
+class TestKernels:
+    def compare(self, function, *inputs, dtype, tolerance):
+        results = {}
+        for device in ("cpu", "cuda"):
+            moved = [i.to(device, dtype).requires_grad_(i.dim() > 1) for i in inputs]
+            outputs = function(*moved)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            sum((o.double() ** 3).sum() for o in outputs).backward()
+            values = [*outputs, *(i.grad for i in moved if i.grad is not None)]
+            results[device] = [v.detach().cpu().double() for v in values]
+        for expected, found in zip(results["cpu"], results["cuda"], strict=True):
+            assert (found - expected).norm() <= tolerance * expected.norm()
+
+    @pytest.mark.parametrize("width", [64, 576, 4096])
+    def test_rms_norm(self, width, dtype, tolerance):
+        self.compare(
+            lambda hidden, weight: fused_functions.rms_norm(hidden, weight, 1e-6),
+            torch.randn(33, width), torch.randn(width), dtype=dtype, tolerance=tolerance,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("width", [96, 1536, 11008])
+    def test_silu_multiply(self, width, dtype, tolerance):
+        self.compare(
+            fused_functions.silu_multiply, torch.randn(17, 2 * width),
+            dtype=dtype, tolerance=tolerance,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("heads", "width"), [((9, 3, 3), 64), ((4, 4, 4), 128), ((3, 1, 1), 96)]
+    )
+    def test_split_and_rotate(self, heads, width, dtype, tolerance):
+        angles = torch.randn(21, width // 2).repeat(1, 2)
+
+        def function(projected):
+            cos, sin = (
+                t.to(projected.device, projected.dtype) for t in (angles.cos(), angles.sin())
+            )
+            return fused_functions.split_and_rotate(projected, cos, sin, heads=heads)
+
+        self.compare(
+            function, torch.randn(21, sum(heads) * width), dtype=dtype, tolerance=tolerance
+        )
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
+def test_captured_step_gives_the_plain_gradients(kind):
+    some = rows(6)
+    expected = gradients(
+        step_of(EagerStep, adapted(kind).to(GPU), computation=RowComputation(torch.float32)), some
+    )
+    captured = step_of(CapturedStep, fused(kind))
+    for _ in range(3):
+        loss, found = gradients(captured, some)
+        assert captured.failed is None
+        assert loss == pytest.approx(expected[0], rel=1e-5)
+        assert (found - expected[1]).norm() <= 1e-5 * expected[1].norm()
+    assert 1 < len(captured._graphs) < len(some) + 1
+
+
+def test_other_architectures_are_captured_too():
+    some = rows(3)
+    expected = gradients(
+        step_of(EagerStep, adapted("gpt2").to(GPU), computation=RowComputation(torch.float32)), some
+    )
+    captured = step_of(
+        CapturedStep, adapted("gpt2").to(GPU), computation=RowComputation(torch.float32)
+    )
+    loss, found = gradients(captured, some)
+    assert captured.failed is None
+    assert loss == pytest.approx(expected[0], rel=1e-5)
+    assert (found - expected[1]).norm() <= 1e-5 * expected[1].norm()
+
+
+def test_long_rows_by_blocks():
+    some = rows(2, longest=900, seed=3)
+    assert all(len(row) > 1024 for row in some)
+    some = [pack_row([Tree(list(range(2, 350)) * 4, [[7] * 40])], share_prefix=True), *some]
+    expected = gradients(
+        step_of(EagerStep, adapted().to(GPU), computation=RowComputation(torch.float32)), some
+    )
+    loss, found = gradients(step_of(CapturedStep, fused()), some)
+    assert loss == pytest.approx(expected[0], rel=1e-4)
+    assert (found - expected[1]).norm() <= 1e-3 * expected[1].norm()
+
+
+def test_dropout_draws_anew_at_every_replay_and_capturing_draws_nothing():
+    model = fused(lora_dropout=0.3).train()
+    captured, some = step_of(CapturedStep, model), rows(1)
+    torch.manual_seed(0)
+    first, second = gradients(captured, some)[1], gradients(captured, some)[1]
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(gradients(captured, some)[1], first)
+    assert torch.equal(gradients(captured, some)[1], second)
+
+
+def test_falls_back_once_where_a_step_cannot_be_captured(caplog):
+    model = fused()
+
+    def wait(module, inputs, output):
+        output[0].sum().item()
+
+    model.get_base_model().model.layers[1].register_forward_hook(wait)
+    captured, some = step_of(CapturedStep, model), rows(3)
+    expected = gradients(step_of(EagerStep, model), some)
+    found = gradients(captured, some)
+    found = gradients(captured, some)
+    assert captured.failed
+    assert len([r for r in caplog.records if "cannot be captured" in r.message]) == 1
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert (found[1] - expected[1]).norm() <= 1e-5 * expected[1].norm()
+
+
+class NoWaiting(TrainerCallback):
+    """Any wait for the device within steps 6 to 12 is an error."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 12:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("step", ["graph", "fused", "eager"])
+def test_no_step_waits_for_the_device(tmp_path, step):
+    trainer = toy_trainer(
+        tmp_path, step=step, logging_steps=100, num_train_epochs=8, callbacks=[NoWaiting()]
+    )
+    # Every size is captured within the first steps.
+    trainer.train()
+    assert trainer.state.global_step == 24
