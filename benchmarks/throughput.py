@@ -74,6 +74,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--arms", nargs="+", default=USUAL, choices=list(ARMS), metavar="ARM")
     parser.add_argument("--time-out", type=float, default=240.0, help="seconds an arm may take")
+    parser.add_argument(
+        "--without-gradients", action="store_true", help="do not compare gradients: no ratios"
+    )
     parser.add_argument("--name", help="of the results' file")
     asked = parser.parse_args()
     work = Workload(
@@ -86,11 +89,12 @@ def main() -> None:
     )
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        differences = _gradient_differences(work, asked.arms, Path(folder))
+        compared = [] if asked.without_gradients else asked.arms
+        differences = _gradient_differences(work, compared, Path(folder))
         print(f"gradients apart from ours-eager's: {differences}", flush=True)
         for name in asked.arms:
             results[name] = _run(work, name, Path(folder), asked)
-            _note_gradients(results[name], differences[name])
+            _note_gradients(results[name], differences.get(name))
             print(_line(name, results[name]), flush=True)
     report = {
         "workload": asdict(work),
@@ -189,6 +193,8 @@ def _note_gradients(result: dict[str, Any], difference: float | None) -> None:
 
 def _gradient_differences(work: Workload, arms: list[str], folder: Path) -> dict[str, float | None]:
     """How far each arm's gradients on the small model are from `ours-eager`'s; all at once."""
+    if not arms:
+        return {}
     names = list(dict.fromkeys(["ours-eager", *arms]))
     files = {name: folder / f"{name}.safetensors" for name in names}
     with ThreadPoolExecutor(len(names)) as pool:

@@ -54,6 +54,21 @@ class ReplicatedParameters:
         """Put back what `copy_gradients` gave."""
         self._gradients.copy_(gradients)
 
+    def gradient_norm(self) -> torch.Tensor:
+        """L2 norm of all gradients, on the device."""
+        return torch.linalg.vector_norm(self._gradients)
+
+    def clip_gradients(self, max_norm: float) -> torch.Tensor:
+        """As `torch.nn.utils.clip_grad_norm_`, on the one block; the norm before clipping."""
+        norm = self.gradient_norm()
+        self._gradients.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+        return norm
+
+    def drop_gradients(self, set_to_none: bool = True) -> None:
+        """As `nn.Module.zero_grad`, without walking through the frozen base."""
+        for value, _ in self._views:
+            value.grad = None
+
     def sum_gradients(self) -> None:
         """Sum the gradients over all ranks: one flat float32 all-reduce.
 

@@ -8,7 +8,8 @@ gives (`fuse_layers`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class FusedLayer:
         self.heads = (query, key, value)
         norms = (getattr(attention, name, None) for name in _HEAD_NORMS)
         self.head_norms = [norm for norm in norms if isinstance(norm, nn.Module)]
+        self._wanted: torch.Tensor | None = None
 
     @property
     def projections(self) -> tuple[Projections, ...]:
@@ -60,6 +62,19 @@ class FusedLayer:
         """Lay projections of one input in one block each. Not for sharded layers."""
         self.query_key_value.join()
         self.gate_up.join()
+
+    @contextmanager
+    def gives_only(self, positions: torch.Tensor) -> Iterator[None]:
+        """Within the block, give the hidden states at `positions` only, [1, len(positions), H].
+
+        For the last layer, of which only the label positions are used: their queries, and what
+        follows attention. Not for rows whose mask has blocks.
+        """
+        self._wanted = positions
+        try:
+            yield
+        finally:
+            self._wanted = None
 
     def __call__(
         self,
@@ -99,6 +114,10 @@ class FusedLayer:
         if self.head_norms:
             joined = self._norm_heads(joined)
         query, key, value = split_and_rotate(joined, cosine, sine, heads=self.heads)
+        if self._wanted is not None and isinstance(mask, torch.Tensor):
+            residual = residual.index_select(0, self._wanted)
+            query = query.index_select(2, self._wanted)
+            mask = mask.index_select(2, self._wanted)
         context = attend(query, key, value, mask, scaling=self.scaling)
         context = context[0].transpose(0, 1).flatten(1)
         hidden = project(self.output, context, residual)

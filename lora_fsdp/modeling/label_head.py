@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from lora_fsdp.errors import UnsupportedModelError
 from lora_fsdp.modeling import chunked_head
 from lora_fsdp.modeling.adapters import base_model
 from lora_fsdp.modeling.attention import row_mask
+from lora_fsdp.modeling.decoder_layer import FusedLayer
 
 
 class LabelOutputs(NamedTuple):
@@ -41,11 +43,13 @@ class RowComputation:
         by_blocks: its attention takes a `BlockMask` for long rows (fused layers do).
         chunked_head: its logits are its head's output, frozen, so that many label tokens can be
             taken chunk by chunk (`check_packed_rows` finds out).
+        last_layer: the last layer, if it is fused and can be asked for label positions only.
     """
 
     dtype: torch.dtype
     by_blocks: bool = False
     chunked_head: bool = False
+    last_layer: FusedLayer | None = None
 
 
 def label_logits(model: nn.Module, row: Row, *, computation: RowComputation) -> torch.Tensor:
@@ -55,15 +59,23 @@ def label_logits(model: nn.Module, row: Row, *, computation: RowComputation) -> 
     examples attend to each other without any error.
     """
     base = base_model(model) if isinstance(model, PeftModel) else model
-    keep = {"logits_to_keep": row.label_positions} if _keeps_logits(type(base)) else {}  # type: ignore[arg-type]
-    output = model(
-        input_ids=row.input_ids[None],
-        position_ids=row.position_ids[None],
-        attention_mask=row_mask(row, dtype=computation.dtype, by_blocks=computation.by_blocks),
-        use_cache=False,
-        **keep,
-    )
-    logits = output.logits[0] if keep else output.logits[0][row.label_positions]
+    mask = row_mask(row, dtype=computation.dtype, by_blocks=computation.by_blocks)
+    at_labels: AbstractContextManager[None] = nullcontext()
+    keep: dict[str, torch.Tensor] = {}
+    if computation.last_layer is not None and isinstance(mask, torch.Tensor):
+        at_labels = computation.last_layer.gives_only(row.label_positions)
+    elif _keeps_logits(type(base)):  # type: ignore[arg-type]
+        keep = {"logits_to_keep": row.label_positions}
+    with at_labels:
+        logits = model(
+            input_ids=row.input_ids[None],
+            position_ids=row.position_ids[None],
+            attention_mask=mask,
+            use_cache=False,
+            **keep,
+        ).logits[0]
+    if isinstance(at_labels, nullcontext) and not keep:
+        logits = logits[row.label_positions]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 

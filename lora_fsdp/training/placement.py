@@ -91,12 +91,12 @@ def place_for_training(
         raise ArgumentError(f"--step fused: {fused}. Use --step auto.")
     # At a third of what an H100 can do.
     seconds = 4.0 * model.num_parameters() * training_tokens / 300e12
+    checkpointing = _recomputes(args, settings)
     memory = row_memory(
         base,
         adapter_parameters=sum(p.numel() for p in trainable_parameters(model).values()),
         fused=not isinstance(fused, str),
-        checkpointing=bool(args.gradient_checkpointing)
-        or bool(settings and settings.activation_checkpointing),
+        checkpointing=checkpointing,
     )
     residency = plan_residency(
         args.resident_layers,
@@ -126,7 +126,10 @@ def place_for_training(
         max_tokens_per_row=args.max_tokens_per_row
         or _row_length(memory, device=device, longest_example=longest_example, by_blocks=by_blocks),
         computation=RowComputation(
-            dtype=base.dtype, by_blocks=by_blocks, chunked_head=head_can_be_chunked(base)
+            dtype=base.dtype,
+            by_blocks=by_blocks,
+            chunked_head=head_can_be_chunked(base),
+            last_layer=None if isinstance(fused, str) or checkpointing else fused[-1],
         ),
     )
 
@@ -192,9 +195,14 @@ def _why_not_captured(
         return "CUDA graphs need a GPU"
     if not residency.is_whole:
         return "layers are gathered within the step"
-    if args.gradient_checkpointing or (settings and settings.activation_checkpointing):
+    if _recomputes(args, settings):
         return "activations are recomputed"
     return None
+
+
+def _recomputes(args: FineTuningArguments, settings: FsdpSettings | None) -> bool:
+    """Whether activations are recomputed in backward."""
+    return args.gradient_checkpointing or bool(settings and settings.activation_checkpointing)
 
 
 def _row_length(

@@ -129,7 +129,8 @@ class CapturedStep(EagerStep):
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream), sdpa_kernel(_ATTENTION, set_priority=True):
-                for _ in range(2):  # kernels are compiled and workspaces allocated beforehand
+                # Kernels are compiled and workspaces allocated before the capture.
+                for _ in range(1 if self._graphs else 2):
                     self._forward_backward(static.row, scale=static.scale)
             torch.cuda.current_stream().wait_stream(stream)
             with (

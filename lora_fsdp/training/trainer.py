@@ -83,6 +83,8 @@ class LoraTrainer(Trainer):
       whole base at every checkpoint.
     * `get_train_dataloader`, `get_batch_samples`, `training_step`: packed rows, loss at label
       positions over the global number of label tokens, one all-reduce of the adapter's gradients.
+    * `_clip_grad_norm`, `_get_grad_norm` and the model's `zero_grad`: on the adapter alone; the
+      Trainer's walk through every module of the base, which takes longer than a captured step.
     * `get_eval_dataloader`, `evaluation_loop`: the task's metrics from label likelihoods.
     * `_save`, `_load_from_checkpoint`, `_load_best_model`: the adapter only, verified.
 
@@ -201,6 +203,7 @@ class LoraTrainer(Trainer):
             device=self.args.device,
             autocast=self.accelerator.autocast,
         )
+        self.model.zero_grad = self.adapter.drop_gradients  # type: ignore[method-assign]
         # accelerate must not wrap the model in DDP: the adapter's gradients are summed here.
         self.model._is_accelerate_prepared = True  # type: ignore[assignment]
 
@@ -254,6 +257,16 @@ class LoraTrainer(Trainer):
         loss = self.step(inputs.rows, label_tokens=inputs.label_tokens)
         self.adapter.sum_gradients()
         return loss * self.args.world_size
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        """On the adapter's one block: the Trainer's own walks through the whole base."""
+        return self.adapter.clip_gradients(self.args.max_grad_norm)
+
+    def _get_grad_norm(
+        self, model: nn.Module, grad_norm: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The norm that clipping gave, or the norm."""
+        return self.adapter.gradient_norm() if grad_norm is None else grad_norm
 
     def floating_point_ops(self, inputs: TrainingStep) -> int:
         """4 per parameter and token: a frozen weight has no gradient of its own."""

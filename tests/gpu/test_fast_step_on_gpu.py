@@ -68,7 +68,7 @@ class TestKernels:
     def compare(self, function, *inputs, dtype, tolerance):
         results = {}
         for device in ("cpu", "cuda"):
-            moved = [i.to(device, dtype).requires_grad_(i.dim() > 1) for i in inputs]
+            moved = [i.to(device, dtype).detach().requires_grad_(i.dim() > 1) for i in inputs]
             outputs = function(*moved)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             sum((o.double() ** 3).sum() for o in outputs).backward()

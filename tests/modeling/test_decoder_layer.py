@@ -78,8 +78,13 @@ def assert_close(found, expected, *, tolerance=3e-6):
 def test_gradients_are_the_modules_own(kind, targets, join):
     model, row = adapted(kind, targets=targets), some_row()
     expected = gradients(model, row)
-    assert isinstance(fuse(model, join=join), list)
+    fused = fuse(model, join=join)
+    assert isinstance(fused, list)
     assert_close(gradients(model, row), expected)
+    at_labels = RowComputation(torch.float32, last_layer=fused[-1])
+    assert_close(gradients(model, row, computation=at_labels), expected)
+    padded = row.padded(tokens=len(row) + 3, labels=row.labels.shape[1])
+    assert_close(gradients(model, padded, computation=at_labels), expected)
 
 
 def test_biases():
@@ -189,10 +194,10 @@ class TestDropout:
     def test_expectation(self):
         model = adapted(lora_dropout=0.3)
         projections = Projections([model.get_base_model().model.layers[0].mlp.up_proj])
-        copies = projections.copies()
-        torch._foreach_copy_([copy for copy, _ in copies], [value for _, value in copies])
         inputs = torch.randn(5, 64)
         with torch.no_grad():
+            for copy, original in projections.copies():
+                copy.copy_(original)
             model.eval()
             exact = project(projections, inputs)
             model.train()
