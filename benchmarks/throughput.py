@@ -1,7 +1,7 @@
 """Examples per second of this library and of its peers, on the same examples a step.
 
     python -m benchmarks.throughput --model deepseek-7b --examples 8
-    python -m benchmarks.throughput --model deepseek-7b --examples 32 --arms trl-padding-free ours-graph
+    python -m benchmarks.throughput --examples 32 --arms trl-padding-free ours-graph
     python -m benchmarks.throughput --model deepseek-7b --rows long --examples 1
     python -m benchmarks.throughput --processes 2 --arms trl-fsdp2 ours-fsdp2 ours-resident
 
@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,32 +34,47 @@ from benchmarks.workload import SHAPES, Workload
 
 CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
 RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train: which of `benchmarks.arms`, with which options, under which YAML."""
+
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    yaml: str | None = None
+    yaml_options: tuple[str, ...] = ()
+
+
 _TRL = {"gradient_checkpointing": False, "logging_nan_inf_filter": False}
 _FREE = {**_TRL, "padding_free": True}
-#: Name: (kind, options, accelerate YAML or None for plain Python, kernels that order no gradients).
-ARMS: dict[str, tuple[str, dict[str, Any], str | None]] = {
-    "article": ("article", {}, None),
-    "trl-defaults": ("trl", {}, None),
-    "trl-no-checkpointing": ("trl", {"gradient_checkpointing": False}, None),
-    "trl-no-nan-filter": ("trl", _TRL, None),
-    "trl-padding-free": ("trl", _FREE, None),
-    "trl-packing": ("trl", {**_TRL, "packing": True, "max_length": 512, "per_device_train_batch_size": 1}, None),
-    "trl-liger": ("trl", {**_FREE, "use_liger_kernel": True}, None),
-    "trl-compiled": ("trl", {**_TRL, "torch_compile": True, "pad_to_multiple_of": 64}, None),
-    "trl-ddp": ("trl", {**_FREE, "ddp_find_unused_parameters": False}, "ddp.yaml"),
-    "trl-fsdp2": ("trl", _FREE, "fsdp2.yaml"),
-    "ours-eager": ("ours", {"step": "eager"}, None),
-    "ours-fused": ("ours", {"step": "fused"}, None),
-    "ours-compiled": ("ours", {"step": "compiled"}, None),
-    "ours-graph": ("ours", {"step": "graph"}, None),
-    "ours-auto": ("ours", {}, None),
-    "ours-full-shard": ("ours", {"resident_layers": "none", "allow_fsdp_on_one_process": True}, "fsdp2.yaml"),
-    "ours-till-backward": ("ours", {"resident_layers": "none", "allow_fsdp_on_one_process": True}, "fsdp2.yaml"),
-    "ours-half-resident": ("ours", {"resident_layers": "15", "allow_fsdp_on_one_process": True}, "fsdp2.yaml"),
-    "ours-resident": ("ours", {"resident_layers": "all", "allow_fsdp_on_one_process": True}, "fsdp2.yaml"),
-}  # fmt: skip
-_TILL_BACKWARD = {"ours-till-backward"}
-USUAL = [name for name, (_, _, yaml) in ARMS.items() if yaml is None and name != "ours-auto"]
+_PACKED = {**_TRL, "packing": True, "per_device_train_batch_size": 1}
+_SHARDED = {"resident_layers": "none", "allow_fsdp_on_one_process": True}
+ARMS = {
+    "article": Arm("article"),
+    "trl-defaults": Arm("trl"),
+    "trl-no-checkpointing": Arm("trl", {"gradient_checkpointing": False}),
+    "trl-no-nan-filter": Arm("trl", _TRL),
+    "trl-padding-free": Arm("trl", _FREE),
+    "trl-packing": Arm("trl", _PACKED),
+    "trl-liger": Arm("trl", {**_FREE, "use_liger_kernel": True}),
+    "trl-compiled": Arm("trl", {**_TRL, "torch_compile": True, "pad_to_multiple_of": 64}),
+    "trl-ddp": Arm("trl", {**_TRL, "ddp_find_unused_parameters": False}, "ddp.yaml"),
+    "trl-fsdp2": Arm("trl", _TRL, "fsdp2.yaml"),
+    "trl-fsdp2-padding-free": Arm("trl", _FREE, "fsdp2.yaml"),
+    "ours-eager": Arm("ours", {"step": "eager"}),
+    "ours-fused": Arm("ours", {"step": "fused"}),
+    "ours-compiled": Arm("ours", {"step": "compiled"}),
+    "ours-graph": Arm("ours", {"step": "graph"}),
+    "ours-auto": Arm("ours"),
+    "ours-full-shard": Arm("ours", _SHARDED, "fsdp2.yaml"),
+    "ours-till-backward": Arm(
+        "ours", _SHARDED, "fsdp2.yaml", ("--fsdp_reshard_after_forward", "false")
+    ),
+    "ours-half-resident": Arm("ours", {**_SHARDED, "resident_layers": "15"}, "fsdp2.yaml"),
+    "ours-resident": Arm("ours", {**_SHARDED, "resident_layers": "all"}, "fsdp2.yaml"),
+}
+USUAL = [name for name, arm in ARMS.items() if arm.yaml is None and name != "ours-auto"]
 
 
 def main() -> None:
@@ -87,24 +102,29 @@ def main() -> None:
         dropout=asked.dropout,
         rows=asked.rows,
     )
-    results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        compared = [] if asked.without_gradients else asked.arms
-        differences = _gradient_differences(work, compared, Path(folder))
-        print(f"gradients apart from ours-eager's: {differences}", flush=True)
-        for name in asked.arms:
-            results[name] = _run(work, name, Path(folder), asked)
-            _note_gradients(results[name], differences.get(name))
-            print(_line(name, results[name]), flush=True)
-    report = {
+    report: dict[str, Any] = {
         "workload": asdict(work),
         "processes": asked.processes,
         "environment": environment(),
-        "ceiling_tflops": _ceiling(work, results, processes=asked.processes),
-        "arms": results,
+        "ceiling_tflops": {},
+        "arms": {},
     }
-    print(table(report))
     name = asked.name or f"{asked.model}-{asked.rows}-{asked.examples}x{asked.processes}"
+    with tempfile.TemporaryDirectory() as folder:
+        compared = [] if asked.without_gradients else asked.arms
+        differences = _gradient_differences(work, compared, Path(folder))
+        for arm in asked.arms:
+            result = _run(work, arm, Path(folder), asked)
+            _note_gradients(result, differences.get(arm))
+            report["arms"][arm] = result
+            _write(report, name)  # what was measured is kept, whatever comes after
+            print(_line(arm, result), flush=True)
+    report["ceiling_tflops"] = _ceiling(work, report["arms"], processes=asked.processes)
+    _write(report, name)
+    print(table(report))
+
+
+def _write(report: dict[str, Any], name: str) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
 
@@ -223,25 +243,17 @@ def _launch(
     gradient: Path | None = None,
 ) -> str | None:
     """Run an arm; returns why it failed, or `None`."""
-    kind, options, yaml = ARMS[name]
-    asked = {"kind": kind, "work": asdict(work), "options": options}
+    arm = ARMS[name]
+    asked = {"kind": arm.kind, "work": asdict(work), "options": arm.options}
     asked |= {"output": str(output), "gradient": str(gradient) if gradient else None}
     launcher = [sys.executable, "-m", "benchmarks.arms"]
     environment = {**os.environ, "ARM_STARTED": str(time.time())}
-    if gradient is None and (yaml or processes > 1 or kind == "article"):
-        config = ["--config_file", str(CONFIGS / (yaml or "single.yaml"))]
+    if gradient is None and (arm.yaml or processes > 1 or arm.kind == "article"):
         launcher = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            *config,
-            "--num_processes",
-            str(processes),
-            "-m",
-            "benchmarks.arms",
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", str(CONFIGS / (arm.yaml or "single.yaml"))),
+            *("--num_processes", str(processes), *arm.yaml_options, "-m", "benchmarks.arms"),
         ]
-        if name in _TILL_BACKWARD:
-            launcher[5:5] = ["--fsdp_reshard_after_forward", "false"]
     try:
         done = subprocess.run(
             [*launcher, json.dumps(asked)],

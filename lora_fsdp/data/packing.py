@@ -108,13 +108,20 @@ class Row:
         return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory())
 
     def padded(self, *, tokens: int, labels: int) -> Row:
-        """The row with `tokens` tokens and `labels` label tokens; what is added counts nothing."""
+        """The row with `tokens` tokens and `labels` label tokens; what is added counts nothing.
+
+        Padding stands at the end, so a row that is one sequence can still be computed as one.
+        """
         more_tokens, more_labels = tokens - len(self), labels - self.labels.shape[1]
         if more_tokens < 0 or more_labels < 0:
             raise ValueError(f"A row of {len(self)} tokens cannot be padded to {tokens}.")
         token = torch.tensor([0, 0, PADDING, 0])[:, None].expand(4, more_tokens)
         label = torch.tensor([0, 0, PADDING])[:, None].expand(3, more_labels)
-        return Row(torch.cat([self.tokens, token], 1), torch.cat([self.labels, label], 1))
+        return replace(
+            self,
+            tokens=torch.cat([self.tokens, token], 1),
+            labels=torch.cat([self.labels, label], 1),
+        )
 
 
 def pack_row(trees: Sequence[Tree], *, share_prefix: bool) -> Row:

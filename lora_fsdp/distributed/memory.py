@@ -38,9 +38,9 @@ def row_memory(
     """Estimate a row's cost from the model's shape.
 
     Counted in activations of the hidden size H and the MLP's size I that a layer keeps: fused, the
-    two residuals, the normed input, joined and rotated projections, attention's output, and gate and
-    up (about 9 H + 2 I, and I more if the MLP is adapted); by transformers' and PEFT's modules about
-    16 H + 5 I; with checkpointing, H a layer and one layer whole.
+    two residuals, the normed input, joined and rotated projections, attention's output, and gate
+    and up (about 9 H + 2 I, and I more if the MLP is adapted); by transformers' and PEFT's modules
+    about 16 H + 5 I; with checkpointing, H a layer and one layer whole.
     """
     config = base.config.get_text_config()
     hidden, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)

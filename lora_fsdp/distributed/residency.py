@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -145,4 +144,4 @@ def _bytes(modules: Sequence[nn.Module]) -> int:
         for parameter in module.parameters()
         if not parameter.requires_grad
     }
-    return sum(cast(nn.Parameter, parameter).nbytes for parameter in frozen)
+    return sum(parameter.nbytes for parameter in frozen)

@@ -178,11 +178,10 @@ def check_placement(model: PeftModel, *, resident: Collection[nn.Parameter]) -> 
                 f"The adapter's {name} should be a float32 tensor on every rank, but is "
                 f"{type(parameter.data).__name__} of {parameter.dtype}."
             )
+    kept = set(resident)  # by identity
     for name, parameter in base.items():
-        if isinstance(parameter, DTensor) == (parameter in resident):
-            state = (
-                "is sharded although it is resident" if parameter in resident else "is not sharded"
-            )
+        if isinstance(parameter, DTensor) == (parameter in kept):
+            state = "is sharded, not whole" if parameter in kept else "is not sharded"
             raise FsdpDroppedError(f"The base's {name} {state}.")
     dtypes = {parameter.dtype for parameter in base.values() if parameter.is_floating_point()}
     if len(dtypes) > 1:

@@ -17,6 +17,7 @@ from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.evaluation.report import write_json
 from lora_fsdp.evaluation.scoring import Scores, score_examples
 from lora_fsdp.modeling.adapters import base_model
+from lora_fsdp.modeling.label_head import RowComputation
 from lora_fsdp.modeling.loading import load_base, load_tokenizer
 from lora_fsdp.tasks import Example, Task, get_task
 
@@ -77,7 +78,7 @@ class Predictor:
             self.model,
             self.encoder.encode(examples),
             device=self.device,
-            dtype=base_model(self.model).dtype,
+            computation=RowComputation(base_model(self.model).dtype),
         )
 
     def write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from lora_fsdp.data.packing import SHARED, Row
 
 #: From this length on a row's attention is computed by blocks instead of by one dense mask.
-BLOCKS_FROM_TOKENS = 1024
+BLOCKS_FROM_TOKENS = 2048
 
 
 def avoid_kernels_planned_by_shape() -> None:
@@ -39,7 +40,9 @@ def row_mask(row: Row, *, dtype: torch.dtype, by_blocks: bool) -> torch.Tensor |
         return _block_mask(causal, len(row), row.example_ids.device)
     example, answer = row.example_ids, row.answer_ids
 
-    def on_path(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    def on_path(
+        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         same_path = (answer[key] == 0) | (answer[query] == answer[key])
         same_example = (example[query] == example[key]) & same_path
         return (query >= key) & ((example[key] == SHARED) | same_example)
@@ -102,10 +105,10 @@ def attend(
         return functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
         )
-    attention = _compiled_flex_attention() if query.is_cuda else flex_attention
-    return attention(  # type: ignore[no-any-return]
-        query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped
-    )
+    attention: Callable[..., torch.Tensor] = flex_attention  # type: ignore[assignment]
+    if query.is_cuda:
+        attention = _compiled_flex_attention()
+    return attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
 
 
 def _block_mask(mask_mod: object, length: int, device: torch.device) -> BlockMask:
@@ -113,6 +116,6 @@ def _block_mask(mask_mod: object, length: int, device: torch.device) -> BlockMas
 
 
 @cache
-def _compiled_flex_attention() -> object:
+def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
     """Compiled once, for every length: uncompiled flex attention writes out all scores."""
     return torch.compile(flex_attention, dynamic=True)

@@ -3,8 +3,8 @@
 The logits of 4,096 tokens over a vocabulary of 102,400 take 1.7 GB in float32, and autograd keeps
 several such tensors. Here the head runs on a chunk of tokens at a time, and what the backward needs
 of a chunk, the gradient of each log-probability for its own hidden state, is worked out at once, so
-nothing is computed twice. After Liger's fused linear cross-entropy (arXiv 2410.10989), but exact for
-any weights of the tokens, since each log-probability depends on one hidden state only.
+nothing is computed twice. After Liger's fused linear cross-entropy (arXiv 2410.10989), but exact
+for any weights of the tokens, since each log-probability depends on one hidden state only.
 """
 
 # autograd.Function's forward and backward take what each function needs.
@@ -27,7 +27,7 @@ CHUNK = 1024
 
 @contextmanager
 def head_gives_log_probs(head: nn.Linear, label_ids: torch.Tensor) -> Iterator[None]:
-    """Let `head` return [1, L, 2] instead of logits: log-probability, and 1 where it is the highest.
+    """Let `head` return [1, L, 2] instead of logits: log-probabilities, and 1 where highest.
 
     The head is exchanged for the length of the block and not called by itself, so that FSDP gathers
     its weight as for any forward.
@@ -41,7 +41,7 @@ def head_gives_log_probs(head: nn.Linear, label_ids: torch.Tensor) -> Iterator[N
         log_probs, is_highest = _HeadLogProbs.apply(hidden[0], head.weight, head.bias, label_ids)
         return torch.stack([log_probs, is_highest], dim=-1)[None]
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
@@ -63,8 +63,8 @@ class _HeadLogProbs(Function):
             scores = torch.log_softmax(scores, dim=-1)
             log_probs[chunk] = scores.gather(1, labels)[:, 0]
             if gradients is not None:  # of a log-probability for its logits: one-hot - softmax
-                scores = scores.exp_().neg_()
-                scores.scatter_add_(1, labels, torch.ones_like(scores[:, :1]))
+                scores = scores.exp_()
+                scores.scatter_add_(1, labels, -torch.ones_like(scores[:, :1]))
                 torch.mm(scores.to(hidden.dtype), weight, out=gradients[chunk])
         if gradients is not None:
             ctx.save_for_backward(gradients)
@@ -74,4 +74,4 @@ class _HeadLogProbs(Function):
     @staticmethod
     def backward(ctx: Any, gradient, _):
         (gradients,) = ctx.saved_tensors
-        return (gradients * gradient[:, None]).to(gradients.dtype), None, None, None
+        return (gradients * -gradient[:, None]).to(gradients.dtype), None, None, None

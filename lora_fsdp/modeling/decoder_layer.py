@@ -37,7 +37,8 @@ class FusedLayer:
         attention, mlp = layer.self_attn, layer.mlp
         self.layer = layer
         self.original = layer.forward
-        self.first_norm, self.second_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.first_norm: nn.Module = layer.input_layernorm  # type: ignore[assignment]
+        self.second_norm: nn.Module = layer.post_attention_layernorm  # type: ignore[assignment]
         self.query_key_value = Projections([attention.q_proj, attention.k_proj, attention.v_proj])  # type: ignore[union-attr,list-item]
         self.output = Projections([attention.o_proj])  # type: ignore[union-attr,list-item]
         self.gate_up = Projections([mlp.gate_proj, mlp.up_proj])  # type: ignore[union-attr,list-item]
@@ -49,9 +50,14 @@ class FusedLayer:
             for member in self.query_key_value.members
         )
         self.heads = (query, key, value)
-        norms = (getattr(attention, name, None) for name in _HEAD_NORMS)
-        self.head_norms = [norm for norm in norms if isinstance(norm, nn.Module)]
+        inner = dict(attention.named_children())  # type: ignore[union-attr]
+        self.head_norms = [inner[name] for name in _HEAD_NORMS if name in inner]
         self._wanted: torch.Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.query_key_value.members[0].linear.weight.dtype
 
     @property
     def projections(self) -> tuple[Projections, ...]:
@@ -155,11 +161,13 @@ def fuse_layers(decoder: nn.Module, layers: Sequence[nn.Module]) -> list[FusedLa
     if wanting:
         return wanting[0]
     fused = [FusedLayer(layer) for layer in layers]
-    difference = _difference(fused[0])
-    if not difference < _TOLERANCE[fused[0].query_key_value.members[0].linear.weight.dtype]:
-        return f"{type(layers[0]).__name__} computes something else (by {difference:.2g})"
+    for index, candidate in enumerate(fused):  # all of them: some models have layers of two kinds
+        difference = _difference(candidate)
+        if not difference < _TOLERANCE[candidate.dtype]:
+            name = type(candidate.layer).__name__
+            return f"{name} {index} computes something else (by {difference:.2g})"
     for layer, replacement in zip(layers, fused, strict=True):
-        layer.forward = replacement  # type: ignore[method-assign]
+        layer.forward = replacement
     decoder.register_forward_pre_hook(lambda module, inputs: copy_adapters(fused))
     return fused
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
-from torch.nn import functional
 
 
 class Projection:
@@ -33,7 +32,7 @@ class Projection:
     def adapters(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A [r, in] and B [out, r], float32."""
         a, b = self.module.lora_A[self.name], self.module.lora_B[self.name]  # type: ignore[index]
-        return a.weight, b.weight
+        return a.weight, b.weight  # type: ignore[union-attr]
 
     def scaling(self) -> float:
         """What the update is multiplied with."""
@@ -75,11 +74,12 @@ class Projections:
         if not adapted:
             return []
         originals = [member.adapters() for member in adapted]
-        weight = adapted[0].linear.weight
         ranks = [member.rank for member in adapted]
-        if not self.ups or self.downs.device != weight.device or self.downs.dtype != weight.dtype:
-            self.downs = weight.new_empty(sum(ranks), originals[0][0].shape[1])
-            self.ups = [torch.empty_like(b, dtype=weight.dtype) for _, b in originals]
+        device, dtype = originals[0][0].device, adapted[0].linear.weight.dtype
+        if not self.ups or self.downs.device != device or self.downs.dtype != dtype:
+            width = originals[0][0].shape[1]
+            self.downs = torch.empty(sum(ranks), width, device=device, dtype=dtype)
+            self.ups = [torch.empty_like(b, dtype=dtype, device=device) for _, b in originals]
         downs = self.downs.split(ranks)
         pairs = zip(downs, self.ups, originals, strict=True)
         return [pair for down, up, (a, b) in pairs for pair in ((down, a), (up, b))]
@@ -106,13 +106,13 @@ class Projections:
 
     def base_forward(self, inputs: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """x W^T + bias (+ residual), [T, sum of widths], in memory of its own."""
+        first = self.members[0].linear
+        if residual is not None and len(self.members) == 1:
+            output = torch.addmm(residual, inputs, first.weight.t())
+            return output if first.bias is None else output.add_(first.bias)
         if len(self.members) == 1:
-            linear = self.members[0].linear
-            if residual is not None and linear.bias is None:
-                return torch.addmm(residual, inputs, linear.weight.t())
-            output = functional.linear(inputs, linear.weight, linear.bias)
-            return output if residual is None else output.add_(residual)
-        if self._is_joined():
+            output = inputs @ first.weight.t()
+        elif self._is_joined():
             output = inputs @ self.joined.t()  # type: ignore[union-attr]
         else:
             output = inputs.new_empty(inputs.shape[0], self.members[-1].columns.stop)
@@ -143,7 +143,7 @@ class Projections:
 
 
 def can_project(module: nn.Module) -> bool:
-    """Whether `Projections` computes `module`: a frozen linear layer, with or without plain LoRA."""
+    """Whether `Projections` computes `module`: a frozen linear layer, perhaps with plain LoRA."""
     if type(module) is nn.Linear:
         return not any(parameter.requires_grad for parameter in module.parameters())
     if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fsdp.data.packing import PADDING, Row
 from lora_fsdp.distributed.replication import ReplicatedParameters
+from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS
 from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
 
 logger = logging.getLogger(__name__)
@@ -95,7 +97,7 @@ class CapturedStep(EagerStep):
 
     def __init__(self, model: nn.Module, **settings: object) -> None:
         super().__init__(model, **settings)  # type: ignore[arg-type]
-        self._graphs: dict[tuple[int, int], _RowGraph] = {}
+        self._graphs: dict[RowSize, _RowGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self.failed: str | None = None
 
@@ -119,10 +121,9 @@ class CapturedStep(EagerStep):
         graph.graph.replay()
         return graph.loss
 
-    def _capture(self, size: tuple[int, int]) -> _RowGraph:
+    def _capture(self, size: RowSize) -> _RowGraph:
         """Capture rows of `size`; gradients and random numbers are left as they were."""
-        tokens, labels = size
-        static = _RowGraph(tokens=tokens, labels=labels, device=self.device)
+        static = _RowGraph(size, device=self.device)
         gradients = self.adapter.copy_gradients()
         random_state = torch.cuda.get_rng_state(self.device)
         stream = torch.cuda.Stream()
@@ -148,28 +149,46 @@ class CapturedStep(EagerStep):
 class _RowGraph:
     """A captured forward and backward, and the memory it reads and writes."""
 
-    def __init__(self, *, tokens: int, labels: int, device: torch.device) -> None:
-        empty = Row(torch.empty(4, 0, dtype=torch.int64), torch.empty(3, 0, dtype=torch.int64))
-        self.tokens, self.labels = tokens, labels
-        self.row = empty.padded(tokens=tokens, labels=labels).to(device)
+    def __init__(self, size: RowSize, *, device: torch.device) -> None:
+        empty = Row(
+            torch.empty(4, 0, dtype=torch.int64),
+            torch.empty(3, 0, dtype=torch.int64),
+            is_one_sequence=size.is_one_sequence,
+        )
+        self.size = size
+        self.row = empty.padded(tokens=size.tokens, labels=size.labels).to(device)
         self.scale = torch.zeros((), device=device)
         self.graph = torch.cuda.CUDAGraph()
         self.loss = torch.zeros((), device=device)
 
     def load(self, row: Row, *, scale: float) -> None:
         """Put `row` where the graph reads it."""
-        padded = row.padded(tokens=self.tokens, labels=self.labels).pin_memory()
+        padded = row.padded(tokens=self.size.tokens, labels=self.size.labels).pin_memory()
         self.row.tokens.copy_(padded.tokens, non_blocking=True)
         self.row.labels.copy_(padded.labels, non_blocking=True)
         self.scale.fill_(scale)
 
 
-def captured_size(row: Row) -> tuple[int, int] | None:
-    """The tokens and label tokens that `row` is padded to, or `None` if it is too long."""
+class RowSize(NamedTuple):
+    """What a graph is captured for."""
+
+    tokens: int
+    labels: int
+    is_one_sequence: bool
+
+
+def captured_size(row: Row) -> RowSize | None:
+    """The size that `row` is padded to, or `None` if it is too long."""
     if len(row) > CAPTURE_UP_TO_TOKENS:
         return None
-    unit = 32 if len(row) <= 512 else 128 if len(row) <= 1024 else 256
-    return _round_up(len(row), unit), _round_up(max(row.labels.shape[1], 1), 32)
+    tokens, labels = len(row), row.labels.shape[1]
+    unit = 32 if tokens <= 512 else 128 if tokens <= 1024 else 256
+    return RowSize(
+        tokens=_round_up(tokens, unit),
+        labels=_round_up(max(labels, 1), 32 if labels <= 256 else 256),
+        # A dense mask serves both kinds.
+        is_one_sequence=row.is_one_sequence and tokens >= BLOCKS_FROM_TOKENS,
+    )
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
 from lora_fsdp.distributed.launch import FsdpSettings
 from lora_fsdp.distributed.replication import ReplicatedParameters
+from lora_fsdp.distributed.residency import Residency
 from lora_fsdp.distributed.sharding import (
     check_placement,
     decoder_layers,
@@ -128,34 +129,45 @@ class TestNamedLayers:
             layers_to_shard(tiny_model(), names=names)
 
 
+def whole(model):
+    """The base's parameters, as if every rank held them whole."""
+    return [p for p in model.parameters() if not p.requires_grad]
+
+
+def resident(model, count):
+    layers = decoder_layers(model.get_base_model())
+    return Residency(layers, frozenset(range(count)), "a test")
+
+
 class TestCheckPlacement:
     def test_unsharded_model_without_fsdp_is_right(self):
-        check_placement(adapted_model(), settings=None)
+        model = adapted_model()
+        check_placement(model, resident=whole(model))
 
     def test_base_that_was_not_sharded(self):
         with pytest.raises(FsdpDroppedError, match=r"The base's .*embed_tokens.* is not sharded"):
-            check_placement(adapted_model(), settings=SETTINGS)
+            check_placement(adapted_model(), resident=())
 
     def test_adapter_in_bf16(self):
         model = adapted_model(dtype=torch.bfloat16)
         for parameter in trainable_parameters(model).values():
             parameter.data = parameter.data.bfloat16()
         with pytest.raises(FsdpDroppedError, match=r"lora_A.* float32 .* torch\.bfloat16"):
-            check_placement(model, settings=None)
+            check_placement(model, resident=whole(model))
 
     def test_base_of_several_dtypes(self):
         model = adapted_model(dtype=torch.bfloat16)
-        check_placement(model, settings=None)
+        check_placement(model, resident=whole(model))
         norm = model.get_base_model().model.norm.weight
         norm.data = norm.data.float()
         with pytest.raises(FsdpDroppedError, match=r"several dtypes: .*bfloat16.*float32"):
-            check_placement(model, settings=None)
+            check_placement(model, resident=whole(model))
 
     def test_model_without_a_trained_parameter(self):
         model = adapted_model()
         model.requires_grad_(False)
         with pytest.raises((FsdpDroppedError, AdapterVerificationError)):
-            check_placement(model, settings=None)
+            check_placement(model, resident=whole(model))
 
 
 class TestReplicated:
@@ -214,7 +226,7 @@ def seeds_apart(folder):
     generator = torch.Generator().manual_seed(rank)
     for parameter in trainable_parameters(model).values():
         parameter.data = torch.randn(parameter.shape, generator=generator)
-    place_model(model, settings=SETTINGS, device=CPU, world_size=2)
+    place_model(model, settings=SETTINGS, residency=resident(model, 0), device=CPU, world_size=2)
     replicated = ReplicatedParameters(trainable_parameters(model))
     before = replicated.fingerprint()
     replicated.broadcast()
@@ -234,9 +246,10 @@ def sums(folder):
     rank = torch.distributed.get_rank()
     first, second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))
     replicated = ReplicatedParameters({"first": first, "second": second})
-    first.grad = torch.full((3,), float(rank + 1))
+    replicated.zero_gradients()
+    first.grad += float(rank + 1)
     if rank == 1:
-        second.grad = torch.ones(2, 2)
+        second.grad += 1.0
     replicated.sum_gradients()
     return first.grad.tolist(), second.grad.tolist()
 
@@ -247,14 +260,14 @@ def adapter_swept_into_the_shards(folder):
     model = adapted_model()
     mesh = init_device_mesh("cpu", (2,))
     fully_shard(model.get_base_model(), mesh=mesh)
-    check_placement(model, settings=SETTINGS)
+    check_placement(model, resident=())
 
 
 def base_sharded_unasked(folder):
     torch.distributed.init_process_group("gloo")
     model = adapted_model()
-    place_model(model, settings=SETTINGS, device=CPU, world_size=2)
-    check_placement(model, settings=None)
+    place_model(model, settings=SETTINGS, residency=resident(model, 0), device=CPU, world_size=2)
+    check_placement(model, resident=whole(model))
 
 
 @pytest.mark.distributed
@@ -294,4 +307,4 @@ class TestRanks:
     def test_sharding_that_nobody_asked_for_is_caught(self, tmp_path):
         with pytest.raises(RankError) as caught:
             run_ranks(base_sharded_unasked, tmp_path)
-        assert "although no FSDP was asked for" in caught.value.text
+        assert "is sharded, not whole" in caught.value.text

@@ -13,6 +13,7 @@ from lora_fsdp.data.packing import Tree, pack_row
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.modeling import fused_functions
 from lora_fsdp.modeling.adapters import trainable_parameters
+from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS
 from lora_fsdp.modeling.decoder_layer import fuse_layers
 from lora_fsdp.modeling.label_head import RowComputation
 from lora_fsdp.training.step import CapturedStep, EagerStep
@@ -138,9 +139,11 @@ def test_other_architectures_are_captured_too():
 
 
 def test_long_rows_by_blocks():
-    some = rows(2, longest=900, seed=3)
-    assert all(len(row) > 1024 for row in some)
-    some = [pack_row([Tree(list(range(2, 350)) * 4, [[7] * 40])], share_prefix=True), *some]
+    some = [row for row in rows(9, longest=990, seed=3) if len(row) > BLOCKS_FROM_TOKENS]
+    one = pack_row([Tree(list(range(2, 390)) * 6, [[7] * 40])], share_prefix=True)
+    assert len(some) > 1
+    assert len(one) > BLOCKS_FROM_TOKENS
+    some.append(one)
     expected = gradients(
         step_of(EagerStep, adapted().to(GPU), computation=RowComputation(torch.float32)), some
     )

@@ -284,11 +284,16 @@ class TestBlocks:
     def test_several_sequences_are_not(self):
         assert not some_row().is_one_sequence
         assert not pack_row([Tree([3], [[4, 0], [5, 0]])], share_prefix=True).is_one_sequence
-        assert (
-            not pack_row([Tree([3], [[4, 0]])], share_prefix=True)
-            .padded(tokens=8, labels=4)
-            .is_one_sequence
-        )
+
+    def test_one_sequence_with_padding(self):
+        row = pack_row([Tree([3, 4, 5, 6], [[7, 8, 9, 0]])], share_prefix=True)
+        padded = row.padded(tokens=16, labels=6)
+        assert row_mask(padded, dtype=torch.float32, by_blocks=True).mask_mod is attention.causal
+        model = adapted()
+        expected = label_log_probs(model, row, computation=FP32)
+        fuse(model)
+        found = label_log_probs(model, padded, computation=BLOCKS)
+        assert torch.allclose(found[:4], expected, atol=1e-5)
 
 
 class TestPadding:
