@@ -105,7 +105,7 @@ def attend(
         return functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
         )
-    attention: Callable[..., torch.Tensor] = flex_attention  # type: ignore[assignment]
+    attention: Callable[..., torch.Tensor] = flex_attention
     if query.is_cuda:
         attention = _compiled_flex_attention()
     return attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
