@@ -118,7 +118,11 @@ def write_json(path: str | Path, data: object) -> None:
     Raises:
         TypeError: something in `data` has no JSON form; `path` is left as it was.
     """
-    text = json.dumps(data, indent=2, ensure_ascii=False, default=_as_json) + "\n"
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=_as_json) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` as UTF-8, all or nothing: to a file beside `path`, which then replaces it."""
     target = Path(path)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
