@@ -1,0 +1,114 @@
+"""Everything a report shows, as one JSON-ready dictionary; the pages only lay it out."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from lora_fsdp.reporting.answers import free_text_section, labels_section, written_section
+from lora_fsdp.reporting.intervals import CONFIDENCE, DRAWS
+from lora_fsdp.reporting.progress import curves, not_finite, plan_against_measured, progress
+from lora_fsdp.reporting.record import DATA_HEALTH_FILE, RECORD_FILE
+from lora_fsdp.reporting.run_files import (
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    RunFiles,
+    label_columns,
+)
+from lora_fsdp.reporting.scores import score_table
+from lora_fsdp.reporting.texts import one_line
+from lora_fsdp.reporting.usage import base_of, usage
+
+
+def report_contents(run: RunFiles) -> dict[str, Any]:
+    """Every figure of the report on `run`.
+
+    Raises:
+        DamagedRunError: a file does not have the form that a run gives it.
+    """
+    log_file = "the log" if run.log is None else run.log.file
+    found = run.part(log_file, lambda: curves(run))
+    contents = {
+        "run": run.folder.name,
+        "folder": str(run.folder),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": run.finished,
+        "missing": _missing(run),
+        "statistics": {"confidence": CONFIDENCE, "draws": DRAWS},
+        "asked": run.part(RECORD_FILE, lambda: _asked(run)),
+        "scores": run.part(METRICS_FILE, lambda: score_table(run)),
+        "curves": found,
+        "not_finite": not_finite(found),
+        "answers": None,
+        "free_text": None,
+        "free_writing": run.part(METRICS_FILE, lambda: written_section(run)),
+        "health": run.health,
+        "progress": run.part(METRICS_FILE, lambda: progress(run)),
+        "plan": run.part(METRICS_FILE, lambda: plan_against_measured(run)),
+        "fsdp": (run.record or {}).get("fsdp"),
+        "usage": run.part(RECORD_FILE, lambda: usage(run)),
+    }
+    predictions = run.predictions
+    if predictions is not None and len(predictions):
+        if label_columns(predictions):
+            contents["answers"] = run.part(PREDICTIONS_FILE, lambda: labels_section(predictions))
+        else:
+            contents["free_text"] = run.part(
+                PREDICTIONS_FILE, lambda: free_text_section(predictions)
+            )
+    return contents
+
+
+def _missing(run: RunFiles) -> list[str]:
+    """What is not in the folder, and what the report therefore lacks."""
+    lacks = {
+        f"{RECORD_FILE}: the settings, versions and FSDP status": run.record,
+        f"{DATA_HEALTH_FILE}: the data health": run.health,
+        "log_history.jsonl or a checkpoint: the curves": run.log,
+        f"{METRICS_FILE}: the scores; a run writes it last": run.metrics,
+        f"{PREDICTIONS_FILE}: the answers row by row": run.predictions,
+        "adapter_config.json: the adapter": run.adapter,
+    }
+    return [what for what, part in lacks.items() if part is None]
+
+
+def _asked(run: RunFiles) -> dict[str, Any]:
+    """What was asked, with which model and versions; where unknown, `None`."""
+    record = run.record or {}
+    metrics = run.metrics or {}
+    data = (record.get("arguments") or {}).get("data") or {}
+    changed = record.get("not_default") or {}
+    options = (run.task or {}).get("options") or {}
+    environment = record.get("environment")
+    return {
+        "started": record.get("started"),
+        "finished": metrics.get("finished"),
+        "task": record.get("task") or metrics.get("task") or (run.task or {}).get("task"),
+        "instruction": one_line(options.get("instruction") or "", limit=400) or None,
+        "labels": run.labels,
+        "base": base_of(run) or None,
+        "data_file": data.get("data_file"),
+        "eval_file": data.get("eval_file"),
+        "training_rows": record.get("training_rows", metrics.get("training_rows")),
+        "held_out_rows": record.get("held_out_rows", metrics.get("held_out_rows")),
+        "rows_left_out": record.get("rows_left_out", metrics.get("rows_left_out")),
+        "device": record.get("device"),
+        "settings": {
+            group: {name: one_line(str(value)) for name, value in changed.get(group, {}).items()}
+            for group in ("model", "adapter", "data", "training")
+        },
+        "versions": environment and _versions(environment),
+        "devices": environment and environment["devices"],
+        "platform": environment and environment["platform"],
+    }
+
+
+def _versions(environment: dict[str, Any]) -> dict[str, str]:
+    commit = environment.get("lora_fsdp_commit")
+    versions = {
+        "lora_fsdp": environment["lora_fsdp"] + (f" (commit {commit})" if commit else ""),
+        "python": environment["python"],
+        "CUDA": environment["cuda"] or "none",
+        **{name: version or "none" for name, version in environment["packages"].items()},
+    }
+    return {name: str(version) for name, version in versions.items()}
