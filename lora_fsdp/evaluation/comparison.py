@@ -36,8 +36,8 @@ class Comparison:
     Attributes:
         metrics: metrics by system.
         primary_metric: the metric that decides.
-        predictions: one row per held-out example: row number, text, target, answers, probability, the
-            probability of every label, the baselines' answers.
+        predictions: one row per held-out example: row number, text, target, answers, probability,
+            the probability of every label, the baselines' answers.
         confusion: counts of true by predicted label of the tuned model; `None` for free text.
         written: what both models wrote by themselves on some held-out rows, and the answer in it.
         facts: what else is worth keeping in `metrics.json`.

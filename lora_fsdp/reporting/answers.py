@@ -11,7 +11,7 @@ from lora_fsdp.reporting.label_errors import suspected_label_errors
 from lora_fsdp.reporting.run_files import RunFiles, label_columns
 from lora_fsdp.reporting.texts import one_line
 
-_CONFUSIONS, _ROWS_A_CONFUSION, _MISTAKES, _SUSPECTED, _SAMPLES = 8, 3, 12, 10, 10
+_CONFUSIONS, _ROWS_A_CONFUSION, _MISTAKES, _SUSPECTED, _SAMPLES = 6, 2, 10, 10, 10
 # More cells than this are not a table that anyone reads.
 _MOST_LABELS_IN_MATRIX = 120
 
@@ -82,7 +82,10 @@ def _matrix(predictions: pd.DataFrame, labels: list[str]) -> dict[str, Any] | No
         return None
     counts = pd.crosstab(predictions["target"], predictions["tuned"])
     counts = counts.reindex(index=labels, columns=labels, fill_value=0)
-    return {"labels": labels, "counts": counts.to_numpy().tolist()}
+    return {
+        "labels": [one_line(label, limit=60) for label in labels],
+        "counts": counts.to_numpy().tolist(),
+    }
 
 
 def _by_label(predictions: pd.DataFrame, labels: list[str]) -> list[dict[str, Any]]:
@@ -94,7 +97,7 @@ def _by_label(predictions: pd.DataFrame, labels: list[str]) -> list[dict[str, An
     )
     lines = [
         {
-            "label": label,
+            "label": one_line(label, limit=80),
             "rows": int(support),
             "precision": float(precision),
             "recall": float(recall),
@@ -111,8 +114,8 @@ def _confusions(mistakes: pd.DataFrame) -> list[dict[str, Any]]:
     )
     return [
         {
-            "target": target,
-            "tuned": tuned,
+            "target": one_line(target, limit=80),
+            "tuned": one_line(tuned, limit=80),
             "count": len(group),
             "rows": _lines(_by_confidence(group).head(_ROWS_A_CONFUSION)),
         }
@@ -132,7 +135,7 @@ def _suspected(predictions: pd.DataFrame, labels: list[str]) -> dict[str, Any]:
     lines = _lines(known.iloc[first["position"].to_numpy()])
     for line, suspect in zip(lines, first.itertuples(index=False), strict=True):
         line |= {
-            "suggested": suspect.suggested,
+            "suggested": one_line(suspect.suggested, limit=80),
             "probability_suggested": float(suspect.probability_suggested),
             "probability_given": float(suspect.probability_given),
         }
@@ -148,8 +151,8 @@ def _lines(rows: pd.DataFrame) -> list[dict[str, Any]]:
         {
             "row": int(row.row),
             "text": one_line(row.text),
-            "target": one_line(row.target),
-            "tuned": one_line(row.tuned),
+            "target": one_line(row.target, limit=80),
+            "tuned": one_line(row.tuned, limit=80),
             "probability": float(row.probability),
         }
         for row in rows.itertuples(index=False)

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from lora_fsdp.reporting.intervals import wilson_interval
+
 BINS = 10
 
 
@@ -21,7 +23,8 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
 
     Returns:
         `error`: the mean over rows of |accuracy - confidence| of their bin; `confidence` and
-        `accuracy` over all rows; `bins`: those that hold rows, each with its bounds.
+        `accuracy` over all rows, the latter with its Wilson interval; `bins`: those that
+        hold rows, each with its bounds.
     """
     places = np.minimum((confidence * BINS).astype(int), BINS - 1)
     bins = []
@@ -38,10 +41,13 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
                 }
             )
     gaps = sum(one["rows"] * abs(one["accuracy"] - one["confidence"]) for one in bins)
+    accuracy = wilson_interval(int(right.sum()), len(right))
     return {
         "error": gaps / len(confidence),
         "confidence": float(confidence.mean()),
-        "accuracy": float(right.mean()),
+        "accuracy": accuracy.value,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
         "rows": len(confidence),
         "bins": bins,
     }

@@ -16,7 +16,7 @@ from lora_fsdp.reporting.run_files import (
     label_columns,
 )
 from lora_fsdp.reporting.scores import score_table
-from lora_fsdp.reporting.texts import one_line
+from lora_fsdp.reporting.texts import one_line, setting_text
 from lora_fsdp.reporting.usage import base_of, usage
 
 
@@ -27,7 +27,7 @@ def report_contents(run: RunFiles) -> dict[str, Any]:
         DamagedRunError: a file does not have the form that a run gives it.
     """
     log_file = "the log" if run.log is None else run.log.file
-    found = run.part(log_file, lambda: curves(run))
+    found = run.part(log_file, curves)
     contents = {
         "run": run.folder.name,
         "folder": str(run.folder),
@@ -35,26 +35,26 @@ def report_contents(run: RunFiles) -> dict[str, Any]:
         "finished": run.finished,
         "missing": _missing(run),
         "statistics": {"confidence": CONFIDENCE, "draws": DRAWS},
-        "asked": run.part(RECORD_FILE, lambda: _asked(run)),
-        "scores": run.part(METRICS_FILE, lambda: score_table(run)),
+        "asked": run.part(RECORD_FILE, _asked),
+        "scores": run.part(METRICS_FILE, score_table),
         "curves": found,
         "not_finite": not_finite(found),
         "answers": None,
         "free_text": None,
-        "free_writing": run.part(METRICS_FILE, lambda: written_section(run)),
+        "free_writing": run.part(METRICS_FILE, written_section),
         "health": run.health,
-        "progress": run.part(METRICS_FILE, lambda: progress(run)),
-        "plan": run.part(METRICS_FILE, lambda: plan_against_measured(run)),
+        "progress": run.part(METRICS_FILE, progress),
+        "plan": run.part(METRICS_FILE, plan_against_measured),
         "fsdp": (run.record or {}).get("fsdp"),
-        "usage": run.part(RECORD_FILE, lambda: usage(run)),
+        "usage": run.part(RECORD_FILE, usage),
     }
     predictions = run.predictions
     if predictions is not None and len(predictions):
         if label_columns(predictions):
-            contents["answers"] = run.part(PREDICTIONS_FILE, lambda: labels_section(predictions))
+            contents["answers"] = run.part(PREDICTIONS_FILE, lambda _: labels_section(predictions))
         else:
             contents["free_text"] = run.part(
-                PREDICTIONS_FILE, lambda: free_text_section(predictions)
+                PREDICTIONS_FILE, lambda _: free_text_section(predictions)
             )
     return contents
 
@@ -94,7 +94,7 @@ def _asked(run: RunFiles) -> dict[str, Any]:
         "rows_left_out": record.get("rows_left_out", metrics.get("rows_left_out")),
         "device": record.get("device"),
         "settings": {
-            group: {name: one_line(str(value)) for name, value in changed.get(group, {}).items()}
+            group: {name: setting_text(value) for name, value in changed.get(group, {}).items()}
             for group in ("model", "adapter", "data", "training")
         },
         "versions": environment and _versions(environment),

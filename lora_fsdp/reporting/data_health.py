@@ -53,7 +53,7 @@ def data_health(rows: pd.DataFrame, *, labels: Sequence[str] | None) -> dict[str
         counts = pd.crosstab(rows["answer"], rows["part"])
         counts = counts.reindex(index=list(labels), columns=[TRAINING, HELD_OUT], fill_value=0)
         health["balance"] = {
-            label: {"training": int(train), "held_out": int(held)}
+            one_line(label, limit=80): {"training": int(train), "held_out": int(held)}
             for label, train, held in counts.itertuples()
         }
         health["suspected_training_labels"] = _suspected(rows[rows["part"] == TRAINING])
@@ -143,7 +143,7 @@ def _suspected(train: pd.DataFrame) -> dict[str, Any] | None:
     shown = _listed(train.iloc[first["position"].to_numpy()])
     for entry, line in zip(shown, first.itertuples(index=False), strict=True):
         entry |= {
-            "suggested": line.suggested,
+            "suggested": one_line(line.suggested, limit=80),
             "probability_suggested": float(line.probability_suggested),
             "probability_given": float(line.probability_given),
         }
@@ -156,7 +156,7 @@ def _listed(rows: pd.DataFrame) -> list[dict[str, Any]]:
             "part": str(row.part),
             "row": int(row.row),
             "text": one_line(row.text),
-            "answer": one_line(row.answer),
+            "answer": one_line(row.answer, limit=80),
         }
         for row in rows.itertuples(index=False)
     ]

@@ -39,9 +39,7 @@ def environment() -> dict[str, object]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
-        "devices": [
-            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
-        ]
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         or [f"CPU, {platform.machine()}, {psutil.cpu_count()} cores"],
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lora_fsdp.reporting.scores import name_of
 
@@ -27,7 +27,7 @@ _VARIABLES = {
     _PAPER: "none",
     **{color: f"var(--series-{number})" for number, color in enumerate(SERIES, start=1)},
 }
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "lora_fsdp",  # the same picture, the same file
     "font.family": "sans-serif",
@@ -116,24 +116,15 @@ def curve_picture(
                 linewidth=1.6,
                 label=_short(label),
             )
-        for number, (label, level) in enumerate((levels or {}).items()):
-            axes.axhline(level, color=_MUTED, linewidth=1, linestyle=_DASHES[1 + number % 3])
-            axes.annotate(
-                _short(label),
-                (1.0, level),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                xytext=(0, 3),
-                ha="right",
-                color=_MUTED,
-                fontsize=8.5,
-            )
+        for label, level in (levels or {}).items():
+            axes.axhline(level, color=_MUTED, linewidth=1.2, linestyle=_DASHES[2], label=label)
         if logarithmic:
-            axes.set_yscale("log")
+            _make_logarithmic(axes)
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if len(curves) > 1:
-            axes.legend(loc="best", fontsize=8.5)
+        if len(curves) + len(levels or {}) > 1:
+            # Beside and not over the curves.
+            figure.legend(loc="outside lower left", fontsize=8.5, ncols=2, columnspacing=1.2)
         return Picture(name, title, _described(title, curves, levels or {}), _svg(figure))
 
 
@@ -144,9 +135,7 @@ def calibration_picture(found: Mapping[str, Any]) -> Picture:
     with rc_context(_STYLE):
         figure, axes = _axes(title)
         axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=_DASHES[1])
-        axes.annotate(
-            "perfectly calibrated", (0.03, 0.09), color=_MUTED, fontsize=8.5, va="bottom"
-        )
+        axes.annotate("perfectly calibrated", (1.0, 0.42), color=_MUTED, fontsize=8.5, ha="right")
         confidence = [one["confidence"] for one in bins]
         accuracy = [one["accuracy"] for one in bins]
         axes.plot(confidence, accuracy, color=SERIES[0], linewidth=1.4)
@@ -161,11 +150,19 @@ def calibration_picture(found: Mapping[str, Any]) -> Picture:
 
 
 def _axes(title: str) -> tuple[Figure, Axes]:
-    # Narrow, so that the type keeps its size on a phone. Without pyplot: it leaves the user's alone.
-    figure = Figure(figsize=(4.5, 2.7), layout="constrained")
+    # Narrow, so that the type keeps its size on a phone; without pyplot, whose state is the user's.
+    figure = Figure(figsize=(3.9, 2.7), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title)
     return figure, axes
+
+
+def _make_logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+    # Plain numbers: the default labels are formulas.
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _short(name: str) -> str:
@@ -228,4 +225,4 @@ def _rival_level(scores: Mapping[str, Any] | None) -> dict[str, float]:
     if scores is None:
         return {}
     verdict = scores["verdict"]
-    return {f"{verdict['metric']} of {name_of(verdict['rival'])}": verdict["rival_score"]}
+    return {f"{verdict['metric']}, {name_of(verdict['rival'])}": verdict["rival_score"]}

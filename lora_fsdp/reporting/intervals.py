@@ -105,9 +105,11 @@ class PairedBootstrap:
         predicted = _one_hot(answers, self.labels)
         hits = 2 * (self._weights @ (true * right[:, None]))
         sizes = self._weights @ true + self._weights @ predicted
-        # A label that occurs nowhere in a sample scores 0, as in the task's own metric.
         f1 = np.divide(hits, sizes, out=np.zeros_like(hits), where=sizes > 0)
-        return f1.mean(axis=1)
+        # A label that nothing here carries scores 0, as in the task's own metric. One that only a
+        # sample happens to miss is left out of that sample's mean: as 0 it would bias it downwards.
+        counted = (sizes > 0) | (sizes[0] == 0)
+        return f1.sum(axis=1) / counted.sum(axis=1)
 
 
 def _one_hot(answers: pd.Series, labels: Sequence[str]) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
+from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.rows import TaskData
 from lora_fsdp.distributed.status import FsdpStatus
@@ -27,6 +27,8 @@ DATA_HEALTH_FILE = "data_health.json"
 # Begun anew by every run; they alone do not keep another run out of the folder.
 RECORD_FILES = (RECORD_FILE, DATA_HEALTH_FILE, LOG_FILE)
 _SAMPLE_CHARACTERS = 200
+# What `TrainingArguments` works out by itself from the machine or from other arguments.
+_DERIVED = {"accelerator_config", "dataloader_pin_memory", "do_eval", "use_cpu"}
 
 
 def record_start(
@@ -123,7 +125,8 @@ def _not_default(arguments: Any, values: dict[str, Any]) -> dict[str, Any]:
         if default is MISSING and field.default_factory is not MISSING:
             default = field.default_factory()
         value = values.get(field.name)
-        # Paths, enumerations and numbers given as text are compared as they are shown.
-        if field.init and str(value) != str(default):
+        # Paths and enumerations are compared as they are shown; unset is unset in any form.
+        same = str(value) == str(default) or (not value and not default)
+        if not same and field.name not in _DERIVED and not field.name.endswith("_token"):
             changed[field.name] = value
     return changed

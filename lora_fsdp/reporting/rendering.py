@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ def write_page(
         DamagedRunError: the contents lack something that a run's files should hold.
     """
     try:
-        html = _environment().get_template(template).render(
-            **contents, pictures={picture.name: _shown(picture) for picture in pictures}
+        html = (
+            _environment()
+            .get_template(template)
+            .render(**contents, pictures={picture.name: _shown(picture) for picture in pictures})
         )
     except jinja2.UndefinedError as error:
         raise DamagedRunError(
@@ -70,6 +73,7 @@ def _environment() -> jinja2.Environment:
         "signed": signed_text,
         "count": count_text,
         "duration": duration_text,
+        "moment": moment_text,
         "rate": rate_text,
         "named": name_of,
     }
@@ -85,7 +89,8 @@ def signed_text(value: float | None) -> str:
     """A difference with three decimals and its sign."""
     if value is None or not math.isfinite(value):
         return _NOTHING
-    return f"{value:+.3f}".replace("-", "\u2212")
+    text = f"{value:+.3f}".replace("-", "\u2212")
+    return "0.000" if text[1:] == "0.000" else text
 
 
 def count_text(value: float | None) -> str:
@@ -98,6 +103,13 @@ def rate_text(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return _NOTHING
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def moment_text(moment: str | None) -> str | None:
+    """A time of day, from its ISO form."""
+    if moment is None:
+        return None
+    return f"{datetime.fromisoformat(moment).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def duration_text(seconds: float | None) -> str:

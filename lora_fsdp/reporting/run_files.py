@@ -70,14 +70,14 @@ class RunFiles:
                 return [str(label) for label in source["labels"]]
         return None
 
-    def part(self, file: str, build: Callable[[], Part]) -> Part:
-        """`build()`, where a form that `file` should not have becomes an error that names it.
+    def part(self, file: str, build: Callable[[RunFiles], Part]) -> Part:
+        """`build(self)`, where a form that `file` should not have becomes an error that names it.
 
         Raises:
             DamagedRunError: something that `file` should hold is missing or of another kind.
         """
         try:
-            return build()
+            return build(self)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise DamagedRunError(
                 f"{self.folder / file} does not have the form that a run gives it "

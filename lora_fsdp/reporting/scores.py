@@ -12,8 +12,9 @@ from lora_fsdp.evaluation.comparison import TFIDF, TUNED, UNTRAINED
 from lora_fsdp.reporting.intervals import Interval, PairedBootstrap, wilson_interval
 from lora_fsdp.reporting.run_files import RunFiles, baseline_columns, label_columns
 
-# What may be called "too few" without a calculation.
-_FEW_ROWS = 30
+# Below these, resampling says nothing and no verdict is given.
+_LEAST_ROWS_TO_RESAMPLE = 10
+_LEAST_ROWS_FOR_A_VERDICT = 30
 _SHOWN = ("accuracy", "macro_f1", "exact_match", "loss")
 # The metric of the bootstrap that each of the shown ones is.
 _RESAMPLED = {"accuracy": "accuracy", "exact_match": "accuracy", "macro_f1": "macro_f1"}
@@ -73,7 +74,7 @@ def score_table(run: RunFiles) -> dict[str, Any] | None:
 
 def bootstrap_of(predictions: pd.DataFrame | None) -> PairedBootstrap | None:
     """All systems of a table of predictions on the same resampled rows."""
-    if predictions is None or predictions.empty:
+    if predictions is None or len(predictions) < _LEAST_ROWS_TO_RESAMPLE:
         return None
     return PairedBootstrap(
         predictions["target"].tolist(),
@@ -98,12 +99,14 @@ def score(
 ) -> dict[str, float | None]:
     """A score with its interval, where the predictions give this very score."""
     plain: dict[str, float | None] = {"value": float(value), "low": None, "high": None}
-    if bootstrap is None or predictions is None or metric not in _RESAMPLED:
+    if predictions is None or predictions.empty or metric not in _RESAMPLED:
         return plain
     answers = answers_by_system(predictions)
-    if system not in answers or (metric == "macro_f1" and not bootstrap.labels):
+    if system not in answers:
         return plain
     if metric == "macro_f1":
+        if bootstrap is None or not bootstrap.labels:
+            return plain
         found = bootstrap.interval(system, "macro_f1")
     else:
         right = int((answers[system] == predictions["target"]).sum())
@@ -120,10 +123,13 @@ def difference(
     metrics = run.metrics["metrics"]
     value = float(metrics[TUNED][metric]) - float(metrics[system][metric])
     found: Interval | None = None
-    known = run.predictions is not None and system in answers_by_system(run.predictions)
-    if bootstrap is not None and known and metric in _RESAMPLED:
-        if metric != "macro_f1" or bootstrap.labels:
-            found = bootstrap.difference(TUNED, system, _RESAMPLED[metric])
+    known = (
+        metric in _RESAMPLED
+        and run.predictions is not None
+        and system in answers_by_system(run.predictions)
+    )
+    if bootstrap is not None and known and (metric != "macro_f1" or bootstrap.labels):
+        found = bootstrap.difference(TUNED, system, _RESAMPLED[metric])
     if found is None or not np.isclose(found.value, value, atol=1e-6):
         return {"value": value, "low": None, "high": None}
     return asdict(found)
@@ -140,8 +146,11 @@ def _verdict(table: dict[str, Any], *, tuned: float) -> dict[str, Any]:
     differences, metric = table["differences"], name_of(table["primary_metric"])
     best = min(differences, key=lambda system: differences[system]["value"])
     margin, rival = differences[best], name_of(best)
-    # The tuned model first where nothing says that it is worse.
-    if margin["low"] is not None and margin["low"] > 0:
+    few = table["rows"] is not None and table["rows"] < _LEAST_ROWS_FOR_A_VERDICT
+    if few:
+        outcome = "unclear"
+        headline = f"Too few held-out rows to tell: {table['rows']}."
+    elif margin["low"] is not None and margin["low"] > 0:
         outcome, headline = "yes", f"Worth it: the tuned model beats the {rival}."
     elif margin["high"] is not None and margin["high"] < 0:
         outcome, headline = "no", f"Not worth it: the {rival} is better than the tuned model."
@@ -159,5 +168,5 @@ def _verdict(table: dict[str, Any], *, tuned: float) -> dict[str, Any]:
         "tuned": tuned,
         "rival_score": tuned - margin["value"],
         "difference": margin,
-        "few_rows": table["rows"] is not None and table["rows"] < _FEW_ROWS,
+        "few_rows": few,
     }

@@ -1,4 +1,4 @@
-"""Several runs side by side: what was set differently, what came out, and whether that is chance."""
+"""Several runs side by side: what was set differently, what came out, whether that is chance."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from lora_fsdp.reporting.run_files import (
     label_columns,
     read_run,
 )
-from lora_fsdp.reporting.scores import name_of, score_table
-from lora_fsdp.reporting.texts import one_line
+from lora_fsdp.reporting.scores import score_table
+from lora_fsdp.reporting.texts import setting_text
 
 # Where a run is written says nothing about how it was made.
 _NO_SETTINGS = {
@@ -90,9 +90,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _contents(runs: dict[str, RunFiles]) -> dict[str, Any]:
-    scores = {
-        name: run.part(METRICS_FILE, lambda run=run: score_table(run)) for name, run in runs.items()
-    }
+    scores = {name: run.part(METRICS_FILE, score_table) for name, run in runs.items()}
     metrics = dict.fromkeys(
         metric for table in scores.values() if table for metric in table["metrics"]
     )
@@ -106,11 +104,10 @@ def _contents(runs: dict[str, RunFiles]) -> dict[str, Any]:
             name: {
                 "folder": str(run.folder),
                 "finished": run.finished,
-                "rows": None if scores[name] is None else scores[name]["rows"],
-                "primary_metric": None if scores[name] is None else scores[name]["primary_metric"],
+                **{key: (scores[name] or {}).get(key) for key in ("rows", "primary_metric")},
                 "scores": _tuned_scores(scores[name]),
-                "progress": run.part(METRICS_FILE, lambda run=run: progress(run)),
-                "curves": run.part("the log", lambda run=run: curves(run)),
+                "progress": run.part(METRICS_FILE, progress),
+                "curves": run.part("the log" if run.log is None else run.log.file, curves),
             }
             for name, run in runs.items()
         },
@@ -132,7 +129,7 @@ def _tuned_scores(table: dict[str, Any] | None) -> dict[str, Any]:
 
 def _settings(runs: dict[str, RunFiles]) -> list[dict[str, Any]]:
     """What differs between the runs, a line each; `None` where a run does not record it."""
-    flat = [run.part(RECORD_FILE, lambda run=run: _flat_settings(run)) for run in runs.values()]
+    flat = [run.part(RECORD_FILE, _flat_settings) for run in runs.values()]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     lines = []
     for group, name in keys:
@@ -151,7 +148,7 @@ def _flat_settings(run: RunFiles) -> dict[tuple[str, str], str]:
         groups["versions"] = {**environment["packages"], **{key: environment[key] for key in own}}
     groups["launch"] = {key: record[key] for key in ("processes", "device") if key in record}
     return {
-        (group, name): one_line(str(value))
+        (group, name): setting_text(value)
         for group, settings in groups.items()
         for name, value in settings.items()
         if name not in _NO_SETTINGS
@@ -160,10 +157,10 @@ def _flat_settings(run: RunFiles) -> dict[tuple[str, str], str]:
 
 def _paired(first: RunFiles, other: RunFiles, metrics: Sequence[str]) -> dict[str, Any]:
     """The tuned models of two runs on the same held-out rows, `other` minus `first`."""
-    tables = [run.predictions for run in (first, other)]
-    if tables[0] is None or tables[1] is None or tables[0].empty:
+    mine, theirs = first.predictions, other.predictions
+    if mine is None or theirs is None or mine.empty:
         return {"same_rows": False, "why": "the answers of one of them are not there"}
-    mine, theirs = (table.sort_values("row").reset_index(drop=True) for table in tables)
+    mine, theirs = (table.sort_values("row", ignore_index=True) for table in (mine, theirs))
     if not mine[_SAME_ROWS].equals(theirs[_SAME_ROWS]):
         return {"same_rows": False, "why": "they were not scored on the same held-out rows"}
     labels = list(dict.fromkeys([*label_columns(mine), *label_columns(theirs)]))

@@ -7,6 +7,11 @@ from __future__ import annotations
 _HARMLESS = {"\u200c", "\u200d", "\u200e", "\u200f"}
 
 
+def setting_text(value: object) -> str:
+    """The value of a setting; whole numbers without a decimal point."""
+    return f"{value:g}" if isinstance(value, float) else one_line(str(value))
+
+
 def one_line(text: str, *, limit: int = 240) -> str:
     """`text` on one line of at most `limit` characters, the cut marked by an ellipsis.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_fsdp.reporting.run_files import RunFiles
 
-_LOAD = '''\
+_LOAD = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +18,7 @@ base = AutoModelForCausalLM.from_pretrained({base!r})
 model = PeftModel.from_pretrained(base, folder)
 
 # The prompt of held-out row {row}, as in training.
-prompt = {prompt!r}
+prompt = {prompt}
 inputs = tokenizer(prompt, return_tensors="pt"{special})
 output = model.generate(
     **inputs,
@@ -29,7 +29,7 @@ output = model.generate(
 )
 answer = output[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True).strip())
-'''
+"""
 
 _PREDICT = """\
 import pandas as pd
@@ -57,12 +57,18 @@ def _load(run: RunFiles) -> str | None:
         folder=str(run.folder),
         base=base_of(run),
         row=prompt["row"],
-        prompt=prompt["rendered"],
+        prompt=_literal(str(prompt["rendered"])),
         # A chat template writes the special tokens itself.
         special=", add_special_tokens=False" if prompt["chat_template"] else "",
         new_tokens=max(int(prompt["longest_answer_tokens"]), 1),
         end=int(prompt["end_token_id"]),
     )
+
+
+def _literal(text: str) -> str:
+    """`text` as Python source, each of its lines on a line."""
+    lines = "".join(f"    {line!r}\n" for line in text.splitlines(keepends=True))
+    return f"(\n{lines})"
 
 
 def _predict(run: RunFiles) -> str | None:
@@ -96,12 +102,21 @@ def _resume(run: RunFiles) -> dict[str, Any]:
     resumed = None
     if command:
         folder = shlex.quote(str(run.record["working_directory"]))  # type: ignore[index]
-        resumed = f"cd {folder}\n{shlex.join(command)} --resume_from_checkpoint true"
+        words = [*command, "--resume_from_checkpoint", "true"]
+        resumed = f"cd {folder}\n{_one_option_a_line(words)}"
     return {"resume": resumed, "checkpoint": run.checkpoints[-1]}
 
 
+def _one_option_a_line(command: list[str]) -> str:
+    words = (
+        f"\\\n    {shlex.quote(word)}" if word.startswith("--") else shlex.quote(word)
+        for word in command
+    )
+    return " ".join(words)
+
+
 def base_of(run: RunFiles) -> str:
-    """The base model's name, or its folder as an absolute path if the run knew it by a short one."""
+    """The base model's name, or its folder, absolute if the run knew it by a relative path."""
     name = str((run.adapter or {}).get("base_model_name_or_path") or "")
     if not name and run.record is not None:
         name = str(run.record["arguments"]["model"]["model_name_or_path"])

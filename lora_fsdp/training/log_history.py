@@ -33,10 +33,9 @@ class KeepLog(TrainerCallback):
         """Begin the file, with the log that a checkpoint holds."""
         self.first_step = state.global_step
         if state.is_world_process_zero:
-            begin = {"max_steps": state.max_steps, "first_step": state.global_step}
-            lines = [begin, *state.log_history]
+            begin: dict[str, Any] = {"max_steps": state.max_steps, "first_step": state.global_step}
+            text = "".join(_line(entry) for entry in [begin, *state.log_history])
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            text = "".join(map(_line, lines))
             self.path.write_text(text, encoding="utf-8")
 
     def on_log(
