@@ -208,8 +208,9 @@ def _facts(
 ) -> dict[str, Any]:
     steps = trainer.state.global_step
     tokens = [len(one.prompt_ids) + len(one.target_ids) for one in trainer.train_dataset]
-    # The Trainer divides all examples of a run by the seconds of its last session alone.
-    speed = trained["train_samples_per_second"] * (steps - first_step) / max(steps, 1)
+    # Counted here: not every version of the Trainer leaves out what a resumed run did before.
+    seen = [_examples_seen(trainer, step) for step in (first_step, steps)]
+    speed = (seen[1] - seen[0]) / max(trained["train_runtime"], 1e-9)
     facts: dict[str, Any] = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "task": data.task.name,
@@ -232,6 +233,13 @@ def _facts(
     if trainer.args.device.type == "cuda":
         facts["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
     return facts
+
+
+def _examples_seen(trainer: LoraTrainer, steps: int) -> int:
+    """Examples of the first `steps` optimizer steps; an epoch's last step may have fewer."""
+    examples, per_step = len(trainer.train_dataset), trainer.examples_per_step
+    epochs, rest = divmod(steps, -(-examples // per_step))
+    return epochs * examples + rest * per_step
 
 
 def _wait_for_all_ranks() -> None:

@@ -22,6 +22,7 @@ from lora_fsdp.evaluation.report import (
     format_predictions_table,
     save_confusion_matrix_png,
     write_json,
+    write_text,
 )
 from lora_fsdp.evaluation.scoring import Scores
 from lora_fsdp.tasks import ClassificationTask, Example, Task
@@ -60,7 +61,7 @@ class Comparison:
         if self.confusion is not None:
             contents["confusion_matrix"] = self.confusion.to_dict(orient="split")
             save_confusion_matrix_png(self.confusion, folder / "confusion_matrix.png")
-        self.predictions.to_csv(folder / "predictions.csv", index=False)
+        write_text(folder / "predictions.csv", self.predictions.to_csv(index=False))
         write_json(folder / "metrics.json", contents)
 
     def __str__(self) -> str:
@@ -135,9 +136,9 @@ def compare(
     confusion = None
     if isinstance(task, ClassificationTask):
         confusion = confusion_matrix(task, encoded, tuned)
-        by_label = tuned.probabilities
-        for column, label in enumerate(task.labels or ()):
-            predictions[f"probability/{label}"] = by_label[:, column].tolist()
+        names = [f"probability/{label}" for label in task.labels or ()]
+        by_label = pd.DataFrame(tuned.probabilities.numpy(), columns=names)
+        predictions = pd.concat([predictions, by_label.astype(float)], axis=1)
     for name, answers in baselines.items():
         predictions[f"baseline/{name}"] = answers
     return Comparison(metrics, task.primary_metric, predictions, confusion, written, facts)

@@ -42,9 +42,7 @@ def free_text_section(predictions: pd.DataFrame) -> dict[str, Any]:
             ((predictions["base"] == predictions["target"]) & (predictions["base"] != "")).sum()
         ),
         "written": _lines(predictions[right].head(_SAMPLES)),
-        "not_written": _lines(
-            predictions[~right].sort_values("probability", kind="stable").head(_SAMPLES)
-        ),
+        "not_written": _lines(predictions[~right].head(_SAMPLES)),
     }
 
 

@@ -19,6 +19,19 @@ from lora_fsdp.reporting.scores import score_table
 from lora_fsdp.reporting.texts import one_line, setting_text
 from lora_fsdp.reporting.usage import base_of, usage
 
+# What the page shows of these files; the keys are those of `data_health` and `FsdpStatus`.
+_HEALTH_PARTS: dict[str, tuple[str, ...]] = {
+    "exact_duplicates": ("groups", "rows", "largest"),
+    "near_duplicates": ("groups", "rows", "largest"),
+    "contradictions": ("groups", "rows", "first"),
+    "leaks": ("exact", "near"),
+    "shortened": ("count", "rows"),
+    "tokens": (),
+    "balance": (),
+    "suspected_training_labels": (),
+}
+_FSDP_PARTS = ("ranks", "groups", "base_parameters", "base_dtype", "adapter_dtype", "settings")
+
 
 def report_contents(run: RunFiles) -> dict[str, Any]:
     """Every figure of the report on `run`.
@@ -42,10 +55,10 @@ def report_contents(run: RunFiles) -> dict[str, Any]:
         "answers": None,
         "free_text": None,
         "free_writing": run.part(METRICS_FILE, written_section),
-        "health": run.health,
+        "health": run.part(DATA_HEALTH_FILE, _health),
         "progress": run.part(METRICS_FILE, progress),
         "plan": run.part(METRICS_FILE, plan_against_measured),
-        "fsdp": (run.record or {}).get("fsdp"),
+        "fsdp": run.part(RECORD_FILE, _fsdp),
         "usage": run.part(RECORD_FILE, usage),
     }
     predictions = run.predictions
@@ -57,6 +70,22 @@ def report_contents(run: RunFiles) -> dict[str, Any]:
                 PREDICTIONS_FILE, lambda _: free_text_section(predictions)
             )
     return contents
+
+
+def _health(run: RunFiles) -> dict[str, Any] | None:
+    if run.health is None:
+        return None
+    parts = {part: run.health[part] for part in _HEALTH_PARTS}
+    for part, keys in _HEALTH_PARTS.items():
+        parts[part] = {key: parts[part][key] for key in keys} if keys else parts[part]
+    return parts
+
+
+def _fsdp(run: RunFiles) -> dict[str, Any] | None:
+    status = (run.record or {}).get("fsdp")
+    if status is None:
+        return None
+    return {key: status[key] for key in _FSDP_PARTS}
 
 
 def _missing(run: RunFiles) -> list[str]:

@@ -48,6 +48,8 @@ def data_health(rows: pd.DataFrame, *, labels: Sequence[str] | None) -> dict[str
             "count": int(rows["shortened"].sum()),
             "rows": _listed(rows[rows["shortened"]].head(_SHOWN)),
         },
+        "balance": None,
+        "suspected_training_labels": None,
     }
     if labels is not None:
         counts = pd.crosstab(rows["answer"], rows["part"])

@@ -19,7 +19,7 @@ def suspected_label_errors(
 
     A label's threshold is the mean probability that it has among the rows that carry it. A row is
     suspected if, of the labels whose probability reaches their threshold there, the likeliest is
-    not the one it carries.
+    likelier than the one it carries.
 
     Args:
         given: the label that each of N rows carries.
@@ -40,7 +40,9 @@ def suspected_label_errors(
     confident = np.where(probabilities >= thresholds, probabilities, -1.0)
     suggested = confident.argmax(axis=1) if len(labels) else own
     rows = np.arange(len(own))
-    suspected = (confident[rows, suggested] >= 0) & (suggested != own)
+    suspected = (confident[rows, suggested] >= 0) & (
+        probabilities[rows, suggested] > probabilities[rows, own]
+    )
     found = pd.DataFrame(
         {
             "position": rows[suspected],

@@ -38,8 +38,8 @@ def write_page(
         )
     except jinja2.UndefinedError as error:
         raise DamagedRunError(
-            f"A file of the run lacks something that a report shows ({error}): restore it, or take "
-            "it out of the folder to report on the rest."
+            f"A file beside {page} lacks something that a report shows ({error}): restore it, or "
+            "take it out of the folder to report on the rest."
         ) from error
     folder = page.with_name(f"{page.stem}_figures")
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -23,8 +23,8 @@ TIMEOUT_SECONDS = 120
 class Browser:
     """One tab. Protocol: https://chromedevtools.github.io/devtools-protocol/"""
 
-    def __init__(self, to_browser: int, from_browser: int) -> None:
-        self._to, self._from = to_browser, os.fdopen(from_browser, "rb")
+    def __init__(self, to_browser: int, from_browser: BinaryIO) -> None:
+        self._to, self._from = to_browser, from_browser
         self._numbers = itertools.count(1)
         self._session: str | None = None
         self.complaints: list[str] = []
@@ -136,7 +136,8 @@ def open_browser(profile: Path) -> Iterator[Browser]:
     os.close(theirs_read)
     os.close(theirs_write)
     try:
-        yield Browser(ours_write, ours_read)
+        with os.fdopen(ours_read, "rb") as answers:
+            yield Browser(ours_write, answers)
     finally:
         process.terminate()
         process.wait(timeout=TIMEOUT_SECONDS)
