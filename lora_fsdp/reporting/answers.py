@@ -11,7 +11,7 @@ from lora_fsdp.reporting.label_errors import suspected_label_errors
 from lora_fsdp.reporting.run_files import RunFiles, label_columns
 from lora_fsdp.reporting.texts import one_line
 
-_CONFUSIONS, _ROWS_A_CONFUSION, _MISTAKES, _SUSPECTED, _SAMPLES = 6, 2, 10, 10, 10
+_CONFUSIONS, _ROWS_A_CONFUSION, _MISTAKES, _SUSPECTED, _SAMPLES = 6, 2, 10, 10, 6
 # More cells than this are not a table that anyone reads.
 _MOST_LABELS_IN_MATRIX = 120
 
@@ -148,7 +148,7 @@ def _lines(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return [
         {
             "row": int(row.row),
-            "text": one_line(row.text),
+            "text": one_line(row.text, limit=200),
             "target": one_line(row.target, limit=80),
             "tuned": one_line(row.tuned, limit=80),
             "probability": float(row.probability),

@@ -206,7 +206,7 @@ def run_pictures(contents: Mapping[str, Any]) -> list[Picture]:
         if key.startswith("eval_") and key != "eval_loss"
     }
     if measured:
-        levels = _rival_level(contents["scores"])
+        levels = _rival_level(contents["scores"], among=measured)
         pictures.append(curve_picture("metrics", "held-out metrics", measured, levels=levels))
     for key, title in (("learning_rate", "learning rate"), ("grad_norm", "gradient norm")):
         if key in curves:
@@ -221,8 +221,9 @@ def _positive(curves: Mapping[str, Sequence[Sequence[float]]]) -> bool:
     return all(value > 0 for points in curves.values() for _, value in points)
 
 
-def _rival_level(scores: Mapping[str, Any] | None) -> dict[str, float]:
-    if scores is None:
+def _rival_level(scores: Mapping[str, Any] | None, *, among: Mapping[str, Any]) -> dict[str, float]:
+    """The best of the other systems, where its metric is `among` those drawn."""
+    if scores is None or scores["verdict"]["metric"] not in among:
         return {}
     verdict = scores["verdict"]
     return {f"{verdict['metric']}, {name_of(verdict['rival'])}": verdict["rival_score"]}

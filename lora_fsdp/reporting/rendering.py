@@ -82,7 +82,10 @@ def _environment() -> jinja2.Environment:
 
 def score_text(value: float | None) -> str:
     """A score or probability with three decimals."""
-    return _NOTHING if value is None or not math.isfinite(value) else f"{value:.3f}"
+    if value is None or not math.isfinite(value):
+        return _NOTHING
+    # Without the sign of a negative zero.
+    return f"{round(value, 3) + 0.0:.3f}"
 
 
 def signed_text(value: float | None) -> str:
