@@ -23,7 +23,8 @@ from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.modeling.adapters import lora_config
 from lora_fsdp.modeling.loading import load_base, load_tokenizer
 from lora_fsdp.reporting import write_report
-from lora_fsdp.reporting.record import RECORD_FILES, record_start
+from lora_fsdp.reporting.record import record_start
+from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
 from lora_fsdp.training.log_history import KeepLog
 from lora_fsdp.training.trainer import LoraTrainer
@@ -92,15 +93,8 @@ def finetune(
     status = fsdp_status(trainer.model)
     if trainer.is_world_process_zero():
         _announce(trainer, data, status)
-        record_start(
-            output_dir,
-            trainer=trainer,
-            data=data,
-            status=status,
-            model_args=model_args,
-            lora_args=lora_args,
-            data_args=data_args,
-        )
+        asked = {"model": model_args, "adapter": lora_args, "data": data_args}
+        record_start(output_dir, trainer=trainer, data=data, status=status, asked=asked)
 
     with trainer.model.disable_adapter():
         untrained = trainer.score(data.held_out)

@@ -17,6 +17,10 @@ from lora_fsdp.evaluation.metrics import (
     predicted_labels,
 )
 from lora_fsdp.evaluation.report import (
+    MAJORITY,
+    TFIDF,
+    TUNED,
+    UNTRAINED,
     PredictionRow,
     format_metrics_table,
     format_predictions_table,
@@ -26,8 +30,6 @@ from lora_fsdp.evaluation.report import (
 )
 from lora_fsdp.evaluation.scoring import Scores
 from lora_fsdp.tasks import ClassificationTask, Example, Task
-
-MAJORITY, TFIDF, UNTRAINED, TUNED = "majority", "TF-IDF + logistic", "untrained", "tuned"
 
 
 @dataclass(frozen=True)

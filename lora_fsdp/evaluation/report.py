@@ -17,6 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+# The systems of a comparison, as they are called in `metrics.json` and tables.
+MAJORITY, TFIDF, UNTRAINED, TUNED = "majority", "TF-IDF + logistic", "untrained", "tuned"
+# The log of a run, a line an entry.
+LOG_FILE = "log_history.jsonl"
+
 _NOTHING = "—"
 _MOST_LABELS_WITH_COUNTS = 25
 _LONGEST_NAME_IN_PICTURE = 30

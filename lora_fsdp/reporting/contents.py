@@ -8,10 +8,11 @@ from typing import Any
 from lora_fsdp.reporting.answers import free_text_section, labels_section, written_section
 from lora_fsdp.reporting.intervals import CONFIDENCE, DRAWS
 from lora_fsdp.reporting.progress import curves, not_finite, plan_against_measured, progress
-from lora_fsdp.reporting.record import DATA_HEALTH_FILE, RECORD_FILE
 from lora_fsdp.reporting.run_files import (
+    DATA_HEALTH_FILE,
     METRICS_FILE,
     PREDICTIONS_FILE,
+    RECORD_FILE,
     RunFiles,
     label_columns,
 )
@@ -116,6 +117,7 @@ def _asked(run: RunFiles) -> dict[str, Any]:
         "instruction": one_line(options.get("instruction") or "", limit=400) or None,
         "labels": run.labels,
         "base": base_of(run) or None,
+        "adapter": _adapter(run),
         "data_file": data.get("data_file"),
         "eval_file": data.get("eval_file"),
         "training_rows": record.get("training_rows", metrics.get("training_rows")),
@@ -130,6 +132,21 @@ def _asked(run: RunFiles) -> dict[str, Any]:
         "devices": environment and environment["devices"],
         "platform": environment and environment["platform"],
     }
+
+
+def _adapter(run: RunFiles) -> str | None:
+    """Rank, scale, dropout and places of the adapter, in a line."""
+    if run.adapter is not None:
+        names = ("r", "lora_alpha", "lora_dropout", "target_modules")
+        rank, alpha, dropout, targets = (run.adapter[name] for name in names)
+    elif "adapter" in ((run.record or {}).get("arguments") or {}):
+        asked = run.record["arguments"]["adapter"]  # type: ignore[index]
+        names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        rank, alpha, dropout, targets = (asked[name] for name in names)
+    else:
+        return None
+    places = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    return one_line(f"LoRA, r {rank}, alpha {alpha}, dropout {dropout:g}, on {places}")
 
 
 def _versions(environment: dict[str, Any]) -> dict[str, str]:

@@ -105,17 +105,7 @@ def curve_picture(
     with rc_context(_STYLE):
         figure, axes = _axes(title)
         for number, (label, points) in enumerate(curves.items()):
-            finite = [(step, value) for step, value in points if math.isfinite(value)]
-            axes.plot(
-                [step for step, _ in finite],
-                [value for _, value in finite],
-                color=SERIES[number % len(SERIES)],
-                linestyle=_DASHES[number % len(_DASHES)],
-                marker="o" if len(finite) < 12 else None,
-                markersize=3.5,
-                linewidth=1.6,
-                label=_short(label),
-            )
+            _draw(axes, points, number=number, label=label)
         for label, level in (levels or {}).items():
             axes.axhline(level, color=_MUTED, linewidth=1.2, linestyle=_DASHES[2], label=label)
         if logarithmic:
@@ -155,6 +145,20 @@ def _axes(title: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     axes.set_title(title)
     return figure, axes
+
+
+def _draw(axes: Axes, points: Sequence[Sequence[float]], *, number: int, label: str) -> None:
+    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    axes.plot(
+        [step for step, _ in finite],
+        [value for _, value in finite],
+        color=SERIES[number % len(SERIES)],
+        linestyle=_DASHES[number % len(_DASHES)],
+        marker="o" if len(finite) < 12 else None,
+        markersize=3.5,
+        linewidth=1.6,
+        label=_short(label),
+    )
 
 
 def _make_logarithmic(axes: Axes) -> None:

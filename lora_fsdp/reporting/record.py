@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import pandas as pd
 
-from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.rows import TaskData
 from lora_fsdp.distributed.status import FsdpStatus
@@ -18,14 +17,10 @@ from lora_fsdp.evaluation.comparison import answers_of
 from lora_fsdp.evaluation.report import write_json
 from lora_fsdp.reporting.data_health import HELD_OUT, TRAINING, data_health
 from lora_fsdp.reporting.environment import environment, launch_command
+from lora_fsdp.reporting.run_files import DATA_HEALTH_FILE, RECORD_FILE
 from lora_fsdp.tasks import Example, Prompt
-from lora_fsdp.training.log_history import LOG_FILE
 from lora_fsdp.training.trainer import LoraTrainer
 
-RECORD_FILE = "run_record.json"
-DATA_HEALTH_FILE = "data_health.json"
-# Begun anew by every run; they alone do not keep another run out of the folder.
-RECORD_FILES = (RECORD_FILE, DATA_HEALTH_FILE, LOG_FILE)
 _SAMPLE_CHARACTERS = 200
 # What `TrainingArguments` works out by itself from the machine or from other arguments.
 _DERIVED = {"accelerator_config", "dataloader_pin_memory", "do_eval", "use_cpu"}
@@ -37,43 +32,29 @@ def record_start(
     trainer: LoraTrainer,
     data: TaskData,
     status: FsdpStatus,
-    model_args: ModelArguments,
-    lora_args: LoraArguments,
-    data_args: DataArguments,
+    asked: Mapping[str, Any],
 ) -> None:
-    """Write `run_record.json` and `data_health.json` into `folder`; for one rank to call."""
+    """Write `run_record.json` and `data_health.json` into `folder`; for one rank to call.
+
+    Args:
+        folder: the run's output folder.
+        trainer, data, status: of the run.
+        asked: by their group the argument objects (dataclasses) beside the trainer's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    args = trainer.args
+    arguments = {group: (given, asdict(given)) for group, given in asked.items()}
+    arguments["training"] = (trainer.args, trainer.args.to_dict())
+    settings = None if trainer.fsdp_settings is None else asdict(trainer.fsdp_settings)
     record = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": launch_command(),
         "working_directory": Path.cwd(),
         "environment": environment(),
-        "arguments": {
-            "model": asdict(model_args),
-            "adapter": asdict(lora_args),
-            "data": asdict(data_args),
-            "training": args.to_dict(),
-        },
-        "not_default": {
-            "model": _not_default(model_args, asdict(model_args)),
-            "adapter": _not_default(lora_args, asdict(lora_args)),
-            "data": _not_default(data_args, asdict(data_args)),
-            "training": _not_default(args, args.to_dict()),
-        },
-        "task": data.task.name,
-        "labels": None if data.task.labels is None else list(data.task.labels),
-        "primary_metric": data.task.primary_metric,
-        "training_rows": len(data.train),
-        "held_out_rows": len(data.held_out),
-        "rows_left_out": data.dropped,
-        "processes": args.world_size,
-        "device": args.device.type,
-        "examples_per_step": trainer.examples_per_step,
-        "share_prefix": trainer.share_prefix,
+        "arguments": {group: values for group, (_, values) in arguments.items()},
+        "not_default": {group: _not_default(*given) for group, given in arguments.items()},
+        **_facts(trainer, data),
         "prompt": _sample_prompt(trainer, data.held_out),
-        "fsdp": asdict(status)
-        | {"settings": None if trainer.fsdp_settings is None else asdict(trainer.fsdp_settings)},
+        "fsdp": asdict(status) | {"settings": settings},
     }
     write_json(folder / RECORD_FILE, record)
     rows = pd.concat(
@@ -83,6 +64,21 @@ def record_start(
         ]
     )
     write_json(folder / DATA_HEALTH_FILE, data_health(rows, labels=data.task.labels))
+
+
+def _facts(trainer: LoraTrainer, data: TaskData) -> dict[str, Any]:
+    return {
+        "task": data.task.name,
+        "labels": None if data.task.labels is None else list(data.task.labels),
+        "primary_metric": data.task.primary_metric,
+        "training_rows": len(data.train),
+        "held_out_rows": len(data.held_out),
+        "rows_left_out": data.dropped,
+        "processes": trainer.args.world_size,
+        "device": trainer.args.device.type,
+        "examples_per_step": trainer.examples_per_step,
+        "share_prefix": trainer.share_prefix,
+    }
 
 
 def _rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,12 +11,17 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from lora_fsdp.errors import DamagedRunError, RunNotFoundError
-from lora_fsdp.reporting.record import DATA_HEALTH_FILE, RECORD_FILE
-from lora_fsdp.training.log_history import LOG_FILE
+from lora_fsdp.evaluation.report import LOG_FILE
 
+RECORD_FILE = "run_record.json"
+DATA_HEALTH_FILE = "data_health.json"
+# Begun anew by every run; they alone do not keep another run out of the folder.
+RECORD_FILES = (RECORD_FILE, DATA_HEALTH_FILE, LOG_FILE)
 METRICS_FILE = "metrics.json"
 PREDICTIONS_FILE = "predictions.csv"
+ADAPTER_FILE = "adapter_config.json"
 _COLUMNS = ("row", "text", "target", "base", "tuned", "probability")
+_ADAPTER_KEYS = ("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules")
 _PROBABILITY, _BASELINE = "probability/", "baseline/"
 
 Part = TypeVar("Part")
@@ -106,7 +111,7 @@ def read_run(folder: str | Path) -> RunFiles:
         log=_log(folder, checkpoints),
         arguments=_json(folder / "training_args.json"),
         task=_json(folder / "task.json"),
-        adapter=_json(folder / "adapter_config.json"),
+        adapter=_json(folder / ADAPTER_FILE, needed=_ADAPTER_KEYS),
         checkpoints=[path.parent.name for path in checkpoints],
     )
     found = (run.record, run.metrics, run.predictions, run.log, run.task, run.adapter)
@@ -123,7 +128,7 @@ def _step_of(state: Path) -> int:
     return int(step) if step.isdigit() else -1
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(path: Path, *, needed: Sequence[str] = ()) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
@@ -132,6 +137,9 @@ def _json(path: Path) -> dict[str, Any] | None:
         raise _damaged(path, error) from error
     if not isinstance(contents, dict):
         raise _damaged(path, "it should hold a JSON object")
+    missing = [key for key in needed if key not in contents]
+    if missing:
+        raise _damaged(path, f"it has no {', '.join(missing)}")
     return contents
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lora_fsdp.evaluation.comparison import TFIDF, TUNED, UNTRAINED
+from lora_fsdp.evaluation.report import TFIDF, TUNED, UNTRAINED
 from lora_fsdp.reporting.intervals import Interval, PairedBootstrap, wilson_interval
 from lora_fsdp.reporting.run_files import RunFiles, baseline_columns, label_columns
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.evaluation.comparison import TUNED
+from lora_fsdp.evaluation.report import TUNED
 from lora_fsdp.reporting.figures import Picture, curve_picture
 from lora_fsdp.reporting.intervals import (
     CONFIDENCE,
@@ -21,10 +21,10 @@ from lora_fsdp.reporting.intervals import (
     mcnemar_p_value,
 )
 from lora_fsdp.reporting.progress import curves, progress
-from lora_fsdp.reporting.record import RECORD_FILE
 from lora_fsdp.reporting.rendering import write_page
 from lora_fsdp.reporting.run_files import (
     METRICS_FILE,
+    RECORD_FILE,
     RunFiles,
     label_columns,
     read_run,

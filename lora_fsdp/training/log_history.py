@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-LOG_FILE = "log_history.jsonl"
+from lora_fsdp.evaluation.report import LOG_FILE
 
 
 class KeepLog(TrainerCallback):

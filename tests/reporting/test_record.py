@@ -23,10 +23,11 @@ from lora_fsdp import (
 )
 from lora_fsdp.errors import OutputFolderError
 from lora_fsdp.evaluation.prediction import Predictor
+from lora_fsdp.evaluation.report import LOG_FILE
 from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.environment import _masked, launch_command, source_commit
-from lora_fsdp.reporting.record import RECORD_FILES
-from lora_fsdp.training.log_history import LOG_FILE, KeepLog
+from lora_fsdp.reporting.run_files import RECORD_FILES
+from lora_fsdp.training.log_history import KeepLog
 from tests.support.runs import toy_trainer
 from tests.support.tiny import toy_table
 
@@ -76,6 +77,7 @@ def test_a_run_ends_with_its_report(run: Path) -> None:
     assert found["asked"]["settings"]["training"]["max_steps"] == "6"
     assert "hub_token" not in found["asked"]["settings"]["training"]
     assert found["asked"]["versions"]["torch"]
+    assert found["asked"]["adapter"].startswith("LoRA, r 8, alpha 32, dropout 0, on down_proj, ")
     assert found["fsdp"]["ranks"][0]["adapter_parameters"] > 0
     assert found["health"]["balance"]["negative"]["training"] == 16
     scores = {line["system"] for line in found["scores"]["systems"]}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import lora_fsdp
 from lora_fsdp.errors import ArgumentError, DamagedRunError, RunNotFoundError
 from lora_fsdp.reporting import write_comparison, write_report
 from lora_fsdp.tasks import Example, Prompt, Task
@@ -267,6 +270,7 @@ DAMAGE = {
     "data_health.json": ["", '"text"', "{}", '{"leaks": 7}'],
     "metrics.json": ["{", "{}", '{"metrics": {}, "primary_metric": "macro_f1"}'],
     "predictions.csv": ["", "a,b\n1,2\n", "row,text,target,base,tuned,probability\nx,,,,,0.5\n"],
+    "adapter_config.json": ["{}", "[1]"],
     "log_history.jsonl": ["{\n", "3\n", '{"loss": 1}\n', '{"step": 1, "loss": "high"}\n'],
 }
 
@@ -283,6 +287,22 @@ def test_a_binary_file_is_named(copy: Path) -> None:
     (copy / "metrics.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DamagedRunError, match=r"metrics\.json"):
         write_report(copy)
+
+
+def test_a_report_needs_no_torch(finished: Path) -> None:
+    """It starts fast, and on machines that only hold the run's files."""
+    package = Path(lora_fsdp.__file__).parent
+    script = f"""
+import sys, types
+package = types.ModuleType("lora_fsdp")  # without the front door, which imports everything
+package.__path__ = [{str(package)!r}]
+sys.modules["lora_fsdp"] = package
+from lora_fsdp.reporting import write_report
+write_report({str(finished)!r})
+print({{"torch", "transformers", "peft"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
