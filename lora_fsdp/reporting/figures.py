@@ -98,14 +98,16 @@ def curve_picture(
     Args:
         name: of the file.
         title: what is on the vertical axis.
-        curves: [step, value] pairs by the name of the curve; what is not finite is left out.
+        curves: [step, value] pairs by the name of the curve, whose place decides its colour; what
+            is not finite is left out, and so is a curve without points.
         levels: horizontal lines by their name.
         logarithmic: the vertical axis.
     """
     with rc_context(_STYLE):
         figure, axes = _axes(title)
         for number, (label, points) in enumerate(curves.items()):
-            _draw(axes, points, number=number, label=label)
+            if points:
+                _draw(axes, points, number=number, label=label)
         for label, level in (levels or {}).items():
             axes.axhline(level, color=_MUTED, linewidth=1.2, linestyle=_DASHES[2], label=label)
         if logarithmic:
@@ -181,7 +183,7 @@ def _described(
     levels: Mapping[str, float],
 ) -> str:
     parts = []
-    for name, points in curves.items():
+    for name, points in ((name, points) for name, points in curves.items() if points):
         (first, start), (last, end) = points[0], points[-1]
         parts.append(f"{name}: {start:.4g} at step {first:.0f}, {end:.4g} at step {last:.0f}")
     parts += [f"{name}: {level:.4g} throughout" for name, level in levels.items()]

@@ -36,6 +36,7 @@ from lora_fsdp.reporting.texts import setting_text
 _NO_SETTINGS = {
     "output_dir",
     "logging_dir",
+    "do_eval",  # follows from eval_strategy
     "run_name",
     "overwrite_output_dir",
     "resume_from_checkpoint",
@@ -192,12 +193,9 @@ def _paired(first: RunFiles, other: RunFiles, metrics: Sequence[str]) -> dict[st
 def _pictures(contents: dict[str, Any]) -> list[Picture]:
     pictures = []
     for key, title in _CURVES.items():
-        drawn = {
-            name: run["curves"][key]
-            for name, run in contents["runs"].items()
-            if key in run["curves"]
-        }
-        if drawn:
+        # Of every run, so that each has the same colour in every picture.
+        drawn = {name: run["curves"].get(key, []) for name, run in contents["runs"].items()}
+        if any(drawn.values()):
             values = [value for points in drawn.values() for _, value in points]
             logarithmic = key.endswith("loss") and all(value > 0 for value in values)
             pictures.append(curve_picture(key, title, drawn, logarithmic=logarithmic))

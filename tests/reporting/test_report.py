@@ -18,6 +18,7 @@ import pytest
 import lora_fsdp
 from lora_fsdp.errors import ArgumentError, DamagedRunError, RunNotFoundError
 from lora_fsdp.reporting import write_comparison, write_report
+from lora_fsdp.reporting.figures import SERIES
 from lora_fsdp.tasks import Example, Prompt, Task
 from tests.support.reported import HOSTILE, HOSTILE_TEXTS, made_up_run, save_run
 
@@ -386,6 +387,20 @@ def test_an_unfinished_run_takes_part(two: list[Path], copy: Path, tmp_path: Pat
     page = Page(write_comparison([copy, two[0]], tmp_path / "c.html"))
     assert "not finished" in page.words
     assert page.open == []
+
+
+def test_a_run_has_one_colour_in_all_pictures(two: list[Path], copy: Path, tmp_path: Path) -> None:
+    log = copy / "log_history.jsonl"
+    lines = [line for line in log.read_text().splitlines() if "eval" not in line]
+    log.write_text("\n".join(lines) + "\n")
+    write_comparison([copy, two[0]], tmp_path / "c.html")
+    loss, evaluated = (
+        (tmp_path / "c_figures" / f"{name}.svg").read_text() for name in ("loss", "eval_loss")
+    )
+    assert SERIES[0] in loss
+    assert SERIES[1] in loss
+    assert SERIES[0] not in evaluated
+    assert SERIES[1] in evaluated
 
 
 def test_it_takes_two(two: list[Path], tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_differences_are_paired(targets: list[str]) -> None:
     paired = PairedBootstrap(targets, {"x": first, "y": second, "z": first}, labels=LABELS)
     alone = paired.interval("x", "macro_f1")
     together = paired.difference("y", "x", "macro_f1")
+    assert together.value > 0
     assert together.high - together.low < 0.5 * (alone.high - alone.low)
     same = paired.difference("z", "x", "macro_f1")
     assert (same.value, same.low, same.high) == (0, 0, 0)
