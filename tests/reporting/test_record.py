@@ -80,8 +80,13 @@ def test_a_run_ends_with_its_report(run: Path) -> None:
     assert found["asked"]["adapter"].startswith("LoRA, r 8, alpha 32, dropout 0, on down_proj, ")
     assert found["fsdp"]["ranks"][0]["adapter_parameters"] > 0
     assert found["health"]["balance"]["negative"]["training"] == 16
-    scores = {line["system"] for line in found["scores"]["systems"]}
-    assert scores == {"majority", "TF-IDF + logistic", "untrained", "tuned"}
+    systems = {line["system"]: line["scores"] for line in found["scores"]["systems"]}
+    assert set(systems) == {"majority", "TF-IDF + logistic", "untrained", "tuned"}
+    for scores in systems.values():
+        assert scores["accuracy"]["low"] is not None
+        assert scores["macro_f1"]["low"] is not None
+    for difference in found["scores"]["differences"].values():
+        assert difference["low"] is not None
 
 
 def test_tokens_are_counted(run: Path) -> None:
