@@ -35,7 +35,10 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   ├── FsdpSettingError
     │   └── RankMismatchError
     ├── ArgumentError(ValueError)       settings that contradict each other
-    └── OutputFolderError(FileExistsError)
+    ├── OutputFolderError(FileExistsError)
+    └── RunError                        the folder of a run, to report on
+        ├── RunNotFoundError(FileNotFoundError)
+        └── DamagedRunError(ValueError)
 """
 
 
@@ -169,3 +172,15 @@ class ArgumentError(LoraFsdpError, ValueError):
 
 class OutputFolderError(LoraFsdpError, FileExistsError):
     """The output folder already holds a run."""
+
+
+class RunError(LoraFsdpError):
+    """A run's folder cannot be reported on."""
+
+
+class RunNotFoundError(RunError, FileNotFoundError):
+    """The folder does not exist or holds no run."""
+
+
+class DamagedRunError(RunError, ValueError):
+    """A file of a run cannot be read; the message names it."""

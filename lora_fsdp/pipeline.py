@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,20 @@ from transformers import set_seed
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.data.rows import TaskData, load_task_data
 from lora_fsdp.distributed.sharding import release_gathered
-from lora_fsdp.distributed.status import fsdp_status
+from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
 from lora_fsdp.errors import OutputFolderError
 from lora_fsdp.evaluation.comparison import Comparison, compare, written_answers
 from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.modeling.adapters import lora_config
 from lora_fsdp.modeling.loading import load_base, load_tokenizer
+from lora_fsdp.reporting import write_report
+from lora_fsdp.reporting.record import record_start
+from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
+from lora_fsdp.training.log_history import KeepLog
 from lora_fsdp.training.trainer import LoraTrainer
+
+logger = logging.getLogger(__name__)
 
 # What a run leaves in its folder and no other program does; nothing else is ever removed.
 _RUN_FILES = (
@@ -31,6 +39,9 @@ _RUN_FILES = (
     "confusion_matrix.png",
     "metrics.json",
     "predictions.csv",
+    "report.html",
+    "report.json",
+    "report_figures",
     "task.json",
     "training_args.json",
 )
@@ -41,8 +52,8 @@ class FineTuningResult:
     """What a run leaves behind.
 
     Attributes:
-        output_dir: the adapter's folder, with the tokenizer, `metrics.json`, `predictions.csv` and
-            `confusion_matrix.png`.
+        output_dir: the adapter's folder, with the tokenizer, `metrics.json`, `predictions.csv`,
+            `confusion_matrix.png` and `report.html`.
         comparison: the tuned model's metrics beside those of the untrained model and the baselines,
             on the held-out rows; the same on every rank.
     """
@@ -66,6 +77,7 @@ def finetune(
     output_dir = claim_output_folder(training_args)
     data = load_task_data(data_args, seed=training_args.seed, task=task)
     set_seed(training_args.seed)  # the adapter's first values
+    log = KeepLog(output_dir)
     trainer = LoraTrainer(
         model=load_base(model_args, device=training_args.device),
         args=training_args,
@@ -76,8 +88,13 @@ def finetune(
         peft_config=lora_config(lora_args),
         max_length=data_args.max_length,
         chat_template=data_args.chat_template,
+        callbacks=[log],
     )
-    _announce(trainer, data)
+    status = fsdp_status(trainer.model)
+    if trainer.is_world_process_zero():
+        _announce(trainer, data, status)
+        asked = {"model": model_args, "adapter": lora_args, "data": data_args}
+        record_start(output_dir, trainer=trainer, data=data, status=status, asked=asked)
 
     with trainer.model.disable_adapter():
         untrained = trainer.score(data.held_out)
@@ -95,11 +112,12 @@ def finetune(
         untrained=untrained,
         tuned=tuned,
         written=written_answers(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
-        facts=_facts(trainer, data, trained.metrics),
+        facts=_facts(trainer, data, trained.metrics, first_step=log.first_step),
     )
     if trainer.is_world_process_zero():
         comparison.save(output_dir)
         print(f"\n{comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
+        _report(output_dir)
     trainer.accelerator.wait_for_everyone()
     return FineTuningResult(output_dir, comparison)
 
@@ -112,7 +130,7 @@ def claim_output_folder(arguments: FineTuningArguments) -> Path:
             it is to be resumed and holds no checkpoint.
     """
     folder = Path(arguments.output_dir or ".")
-    left = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
+    left = _found(folder, _RUN_FILES)
     resume = arguments.resume_from_checkpoint
     checkpoint = Path(resume) if isinstance(resume, str) else None
     found = checkpoint.is_dir() if checkpoint else any(folder.glob("checkpoint-*"))
@@ -130,17 +148,18 @@ def claim_output_folder(arguments: FineTuningArguments) -> Path:
                 "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true."
             )
         if arguments.process_index == 0:
-            for path in left:
+            for path in [*left, *_found(folder, RECORD_FILES)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     _wait_for_all_ranks()
     return folder
 
 
-def _announce(trainer: LoraTrainer, data: TaskData) -> None:
+def _found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     """Say what is about to happen, before it costs anything."""
-    status = fsdp_status(trainer.model)
-    if not trainer.is_world_process_zero():
-        return
     labels = ", ".join(data.task.labels) if data.task.labels else "free text"
     print(f"Task {data.task.name}: {len(data.train)} training rows, {len(data.held_out)} held out")
     print(f"  answers: {labels}")
@@ -171,8 +190,24 @@ def _write_freely(trainer: LoraTrainer) -> list[str]:
     return texts
 
 
-def _facts(trainer: LoraTrainer, data: TaskData, trained: dict[str, float]) -> dict[str, Any]:
+def _report(folder: Path) -> None:
+    """Draw the report. The run is saved by now: what goes wrong here is said, and costs nothing."""
+    try:
+        print(f"Report: {write_report(folder)}", flush=True)
+    except Exception as error:  # whatever it is, it must not turn a saved run into a failed one
+        logger.error("The report could not be written (%s: %s).", type(error).__name__, error)
+
+
+def _facts(
+    trainer: LoraTrainer, data: TaskData, trained: dict[str, float], *, first_step: int
+) -> dict[str, Any]:
+    steps = trainer.state.global_step
+    tokens = [len(one.prompt_ids) + len(one.target_ids) for one in trainer.train_dataset]
+    # Counted here: not every version of the Trainer leaves out what a resumed run did before.
+    seen = [_examples_seen(trainer, step) for step in (first_step, steps)]
+    speed = (seen[1] - seen[0]) / max(trained["train_runtime"], 1e-9)
     facts: dict[str, Any] = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "task": data.task.name,
         "labels": list(data.task.labels or ()),
         "training_rows": len(data.train),
@@ -180,9 +215,11 @@ def _facts(trainer: LoraTrainer, data: TaskData, trained: dict[str, float]) -> d
         "rows_left_out": data.dropped,
         "rows_shortened": trainer.shortened,
         "processes": trainer.args.world_size,
-        "steps": trainer.state.global_step,
+        "steps": steps,
+        "first_step": first_step,
         "training_seconds": trained["train_runtime"],
-        "examples_per_second": trained["train_samples_per_second"],
+        "examples_per_second": speed,
+        "tokens_per_second": speed * sum(tokens) / len(tokens),
         "confusion_matrices": {
             step: matrix.to_dict(orient="split")
             for step, matrix in trainer.confusion_matrices.items()
@@ -191,6 +228,13 @@ def _facts(trainer: LoraTrainer, data: TaskData, trained: dict[str, float]) -> d
     if trainer.args.device.type == "cuda":
         facts["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
     return facts
+
+
+def _examples_seen(trainer: LoraTrainer, steps: int) -> int:
+    """Examples of the first `steps` optimizer steps; an epoch's last step may have fewer."""
+    examples, per_step = len(trainer.train_dataset), trainer.examples_per_step
+    epochs, rest = divmod(steps, -(-examples // per_step))
+    return epochs * examples + rest * per_step
 
 
 def _wait_for_all_ranks() -> None:

@@ -17,16 +17,19 @@ from lora_fsdp.evaluation.metrics import (
     predicted_labels,
 )
 from lora_fsdp.evaluation.report import (
+    MAJORITY,
+    TFIDF,
+    TUNED,
+    UNTRAINED,
     PredictionRow,
     format_metrics_table,
     format_predictions_table,
     save_confusion_matrix_png,
     write_json,
+    write_text,
 )
 from lora_fsdp.evaluation.scoring import Scores
 from lora_fsdp.tasks import ClassificationTask, Example, Task
-
-MAJORITY, TFIDF, UNTRAINED, TUNED = "majority", "TF-IDF + logistic", "untrained", "tuned"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Comparison:
     Attributes:
         metrics: metrics by system.
         primary_metric: the metric that decides.
-        predictions: one row per held-out example: row number, text, target, answers, probability.
+        predictions: one row per held-out example: row number, text, target, answers, probability,
+            the probability of every label, the baselines' answers.
         confusion: counts of true by predicted label of the tuned model; `None` for free text.
         written: what both models wrote by themselves on some held-out rows, and the answer in it.
         facts: what else is worth keeping in `metrics.json`.
@@ -59,7 +63,7 @@ class Comparison:
         if self.confusion is not None:
             contents["confusion_matrix"] = self.confusion.to_dict(orient="split")
             save_confusion_matrix_png(self.confusion, folder / "confusion_matrix.png")
-        self.predictions.to_csv(folder / "predictions.csv", index=False)
+        write_text(folder / "predictions.csv", self.predictions.to_csv(index=False))
         write_json(folder / "metrics.json", contents)
 
     def __str__(self) -> str:
@@ -113,8 +117,10 @@ def compare(
         facts: further entries of `metrics.json`.
         written: see `written_answers`.
     """
+    baselines = _baselines(task, train, held_out)
+    truth = answers_of(task, held_out)
     metrics = {
-        **_baselines(task, train, held_out),
+        **{name: task.compute_metrics(truth, answers) for name, answers in baselines.items()},
         UNTRAINED: evaluation_metrics(task, encoded, untrained),
         TUNED: evaluation_metrics(task, encoded, tuned),
     }
@@ -122,7 +128,7 @@ def compare(
         {
             "row": [example.row for example in held_out],
             "text": [example.prompt.text for example in held_out],
-            "target": _answers_of(task, held_out),
+            "target": truth,
             # As objects, where no answer stays None and does not become NaN.
             "base": pd.Series(_answers(task, held_out, untrained), dtype=object),
             "tuned": pd.Series(_answers(task, held_out, tuned), dtype=object),
@@ -132,9 +138,11 @@ def compare(
     confusion = None
     if isinstance(task, ClassificationTask):
         confusion = confusion_matrix(task, encoded, tuned)
-        by_label = tuned.probabilities
-        for column, label in enumerate(task.labels or ()):
-            predictions[f"probability/{label}"] = by_label[:, column].tolist()
+        names = [f"probability/{label}" for label in task.labels or ()]
+        by_label = pd.DataFrame(tuned.probabilities.numpy(), columns=names)
+        predictions = pd.concat([predictions, by_label.astype(float)], axis=1)
+    for name, answers in baselines.items():
+        predictions[f"baseline/{name}"] = answers
     return Comparison(metrics, task.primary_metric, predictions, confusion, written, facts)
 
 
@@ -162,19 +170,20 @@ def format_written(entry: Mapping[str, Any]) -> str:
 
 def _baselines(
     task: Task, train: Sequence[Example], held_out: Sequence[Example]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, list[str]]:
+    """The baselines' answers to the held-out examples."""
     if task.labels is None:
         return {}
-    train_labels, truth = _answers_of(task, train), _answers_of(task, held_out)
+    train_labels = answers_of(task, train)
     texts = [example.prompt.text for example in train]
     tested = [example.prompt.text for example in held_out]
     return {
-        MAJORITY: task.compute_metrics(truth, majority_baseline(train_labels, len(truth))),
-        TFIDF: task.compute_metrics(truth, tfidf_baseline(texts, train_labels, tested)),
+        MAJORITY: majority_baseline(train_labels, len(tested)),
+        TFIDF: tfidf_baseline(texts, train_labels, tested),
     }
 
 
-def _answers_of(task: Task, examples: Sequence[Example]) -> list[str]:
+def answers_of(task: Task, examples: Sequence[Example]) -> list[str]:
     """The right answers: labels of a closed set, or the target text."""
     by_target = {task.target_of(label): label for label in task.labels or ()}
     return [

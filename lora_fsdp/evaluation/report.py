@@ -17,7 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+# The systems of a comparison, as they are called in `metrics.json` and tables.
+MAJORITY, TFIDF, UNTRAINED, TUNED = "majority", "TF-IDF + logistic", "untrained", "tuned"
+# The log of a run, a line an entry.
+LOG_FILE = "log_history.jsonl"
+
 _NOTHING = "—"
+_MOST_LABELS_WITH_COUNTS = 25
+_LONGEST_NAME_IN_PICTURE = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +90,8 @@ def format_predictions_table(rows: Sequence[PredictionRow], *, width: int = 100)
 def save_confusion_matrix_png(matrix: pd.DataFrame, path: str | Path) -> None:
     """Draws a confusion matrix: counts in the cells, coloured by their share of the row.
 
+    With more than 25 labels the cells are too small for counts, and long names are cut.
+
     Args:
         matrix: counts [true labels, predicted labels], as `ClassificationTask.confusion_matrix`
             returns them.
@@ -95,19 +104,34 @@ def save_confusion_matrix_png(matrix: pd.DataFrame, path: str | Path) -> None:
     totals = counts.sum(axis=1, keepdims=True)
     shares = counts / np.maximum(totals, 1)
     height, width = counts.shape
-    figure = Figure(figsize=(3.0 + 0.6 * width, 2.5 + 0.5 * height), layout="constrained")
+    many = width > _MOST_LABELS_WITH_COUNTS
+    size, font = ((0.18, 0.18), 6) if many else ((0.6, 0.5), 10)
+    names = [[_cut(str(name)) for name in axis] for axis in (matrix.columns, matrix.index)]
+    figure = Figure(figsize=(3 + size[0] * width, 2.5 + size[1] * height), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
     # Without parse_math a label such as "$" would be taken for a formula.
-    axes.set_xticks(range(width), matrix.columns, rotation=45, ha="right", parse_math=False)
-    axes.set_yticks(range(height), matrix.index, parse_math=False)
+    text: dict[str, Any] = {"parse_math": False, "fontsize": font}
+    axes.set_xticks(
+        range(width),
+        names[0],
+        rotation=90 if many else 45,
+        ha="center" if many else "right",
+        **text,
+    )
+    axes.set_yticks(range(height), names[1], **text)
     axes.set_xlabel("predicted label")
     axes.set_ylabel("true label")
-    for row, column in np.ndindex(height, width):
+    for row, column in () if many else np.ndindex(height, width):
         ink = "white" if shares[row, column] > 0.6 else "black"
         axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=ink)
     figure.colorbar(image, ax=axes, label="share of the true label's rows")
     figure.savefig(path, format="png", dpi=120)
+
+
+def _cut(name: str) -> str:
+    longest = _LONGEST_NAME_IN_PICTURE
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
 def write_json(path: str | Path, data: object) -> None:
@@ -118,7 +142,11 @@ def write_json(path: str | Path, data: object) -> None:
     Raises:
         TypeError: something in `data` has no JSON form; `path` is left as it was.
     """
-    text = json.dumps(data, indent=2, ensure_ascii=False, default=_as_json) + "\n"
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=_as_json) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes `text` as UTF-8, all or nothing: to a file beside `path`, which then replaces it."""
     target = Path(path)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

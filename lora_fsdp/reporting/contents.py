@@ -1,0 +1,160 @@
+"""Everything a report shows, as one JSON-ready dictionary; the pages only lay it out."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from lora_fsdp.reporting.answers import free_text_section, labels_section, written_section
+from lora_fsdp.reporting.intervals import CONFIDENCE, DRAWS
+from lora_fsdp.reporting.progress import curves, not_finite, plan_against_measured, progress
+from lora_fsdp.reporting.run_files import (
+    DATA_HEALTH_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    RECORD_FILE,
+    RunFiles,
+    label_columns,
+)
+from lora_fsdp.reporting.scores import score_table
+from lora_fsdp.reporting.texts import one_line, setting_text
+from lora_fsdp.reporting.usage import base_of, usage
+
+# What the page shows of these files; the keys are those of `data_health` and `FsdpStatus`.
+_HEALTH_PARTS: dict[str, tuple[str, ...]] = {
+    "exact_duplicates": ("groups", "rows", "largest"),
+    "near_duplicates": ("groups", "rows", "largest"),
+    "contradictions": ("groups", "rows", "first"),
+    "leaks": ("exact", "near"),
+    "shortened": ("count", "rows"),
+    "tokens": (),
+    "balance": (),
+    "suspected_training_labels": (),
+}
+_FSDP_PARTS = ("ranks", "groups", "base_parameters", "base_dtype", "adapter_dtype", "settings")
+
+
+def report_contents(run: RunFiles) -> dict[str, Any]:
+    """Every figure of the report on `run`.
+
+    Raises:
+        DamagedRunError: a file does not have the form that a run gives it.
+    """
+    log_file = "the log" if run.log is None else run.log.file
+    found = run.part(log_file, curves)
+    contents = {
+        "run": run.folder.name,
+        "folder": str(run.folder),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": run.finished,
+        "missing": _missing(run),
+        "statistics": {"confidence": CONFIDENCE, "draws": DRAWS},
+        "asked": run.part(RECORD_FILE, _asked),
+        "scores": run.part(METRICS_FILE, score_table),
+        "curves": found,
+        "not_finite": not_finite(found),
+        "answers": None,
+        "free_text": None,
+        "free_writing": run.part(METRICS_FILE, written_section),
+        "health": run.part(DATA_HEALTH_FILE, _health),
+        "progress": run.part(METRICS_FILE, progress),
+        "plan": run.part(METRICS_FILE, plan_against_measured),
+        "fsdp": run.part(RECORD_FILE, _fsdp),
+        "usage": run.part(RECORD_FILE, usage),
+    }
+    predictions = run.predictions
+    if predictions is not None and len(predictions):
+        if label_columns(predictions):
+            contents["answers"] = run.part(PREDICTIONS_FILE, lambda _: labels_section(predictions))
+        else:
+            contents["free_text"] = run.part(
+                PREDICTIONS_FILE, lambda _: free_text_section(predictions)
+            )
+    return contents
+
+
+def _health(run: RunFiles) -> dict[str, Any] | None:
+    if run.health is None:
+        return None
+    parts = {part: run.health[part] for part in _HEALTH_PARTS}
+    for part, keys in _HEALTH_PARTS.items():
+        parts[part] = {key: parts[part][key] for key in keys} if keys else parts[part]
+    return parts
+
+
+def _fsdp(run: RunFiles) -> dict[str, Any] | None:
+    status = (run.record or {}).get("fsdp")
+    if status is None:
+        return None
+    return {key: status[key] for key in _FSDP_PARTS}
+
+
+def _missing(run: RunFiles) -> list[str]:
+    """What is not in the folder, and what the report therefore lacks."""
+    lacks = {
+        f"{RECORD_FILE}: the settings, versions and FSDP status": run.record,
+        f"{DATA_HEALTH_FILE}: the data health": run.health,
+        "log_history.jsonl or a checkpoint: the curves": run.log,
+        f"{METRICS_FILE}: the scores; a run writes it last": run.metrics,
+        f"{PREDICTIONS_FILE}: the answers row by row": run.predictions,
+        "adapter_config.json: the adapter": run.adapter,
+    }
+    return [what for what, part in lacks.items() if part is None]
+
+
+def _asked(run: RunFiles) -> dict[str, Any]:
+    """What was asked, with which model and versions; where unknown, `None`."""
+    record = run.record or {}
+    metrics = run.metrics or {}
+    data = (record.get("arguments") or {}).get("data") or {}
+    changed = record.get("not_default") or {}
+    options = (run.task or {}).get("options") or {}
+    environment = record.get("environment")
+    return {
+        "started": record.get("started"),
+        "finished": metrics.get("finished"),
+        "task": record.get("task") or metrics.get("task") or (run.task or {}).get("task"),
+        "instruction": one_line(options.get("instruction") or "", limit=400) or None,
+        "labels": run.labels,
+        "base": base_of(run) or None,
+        "adapter": _adapter(run),
+        "data_file": data.get("data_file"),
+        "eval_file": data.get("eval_file"),
+        "training_rows": record.get("training_rows", metrics.get("training_rows")),
+        "held_out_rows": record.get("held_out_rows", metrics.get("held_out_rows")),
+        "rows_left_out": record.get("rows_left_out", metrics.get("rows_left_out")),
+        "device": record.get("device"),
+        "settings": {
+            group: {name: setting_text(value) for name, value in changed.get(group, {}).items()}
+            for group in ("model", "adapter", "data", "training")
+        },
+        "versions": environment and _versions(environment),
+        "devices": environment and environment["devices"],
+        "platform": environment and environment["platform"],
+    }
+
+
+def _adapter(run: RunFiles) -> str | None:
+    """Rank, scale, dropout and places of the adapter, in a line."""
+    if run.adapter is not None:
+        names = ("r", "lora_alpha", "lora_dropout", "target_modules")
+        rank, alpha, dropout, targets = (run.adapter[name] for name in names)
+    elif "adapter" in ((run.record or {}).get("arguments") or {}):
+        asked = run.record["arguments"]["adapter"]  # type: ignore[index]
+        names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        rank, alpha, dropout, targets = (asked[name] for name in names)
+    else:
+        return None
+    places = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    return one_line(f"LoRA, r {rank}, alpha {alpha}, dropout {dropout:g}, on {places}")
+
+
+def _versions(environment: dict[str, Any]) -> dict[str, str]:
+    commit = environment.get("lora_fsdp_commit")
+    versions = {
+        "lora_fsdp": environment["lora_fsdp"] + (f" (commit {commit})" if commit else ""),
+        "python": environment["python"],
+        "CUDA": environment["cuda"] or "none",
+        **{name: version or "none" for name, version in environment["packages"].items()},
+    }
+    return {name: str(version) for name, version in versions.items()}

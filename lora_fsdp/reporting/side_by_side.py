@@ -1,0 +1,202 @@
+"""Several runs side by side: what was set differently, what came out, whether that is chance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_fsdp.errors import ArgumentError
+from lora_fsdp.evaluation.report import TUNED
+from lora_fsdp.reporting.figures import Picture, curve_picture
+from lora_fsdp.reporting.intervals import (
+    CONFIDENCE,
+    DRAWS,
+    PairedBootstrap,
+    mcnemar_p_value,
+)
+from lora_fsdp.reporting.progress import curves, progress
+from lora_fsdp.reporting.rendering import write_page
+from lora_fsdp.reporting.run_files import (
+    METRICS_FILE,
+    RECORD_FILE,
+    RunFiles,
+    label_columns,
+    read_run,
+)
+from lora_fsdp.reporting.scores import score_table
+from lora_fsdp.reporting.texts import setting_text
+
+# Where a run is written says nothing about how it was made.
+_NO_SETTINGS = {
+    "output_dir",
+    "logging_dir",
+    "do_eval",  # follows from eval_strategy
+    "run_name",
+    "overwrite_output_dir",
+    "resume_from_checkpoint",
+}
+_CURVES = {
+    "loss": "training loss per label token",
+    "eval_loss": "held-out loss per label token",
+    "eval_accuracy": "held-out accuracy",
+    "eval_macro_f1": "held-out macro-F1",
+    "eval_exact_match": "held-out exact match",
+    "learning_rate": "learning rate",
+}
+_SAME_ROWS = ["row", "text", "target"]
+
+
+def write_comparison(run_folders: Sequence[str | Path], output: str | Path) -> Path:
+    """Write a page that sets runs side by side, the same as JSON, and its pictures.
+
+    Args:
+        run_folders: two or more folders of runs; the others are compared with the first.
+        output: the HTML file to write, or a folder, in which it is then `comparison.html`.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        ArgumentError: fewer than two runs, or one named twice.
+        RunNotFoundError, DamagedRunError: as in `write_report`.
+    """
+    folders = [Path(folder).resolve() for folder in run_folders]
+    if len(folders) < 2 or len(set(folders)) < len(folders):
+        raise ArgumentError(
+            f"A comparison takes two or more different runs, not {[str(f) for f in run_folders]}."
+        )
+    page = Path(output).absolute()
+    if page.suffix.lower() != ".html":
+        page = page / "comparison.html"
+    runs = dict(zip(_names(folders), map(read_run, folders), strict=True))
+    contents = _contents(runs)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_page(page, "comparison.html.jinja", contents, _pictures(contents))
+    return page
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of their parents' as tell them apart."""
+    for parts in range(1, max(len(folder.parts) for folder in folders)):
+        names = ["/".join(folder.parts[-parts:]) for folder in folders]
+        if max(Counter(names).values()) == 1:
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _contents(runs: dict[str, RunFiles]) -> dict[str, Any]:
+    scores = {name: run.part(METRICS_FILE, score_table) for name, run in runs.items()}
+    metrics = dict.fromkeys(
+        metric for table in scores.values() if table for metric in table["metrics"]
+    )
+    names = list(runs)
+    return {
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "statistics": {"confidence": CONFIDENCE, "draws": DRAWS},
+        "names": names,
+        "metrics": list(metrics),
+        "runs": {
+            name: {
+                "folder": str(run.folder),
+                "finished": run.finished,
+                **{key: (scores[name] or {}).get(key) for key in ("rows", "primary_metric")},
+                "scores": _tuned_scores(scores[name]),
+                "progress": run.part(METRICS_FILE, progress),
+                "curves": run.part("the log" if run.log is None else run.log.file, curves),
+            }
+            for name, run in runs.items()
+        },
+        "settings": _settings(runs),
+        "against_first": {
+            name: _paired(runs[names[0]], runs[name], list(metrics)) for name in names[1:]
+        },
+    }
+
+
+def _tuned_scores(table: dict[str, Any] | None) -> dict[str, Any]:
+    if table is None:
+        return {}
+    found: dict[str, Any] = next(
+        line["scores"] for line in table["systems"] if line["system"] == TUNED
+    )
+    return found
+
+
+def _settings(runs: dict[str, RunFiles]) -> list[dict[str, Any]]:
+    """What differs between the runs, a line each; `None` where a run does not record it."""
+    flat = [run.part(RECORD_FILE, _flat_settings) for run in runs.values()]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    lines = []
+    for group, name in keys:
+        values = [settings.get((group, name)) for settings in flat]
+        if len(set(values)) > 1:
+            lines.append({"group": group, "name": name, "values": values})
+    return lines
+
+
+def _flat_settings(run: RunFiles) -> dict[tuple[str, str], str]:
+    record = run.record or {}
+    groups = dict(record.get("arguments") or {"training": run.arguments or {}})
+    environment = record.get("environment")
+    if environment is not None:
+        own = ("lora_fsdp", "lora_fsdp_commit", "python", "cuda", "devices")
+        groups["versions"] = {**environment["packages"], **{key: environment[key] for key in own}}
+    groups["launch"] = {key: record[key] for key in ("processes", "device") if key in record}
+    return {
+        (group, name): setting_text(value)
+        for group, settings in groups.items()
+        for name, value in settings.items()
+        if name not in _NO_SETTINGS
+    }
+
+
+def _paired(first: RunFiles, other: RunFiles, metrics: Sequence[str]) -> dict[str, Any]:
+    """The tuned models of two runs on the same held-out rows, `other` minus `first`."""
+    mine, theirs = first.predictions, other.predictions
+    if mine is None or theirs is None or mine.empty:
+        return {"same_rows": False, "why": "the answers of one of them are not there"}
+    mine, theirs = (table.sort_values("row", ignore_index=True) for table in (mine, theirs))
+    if not mine[_SAME_ROWS].equals(theirs[_SAME_ROWS]):
+        return {"same_rows": False, "why": "they were not scored on the same held-out rows"}
+    labels = list(dict.fromkeys([*label_columns(mine), *label_columns(theirs)]))
+    bootstrap = PairedBootstrap(
+        mine["target"].tolist(),
+        {"first": mine["tuned"].tolist(), "other": theirs["tuned"].tolist()},
+        labels=labels,
+    )
+    resampled = {"accuracy": "accuracy", "exact_match": "accuracy"}
+    if labels:
+        resampled["macro_f1"] = "macro_f1"
+    right: list[np.ndarray] = [
+        (table["tuned"] == table["target"]).to_numpy() for table in (mine, theirs)
+    ]
+    return {
+        "same_rows": True,
+        "rows": len(mine),
+        "differences": {
+            metric: asdict(bootstrap.difference("other", "first", resampled[metric]))
+            for metric in metrics
+            if metric in resampled
+        },
+        "only_first_right": int((right[0] & ~right[1]).sum()),
+        "only_other_right": int((right[1] & ~right[0]).sum()),
+        "mcnemar_p_value": mcnemar_p_value(*right),
+    }
+
+
+def _pictures(contents: dict[str, Any]) -> list[Picture]:
+    pictures = []
+    for key, title in _CURVES.items():
+        # Of every run, so that each has the same colour in every picture.
+        drawn = {name: run["curves"].get(key, []) for name, run in contents["runs"].items()}
+        if any(drawn.values()):
+            values = [value for points in drawn.values() for _, value in points]
+            logarithmic = key.endswith("loss") and all(value > 0 for value in values)
+            pictures.append(curve_picture(key, title, drawn, logarithmic=logarithmic))
+    return pictures
