@@ -34,6 +34,7 @@ OF_OTHERS = {
     "--local-dir",  # hf download
     "--no-deps",  # pip
     "--strict",  # mkdocs
+    *("--arms", "--examples", "--model"),  # benchmarks.throughput
     "--help",
 }
 
