@@ -31,6 +31,7 @@ _RUN_FILES = (
     "confusion_matrix.png",
     "metrics.json",
     "predictions.csv",
+    "proof.json",
     "task.json",
     "training_args.json",
 )
@@ -73,7 +74,7 @@ def finetune(
         processing_class=load_tokenizer(model_args),
         train_dataset=data.train,
         eval_dataset=data.held_out,
-        peft_config=lora_config(lora_args),
+        peft_config=lora_config(lora_args, revision=model_args.model_revision),
         max_length=data_args.max_length,
         chat_template=data_args.chat_template,
     )

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from lora_fsdp.errors import (
     ArgumentError,
+    ControlTokenError,
     EmptyTextError,
     LabelCollisionError,
     RowTooLongError,
     UnknownLabelError,
 )
 from lora_fsdp.tasks import Example, Prompt, Task
+
+# Stands in for a text or an answer to find where it comes to stand in a chat template.
+_MARKER = "qjxtextqjx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,12 @@ class Encoder:
     training sees exactly the prompt tokens that prediction will see, and the label mask cannot be
     off by a merge. The target is tokenised as the continuation of the prompt's last part, which
     matters for tokenizers that mark the start of a text.
+
+    A text cannot forge the control tokens that end a text or a turn: whatever `Prompt.text` or a
+    target spells (`</s>`, `<|im_end|>`) is tokenised as the letters it is. Control tokens are the
+    tokenizer's special tokens and the added ones that its chat template writes. Those in
+    `Prompt.before` and `Prompt.after`, which the task's author wrote, and those of the chat
+    template keep their meaning.
 
     Args:
         tokenizer: a fast or slow tokenizer with an end token.
@@ -78,6 +89,7 @@ class Encoder:
         self.chat_template = chat_template
         self._continuation_ids = lru_cache(maxsize=4096)(self._tokenize_continuation)
         self._candidates = lru_cache(maxsize=256)(self._encode_candidates)
+        self._frame_controls = lru_cache(maxsize=4096)(self._count_frame_controls)
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Token ids of all `examples`, in order.
@@ -89,10 +101,10 @@ class Encoder:
         """
         if not examples:
             return []
-        texts = [self.render(example.prompt) for example in examples]
-        prompts = self._tokenize(texts)
+        prompts = self._tokenize([self.render(example.prompt) for example in examples])
         return [
-            self._encode_one(example, ids) for example, ids in zip(examples, prompts, strict=True)
+            self._encode_one(example, self._without_forged(example, ids))
+            for example, ids in zip(examples, prompts, strict=True)
         ]
 
     def render(self, prompt: Prompt) -> str:
@@ -129,7 +141,8 @@ class Encoder:
 
         def ids_with(characters: int) -> list[int]:
             text = prompt.text[:characters].rstrip()
-            return self._tokenize([self.render(Prompt(prompt.before, text, prompt.after))])[0]
+            shorter = replace(example, prompt=Prompt(prompt.before, text, prompt.after))
+            return self._without_forged(shorter, self._tokenize([self.render(shorter.prompt)])[0])
 
         fits, too_long = 0, len(prompt.text)
         while too_long - fits > 1:
@@ -163,8 +176,8 @@ class Encoder:
 
     def _tokenize_continuation(self, after: str, target: str) -> tuple[int, ...]:
         if self.chat_template:  # the template ends a turn; the answer starts a new one
-            return tuple(self._bare([target.strip()])[0])
-        anchor, joined, alone = self._bare([after, after + target, target])
+            return tuple(self._bare([target.strip()], as_text=True)[0])
+        anchor, joined, alone = self._bare([after, after + target, target], as_text=True)
         if joined[: len(anchor)] == anchor:
             return tuple(joined[len(anchor) :])
         return tuple(alone)
@@ -172,11 +185,50 @@ class Encoder:
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return [[*self._leading_ids, *ids] for ids in self._bare(texts)]
 
-    def _bare(self, texts: Sequence[str]) -> list[list[int]]:
+    def _bare(self, texts: Sequence[str], *, as_text: bool = False) -> list[list[int]]:
+        """Ids of the texts alone; with `as_text`, special tokens in them are letters like any."""
         encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            verbose=False,
+            split_special_tokens=as_text,
         )
         return [list(ids) for ids in encoded["input_ids"]]
+
+    # ---- control tokens in a text ---------------------------------------------------------------
+
+    def _without_forged(self, example: Example, ids: list[int]) -> list[int]:
+        """`ids`, or other ids of the same prompt if its text has forged a control token.
+
+        Ids are counted rather than strings searched, because that needs to know nothing of how the
+        tokenizer finds its added tokens. What holds no forged token, nearly everything, is left
+        exactly as the tokenizer has it.
+        """
+        prompt = example.prompt
+        allowed = self._frame_controls(prompt.before, prompt.after)
+        if self._count_controls(ids) == allowed:
+            return ids
+        before, after = self._frame(prompt.before, prompt.after)
+        # Between control tokens a tokenizer starts afresh, so the parts may be tokenised apart.
+        head = max((match.end() for match in self._controls.finditer(before)), default=0)
+        tail = min((match.start() for match in self._controls.finditer(after)), default=len(after))
+        middle = before[head:] + prompt.text + after[:tail]
+        # Added tokens that are not special are broken up by hand, after their first letter.
+        pieces = self._plain_controls.split(middle) if self._plain_controls else [middle]
+        rebuilt = [
+            *self._leading_ids,
+            *(token for piece in self._bare([before[:head]]) for token in piece),
+            *(token for piece in self._bare(pieces, as_text=True) for token in piece),
+            *(token for piece in self._bare([after[tail:]]) for token in piece),
+        ]
+        if self._count_controls(rebuilt) != allowed:
+            raise ControlTokenError(
+                f"Row {example.row}: the text spells a control token of the tokenizer "
+                f"{self.tokenizer.name_or_path!r}, which cannot take it as ordinary text: remove "
+                "it from the text."
+            )
+        return rebuilt
 
     @cached_property
     def _leading_ids(self) -> list[int]:
@@ -187,14 +239,75 @@ class Encoder:
         bare = self._bare(["a"])[0]
         return list(probe[: probe.index(bare[0])])
 
+    def _frame(self, before: str, after: str) -> tuple[str, str]:
+        """What stands before and after the text in the prompt as the model sees it."""
+        if not self.chat_template:
+            return before, after
+        rendered = self.render(Prompt(before, _MARKER, after))
+        head, _, tail = rendered.partition(_MARKER)
+        return head, tail
+
+    def _count_frame_controls(self, before: str, after: str) -> int:
+        """Control tokens that a prompt has without its text."""
+        frame = [self._leading_ids, *self._bare(self._frame(before, after))]
+        return sum(map(self._count_controls, frame))
+
+    def _count_controls(self, ids: Sequence[int]) -> int:
+        return sum(token in self._control_ids for token in ids)
+
+    @cached_property
+    def _control_tokens(self) -> dict[int, AddedToken]:
+        """The special tokens, and the added ones that the chat template writes.
+
+        The definition is that of transformers' `apply_chat_template(sanitize_control_tokens=True)`.
+        Blanks are no control tokens, and neither is the one for unknown pieces, which any text may
+        give.
+        """
+        template = str(self.tokenizer.chat_template or "") if self.chat_template else ""
+        return {
+            index: token
+            for index, token in self.tokenizer.added_tokens_decoder.items()
+            if index != self.tokenizer.unk_token_id
+            and token.content.strip()
+            and (token.special or (len(token.content) > 1 and token.content in template))
+        }
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self._control_tokens)
+
+    @cached_property
+    def _controls(self) -> re.Pattern[str]:
+        """Any control token."""
+        return _any_of([token.content for token in self._control_tokens.values()])
+
+    @cached_property
+    def _plain_controls(self) -> re.Pattern[str] | None:
+        """The place behind the first letter of a control token that is not special."""
+        plain = [token.content for token in self._control_tokens.values() if not token.special]
+        if not plain:
+            return None
+        places = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in plain)
+        return re.compile("|".join(places))
+
     @cached_property
     def end_token_id(self) -> int:
         """The token that ends an answer: the chat template's end of turn, else the end of text."""
-        if not self.chat_template:
-            return int(self.tokenizer.eos_token_id)
-        marker = "answer"
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-        rendered = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-        tail = self._bare([rendered.rpartition(marker)[2]])[0]
-        known = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        return next((token for token in tail if token in known), int(self.tokenizer.eos_token_id))
+        return end_of_answer(self.tokenizer, chat_template=self.chat_template)
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> int:
+    """The token that ends an answer: the chat template's end of turn, else the end of text."""
+    if not chat_template or not tokenizer.chat_template:
+        return int(tokenizer.eos_token_id)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARKER}]
+    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    tail = tokenizer(rendered.rpartition(_MARKER)[2], add_special_tokens=False)["input_ids"]
+    known = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((token for token in tail if token in known), int(tokenizer.eos_token_id))
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of the texts, the longest first; nothing if there are none."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from lora_fsdp.errors import (
     UnsupportedModelError,
 )
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 #: Attention that takes the 4-D mask of packed rows.
 _MASKED_ATTENTION = ("sdpa", "eager")
 
@@ -30,9 +33,9 @@ def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
     never by token id.
     """
     name = _existing_model(arguments)
-    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in _TOKENIZER_FILES):
+    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in TOKENIZER_FILES):
         raise TokenizerNotFoundError(
-            f"The model folder {name} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}): "
+            f"The model folder {name} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}): "
             "copy the tokenizer's files of the same model into it."
         )
     try:
@@ -60,6 +63,10 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
     name = _existing_model(arguments)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelNotFoundError(f"The folder {name} holds no model (config.json is missing).")
+    if arguments.trust_remote_code:
+        logger.warning(
+            "trust_remote_code is on: Python code that comes with %s may run on this machine.", name
+        )
     attention = arguments.attn_implementation
     model: PreTrainedModel
     loaded: dict[str, Any]
@@ -70,6 +77,7 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
             dtype=resolve_dtype(arguments.dtype, device=device),
             attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=arguments.trust_remote_code,
+            weights_only=True,  # should the weights be a pickle: nothing in it is run
             output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
