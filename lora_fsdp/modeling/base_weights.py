@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -44,7 +42,10 @@ class StoredTensor:
 
 
 class BaseWeights:
-    """The safetensors files of a model folder, open for reading; a context manager.
+    """The safetensors files of a model folder.
+
+    One file is open at a time: what was read of it stays mapped until the next one is, so that no
+    more than a file's pages count as memory in use.
 
     Attributes:
         folder: the model's folder.
@@ -59,53 +60,43 @@ class BaseWeights:
             UnsafeFileError: the index names a file outside the folder.
         """
         self.folder = folder
-        self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
         self.tensors: dict[str, StoredTensor] = {}
+        self._open_name = ""
+        self._open_file: Any = None
         try:
             listed = _listed_tensors(folder)
             for file in sorted(set(listed.values())) or [WEIGHTS_FILE]:
-                self._open(file, listed)
+                self._read_header(file, listed)
         except AdapterVerificationError as error:
-            self._stack.close()
             raise ModelNotFoundError(f"The base model is incomplete: {error}") from error
-        except UnsafeFileError:
-            self._stack.close()
-            raise
         if missing := sorted(listed.keys() - self.tensors.keys()):
-            self._stack.close()
             raise ModelNotFoundError(
                 f"{folder} lacks {len(missing)} of the tensors that its {INDEX_FILE} names (for "
                 f"example {missing[0]})."
             )
 
-    def _open(self, file: str, listed: Mapping[str, str]) -> None:
-        opened = self._stack.enter_context(open_safetensors(self.folder, file))
-        self._files[file] = opened
+    def _read_header(self, file: str, listed: Mapping[str, str]) -> None:
+        opened = self._file(file)
         for name in opened.keys():  # noqa: SIM118 (not a mapping)
             if listed and listed.get(name) != file:
                 continue
             part = opened.get_slice(name)
             self.tensors[name] = StoredTensor(tuple(part.get_shape()), part.get_dtype(), file)
 
+    def _file(self, name: str) -> Any:
+        if name != self._open_name:
+            self._open_file = None
+            self._open_file = open_safetensors(self.folder, name)
+            self._open_name = name
+        return self._open_file
+
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
-        return self._files[self.tensors[name].file].get_tensor(name)
+        return self._file(self.tensors[name].file).get_tensor(name)
 
     def reader(self, name: str) -> Callable[[tuple[slice, ...]], torch.Tensor]:
         """Reads parts of a tensor."""
-        return self._files[self.tensors[name].file].get_slice(name).__getitem__
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
+        return self._file(self.tensors[name].file).get_slice(name).__getitem__
 
 
 def _listed_tensors(folder: Path) -> dict[str, str]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +66,8 @@ def read_json_object(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-@contextmanager
-def open_safetensors(folder: Path, name: str) -> Iterator[Any]:
-    """The tensors of a file of `folder`, mapped and not read; to be used in a `with`.
+def open_safetensors(folder: Path, name: str) -> Any:
+    """A safetensors file of `folder`, its tensors mapped and not read; to be used in a `with`.
 
     Raises:
         AdapterVerificationError: it is missing or damaged.
@@ -80,11 +77,8 @@ def open_safetensors(folder: Path, name: str) -> Iterator[Any]:
     if not file.is_file():
         raise AdapterVerificationError(f"{folder} holds no {name}.")
     try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
+        return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
-        if isinstance(error, AdapterVerificationError | UnsafeFileError):
-            raise
         raise AdapterVerificationError(f"{file} is damaged: {error}") from error
 
 
