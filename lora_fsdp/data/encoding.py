@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from transformers import AddedToken, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from lora_fsdp.data.control_tokens import ControlTokens, tokenize, tokenize_as_text
 from lora_fsdp.errors import (
     ArgumentError,
     ControlTokenError,
@@ -176,8 +176,9 @@ class Encoder:
 
     def _tokenize_continuation(self, after: str, target: str) -> tuple[int, ...]:
         if self.chat_template:  # the template ends a turn; the answer starts a new one
-            return tuple(self._bare([target.strip()], as_text=True)[0])
-        anchor, joined, alone = self._bare([after, after + target, target], as_text=True)
+            return tuple(tokenize_as_text(self.tokenizer, [target.strip()])[0])
+        texts = [after, after + target, target]
+        anchor, joined, alone = tokenize_as_text(self.tokenizer, texts)
         if joined[: len(anchor)] == anchor:
             return tuple(joined[len(anchor) :])
         return tuple(alone)
@@ -185,50 +186,8 @@ class Encoder:
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return [[*self._leading_ids, *ids] for ids in self._bare(texts)]
 
-    def _bare(self, texts: Sequence[str], *, as_text: bool = False) -> list[list[int]]:
-        """Ids of the texts alone; with `as_text`, special tokens in them are letters like any."""
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
-            split_special_tokens=as_text,
-        )
-        return [list(ids) for ids in encoded["input_ids"]]
-
-    # ---- control tokens in a text ---------------------------------------------------------------
-
-    def _without_forged(self, example: Example, ids: list[int]) -> list[int]:
-        """`ids`, or other ids of the same prompt if its text has forged a control token.
-
-        Ids are counted rather than strings searched, because that needs to know nothing of how the
-        tokenizer finds its added tokens. What holds no forged token, nearly everything, is left
-        exactly as the tokenizer has it.
-        """
-        prompt = example.prompt
-        allowed = self._frame_controls(prompt.before, prompt.after)
-        if self._count_controls(ids) == allowed:
-            return ids
-        before, after = self._frame(prompt.before, prompt.after)
-        # Between control tokens a tokenizer starts afresh, so the parts may be tokenised apart.
-        head = max((match.end() for match in self._controls.finditer(before)), default=0)
-        tail = min((match.start() for match in self._controls.finditer(after)), default=len(after))
-        middle = before[head:] + prompt.text + after[:tail]
-        # Added tokens that are not special are broken up by hand, after their first letter.
-        pieces = self._plain_controls.split(middle) if self._plain_controls else [middle]
-        rebuilt = [
-            *self._leading_ids,
-            *(token for piece in self._bare([before[:head]]) for token in piece),
-            *(token for piece in self._bare(pieces, as_text=True) for token in piece),
-            *(token for piece in self._bare([after[tail:]]) for token in piece),
-        ]
-        if self._count_controls(rebuilt) != allowed:
-            raise ControlTokenError(
-                f"Row {example.row}: the text spells a control token of the tokenizer "
-                f"{self.tokenizer.name_or_path!r}, which cannot take it as ordinary text: remove "
-                "it from the text."
-            )
-        return rebuilt
+    def _bare(self, texts: Sequence[str]) -> list[list[int]]:
+        return tokenize(self.tokenizer, texts)
 
     @cached_property
     def _leading_ids(self) -> list[int]:
@@ -239,56 +198,44 @@ class Encoder:
         bare = self._bare(["a"])[0]
         return list(probe[: probe.index(bare[0])])
 
+    # ---- texts that forge control tokens --------------------------------------------------------
+
+    def _without_forged(self, example: Example, ids: list[int]) -> list[int]:
+        """`ids`, or other ids of the same prompt if its text has forged a control token.
+
+        Ids are counted rather than strings searched, because that needs to know nothing of how the
+        tokenizer finds its added tokens. What holds no forged token, nearly everything, is left
+        exactly as the tokenizer has it.
+        """
+        prompt = example.prompt
+        allowed = self._frame_controls(prompt.before, prompt.after)
+        if self._controls.count(ids) == allowed + self._controls.count(self._leading_ids):
+            return ids
+        before, after = self._frame(prompt.before, prompt.after)
+        rebuilt = self._controls.text_between(before, prompt.text, after, allowed=allowed)
+        if rebuilt is None:
+            raise ControlTokenError(
+                f"Row {example.row}: the text spells a control token of the tokenizer "
+                f"{self.tokenizer.name_or_path!r}, which cannot take it as ordinary text: remove "
+                "it from the text."
+            )
+        return [*self._leading_ids, *rebuilt]
+
+    @cached_property
+    def _controls(self) -> ControlTokens:
+        template = str(self.tokenizer.chat_template) if self.chat_template else ""
+        return ControlTokens(self.tokenizer, template=template)
+
     def _frame(self, before: str, after: str) -> tuple[str, str]:
         """What stands before and after the text in the prompt as the model sees it."""
         if not self.chat_template:
             return before, after
-        rendered = self.render(Prompt(before, _MARKER, after))
-        head, _, tail = rendered.partition(_MARKER)
+        head, _, tail = self.render(Prompt(before, _MARKER, after)).partition(_MARKER)
         return head, tail
 
     def _count_frame_controls(self, before: str, after: str) -> int:
         """Control tokens that a prompt has without its text."""
-        frame = [self._leading_ids, *self._bare(self._frame(before, after))]
-        return sum(map(self._count_controls, frame))
-
-    def _count_controls(self, ids: Sequence[int]) -> int:
-        return sum(token in self._control_ids for token in ids)
-
-    @cached_property
-    def _control_tokens(self) -> dict[int, AddedToken]:
-        """The special tokens, and the added ones that the chat template writes.
-
-        The definition is that of transformers' `apply_chat_template(sanitize_control_tokens=True)`.
-        Blanks are no control tokens, and neither is the one for unknown pieces, which any text may
-        give.
-        """
-        template = str(self.tokenizer.chat_template or "") if self.chat_template else ""
-        return {
-            index: token
-            for index, token in self.tokenizer.added_tokens_decoder.items()
-            if index != self.tokenizer.unk_token_id
-            and token.content.strip()
-            and (token.special or (len(token.content) > 1 and token.content in template))
-        }
-
-    @cached_property
-    def _control_ids(self) -> frozenset[int]:
-        return frozenset(self._control_tokens)
-
-    @cached_property
-    def _controls(self) -> re.Pattern[str]:
-        """Any control token."""
-        return _any_of([token.content for token in self._control_tokens.values()])
-
-    @cached_property
-    def _plain_controls(self) -> re.Pattern[str] | None:
-        """The place behind the first letter of a control token that is not special."""
-        plain = [token.content for token in self._control_tokens.values() if not token.special]
-        if not plain:
-            return None
-        places = (f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in plain)
-        return re.compile("|".join(places))
+        return sum(map(self._controls.count, self._bare(self._frame(before, after))))
 
     @cached_property
     def end_token_id(self) -> int:
@@ -305,9 +252,3 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) ->
     tail = tokenizer(rendered.rpartition(_MARKER)[2], add_special_tokens=False)["input_ids"]
     known = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((token for token in tail if token in known), int(tokenizer.eos_token_id))
-
-
-def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
-    """Matches any of the texts, the longest first; nothing if there are none."""
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
