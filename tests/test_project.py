@@ -34,6 +34,7 @@ LAYERS = (
     "training",
     "planning",
     "pipeline",
+    "recipes",
     "scripts",
     "cli",
 )

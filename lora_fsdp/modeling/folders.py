@@ -36,7 +36,10 @@ def contained_file(folder: Path, name: str) -> Path:
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")
-    target = (root / name).resolve()
+    try:
+        target = (root / name).resolve()
+    except (OSError, RuntimeError) as error:
+        raise UnsafeFileError(f"{folder / name} is a link that leads to itself.") from error
     if not any(target.is_relative_to(place) for place in allowed):
         raise UnsafeFileError(
             f"{folder / name} is a link that leads out of its folder, to {target}: it is not "

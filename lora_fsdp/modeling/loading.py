@@ -44,9 +44,9 @@ def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
         )
-    except OSError as error:
+    except Exception as error:  # a damaged file gives a plain Exception of the Rust library
         raise TokenizerNotFoundError(
-            f"No tokenizer could be loaded from {name}: {error}"
+            f"No tokenizer could be loaded from {name}: {_first_line(error)}"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -82,10 +82,11 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
         )
     except (OSError, SafetensorError) as error:
         raise ModelNotFoundError(f"No model could be loaded from {name}: {error}") from error
-    except ValueError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
-            # What follows the first line lists every architecture there is.
-            f"{name} cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
+            f"{name} cannot be loaded as a causal language model: {_first_line(error)}"
         ) from error
     # transformers fills missing weights with random ones and says so in a log line only.
     if absent := sorted({*loaded["missing_keys"], *map(str, loaded["mismatched_keys"])}):
@@ -99,6 +100,12 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
             "for packed rows: set --attn_implementation eager."
         )
     return model.requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    """What follows it lists every architecture there is."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:500]
 
 
 def resolve_dtype(name: str, *, device: torch.device) -> torch.dtype:
