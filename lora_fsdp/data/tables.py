@@ -210,11 +210,17 @@ def _parse_json(text: str, source: Path) -> pd.DataFrame:
     for place, record in zip(places, records, strict=True):
         if not isinstance(record, dict):
             raise MalformedRowError(f"{source}, {place}: a row must be a JSON object.")
-    try:
-        return pd.DataFrame(records)
-    except UnicodeEncodeError as error:
-        near = error.object[max(0, error.start - 20) : error.end + 20]
-        raise MalformedRowError(f"{source}: half a surrogate pair (\\ud8…) in {near!r}.") from error
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        for place, record in zip(places, records, strict=True):
+            _refuse_half_pairs(record, f"{source}, {place}")
+    return pd.DataFrame(records)
+
+
+def _refuse_half_pairs(record: object, where: str) -> None:
+    text = json.dumps(record, ensure_ascii=False)
+    if half := re.search("[\ud800-\udfff]", text):
+        near = text[max(0, half.start() - 20) : half.end() + 20]
+        raise MalformedRowError(f"{where}: half a surrogate pair (\\ud8…) in {near!r}.")
 
 
 def _load_json(text: str, *, source: Path, first_line: int) -> Any:
@@ -235,7 +241,7 @@ def _load_json(text: str, *, source: Path, first_line: int) -> Any:
 def _read_parquet(source: Path) -> pd.DataFrame:
     try:
         return pd.read_parquet(source)
-    except ValueError as error:  # pyarrow's ArrowInvalid is one
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is one
         raise UnsupportedTableError(f"{source} is not a Parquet file: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from lora_fsdp.evaluation.report import (
     format_predictions_table,
     save_confusion_matrix_png,
     write_json,
+    write_text,
 )
 from lora_fsdp.evaluation.scoring import Scores
 from lora_fsdp.tasks import ClassificationTask, Example, Task
@@ -59,7 +61,7 @@ class Comparison:
         if self.confusion is not None:
             contents["confusion_matrix"] = self.confusion.to_dict(orient="split")
             save_confusion_matrix_png(self.confusion, folder / "confusion_matrix.png")
-        self.predictions.to_csv(folder / "predictions.csv", index=False)
+        write_predictions(self.predictions, folder / "predictions.csv")
         write_json(folder / "metrics.json", contents)
 
     def __str__(self) -> str:
@@ -136,6 +138,18 @@ def compare(
         for column, label in enumerate(task.labels or ()):
             predictions[f"probability/{label}"] = by_label[:, column].tolist()
     return Comparison(metrics, task.primary_metric, predictions, confusion, written, facts)
+
+
+def write_predictions(predictions: pd.DataFrame, path: Path) -> None:
+    """Write a table of predictions, all or nothing, each cell to the letter.
+
+    Cells that begin like a formula ("=", "@united ...") are data: what reads the file again gets
+    the texts as they were. Import it as text into a spreadsheet.
+    """
+    text = predictions.to_csv(index=False, lineterminator="\n")
+    if "\r" in text:  # left unquoted by the csv module, it would end the line for a reader
+        text = predictions.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    write_text(path, text)
 
 
 def written_answers(

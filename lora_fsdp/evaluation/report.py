@@ -118,11 +118,15 @@ def write_json(path: str | Path, data: object) -> None:
     Raises:
         TypeError: something in `data` has no JSON form; `path` is left as it was.
     """
-    text = json.dumps(data, indent=2, ensure_ascii=False, default=_as_json) + "\n"
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, default=_as_json) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 file, all or nothing, with line breaks as they are in `text`."""
     target = Path(path)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("w", encoding="utf-8") as file:
+        with draft.open("w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

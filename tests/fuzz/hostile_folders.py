@@ -34,7 +34,8 @@ JSON_TEXTS = ["", "null", "[]", "3", "{", '{"a": ', "[" * 100_000, '{"a":' * 50_
 def damage(random_: random.Random, adapter: Path, base: Path, marker: Path) -> str:
     """Damage one file of one folder in place; returns what was done."""
     folder = adapter if random_.random() < 0.75 else base
-    chosen = random_.choice(sorted(path.name for path in folder.iterdir()))
+    whole = [path for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
+    chosen = random_.choice(sorted(path.name for path in whole))
     file = folder / chosen
     actions = [_truncate, _flip, _remove, _swap, _pickle, _link, _directory, _garbage]
     if file.suffix == ".json":
@@ -63,7 +64,7 @@ def _remove(random_: random.Random, file: Path, marker: Path) -> None:
 
 
 def _swap(random_: random.Random, file: Path, marker: Path) -> None:
-    other = random_.choice(sorted(file.parent.iterdir()))
+    other = random_.choice(sorted(path for path in file.parent.iterdir() if path.is_file()))
     content = other.read_bytes()
     other.write_bytes(file.read_bytes())
     file.write_bytes(content)
