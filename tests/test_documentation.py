@@ -35,6 +35,7 @@ OF_OTHERS = {
     "--no-deps",  # pip
     "--strict",  # mkdocs
     "--help",
+    "--inputs",  # tests/fuzz/campaign.py
 }
 
 # Named as the reader's own, or as what must not be.

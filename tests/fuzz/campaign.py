@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import transformers
+
 SECONDS_FOR_ONE = 30
 FAILED = "FAILED"
 
@@ -303,6 +305,7 @@ def main() -> int:
     parser.add_argument("--only", choices=sorted(KINDS))
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
     home = Path(tempfile.mkdtemp(prefix="hostile-"))
     try:
         outcomes = run_campaign(

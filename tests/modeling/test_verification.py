@@ -24,6 +24,7 @@ from lora_fsdp.modeling.adapter_folders import ADAPTER_FILE, CONFIG_FILE, read_a
 from lora_fsdp.modeling.adapters import save_adapter
 from lora_fsdp.modeling.base_weights import BaseWeights, base_skeleton, fingerprint_stored
 from lora_fsdp.modeling.fingerprints import fingerprint_base
+from lora_fsdp.modeling.folders import sha256_of_file
 from lora_fsdp.modeling.merging import merge_adapter
 from lora_fsdp.modeling.proof import PROOF_FILE, read_proof
 from lora_fsdp.modeling.verification import verify_adapter_folder
@@ -112,6 +113,15 @@ def test_damage(run, damage, failed):
     assert found & failed
     assert found <= failed | {"answers"}
     assert "NOT verified" in str(verification)
+
+
+def test_answers_alone_give_a_changed_adapter_away(run):
+    """As if the adapter had been exchanged together with its hash."""
+    file = run / "adapter" / ADAPTER_FILE
+    change_tensor(file, "lora_B", lambda tensor: tensor + 0.5)
+    edit_json(run / "adapter" / PROOF_FILE, adapter_sha256=sha256_of_file(file))
+    found = outcomes(verify_adapter_folder(run / "adapter"))
+    assert found == dict.fromkeys(NAMES, "passed") | {"answers": "failed"}
 
 
 def test_another_tokenizer(run):
