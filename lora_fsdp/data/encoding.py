@@ -73,11 +73,7 @@ class Encoder:
         max_length: int = 512,
         chat_template: bool = False,
     ) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ArgumentError(
-                f"The tokenizer {tokenizer.name_or_path!r} has no end token (eos_token), so the "
-                "end of an answer could not be learnt: set one in its tokenizer_config.json."
-            )
+        end_of_answer(tokenizer, chat_template=False)  # that there is one
         if chat_template and not tokenizer.chat_template:
             raise ArgumentError(
                 f"The tokenizer {tokenizer.name_or_path!r} has no chat template: leave out "
@@ -111,10 +107,8 @@ class Encoder:
         """The prompt as the model sees it."""
         if not self.chat_template:
             return str(prompt)
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": str(prompt)}], add_generation_prompt=True, tokenize=False
-        )
-        return str(rendered)
+        turns = [{"role": "user", "content": str(prompt)}]
+        return _render_chat(self.tokenizer, turns, add_generation_prompt=True)
 
     def _encode_one(self, example: Example, prompt_ids: list[int]) -> EncodedExample:
         after = example.prompt.after
@@ -244,11 +238,38 @@ class Encoder:
 
 
 def end_of_answer(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> int:
-    """The token that ends an answer: the chat template's end of turn, else the end of text."""
+    """The token that ends an answer: the chat template's end of turn, else the end of text.
+
+    Raises:
+        ArgumentError: the tokenizer has no end token, or its chat template cannot be rendered.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ArgumentError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no end token (eos_token), so the end of "
+            "an answer could not be learnt: set one in its tokenizer_config.json."
+        )
     if not chat_template or not tokenizer.chat_template:
         return int(tokenizer.eos_token_id)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARKER}]
-    rendered = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    rendered = _render_chat(tokenizer, turns, add_generation_prompt=False)
     tail = tokenizer(rendered.rpartition(_MARKER)[2], add_special_tokens=False)["input_ids"]
     known = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((token for token in tail if token in known), int(tokenizer.eos_token_id))
+
+
+def _render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[dict[str, str]],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    try:
+        rendered = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except Exception as error:  # a template is a program, and may raise anything
+        raise ArgumentError(
+            f"The chat template of the tokenizer {tokenizer.name_or_path!r} cannot be rendered: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return str(rendered)

@@ -25,6 +25,7 @@ from lora_fsdp.modeling.fingerprints import (
     sample_digest,
 )
 from lora_fsdp.modeling.folders import contained_file, open_safetensors, read_json_object
+from lora_fsdp.modeling.loading import LOADING_ERRORS
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -157,7 +158,7 @@ def base_skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTraine
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except (OSError, *LOADING_ERRORS) as error:
         raise UnsupportedModelError(
             f"{folder / 'config.json'} describes no causal language model: "
             f"{(str(error).splitlines() or [type(error).__name__])[0]}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -22,6 +23,16 @@ from lora_fsdp.errors import (
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+#: What a config.json that is no causal language model's makes transformers raise.
+LOADING_ERRORS = (
+    AttributeError,
+    ImportError,
+    KeyError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 #: Attention that takes the 4-D mask of packed rows.
 _MASKED_ATTENTION = ("sdpa", "eager")
 
@@ -84,7 +95,7 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
         raise ModelNotFoundError(f"No model could be loaded from {name}: {error}") from error
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise UnsupportedModelError(
             f"{name} cannot be loaded as a causal language model: {_first_line(error)}"
         ) from error

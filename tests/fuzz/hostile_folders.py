@@ -43,7 +43,10 @@ def damage(random_: random.Random, adapter: Path, base: Path, marker: Path) -> s
     if file.suffix == ".safetensors":
         actions += [_header, _header, _pickle_beside]
     action = random_.choice(actions)
-    action(random_, file, marker)
+    try:
+        action(random_, file, marker)
+    except ValueError:  # the file was damaged before, so that this action cannot read it
+        _garbage(random_, file, marker)
     return f"{action.__name__.strip('_')} {folder.name}/{chosen}"
 
 
@@ -53,7 +56,7 @@ def _truncate(random_: random.Random, file: Path, marker: Path) -> None:
 
 
 def _flip(random_: random.Random, file: Path, marker: Path) -> None:
-    content = bytearray(file.read_bytes())
+    content = bytearray(file.read_bytes() or b"x")
     for _ in range(random_.choice([1, 1, 3, 50])):
         content[random_.randrange(len(content))] ^= 1 << random_.randrange(8)
     file.write_bytes(bytes(content))

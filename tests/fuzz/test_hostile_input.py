@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 
 from lora_fsdp import FineTuningArguments, get_task, list_tasks
+from lora_fsdp.data.encoding import end_of_answer
 from lora_fsdp.data.tables import read_table
 from lora_fsdp.distributed.launch import read_fsdp_settings
 from lora_fsdp.errors import (
@@ -25,6 +26,7 @@ from lora_fsdp.errors import (
     BrokenTaskError,
     FsdpSettingError,
     MalformedRowError,
+    ModelError,
     TableEncodingError,
     TokenizerNotFoundError,
     UnsafeFileError,
@@ -38,7 +40,9 @@ from lora_fsdp.scripts import parse_arguments
 from lora_fsdp.tasks import registry
 from tests.fuzz.campaign import FAILED, KINDS, run_campaign, summary
 from tests.fuzz.hostile_settings import BILLION_LAUGHS
+from tests.support.adapters import edit_json, save_base
 from tests.support.runs import toy_trainer
+from tests.support.tiny import tiny_tokenizer
 
 PACKAGE = Path(__file__).resolve().parents[2] / "lora_fsdp"
 SECRET = "hf_" + "Sekret" * 5
@@ -252,6 +256,35 @@ class TestFiles:
             (tmp_path / "config.json").write_text("{}")
             with pytest.raises(TokenizerNotFoundError):
                 load_tokenizer(ModelArguments(str(tmp_path)))
+
+    @pytest.mark.parametrize(
+        "settings", [{"num_attention_heads": "x"}, {"eos_token_id": "x"}, {"hidden_size": -1},
+                     {"model_type": "t5"}, {"model_type": 3}, {"vocab_size": 7}],
+    )  # fmt: skip
+    def test_base_with_nonsense_settings(self, tmp_path, settings):
+        import torch
+
+        from lora_fsdp import ModelArguments
+
+        save_base(tmp_path)
+        edit_json(tmp_path / "config.json", **settings)
+        with pytest.raises(ModelError):
+            load_base(ModelArguments(str(tmp_path)), device=torch.device("cpu"))
+
+    @pytest.mark.parametrize(
+        "template", ["{{ raise_exception('no') }}", "{% for %}", "{{ x.y.z }}"]
+    )
+    def test_chat_template_that_fails(self, template):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        with pytest.raises(ArgumentError, match="chat template"):
+            end_of_answer(tokenizer, chat_template=True)
+
+    def test_no_end_token(self):
+        tokenizer = tiny_tokenizer()
+        tokenizer.eos_token = None
+        with pytest.raises(ArgumentError, match="no end token"):
+            end_of_answer(tokenizer, chat_template=False)
 
     def test_no_pickle_is_loaded_anywhere(self):
         """Of the ways to read one; `weights_only=True` is how a base's .bin is read."""
