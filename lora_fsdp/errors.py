@@ -15,7 +15,8 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   ├── UnknownLabelError
     │   ├── SingleLabelError
     │   ├── SplitError
-    │   └── RowTooLongError
+    │   ├── RowTooLongError
+    │   └── ControlTokenError
     ├── TaskError                       what is learnt
     │   ├── UnknownTaskError(LookupError)
     │   ├── DuplicateTaskError(ValueError)
@@ -27,7 +28,11 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   ├── TokenizerNotFoundError(FileNotFoundError)
     │   ├── UnsupportedModelError(ValueError)
     │   ├── TargetModulesError(ValueError)
-    │   └── AdapterVerificationError(RuntimeError)
+    │   ├── AdapterVerificationError(RuntimeError)
+    │   ├── UnsafeFileError(ValueError)
+    │   ├── UnsupportedAdapterError(ValueError)
+    │   ├── BaseMismatchError(ValueError)
+    │   └── MergeError(RuntimeError)
     ├── LaunchError(RuntimeError)       what the launcher was asked for against what the ranks got
     │   ├── Fsdp1ConfigError
     │   ├── FsdpOnOneProcessError
@@ -94,6 +99,10 @@ class RowTooLongError(DataError):
     """An example does not fit `max_length` even with its text removed."""
 
 
+class ControlTokenError(DataError):
+    """A text holds a control token that the tokenizer cannot take as ordinary text."""
+
+
 class TaskError(LoraFsdpError):
     """Something is wrong with a task or its registration."""
 
@@ -140,6 +149,22 @@ class TargetModulesError(ModelError, ValueError):
 
 class AdapterVerificationError(ModelError, RuntimeError):
     """An adapter on disk, or on some rank, is not the one that was trained."""
+
+
+class UnsafeFileError(ModelError, ValueError):
+    """A file that is not opened: a pickle, or a name or link that leads out of its folder."""
+
+
+class UnsupportedAdapterError(ModelError, ValueError):
+    """An adapter that is not plain LoRA, or whose settings cannot be honoured here."""
+
+
+class BaseMismatchError(ModelError, ValueError):
+    """The adapter was trained on another base model; the message names both."""
+
+
+class MergeError(ModelError, RuntimeError):
+    """A merge that would not be right (an overflow, say), or that cannot be written."""
 
 
 class LaunchError(LoraFsdpError, RuntimeError):

@@ -42,6 +42,7 @@ _RUN_FILES = (
     "report.html",
     "report.json",
     "report_figures",
+    "proof.json",
     "task.json",
     "training_args.json",
 )
@@ -85,7 +86,7 @@ def finetune(
         processing_class=load_tokenizer(model_args),
         train_dataset=data.train,
         eval_dataset=data.held_out,
-        peft_config=lora_config(lora_args),
+        peft_config=lora_config(lora_args, revision=model_args.model_revision),
         max_length=data_args.max_length,
         chat_template=data_args.chat_template,
         callbacks=[log],

@@ -9,9 +9,8 @@ import os
 import sys
 import warnings
 from dataclasses import fields
-from pathlib import Path
 from types import TracebackType
-from typing import TypedDict
+from typing import NoReturn, TypedDict
 
 import torch.distributed as dist
 import transformers
@@ -19,6 +18,7 @@ from trl import TrlParser  # type: ignore[attr-defined]
 
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.errors import ArgumentError, LoraFsdpError
+from lora_fsdp.recipes import read_recipe
 
 _CLASSES = (ModelArguments, LoraArguments, DataArguments, FineTuningArguments)
 
@@ -42,10 +42,21 @@ def parse_arguments(*, task: str) -> RunArguments:
         ArgumentError: an unknown option or recipe key; the message suggests the nearest.
     """
     configure_output()
-    _check_recipe(sys.argv)
-    parser = TrlParser(_CLASSES)  # type: ignore[arg-type]
+    parser = _Parser(_CLASSES)  # type: ignore[arg-type]
     parser.set_defaults(task=task)
-    *parsed, unknown = parser.parse_args_and_config(return_remaining_strings=True)
+    given = sys.argv[1:]
+    if "--config" in given[:-1]:
+        place = given.index("--config")
+        # Before the command line's own, which come later and so win.
+        given[:] = (
+            read_recipe(given[place + 1], options=_known()) + given[:place] + given[place + 2 :]
+        )
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
+    except LoraFsdpError:
+        raise
+    except (TypeError, ValueError) as error:  # TrainingArguments' own checks
+        raise ArgumentError(str(error)) from error
     if unknown:
         raise ArgumentError(_unknown_options(unknown))
     model, lora, data, training = parsed
@@ -64,19 +75,22 @@ def configure_output() -> None:
     atexit.register(_leave_process_group)
 
 
-def _check_recipe(arguments: list[str]) -> None:
-    if "--config" not in arguments[:-1]:
-        return
-    recipe = Path(arguments[arguments.index("--config") + 1])
-    if not recipe.is_file():
-        raise ArgumentError(f"There is no recipe {recipe.absolute()}: check --config.")
+class _Parser(TrlParser):
+    """Raises what argparse would print below a page of options before it ends the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(f"{message[:500]}. See --help.")
+
+
+def _known() -> list[str]:
+    return [field.name for cls in _CLASSES for field in fields(cls) if field.init]
 
 
 def _unknown_options(unknown: list[str]) -> str:
-    known = [field.name for cls in _CLASSES for field in fields(cls)]
     hints = []
-    for option in [text for text in unknown if text.startswith("--")]:
-        nearest = difflib.get_close_matches(option.lstrip("-"), known, n=1)
+    for option in [text.partition("=")[0] for text in unknown if text.startswith("--")]:
+        # Without the value, which may be a token.
+        nearest = difflib.get_close_matches(option.lstrip("-"), _known(), n=1)
         hints.append(f"{option} (did you mean --{nearest[0]}?)" if nearest else option)
     return f"Unknown option or recipe key: {', '.join(hints) or ' '.join(unknown)}. See --help."
 

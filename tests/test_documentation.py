@@ -36,6 +36,7 @@ OF_OTHERS = {
     "--strict",  # mkdocs
     *("--arms", "--examples", "--model"),  # benchmarks.throughput
     "--help",
+    "--inputs",  # tests/fuzz/campaign.py
 }
 
 # Named as the reader's own, or as what must not be.

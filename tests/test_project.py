@@ -35,6 +35,7 @@ LAYERS = (
     "planning",
     "reporting",
     "pipeline",
+    "recipes",
     "scripts",
     "cli",
 )

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
+from lora_fsdp.data.control_tokens import ControlTokens, tokenize, tokenize_as_text
 from lora_fsdp.errors import (
     ArgumentError,
+    ControlTokenError,
     EmptyTextError,
     LabelCollisionError,
     RowTooLongError,
     UnknownLabelError,
 )
 from lora_fsdp.tasks import Example, Prompt, Task
+
+# Stands in for a text or an answer to find where it comes to stand in a chat template.
+_MARKER = "qjxtextqjx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,12 @@ class Encoder:
     off by a merge. The target is tokenised as the continuation of the prompt's last part, which
     matters for tokenizers that mark the start of a text.
 
+    A text cannot forge the control tokens that end a text or a turn: whatever `Prompt.text` or a
+    target spells (`</s>`, `<|im_end|>`) is tokenised as the letters it is. Control tokens are the
+    tokenizer's special tokens and the added ones that its chat template writes. Those in
+    `Prompt.before` and `Prompt.after`, which the task's author wrote, and those of the chat
+    template keep their meaning.
+
     Args:
         tokenizer: a fast or slow tokenizer with an end token.
         task: gives the label set and its target texts.
@@ -62,11 +73,7 @@ class Encoder:
         max_length: int = 512,
         chat_template: bool = False,
     ) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ArgumentError(
-                f"The tokenizer {tokenizer.name_or_path!r} has no end token (eos_token), so the "
-                "end of an answer could not be learnt: set one in its tokenizer_config.json."
-            )
+        end_of_answer(tokenizer, chat_template=False)  # that there is one
         if chat_template and not tokenizer.chat_template:
             raise ArgumentError(
                 f"The tokenizer {tokenizer.name_or_path!r} has no chat template: leave out "
@@ -78,6 +85,7 @@ class Encoder:
         self.chat_template = chat_template
         self._continuation_ids = lru_cache(maxsize=4096)(self._tokenize_continuation)
         self._candidates = lru_cache(maxsize=256)(self._encode_candidates)
+        self._frame_controls = lru_cache(maxsize=4096)(self._count_frame_controls)
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Token ids of all `examples`, in order.
@@ -89,20 +97,18 @@ class Encoder:
         """
         if not examples:
             return []
-        texts = [self.render(example.prompt) for example in examples]
-        prompts = self._tokenize(texts)
+        prompts = self._tokenize([self.render(example.prompt) for example in examples])
         return [
-            self._encode_one(example, ids) for example, ids in zip(examples, prompts, strict=True)
+            self._encode_one(example, self._without_forged(example, ids))
+            for example, ids in zip(examples, prompts, strict=True)
         ]
 
     def render(self, prompt: Prompt) -> str:
         """The prompt as the model sees it."""
         if not self.chat_template:
             return str(prompt)
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": str(prompt)}], add_generation_prompt=True, tokenize=False
-        )
-        return str(rendered)
+        turns = [{"role": "user", "content": str(prompt)}]
+        return _render_chat(self.tokenizer, turns, add_generation_prompt=True)
 
     def _encode_one(self, example: Example, prompt_ids: list[int]) -> EncodedExample:
         after = example.prompt.after
@@ -129,7 +135,8 @@ class Encoder:
 
         def ids_with(characters: int) -> list[int]:
             text = prompt.text[:characters].rstrip()
-            return self._tokenize([self.render(Prompt(prompt.before, text, prompt.after))])[0]
+            shorter = replace(example, prompt=Prompt(prompt.before, text, prompt.after))
+            return self._without_forged(shorter, self._tokenize([self.render(shorter.prompt)])[0])
 
         fits, too_long = 0, len(prompt.text)
         while too_long - fits > 1:
@@ -163,8 +170,9 @@ class Encoder:
 
     def _tokenize_continuation(self, after: str, target: str) -> tuple[int, ...]:
         if self.chat_template:  # the template ends a turn; the answer starts a new one
-            return tuple(self._bare([target.strip()])[0])
-        anchor, joined, alone = self._bare([after, after + target, target])
+            return tuple(tokenize_as_text(self.tokenizer, [target.strip()])[0])
+        texts = [after, after + target, target]
+        anchor, joined, alone = tokenize_as_text(self.tokenizer, texts)
         if joined[: len(anchor)] == anchor:
             return tuple(joined[len(anchor) :])
         return tuple(alone)
@@ -173,10 +181,7 @@ class Encoder:
         return [[*self._leading_ids, *ids] for ids in self._bare(texts)]
 
     def _bare(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        return [list(ids) for ids in encoded["input_ids"]]
+        return tokenize(self.tokenizer, texts)
 
     @cached_property
     def _leading_ids(self) -> list[int]:
@@ -187,14 +192,84 @@ class Encoder:
         bare = self._bare(["a"])[0]
         return list(probe[: probe.index(bare[0])])
 
+    # ---- texts that forge control tokens --------------------------------------------------------
+
+    def _without_forged(self, example: Example, ids: list[int]) -> list[int]:
+        """`ids`, or other ids of the same prompt if its text has forged a control token.
+
+        Ids are counted rather than strings searched, because that needs to know nothing of how the
+        tokenizer finds its added tokens. What holds no forged token, nearly everything, is left
+        exactly as the tokenizer has it.
+        """
+        prompt = example.prompt
+        allowed = self._frame_controls(prompt.before, prompt.after)
+        if self._controls.count(ids) == allowed + self._controls.count(self._leading_ids):
+            return ids
+        before, after = self._frame(prompt.before, prompt.after)
+        rebuilt = self._controls.text_between(before, prompt.text, after, allowed=allowed)
+        if rebuilt is None:
+            raise ControlTokenError(
+                f"Row {example.row}: the text spells a control token of the tokenizer "
+                f"{self.tokenizer.name_or_path!r}, which cannot take it as ordinary text: remove "
+                "it from the text."
+            )
+        return [*self._leading_ids, *rebuilt]
+
+    @cached_property
+    def _controls(self) -> ControlTokens:
+        template = str(self.tokenizer.chat_template) if self.chat_template else ""
+        return ControlTokens(self.tokenizer, template=template)
+
+    def _frame(self, before: str, after: str) -> tuple[str, str]:
+        """What stands before and after the text in the prompt as the model sees it."""
+        if not self.chat_template:
+            return before, after
+        head, _, tail = self.render(Prompt(before, _MARKER, after)).partition(_MARKER)
+        return head, tail
+
+    def _count_frame_controls(self, before: str, after: str) -> int:
+        """Control tokens that a prompt has without its text."""
+        return sum(map(self._controls.count, self._bare(self._frame(before, after))))
+
     @cached_property
     def end_token_id(self) -> int:
         """The token that ends an answer: the chat template's end of turn, else the end of text."""
-        if not self.chat_template:
-            return int(self.tokenizer.eos_token_id)
-        marker = "answer"
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}]
-        rendered = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-        tail = self._bare([rendered.rpartition(marker)[2]])[0]
-        known = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        return next((token for token in tail if token in known), int(self.tokenizer.eos_token_id))
+        return end_of_answer(self.tokenizer, chat_template=self.chat_template)
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> int:
+    """The token that ends an answer: the chat template's end of turn, else the end of text.
+
+    Raises:
+        ArgumentError: the tokenizer has no end token, or its chat template cannot be rendered.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ArgumentError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no end token (eos_token), so the end of "
+            "an answer could not be learnt: set one in its tokenizer_config.json."
+        )
+    if not chat_template or not tokenizer.chat_template:
+        return int(tokenizer.eos_token_id)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARKER}]
+    rendered = _render_chat(tokenizer, turns, add_generation_prompt=False)
+    tail = tokenizer(rendered.rpartition(_MARKER)[2], add_special_tokens=False)["input_ids"]
+    known = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    return next((token for token in tail if token in known), int(tokenizer.eos_token_id))
+
+
+def _render_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: list[dict[str, str]],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    try:
+        rendered = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except Exception as error:  # a template is a program, and may raise anything
+        raise ArgumentError(
+            f"The chat template of the tokenizer {tokenizer.name_or_path!r} cannot be rendered: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return str(rendered)

@@ -7,6 +7,7 @@ import difflib
 import io
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,15 @@ def _read_text(source: Path, encoding: str | None) -> str:
     raw = source.read_bytes()
     try:
         text = raw.decode(encoding or "utf-8")
-    except LookupError as error:
-        raise TableEncodingError(f"{source}: there is no encoding {encoding!r}.") from error
     except UnicodeDecodeError as error:
         if encoding is not None:
             raise _wrong_encoding(source, encoding, error) from error
         text = _decode_legacy(raw, source=source, failure=error)
+    except UnicodeError as error:  # of codecs that are no encodings of files
+        raise TableEncodingError(f"{source} is not {encoding}: {error}.") from error
+    except (LookupError, ValueError) as error:
+        raise TableEncodingError(f"{source}: there is no encoding {encoding!r}.") from error
+    _refuse_half_surrogates(text, source)
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise MalformedRowError(
@@ -120,6 +124,16 @@ def _read_text(source: Path, encoding: str | None) -> str:
             "mark (then pass --encoding utf-16-le)."
         )
     return text.removeprefix("\ufeff")
+
+
+def _refuse_half_surrogates(text: str, source: Path) -> None:
+    """Which some encodings let through, and which could never be written again."""
+    if half := re.search("[\ud800-\udfff]", text):
+        line = text.count("\n", 0, half.start()) + 1
+        raise MalformedRowError(
+            f"{source}, line {line}: half a surrogate pair. Name the file's real encoding with "
+            "--encoding."
+        )
 
 
 def _decode_legacy(raw: bytes, *, source: Path, failure: UnicodeDecodeError) -> str:
@@ -196,11 +210,17 @@ def _parse_json(text: str, source: Path) -> pd.DataFrame:
     for place, record in zip(places, records, strict=True):
         if not isinstance(record, dict):
             raise MalformedRowError(f"{source}, {place}: a row must be a JSON object.")
-    try:
-        return pd.DataFrame(records)
-    except UnicodeEncodeError as error:
-        near = error.object[max(0, error.start - 20) : error.end + 20]
-        raise MalformedRowError(f"{source}: half a surrogate pair (\\ud8…) in {near!r}.") from error
+    if re.search(r"\\u[dD][89a-fA-F]", text):
+        for place, record in zip(places, records, strict=True):
+            _refuse_half_pairs(record, f"{source}, {place}")
+    return pd.DataFrame(records)
+
+
+def _refuse_half_pairs(record: object, where: str) -> None:
+    text = json.dumps(record, ensure_ascii=False)
+    if half := re.search("[\ud800-\udfff]", text):
+        near = text[max(0, half.start() - 20) : half.end() + 20]
+        raise MalformedRowError(f"{where}: half a surrogate pair (\\ud8…) in {near!r}.")
 
 
 def _load_json(text: str, *, source: Path, first_line: int) -> Any:
@@ -212,12 +232,16 @@ def _load_json(text: str, *, source: Path, first_line: int) -> Any:
             f"{source}, line {line}, column {error.colno}: {error.msg}. What can be read: one JSON "
             "object a line, or one list of objects."
         ) from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number too long
+        raise MalformedRowError(
+            f"{source}, line {first_line}: {error}. A row must be a plain JSON object."
+        ) from error
 
 
 def _read_parquet(source: Path) -> pd.DataFrame:
     try:
         return pd.read_parquet(source)
-    except ValueError as error:  # pyarrow's ArrowInvalid is one
+    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is one
         raise UnsupportedTableError(f"{source} is not a Parquet file: {error}") from error
 
 
@@ -226,9 +250,10 @@ def _read_saved_dataset(folder: Path) -> pd.DataFrame:
 
     try:
         saved = datasets.load_from_disk(str(folder))
-    except FileNotFoundError as error:
+    except Exception as error:  # damaged, it raises whatever its JSON or Arrow parts do
         raise UnsupportedTableError(
-            f"The folder {folder} was not written by datasets' save_to_disk. "
+            f"The folder {folder} was not written by datasets' save_to_disk, or is damaged: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}. "
             f"What can be read: {_SUPPORTED}."
         ) from error
     if isinstance(saved, datasets.DatasetDict):

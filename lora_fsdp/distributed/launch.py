@@ -74,7 +74,13 @@ def read_fsdp_settings() -> FsdpSettings | None:
             "The accelerate YAML asks for FSDP1, whose flat parameters cannot mix a frozen base "
             f"with a trained adapter. The FSDP2 equivalent:\n\n{_fsdp2_equivalent()}"
         )
-    plugin = FullyShardedDataParallelPlugin()
+    try:
+        plugin = FullyShardedDataParallelPlugin()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FsdpSettingError(
+            f"accelerate refuses a value in the YAML's fsdp_config: {error}. Compare it with "
+            "accelerate_configs/fsdp2.yaml."
+        ) from error
     _refuse_unsupported(plugin)
     names = plugin.transformer_cls_names_to_wrap
     return FsdpSettings(

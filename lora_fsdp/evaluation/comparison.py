@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Comparison:
         if self.confusion is not None:
             contents["confusion_matrix"] = self.confusion.to_dict(orient="split")
             save_confusion_matrix_png(self.confusion, folder / "confusion_matrix.png")
-        write_text(folder / "predictions.csv", self.predictions.to_csv(index=False))
+        write_predictions(self.predictions, folder / "predictions.csv")
         write_json(folder / "metrics.json", contents)
 
     def __str__(self) -> str:
@@ -144,6 +145,18 @@ def compare(
     for name, answers in baselines.items():
         predictions[f"baseline/{name}"] = answers
     return Comparison(metrics, task.primary_metric, predictions, confusion, written, facts)
+
+
+def write_predictions(predictions: pd.DataFrame, path: Path) -> None:
+    """Write a table of predictions, all or nothing, each cell to the letter.
+
+    Cells that begin like a formula ("=", "@united ...") are data: what reads the file again gets
+    the texts as they were. Import it as text into a spreadsheet.
+    """
+    text = predictions.to_csv(index=False, lineterminator="\n")
+    if "\r" in text:  # left unquoted by the csv module, it would end the line for a reader
+        text = predictions.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    write_text(path, text)
 
 
 def written_answers(

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.data.encoding import Encoder
+from lora_fsdp.distributed.sharding import decoder_layers
 from lora_fsdp.errors import AdapterVerificationError
 from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.evaluation.report import write_json
 from lora_fsdp.evaluation.scoring import Scores, score_examples
+from lora_fsdp.modeling.adapter_folders import (
+    attach_saved,
+    find_base,
+    load_with_peft,
+    read_adapter_folder,
+)
 from lora_fsdp.modeling.adapters import base_model
-from lora_fsdp.modeling.label_head import RowComputation
+from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers
+from lora_fsdp.modeling.fingerprints import fingerprint_base
+from lora_fsdp.modeling.folders import read_json_object
+from lora_fsdp.modeling.label_head import (
+    RowComputation,
+    check_packed_rows,
+    head_can_be_chunked,
+)
 from lora_fsdp.modeling.loading import load_base, load_tokenizer
+from lora_fsdp.modeling.proof import check_base, read_proof
 from lora_fsdp.tasks import Example, Task, get_task
 
 TASK_FILE = "task.json"
@@ -35,42 +50,99 @@ def save_task(encoder: Encoder, folder: str | Path) -> None:
     write_json(Path(folder) / TASK_FILE, contents)
 
 
+def _read_task(folder: Path) -> dict[str, Any]:
+    """What `save_task` wrote.
+
+    Raises:
+        AdapterVerificationError: it is missing or damaged; the message names the key.
+    """
+    if not (folder / TASK_FILE).is_file():
+        raise AdapterVerificationError(
+            f"{folder} holds no {TASK_FILE}: give the output folder of a finished run."
+        )
+    saved = read_json_object(folder, TASK_FILE)
+    kinds = {"task": str, "options": dict, "max_length": int, "chat_template": bool}
+    for key, kind in kinds.items():
+        # A bool is an int to Python.
+        if not isinstance(saved.get(key), kind) or (kind is int and saved[key] is True):
+            raise AdapterVerificationError(
+                f"{folder / TASK_FILE} is damaged: {key} must be {kind.__name__}, not "
+                f"{str(saved.get(key))[:80]!r}."
+            )
+    return saved
+
+
+def _fastest_computation(model: PeftModel, *, device: torch.device) -> RowComputation:
+    """Fuse the layers where they can be, and check the result on the live model."""
+    base = base_model(model)
+    fused: list[FusedLayer] | str = "attention that is not SDPA"
+    if base.config._attn_implementation == "sdpa":
+        fused = fuse_layers(base.base_model, decoder_layers(base))
+    computation = RowComputation(
+        dtype=base.dtype,
+        by_blocks=isinstance(fused, list),
+        chunked_head=head_can_be_chunked(base),
+        last_layer=fused[-1] if isinstance(fused, list) else None,
+    )
+    return check_packed_rows(model, device=device, computation=computation)
+
+
 @dataclass(frozen=True)
 class Predictor:
-    """A task, its encoder and a model with the adapter."""
+    """A task, its encoder, a model with the adapter, and how the model computes rows."""
 
     task: Task
     encoder: Encoder
     model: PeftModel
     device: torch.device
+    computation: RowComputation
 
     @classmethod
-    def from_adapter(cls, folder: str | Path, *, dtype: str = "auto") -> Predictor:
+    def from_adapter(
+        cls,
+        folder: str | Path,
+        *,
+        base: str | Path | None = None,
+        dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+        trust_remote_code: bool = False,
+    ) -> Predictor:
         """Load base, adapter, tokenizer and task from an adapter's folder.
 
+        Args:
+            folder: the adapter's.
+            base: the base's folder or Hub name, if it is not where the adapter says.
+            dtype: in which the base is loaded; auto = bfloat16 on a GPU, float32 on a CPU.
+            trust_remote_code: run Python code that comes with the base. No adapter can ask for it.
+
         Raises:
-            AdapterVerificationError: the folder is not one that this library wrote.
+            AdapterVerificationError: the folder is not one that this library wrote, or is damaged.
+            ModelNotFoundError: the base is not where the adapter says.
+            BaseMismatchError: it is another base than the adapter was trained on.
             UnknownTaskError: import the module that registers the task first.
         """
-        folder = Path(folder)
-        if not (folder / TASK_FILE).is_file():
-            raise AdapterVerificationError(
-                f"{folder} holds no {TASK_FILE}: give the output folder of a finished run."
-            )
-        saved = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
+        path = Path(folder)
+        saved = _read_task(path)
+        adapter, proof = read_adapter_folder(path), read_proof(path)
+        name, revision = (
+            find_base(adapter, beside=proof.base_beside if proof else None)
+            if base is None
+            else (str(base), "main")
+        )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        base_name = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-        arguments = ModelArguments(model_name_or_path=base_name, dtype=dtype)  # type: ignore[arg-type]
-        base = load_base(arguments, device=device)
-        model = PeftModel.from_pretrained(base, str(folder)).to(device).eval()
+        arguments = ModelArguments(name, revision, dtype, trust_remote_code=trust_remote_code)
+        model = load_base(arguments, device=device)
+        if proof is not None:
+            check_base(proof, fingerprint_base(model), adapter=path, base=name)
+        load_with_peft(adapter, model)
         task = get_task(saved["task"], saved["options"])
         encoder = Encoder(
-            load_tokenizer(ModelArguments(model_name_or_path=str(folder.absolute()))),
+            load_tokenizer(ModelArguments(model_name_or_path=str(path.absolute()))),
             task=task,
             max_length=saved["max_length"],
             chat_template=saved["chat_template"],
         )
-        return cls(task, encoder, model, device)
+        adapted = attach_saved(adapter, model).to(device)
+        return cls(task, encoder, adapted, device, _fastest_computation(adapted, device=device))
 
     def score(self, examples: Sequence[Example]) -> Scores:
         """Scores of every answer, as during training."""
@@ -78,7 +150,7 @@ class Predictor:
             self.model,
             self.encoder.encode(examples),
             device=self.device,
-            computation=RowComputation(base_model(self.model).dtype),
+            computation=self.computation,
         )
 
     def write(

@@ -146,11 +146,11 @@ def write_json(path: str | Path, data: object) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` as UTF-8, all or nothing: to a file beside `path`, which then replaces it."""
+    """Writes a UTF-8 file, all or nothing, with line breaks as they are in `text`."""
     target = Path(path)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("w", encoding="utf-8") as file:
+        with draft.open("w", encoding="utf-8", newline="") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

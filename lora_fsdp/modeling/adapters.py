@@ -8,20 +8,30 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_fsdp.arguments import LoraArguments
 from lora_fsdp.errors import AdapterVerificationError, ArgumentError, TargetModulesError
+from lora_fsdp.modeling.adapter_folders import (
+    ADAPTER_FILE as ADAPTER_FILE,
+)
+from lora_fsdp.modeling.adapter_folders import (
+    load_with_peft,
+    read_adapter_folder,
+    read_adapter_tensors,
+    zero_lora_b,
+)
 
-ADAPTER_FILE = "adapter_model.safetensors"
 
+def lora_config(arguments: LoraArguments, *, revision: str | None = None) -> LoraConfig:
+    """The `peft.LoraConfig` that the arguments describe.
 
-def lora_config(arguments: LoraArguments) -> LoraConfig:
-    """The `peft.LoraConfig` that the arguments describe."""
+    Args:
+        arguments: the adapter's settings.
+        revision: of the base on the Hub, which the adapter is to remember; `None` = the main one.
+    """
     targets: list[str] | str = arguments.lora_target_modules
     if targets == ["all-linear"]:  # PEFT knows this word only outside a list
         targets = "all-linear"
@@ -31,6 +41,7 @@ def lora_config(arguments: LoraArguments) -> LoraConfig:
         "lora_dropout": arguments.lora_dropout,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
+        "revision": revision,
     }
     extra = arguments.lora_kwargs or {}
     try:
@@ -54,6 +65,10 @@ def attach_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
         raise TargetModulesError(f"PEFT cannot adapt {type(base).__name__}: {error}") from error
     for parameter in trainable_parameters(model).values():  # also what PEFT copies from the base
         parameter.data = parameter.data.float()
+    if base.name_or_path and Path(base.name_or_path).expanduser().is_dir():
+        # A relative path would be lost on whoever loads the adapter from another folder.
+        absolute = str(Path(base.name_or_path).expanduser().absolute())
+        config.base_model_name_or_path, config.revision = absolute, None
     return model
 
 
@@ -80,17 +95,30 @@ def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
 
 
-def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Write the adapter as a plain PEFT folder and prove it by reading it back.
+def save_adapter(model: PeftModel, folder: str | Path, *, trained: bool = False) -> None:
+    """Write the adapter as a plain PEFT folder and prove it: what was written is what is in memory,
+    and PEFT can load it.
+
+    Args:
+        model: may be sharded; rank 0 can save alone, nothing here is a collective call.
+        folder: where to.
+        trained: whether training has moved it, so that every `lora_B` must have values.
 
     Raises:
-        AdapterVerificationError: it holds NaN or infinity, or was not written as it is.
+        AdapterVerificationError: it holds NaN or infinity, a `lora_B` is still zero, it was not
+            written as it is, or PEFT could not load it. The message names the folder.
     """
-    broken = [name for name, tensor in adapter_state(model).items() if not tensor.isfinite().all()]
+    state = adapter_state(model)
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise AdapterVerificationError(
             f"The adapter is not saved to {folder}: {len(broken)} of its tensors hold NaN or "
             f"infinity (for example {broken[0]}). The run has diverged: lower --learning_rate."
+        )
+    if trained and (zero := zero_lora_b(state)):
+        raise AdapterVerificationError(
+            f"The adapter is not saved to {folder}: {len(zero)} of its lora_B are zero everywhere "
+            f"although it was trained (for example {zero[0]}): their gradients do not arrive."
         )
     model.save_pretrained(
         str(folder),
@@ -99,6 +127,7 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
         save_embedding_layers=False,
     )
     verify_adapter(model, folder)
+    load_with_peft(read_adapter_folder(folder), base_model(model))
 
 
 def verify_adapter(model: PeftModel, folder: str | Path) -> None:
@@ -107,7 +136,7 @@ def verify_adapter(model: PeftModel, folder: str | Path) -> None:
     Raises:
         AdapterVerificationError: a tensor is missing or differs.
     """
-    saved, live = _read_adapter(folder), adapter_state(model)
+    saved, live = read_adapter_tensors(Path(folder)), adapter_state(model)
     if saved.keys() != live.keys():
         raise AdapterVerificationError(
             f"{folder}: tensors on disk and in memory differ: {sorted(saved.keys() ^ live.keys())}"
@@ -119,7 +148,7 @@ def verify_adapter(model: PeftModel, folder: str | Path) -> None:
 
 def load_adapter(model: PeftModel, folder: str | Path) -> None:
     """Load the adapter in `folder` into the one already attached to `model`, in place."""
-    saved, live = _read_adapter(folder), adapter_state(model)
+    saved, live = read_adapter_tensors(Path(folder)), adapter_state(model)
     wrong = [
         name
         for name in saved.keys() | live.keys()
@@ -133,16 +162,6 @@ def load_adapter(model: PeftModel, folder: str | Path) -> None:
     for name, tensor in live.items():
         tensor.copy_(saved[name])
     verify_adapter(model, folder)
-
-
-def _read_adapter(folder: str | Path) -> dict[str, torch.Tensor]:
-    file = Path(folder) / ADAPTER_FILE
-    if not file.is_file():
-        raise AdapterVerificationError(f"{folder} holds no adapter ({ADAPTER_FILE} is missing).")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise AdapterVerificationError(f"{file} is damaged: {error}") from error
 
 
 def _check_targets(base: PreTrainedModel, config: LoraConfig) -> None:

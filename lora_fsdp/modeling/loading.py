@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -18,7 +20,19 @@ from lora_fsdp.errors import (
     UnsupportedModelError,
 )
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+#: What a config.json that is no causal language model's makes transformers raise.
+LOADING_ERRORS = (
+    AttributeError,
+    ImportError,
+    KeyError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 #: Attention that takes the 4-D mask of packed rows.
 _MASKED_ATTENTION = ("sdpa", "eager")
 
@@ -30,9 +44,9 @@ def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
     never by token id.
     """
     name = _existing_model(arguments)
-    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in _TOKENIZER_FILES):
+    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in TOKENIZER_FILES):
         raise TokenizerNotFoundError(
-            f"The model folder {name} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}): "
+            f"The model folder {name} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}): "
             "copy the tokenizer's files of the same model into it."
         )
     try:
@@ -41,9 +55,9 @@ def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
         )
-    except OSError as error:
+    except Exception as error:  # a damaged file gives a plain Exception of the Rust library
         raise TokenizerNotFoundError(
-            f"No tokenizer could be loaded from {name}: {error}"
+            f"No tokenizer could be loaded from {name}: {_first_line(error)}"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -60,6 +74,10 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
     name = _existing_model(arguments)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelNotFoundError(f"The folder {name} holds no model (config.json is missing).")
+    if arguments.trust_remote_code:
+        logger.warning(
+            "trust_remote_code is on: Python code that comes with %s may run on this machine.", name
+        )
     attention = arguments.attn_implementation
     model: PreTrainedModel
     loaded: dict[str, Any]
@@ -70,14 +88,16 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
             dtype=resolve_dtype(arguments.dtype, device=device),
             attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=arguments.trust_remote_code,
+            weights_only=True,  # should the weights be a pickle: nothing in it is run
             output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
         raise ModelNotFoundError(f"No model could be loaded from {name}: {error}") from error
-    except ValueError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except LOADING_ERRORS as error:
         raise UnsupportedModelError(
-            # What follows the first line lists every architecture there is.
-            f"{name} cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
+            f"{name} cannot be loaded as a causal language model: {_first_line(error)}"
         ) from error
     # transformers fills missing weights with random ones and says so in a log line only.
     if absent := sorted({*loaded["missing_keys"], *map(str, loaded["mismatched_keys"])}):
@@ -91,6 +111,12 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
             "for packed rows: set --attn_implementation eager."
         )
     return model.requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    """What follows it lists every architecture there is."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:500]
 
 
 def resolve_dtype(name: str, *, device: torch.device) -> torch.dtype:

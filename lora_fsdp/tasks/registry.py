@@ -15,13 +15,14 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lora_fsdp.errors import (
     ArgumentError,
     BrokenTaskError,
     DuplicateTaskError,
     IncompleteTaskError,
+    LoraFsdpError,
     TaskError,
     UnknownTaskError,
 )
@@ -109,7 +110,21 @@ def get_task(name: str, options: Mapping[str, object] | None = None) -> Task:
         raise ArgumentError(
             f"Task {name!r}: {error}. Its options: {', '.join(signature.parameters) or 'none'}."
         ) from error
-    return task_class(**given)
+    return _make(name, task_class, given, is_plug_in=not isinstance(claim, type))
+
+
+def _make(name: str, task_class: type[Task], given: Mapping[str, Any], *, is_plug_in: bool) -> Task:
+    if not is_plug_in:  # the user's own: a traceback shows where
+        return task_class(**given)
+    try:
+        return task_class(**given)
+    except LoraFsdpError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BrokenTaskError(
+            f"Task {name!r} ({_origin(task_class)}) fails when it is made: "
+            f"{type(error).__name__}: {error}. Update or uninstall its package."
+        ) from error
 
 
 def list_tasks() -> list[TaskInfo]:
@@ -125,9 +140,12 @@ def _info(name: str, origin: str, claim: _Claim, *, rivals: Mapping[str, _Claim]
     try:
         if len(rivals) > 1:
             raise _duplicate(name, rivals)
-        description = _load(name, claim).description
+        description = str(_load(name, claim).description)
     except TaskError as error:
         return TaskInfo(name=name, description="", origin=origin, broken=str(error))
+    except Exception as error:  # a class attribute may be anything
+        reason = f"its description cannot be read: {type(error).__name__}: {error}"
+        return TaskInfo(name=name, description="", origin=origin, broken=reason)
     return TaskInfo(name=name, description=description, origin=origin)
 
 
@@ -138,8 +156,14 @@ def _claims() -> dict[str, dict[str, _Claim]]:
     }
     for point in entry_points(group=ENTRY_POINT_GROUP):
         # A plug-in may also decorate its class: one origin, one claim.
-        claims.setdefault(point.name, {}).setdefault(f"{point.module}:{point.attr}", point)
+        claims.setdefault(point.name, {}).setdefault(_place(point), point)
     return claims
+
+
+def _place(point: EntryPoint) -> str:
+    """Where an entry point says its class is; a malformed one cannot be taken apart."""
+    match = EntryPoint.pattern.match(point.value)
+    return f"{match['module']}:{match['attr']}" if match else point.value
 
 
 def _load(name: str, claim: _Claim) -> type[Task]:
@@ -149,7 +173,7 @@ def _load(name: str, claim: _Claim) -> type[Task]:
     plug_in = f"Task {name!r} of the package {package!r} ({claim.value})"
     try:
         task_class = claim.load()
-    except Exception as error:  # a plug-in's import may raise anything
+    except (Exception, SystemExit) as error:  # a plug-in's import may raise anything, or exit
         raise BrokenTaskError(
             f"{plug_in} fails to import: {type(error).__name__}: {error}. "
             "Update or uninstall the package."

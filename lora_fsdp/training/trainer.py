@@ -41,7 +41,9 @@ from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
 from lora_fsdp.evaluation.prediction import save_task
+from lora_fsdp.evaluation.report import write_json
 from lora_fsdp.evaluation.scoring import Scores, score_rows
+from lora_fsdp.modeling.adapter_folders import ADAPTER_FILE
 from lora_fsdp.modeling.adapters import (
     attach_adapter,
     base_model,
@@ -50,10 +52,14 @@ from lora_fsdp.modeling.adapters import (
     trainable_parameters,
 )
 from lora_fsdp.modeling.attention import avoid_kernels_planned_by_shape
+from lora_fsdp.modeling.fingerprints import fingerprint_base, fingerprint_tokenizer
+from lora_fsdp.modeling.folders import sha256_of_file
 from lora_fsdp.modeling.label_head import (
     check_architecture,
     check_packed_rows,
 )
+from lora_fsdp.modeling.probes import build_probes, probe_log_likelihoods
+from lora_fsdp.modeling.proof import PROOF_FILE, Proof, beside
 from lora_fsdp.tasks import ClassificationTask, Example, Task
 from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
 from lora_fsdp.training.placement import build_step, place_for_training
@@ -149,6 +155,9 @@ class LoraTrainer(Trainer):
         check_architecture(
             base_model(model) if isinstance(model, PeftModel) else model, longest=max_length
         )
+        # Before the adapter is attached, which may change the base (PiSSA), and before sharding.
+        self.base_fingerprint = fingerprint_base(model)
+        self.probes = build_probes(self.encoder, [*train_dataset, *eval_dataset])
         if not isinstance(model, PeftModel):
             model = attach_adapter(model, cast(LoraConfig, peft_config))
         if args.world_size > 1:
@@ -168,7 +177,8 @@ class LoraTrainer(Trainer):
                 examples_per_step=self.examples_per_step, primary_metric=task.primary_metric
             )
         )
-        self.add_callback(CheckAdapterMoves(self.adapter))
+        self.moves = CheckAdapterMoves(self.adapter)
+        self.add_callback(self.moves)
 
     # ---- placement ------------------------------------------------------------------------------
 
@@ -356,17 +366,50 @@ class LoraTrainer(Trainer):
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         """Write adapter, tokenizer and arguments from rank 0. Nothing of the base is gathered."""
+        folder = Path(output_dir or self.args.output_dir or ".")
         self.adapter.check_equal()
+        answers = self._answer_probes()
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir or ".")
         folder.mkdir(parents=True, exist_ok=True)
-        save_adapter(self.model, folder)
+        save_adapter(self.model, folder, trained=self.moves.done)
         self.processing_class.save_pretrained(folder)
         save_task(self.encoder, folder)
+        write_json(folder / PROOF_FILE, self._proof(folder, answers).to_json())
         # As JSON: a pickle would have to be trusted by whoever reads it.
         arguments = json.dumps(self.args.to_dict(), indent=2, default=str)
         (folder / "training_args.json").write_text(arguments, encoding="utf-8")
+
+    def _answer_probes(self) -> list[list[float]]:
+        """The live adapter's answers to the probes; a collective call."""
+        with self.accelerator.autocast():
+            answers = probe_log_likelihoods(
+                self.model,
+                self.probes,
+                device=self.args.device,
+                computation=self.computation,
+            )
+        release_gathered(self.model)
+        return answers
+
+    def _proof(self, folder: Path, answers: list[list[float]]) -> Proof:
+        """What the adapter in `folder` can later be checked against."""
+        config = base_model(self.model).config
+        quantization = getattr(config, "quantization_config", None)
+        return Proof(
+            adapter_sha256=sha256_of_file(folder / ADAPTER_FILE),
+            trained=self.moves.done,
+            base=self.base_fingerprint,
+            base_name=str(config.name_or_path),
+            base_beside=beside(str(config.name_or_path), folder),
+            base_commit=getattr(config, "_commit_hash", None),
+            base_dtype=str(self.computation.dtype).removeprefix("torch."),
+            base_quantization=None if quantization is None else str(quantization),
+            tokenizer_sha256=fingerprint_tokenizer(self.processing_class),
+            end_token_id=self.encoder.end_token_id,
+            probes=self.probes,
+            log_likelihoods=answers,
+        )
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

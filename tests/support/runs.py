@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from lora_fsdp import FineTuningArguments, LoraTrainer
+from lora_fsdp import FineTuningArguments, LoraTrainer, ModelArguments
 from lora_fsdp.distributed.status import fsdp_status
 from lora_fsdp.modeling.adapters import adapter_state
+from lora_fsdp.modeling.loading import load_base
 from tests.support.tiny import ToyTask, tiny_model, tiny_tokenizer, toy_table
 
 
@@ -22,9 +23,13 @@ def toy_trainer(
     rows: int = 24,
     dtype: torch.dtype = torch.float32,
     callbacks: list[Any] | None = None,
+    base: str | Path | None = None,
     **arguments: Any,
 ) -> LoraTrainer:
-    """A trainer for the toy task; `arguments` are those of `FineTuningArguments`."""
+    """A trainer for the toy task; `arguments` are those of `FineTuningArguments`.
+
+    `base` is a folder to load the model from.
+    """
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-2,
@@ -39,9 +44,13 @@ def toy_trainer(
     table = task.bind(toy_table(rows))
     examples = table.examples(toy_table(rows))
     held_out = table.examples(toy_table(13, seed=9))
+    if base is None:
+        model = tiny_model(kind, dtype=dtype)
+    else:
+        model = load_base(ModelArguments(str(base)), device=torch.device("cpu"))
     torch.manual_seed(5)
     return LoraTrainer(
-        model=tiny_model(kind, dtype=dtype),
+        model=model,
         args=FineTuningArguments(output_dir=str(output_dir), **{**settings, **arguments}),
         task=table,
         processing_class=tiny_tokenizer(),

@@ -1,0 +1,104 @@
+"""Tokens that steer a model (end of text, end of turn), and texts that try to forge them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+#: A character for private use, which no vocabulary has.
+_UNKNOWN = "\U000f1234"
+
+
+class ControlTokens:
+    """A tokenizer's control tokens: the special ones, and the added ones its chat template writes.
+
+    The definition is that of transformers' `apply_chat_template(sanitize_control_tokens=True)`.
+    Blanks are no control tokens, and neither is a token for unknown pieces that any text may give.
+
+    Args:
+        tokenizer: fast or slow.
+        template: the chat template, or "" if it is not used.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, template: str) -> None:
+        self._tokenizer = tokenizer
+        given_by_any_text = tokenize_as_text(tokenizer, [_UNKNOWN])[0]
+        chosen = {
+            index: token
+            for index, token in tokenizer.added_tokens_decoder.items()
+            if token.content.strip()
+            and (token.special or (len(token.content) > 1 and token.content in template))
+            and (index != tokenizer.unk_token_id or index not in given_by_any_text)
+        }
+        self._ids = frozenset(chosen)
+        self._any = _any_of([token.content for token in chosen.values()])
+        # Where to cut what tokenizers cannot be told to take as text.
+        plain = [token.content for token in chosen.values() if not token.special]
+        everything = [token.content for token in chosen.values()]
+        self._cuts = [_behind_first_letter_of(plain), _behind_first_letter_of(everything)]
+
+    def count(self, ids: Sequence[int]) -> int:
+        """How many of `ids` are control tokens."""
+        return sum(token in self._ids for token in ids)
+
+    def text_between(self, before: str, text: str, after: str, *, allowed: int) -> list[int] | None:
+        """Ids of the whole, with control tokens in `before` and `after` and none in `text`.
+
+        Between control tokens a tokenizer starts afresh, so the parts are tokenised apart there.
+
+        Args:
+            before, text, after: what is tokenised, joined.
+            allowed: how many control tokens `before` and `after` have.
+
+        Returns:
+            the ids, or `None` if this tokenizer cannot take the text as text.
+        """
+        head = max((match.end() for match in self._any.finditer(before)), default=0)
+        tail = min((match.start() for match in self._any.finditer(after)), default=len(after))
+        middle = before[head:] + text + after[:tail]
+        for cut in self._cuts:
+            ids = [
+                *tokenize(self._tokenizer, [before[:head]])[0],
+                *(i for part in tokenize_as_text(self._tokenizer, cut.split(middle)) for i in part),
+                *tokenize(self._tokenizer, [after[tail:]])[0],
+            ]
+            if self.count(ids) == allowed:
+                return ids
+        return None
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of the texts alone; what spells a special token is that token."""
+    return _tokenize(tokenizer, texts, split_special_tokens=False)
+
+
+def tokenize_as_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of the texts alone; what spells a special token is letters like any other."""
+    return _tokenize(tokenizer, texts, split_special_tokens=True)
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, split_special_tokens: bool
+) -> list[list[int]]:
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,
+        split_special_tokens=split_special_tokens,
+    )
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of the texts, the longest first; nothing if there are none."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _behind_first_letter_of(texts: Sequence[str]) -> re.Pattern[str]:
+    """Matches the place behind the first letter of any of the texts; nothing if there are none."""
+    places = [f"(?<={re.escape(text[0])})(?={re.escape(text[1:])})" for text in texts if text[1:]]
+    return re.compile("|".join(places) or r"(?!)")

@@ -1,0 +1,95 @@
+"""Recipes: YAML files of options, read as if they stood on the command line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_fsdp.errors import ArgumentError
+
+#: Far above any real recipe. References make a small file a huge one, so they count in full.
+_LARGEST_BYTES = 1_000_000
+_MOST_VALUES = 10_000
+
+
+def read_recipe(path: str | Path, *, options: Collection[str]) -> list[str]:
+    """The command-line arguments that a recipe stands for.
+
+    They go through the same parser as those of the command line, which checks their types.
+
+    Args:
+        path: a YAML file with options as keys, without the dashes.
+        options: the names that there are.
+
+    Raises:
+        ArgumentError: it is missing, no YAML, no mapping, or has an unknown key; the message
+            suggests the nearest.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ArgumentError(f"There is no recipe {file.absolute()}: check --config.")
+    if file.stat().st_size > _LARGEST_BYTES:
+        raise ArgumentError(f"The recipe {file} is larger than 1 MB: it is no recipe.")
+    contents = _parse(file)
+    if not isinstance(contents, dict):
+        raise ArgumentError(f"The recipe {file} must hold options, a line each (key: value).")
+    _refuse_endless(contents, file)
+    for key in contents:
+        if key not in options:
+            nearest = difflib.get_close_matches(str(key), options, n=1)
+            hint = f" Did you mean {nearest[0]}?" if nearest else ""
+            raise ArgumentError(
+                f"Unknown option or recipe key: {str(key)[:80]!r}.{hint} See --help."
+            )
+    return [part for key, value in contents.items() for part in _arguments(key, value, file)]
+
+
+def _parse(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_bytes())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ArgumentError(f"The recipe {file} is no valid YAML: {reason}") from error
+
+
+def _refuse_endless(contents: object, file: Path) -> None:
+    """Refuse what contains itself, or would be huge with all its references written out."""
+    pending, seen = [contents], 0
+    while pending:
+        value = pending.pop()
+        seen += 1
+        if seen > _MOST_VALUES:
+            raise ArgumentError(
+                f"The recipe {file} has more values than any recipe: it is refused."
+            )
+        if isinstance(value, dict):
+            pending += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            pending += value
+
+
+def _arguments(key: str, value: object, file: Path) -> list[str]:
+    if value is None:  # as if it were not there
+        return []
+    if isinstance(value, dict):
+        try:
+            return [f"--{key}={json.dumps(value)}"]
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(f"The recipe {file}: {key} has no JSON form: {error}") from error
+    if isinstance(value, list):
+        if nested := [item for item in value if isinstance(item, dict | list | set | bytes)]:
+            raise ArgumentError(
+                f"The recipe {file}: {key} must be a plain list, without {str(nested[0])[:80]!r}."
+            )
+        return [f"--{key}", *map(str, value)]
+    if isinstance(value, str | bool | int | float):
+        return [f"--{key}={value}"]
+    raise ArgumentError(
+        f"The recipe {file}: {key} must be a text, a number, true or false, or a list of them, not "
+        f"a {type(value).__name__}; put it in quotes."
+    )
