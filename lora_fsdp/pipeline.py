@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import set_seed
 
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.data.rows import TaskData, load_task_data
+from lora_fsdp.distributed.orphans import end_with_launcher
+from lora_fsdp.distributed.outcome import on_first_rank
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import fsdp_status
 from lora_fsdp.errors import OutputFolderError
@@ -21,7 +22,10 @@ from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.modeling.adapters import lora_config
 from lora_fsdp.modeling.loading import load_base, load_tokenizer
 from lora_fsdp.tasks import Task
+from lora_fsdp.training.checkpoints import check_named_checkpoint, newest_whole_checkpoint
+from lora_fsdp.training.run_lock import run_lock
 from lora_fsdp.training.trainer import LoraTrainer
+from lora_fsdp.training.whole_folders import remove_leftovers
 
 # What a run leaves in its folder and no other program does; nothing else is ever removed.
 _RUN_FILES = (
@@ -29,6 +33,7 @@ _RUN_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "confusion_matrix.png",
+    "manifest.json",
     "metrics.json",
     "predictions.csv",
     "task.json",
@@ -83,9 +88,9 @@ def finetune(
         untrained = trainer.score(data.held_out)
         base_texts = _write_freely(trainer)
     trained = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
     tuned = trainer.score(data.held_out)
     tuned_texts = _write_freely(trainer)
-    trainer.save_model()
 
     comparison = compare(
         data.task,
@@ -109,31 +114,33 @@ def claim_output_folder(arguments: FineTuningArguments) -> Path:
 
     Raises:
         OutputFolderError: it holds a run, and neither resuming nor overwriting was asked for; or
-            it is to be resumed and holds no checkpoint.
+            another run is writing into it.
+        DamagedCheckpointError: it is to be resumed and holds no whole checkpoint.
     """
     folder = Path(arguments.output_dir or ".")
-    left = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
-    resume = arguments.resume_from_checkpoint
-    checkpoint = Path(resume) if isinstance(resume, str) else None
-    found = checkpoint.is_dir() if checkpoint else any(folder.glob("checkpoint-*"))
-    # Every rank looks before rank 0 changes anything.
-    _wait_for_all_ranks()
-    if resume and not found:
-        raise OutputFolderError(
-            f"There is no checkpoint {checkpoint or folder / 'checkpoint-*'} to resume from: leave "
-            "--resume_from_checkpoint out to start anew."
-        )
-    if left and not resume:
-        if not arguments.overwrite_output_dir:
+    end_with_launcher()
+    on_first_rank(lambda: _claim(folder, arguments))
+    return folder
+
+
+def _claim(folder: Path, arguments: FineTuningArguments) -> None:
+    with run_lock(folder):
+        # What a process killed while writing leaves behind is nothing that could be lost.
+        remove_leftovers(folder)
+        left = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
+        resume = arguments.resume_from_checkpoint
+        if resume is True:
+            newest_whole_checkpoint(folder)
+        elif resume:
+            check_named_checkpoint(Path(resume))
+        elif left and not arguments.overwrite_output_dir:
             raise OutputFolderError(
                 f"{folder} already holds a run: choose another --output_dir, continue it with "
                 "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true."
             )
-        if arguments.process_index == 0:
+        else:
             for path in left:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _wait_for_all_ranks()
-    return folder
 
 
 def _announce(trainer: LoraTrainer, data: TaskData) -> None:
@@ -190,8 +197,3 @@ def _facts(trainer: LoraTrainer, data: TaskData, trained: dict[str, float]) -> d
     if trainer.args.device.type == "cuda":
         facts["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
     return facts
-
-
-def _wait_for_all_ranks() -> None:
-    if dist.is_initialized():
-        dist.barrier()

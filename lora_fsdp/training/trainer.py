@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
@@ -22,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalLoopOutput
@@ -40,13 +36,10 @@ from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.sharding import check_placement, place_model, release_gathered
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
-from lora_fsdp.evaluation.prediction import save_task
 from lora_fsdp.evaluation.scoring import Scores, score_rows
 from lora_fsdp.modeling.adapters import (
     attach_adapter,
     base_model,
-    load_adapter,
-    save_adapter,
     trainable_parameters,
 )
 from lora_fsdp.modeling.attention import avoid_kernels_planned_by_shape
@@ -57,6 +50,8 @@ from lora_fsdp.modeling.label_head import (
 )
 from lora_fsdp.tasks import ClassificationTask, Example, Task
 from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
+from lora_fsdp.training.durable import DurableTrainer
+from lora_fsdp.training.resume import run_facts
 from lora_fsdp.training.setup import (
     check_arguments,
     check_targets,
@@ -67,10 +62,8 @@ from lora_fsdp.training.setup import (
     shares_prefix,
 )
 
-logger = logging.getLogger(__name__)
 
-
-class LoraTrainer(Trainer):
+class LoraTrainer(DurableTrainer):
     """Trains a LoRA adapter for a task.
 
     It derives from `transformers.Trainer` and not from `trl.SFTTrainer`, whose loss gathers over
@@ -82,7 +75,7 @@ class LoraTrainer(Trainer):
     * `get_train_dataloader`, `get_batch_samples`, `training_step`: packed rows, loss at label
       positions over the global number of label tokens, one all-reduce of the adapter's gradients.
     * `get_eval_dataloader`, `evaluation_loop`: the task's metrics from label likelihoods.
-    * `_save`, `_load_from_checkpoint`, `_load_best_model`: the adapter only, verified.
+    * saving, loading, resuming and stopping: see `DurableTrainer`.
 
     Args:
         model: a causal LM (with `peft_config`), or a PEFT model whose adapter is to be trained.
@@ -145,8 +138,9 @@ class LoraTrainer(Trainer):
         )
         if not isinstance(model, PeftModel):
             model = attach_adapter(model, cast(LoraConfig, peft_config))
-        if args.world_size > 1:
-            check_ranks_agree(run_fingerprints(args, model, train=train, held_out=held_out))
+        fingerprints = run_fingerprints(args, model, train=train, held_out=held_out)
+        check_ranks_agree(fingerprints)
+        self.run_facts = run_facts(args, model, fingerprints=fingerprints)
         super().__init__(
             model=model,
             args=fold_accumulation(args),
@@ -325,39 +319,6 @@ class LoraTrainer(Trainer):
             )
         release_gathered(self.model)
         return scores
-
-    # ---- saving and loading ---------------------------------------------------------------------
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        """Write adapter, tokenizer and arguments from rank 0. Nothing of the base is gathered."""
-        self.adapter.check_equal()
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_adapter(self.model, folder)
-        self.processing_class.save_pretrained(folder)
-        save_task(self.encoder, folder)
-        # As JSON: a pickle would have to be trusted by whoever reads it.
-        arguments = json.dumps(self.args.to_dict(), indent=2, default=str)
-        (folder / "training_args.json").write_text(arguments, encoding="utf-8")
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        """Load a checkpoint's adapter."""
-        load_adapter(self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        """Load the adapter with the best metric."""
-        logger.info(
-            "Loading the best adapter, %s (%s).",
-            self.state.best_model_checkpoint,
-            self.state.best_metric,
-        )
-        load_adapter(self.model, str(self.state.best_model_checkpoint))
 
     def _loader(self, dataset: Any) -> DataLoader[Any]:
         return DataLoader(
