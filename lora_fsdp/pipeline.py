@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import set_seed
@@ -128,11 +128,11 @@ def _claim(folder: Path, arguments: FineTuningArguments) -> None:
         # What a process killed while writing leaves behind is nothing that could be lost.
         remove_leftovers(folder)
         left = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
-        resume = arguments.resume_from_checkpoint
-        if resume is True:
-            newest_whole_checkpoint(folder)
-        elif resume:
+        resume = cast(str | bool | None, arguments.resume_from_checkpoint)
+        if isinstance(resume, str):
             check_named_checkpoint(Path(resume))
+        elif resume:
+            newest_whole_checkpoint(folder)
         elif left and not arguments.overwrite_output_dir:
             raise OutputFolderError(
                 f"{folder} already holds a run: choose another --output_dir, continue it with "

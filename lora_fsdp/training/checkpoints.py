@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from pathlib import Path
 
 from lora_fsdp.errors import DamagedCheckpointError
 from lora_fsdp.training.whole_folders import check_whole, remove_folder
-
-logger = logging.getLogger(__name__)
 
 
 def list_checkpoints(run_folder: Path) -> list[Path]:
@@ -31,8 +28,8 @@ def find_damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
     return None
 
 
-def newest_whole_checkpoint(run_folder: Path) -> Path:
-    """The newest checkpoint that is as it was written; newer ones are named in the log.
+def newest_whole_checkpoint(run_folder: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint that is as it was written, and what is wrong with each newer one.
 
     Raises:
         DamagedCheckpointError: there is none; the message says what is wrong with each.
@@ -41,9 +38,7 @@ def newest_whole_checkpoint(run_folder: Path) -> Path:
     for checkpoint in list_checkpoints(run_folder):
         damage = find_damage(checkpoint)
         if damage is None:
-            if skipped:
-                logger.warning("Not resumed from: %s.", "; ".join(skipped))
-            return checkpoint
+            return checkpoint, skipped
         skipped.append(f"{checkpoint.name} ({damage})")
     reasons = "; ".join(skipped) or "there are no checkpoint-* folders"
     raise DamagedCheckpointError(

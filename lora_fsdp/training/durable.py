@@ -134,6 +134,7 @@ class DurableTrainer(Trainer):
         if self._resumed is not None:
             loop = self._resumed["loop"]
             if loop["stopped_early"] or loop["step"] >= max_steps:
+                self._load_rng_state(None)  # which the Trainer does where an epoch begins
                 return (0, *values[1:])
         return values
 
@@ -312,6 +313,9 @@ def _prepare(folder: Path, resume: str | bool | None) -> Path | None:
         logger.info("Removed %s, which an earlier run left unfinished.", path)
     if not resume:
         return None
-    return (
-        newest_whole_checkpoint(folder) if resume is True else check_named_checkpoint(Path(resume))
-    )
+    if isinstance(resume, str):
+        return check_named_checkpoint(Path(resume))
+    checkpoint, skipped = newest_whole_checkpoint(folder)
+    if skipped:
+        logger.warning("Not resumed from %s.", "; ".join(skipped))
+    return checkpoint

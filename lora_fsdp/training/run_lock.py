@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from lora_fsdp.errors import OutputFolderError
 
@@ -27,33 +29,44 @@ def run_lock(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[No
     Raises:
         OutputFolderError: another run holds it and does not end, or it cannot be written to.
     """
+    file = folder / LOCK_FILE
+    until = time.monotonic() + wait_seconds
+    waiting = False
+    while (held := _try_lock(file)) is None:
+        if time.monotonic() > until:
+            raise OutputFolderError(
+                f"Another run is writing into {folder}: end it, or choose another --output_dir."
+            )
+        if not waiting:
+            logger.warning("Waiting for another run to leave %s.", folder)
+        waiting = True
+        time.sleep(0.1)
+    with held:
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def _try_lock(file: Path) -> IO[str] | None:
+    """The open and locked file; `None` if another process has it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = (folder / LOCK_FILE).open("a")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        opened = file.open("a")
     except OSError as error:
         raise OutputFolderError(
-            f"{folder} cannot be written to ({error.strerror}): choose another --output_dir."
+            f"{file.parent} cannot be written to ({error.strerror}): choose another --output_dir."
         ) from error
-    with opened:
-        until = time.monotonic() + wait_seconds
-        waiting = False
-        while not _try_lock(opened.fileno()):
-            if time.monotonic() > until:
-                raise OutputFolderError(
-                    f"Another run is writing into {folder}: end it, or choose another --output_dir."
-                )
-            if not waiting:
-                logger.warning("Waiting for another run to leave %s.", folder)
-            waiting = True
-            time.sleep(0.2)
-        yield
-
-
-def _try_lock(descriptor: int) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        opened.close()
+        return None
     except OSError as error:  # some network file systems have no locks
-        logger.warning("The output folder cannot be locked (%s).", error.strerror)
-    return True
+        logger.warning("%s cannot be locked (%s).", file.parent, error.strerror)
+        return opened
+    # The holder removes the file when it is done: what was waited for may not be there any more.
+    if file.exists() and os.path.samestat(file.stat(), os.fstat(opened.fileno())):
+        return opened
+    opened.close()
+    return None
