@@ -71,6 +71,7 @@ class DurableTrainer(Trainer):
       `_load_best_model`: the counterparts; nothing is unpickled.
     * `save_model`: the adapter only, from rank 0, checked on every rank.
     * `set_initial_training_values`: a run that is resumed after its last step trains no further.
+    * `_finalize_training`: the newest checkpoint stays.
     * `log`: `train_loss` is of the whole run, also of a resumed one.
     """
 
@@ -143,6 +144,16 @@ class DurableTrainer(Trainer):
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
+
+    def _finalize_training(
+        self, trial: Any, num_train_samples: int, start_time: float
+    ) -> TrainOutput:
+        """The Trainer's, which with a limit of 1 would keep the best checkpoint only."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
 
     # ---- saving ---------------------------------------------------------------------------------
 

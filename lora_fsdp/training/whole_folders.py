@@ -210,10 +210,11 @@ def _digest_marker(marker: Mapping[str, Any]) -> str:
 def _clear_message(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, LoraFsdpError):
+    except Exception as error:
+        # safetensors and tokenizers report the system's errors as text only.
+        from_system = isinstance(error, OSError | SafetensorError) or "(os error" in str(error)
+        if isinstance(error, LoraFsdpError) or not from_system:
             raise
-        # safetensors and tokenizers report the system's error as text only.
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise CheckpointSaveError(
             f"{folder} cannot be written ({reason}): what was saved before is as it was. Make room "

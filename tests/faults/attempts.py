@@ -99,6 +99,12 @@ class LaunchedAttempt(Attempt):
                 stderr=log,
             )
 
+    def wait(self, seconds: float) -> list[int]:
+        """As in `Attempt`."""
+        left = super().wait(seconds)
+        self._process.wait(timeout=10)  # it may be past the point where it shows its variables
+        return left
+
     def ranks(self) -> list[int]:
         """As in `Attempt`."""
         mine = parents()
