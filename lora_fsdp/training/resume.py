@@ -16,6 +16,7 @@ from peft import PeftModel
 
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.errors import ResumeMismatchError
+from lora_fsdp.modeling.adapters import base_model
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def run_facts(
         "must_stay": {
             "the seed": str(args.seed),
             "the seed of the data's order": str(data_seed),
+            "the base model's architecture": type(base_model(model)).__name__,
             **{name: value for name, value in fingerprints.items() if name in _FINGERPRINTS},
             **{f"LoRA's {name}": _as_text(value) for name, value in sorted(kept.items())},
             **{f"--{name}": values[name] for name in _OF_THE_OPTIMIZER},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -14,11 +15,20 @@ from tests.faults import toy_run
 from tests.support.ranks import CONFIGS, launch_environment, start_ranks
 
 SCRIPT = Path(toy_run.__file__)
+# Until a rank is told that its peer is gone, and from then until it is killed (as torchrun does).
+PEER_SECONDS = 15.0
+LAUNCHER_SECONDS = 30.0
 _MARK = "LORA_FSDP_FAULTS"
 
 
 class Attempt(ABC):
-    """A start of the run; ranks and launcher are killed by their process ids."""
+    """A start of the run; ranks and launcher are killed by their process ids.
+
+    Attributes:
+        told: ranks that had to be ended because a peer was gone, where no launcher does that.
+    """
+
+    told = 0
 
     @abstractmethod
     def ranks(self) -> list[int]:
@@ -69,6 +79,27 @@ class ForkedAttempt(Attempt):
         ranks = self.ranks()
         self._seen |= {child for child, parent in parents().items() if parent in ranks}
         return ranks + [pid for pid in self._seen if is_alive(pid)]
+
+    def wait(self, seconds: float) -> list[int]:
+        """As in `Attempt`; as a launcher does, ends the peers of a rank that failed.
+
+        First they have time to notice by themselves.
+        """
+        until = time.monotonic() + seconds
+        failed_at = None
+        while self.ranks() and time.monotonic() < until:
+            self.running()  # to know their children
+            time.sleep(0.02)
+            if failed_at is None and any(process.exitcode for process in self._processes):
+                failed_at = time.monotonic()
+            if failed_at is not None and time.monotonic() > failed_at + PEER_SECONDS:
+                break
+        for pid in self.ranks():
+            self.told += 1
+            send(pid, signal.SIGUSR1)  # its threads' stacks go to the log
+            time.sleep(0.5)
+            send(pid, signal.SIGTERM)
+        return super().wait(LAUNCHER_SECONDS)
 
     def exit_code(self) -> int | None:
         """As in `Attempt`."""
@@ -131,6 +162,7 @@ def logged_run(folder: str, variant: str) -> None:
     with log_of(Path(folder)).open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     try:
         toy_run.run(folder, variant)
     except SystemExit as stop:

@@ -35,7 +35,7 @@ RUN_SECONDS = 300.0
 
 @dataclass
 class Figures:
-    """What a campaign counts; all but the first three and `codes` must be 0."""
+    """What a campaign counts; `lost` to `leftovers` must be 0."""
 
     runs: int = 0
     kills: Counter[str] = field(default_factory=Counter)
@@ -45,6 +45,7 @@ class Figures:
     unequal: int = 0
     failed: int = 0
     leftovers: int = 0
+    told: Counter[str] = field(default_factory=Counter)
     codes: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
@@ -57,6 +58,7 @@ class Figures:
             f"unequal ends: {self.unequal}",
             f"resumes that failed: {self.failed}",
             f"leftover processes: {self.leftovers}",
+            f"peers that the launcher had to end: {dict(sorted(self.told.items()))}",
             "exit codes after SIGTERM: " + str(dict(sorted(self.codes.items()))),
         ]
         return "\n".join(lines)
@@ -96,6 +98,9 @@ class Campaign:
             return False
         self.figures.kills[f"{number.name} to {what}, {when}"] += 1
         self.figures.leftovers += len(attempt.wait(END_SECONDS))
+        if attempt.told:
+            self.figures.told[when] += attempt.told
+            shutil.copy(log_of(folder), folder.with_suffix(f".told-{self.figures.resumes}.log"))
         after = newest_whole(folder)
         if after < before:
             self.figures.lost += 1
