@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -45,7 +45,9 @@ def run_lock(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[No
         try:
             yield
         finally:
-            file.unlink(missing_ok=True)
+            # In a folder that has become read-only it stays; the lock itself ends with the process.
+            with suppress(OSError):
+                file.unlink()
 
 
 def _try_lock(file: Path) -> IO[str] | None:

@@ -50,7 +50,7 @@ class Attempt(ABC):
         """Wait until nothing is left; the process ids of what had to be ended after so long."""
         until = time.monotonic() + seconds
         while (left := self.running()) and time.monotonic() < until:
-            time.sleep(0.02)
+            time.sleep(0.1)
         for pid in left:
             send(pid, signal.SIGKILL)
         return left
@@ -89,7 +89,7 @@ class ForkedAttempt(Attempt):
         failed_at = None
         while self.ranks() and time.monotonic() < until:
             self.running()  # to know their children
-            time.sleep(0.02)
+            time.sleep(0.1)
             if failed_at is None and any(process.exitcode for process in self._processes):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() > failed_at + PEER_SECONDS:

@@ -128,13 +128,13 @@ class Campaign:
                 if len(seen) > after_saves:
                     time.sleep(self.random.uniform(0, 0.05))
                     break
-                time.sleep(0.0005)
+                time.sleep(0.002)
             else:
                 steps = log_of(folder).read_text().count("step ") if log_of(folder).exists() else 0
                 if steps > steps_before + after_saves:
                     time.sleep(self.random.uniform(0, 0.3))
                     break
-                time.sleep(0.005)
+                time.sleep(0.02)
         return when
 
     def _choose(self, attempt: Attempt, *, launched: bool) -> tuple[list[int], str, signal.Signals]:
@@ -209,8 +209,7 @@ def main() -> None:
             world_size=campaign.random.choice([1, 2]),
             variant=campaign.random.choice(list(VARIANTS)),
         )
-        if figures.runs % 5 == 0:
-            print(f"[{time.monotonic() - started:.0f} s] {figures}\n", flush=True)
+        print(f"[{time.monotonic() - started:.0f} s] {figures}\n", flush=True)
     print(f"{figures}\nseconds: {time.monotonic() - started:.0f}")
     bad = figures.lost + figures.wrong_adapters + figures.unequal + figures.failed
     sys.exit(1 if bad + figures.leftovers else 0)
