@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from tests.support.ranks import CONFIGS, launch_environment, start_ranks
 
 SCRIPT = Path(toy_run.__file__)
 # Until a rank is told that its peer is gone, and from then until it is killed (as torchrun does).
-PEER_SECONDS = 15.0
+PEER_SECONDS = 10.0
 LAUNCHER_SECONDS = 30.0
 _MARK = "LORA_FSDP_FAULTS"
 
@@ -163,6 +164,9 @@ def logged_run(folder: str, variant: str) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    # As in a process that a launcher starts. A forkserver and its DataLoader workers would keep each
+    # other alive.
+    multiprocessing.set_start_method("fork", force=True)
     try:
         toy_run.run(folder, variant)
     except SystemExit as stop:
