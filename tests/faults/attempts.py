@@ -62,7 +62,8 @@ class ForkedAttempt(Attempt):
 
     def __init__(self, folder: Path, variant: str, *, world_size: int) -> None:
         environment = launch_environment("fsdp2_cpu.yaml") if world_size > 1 else {}
-        self._processes, _ = start_ranks(
+        # The pipes are kept: a rank that finds its closed fails at its end.
+        self._processes, self._pipes = start_ranks(
             logged_run, str(folder), variant, world_size=world_size, environment=environment
         )
         self._seen: set[int] = set()
@@ -164,8 +165,8 @@ def logged_run(folder: str, variant: str) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    # As in a process that a launcher starts. A forkserver and its DataLoader workers would keep each
-    # other alive.
+    # As in a process that a launcher starts. A forkserver and its DataLoader workers would keep
+    # each other alive.
     multiprocessing.set_start_method("fork", force=True)
     try:
         toy_run.run(folder, variant)
