@@ -182,6 +182,17 @@ class FineTuningArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace a run that output_dir already holds."}
     )
+    max_hours: float | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many hours of training, as on SIGTERM: with a checkpoint and "
+            "exit code 75."
+        },
+    )
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True,
+        metadata={"help": "Resume callbacks (early stopping) where they were as well."},
+    )
     allow_fsdp_on_one_process: bool = field(
         default=False,
         metadata={"help": "Run an FSDP YAML on one process, where it shards nothing."},
@@ -221,6 +232,13 @@ class FineTuningArguments(TrainingArguments):
         for name in _WITHOUT_EFFECT:
             if getattr(self, name) != _default_of(name):
                 raise ArgumentError(f"--{name} has no effect on packed rows: remove it.")
+        if self.ignore_data_skip:
+            raise ArgumentError(
+                "--ignore_data_skip would show examples twice in the resumed epoch, and skipping "
+                "costs nothing on packed rows: remove it."
+            )
+        if self.max_hours is not None and self.max_hours <= 0:
+            raise ArgumentError(f"--max_hours must be more than 0, not {self.max_hours}.")
         if self.deepspeed:
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
 

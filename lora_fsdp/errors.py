@@ -41,9 +41,14 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   └── RankMismatchError
     ├── ArgumentError(ValueError)       settings that contradict each other
     ├── OutputFolderError(FileExistsError)
-    └── RunError                        the folder of a run, to report on
-        ├── RunNotFoundError(FileNotFoundError)
-        └── DamagedRunError(ValueError)
+    ├── RunError                        the folder of a run, to report on
+    │   ├── RunNotFoundError(FileNotFoundError)
+    │   └── DamagedRunError(ValueError)
+    ├── CheckpointError(RuntimeError)   what a run leaves on disk to continue from
+    │   ├── CheckpointSaveError(OSError)
+    │   ├── DamagedCheckpointError(ValueError)
+    │   └── ResumeMismatchError(ValueError)
+    └── TrainingInterrupted(SystemExit) stopped on request, with a checkpoint; exit code 75
 """
 
 
@@ -209,3 +214,31 @@ class RunNotFoundError(RunError, FileNotFoundError):
 
 class DamagedRunError(RunError, ValueError):
     """A file of a run cannot be read; the message names it."""
+
+
+class CheckpointError(LoraFsdpError, RuntimeError):
+    """Something is wrong with a checkpoint."""
+
+
+class CheckpointSaveError(CheckpointError, OSError):
+    """A checkpoint or an adapter cannot be written; what was there before is as it was."""
+
+
+class DamagedCheckpointError(CheckpointError, ValueError):
+    """A checkpoint is not as it was written, or there is none that is."""
+
+
+class ResumeMismatchError(CheckpointError, ValueError):
+    """A run cannot go on from a checkpoint with these settings, data or processes."""
+
+
+class TrainingInterrupted(LoraFsdpError, SystemExit):
+    """Training was stopped by SIGTERM or `--max_hours`; uncaught, it ends the process with 75.
+
+    75 is the exit code that sysexits.h calls EX_TEMPFAIL: start again with
+    `--resume_from_checkpoint true`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = 75

@@ -7,14 +7,15 @@ import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from transformers import set_seed
 
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.data.rows import TaskData, load_task_data
+from lora_fsdp.distributed.orphans import end_with_launcher
+from lora_fsdp.distributed.outcome import on_first_rank
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
 from lora_fsdp.errors import OutputFolderError
@@ -26,8 +27,11 @@ from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.record import record_start
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
+from lora_fsdp.training.checkpoints import check_named_checkpoint, newest_whole_checkpoint
 from lora_fsdp.training.log_history import KeepLog
+from lora_fsdp.training.run_lock import run_lock
 from lora_fsdp.training.trainer import LoraTrainer
+from lora_fsdp.training.whole_folders import remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +41,7 @@ _RUN_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "confusion_matrix.png",
+    "manifest.json",
     "metrics.json",
     "predictions.csv",
     "report.html",
@@ -101,9 +106,9 @@ def finetune(
         untrained = trainer.score(data.held_out)
         base_texts = _write_freely(trainer)
     trained = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
     tuned = trainer.score(data.held_out)
     tuned_texts = _write_freely(trainer)
-    trainer.save_model()
 
     comparison = compare(
         data.task,
@@ -128,31 +133,33 @@ def claim_output_folder(arguments: FineTuningArguments) -> Path:
 
     Raises:
         OutputFolderError: it holds a run, and neither resuming nor overwriting was asked for; or
-            it is to be resumed and holds no checkpoint.
+            another run is writing into it.
+        DamagedCheckpointError: it is to be resumed and holds no whole checkpoint.
     """
     folder = Path(arguments.output_dir or ".")
-    left = _found(folder, _RUN_FILES)
-    resume = arguments.resume_from_checkpoint
-    checkpoint = Path(resume) if isinstance(resume, str) else None
-    found = checkpoint.is_dir() if checkpoint else any(folder.glob("checkpoint-*"))
-    # Every rank looks before rank 0 changes anything.
-    _wait_for_all_ranks()
-    if resume and not found:
-        raise OutputFolderError(
-            f"There is no checkpoint {checkpoint or folder / 'checkpoint-*'} to resume from: leave "
-            "--resume_from_checkpoint out to start anew."
-        )
-    if left and not resume:
-        if not arguments.overwrite_output_dir:
+    end_with_launcher()
+    on_first_rank(lambda: _claim(folder, arguments))
+    return folder
+
+
+def _claim(folder: Path, arguments: FineTuningArguments) -> None:
+    with run_lock(folder):
+        # What a process killed while writing leaves behind is nothing that could be lost.
+        remove_leftovers(folder)
+        left = _found(folder, _RUN_FILES)
+        resume = cast(str | bool | None, arguments.resume_from_checkpoint)
+        if isinstance(resume, str):
+            check_named_checkpoint(Path(resume))
+        elif resume:
+            newest_whole_checkpoint(folder)
+        elif left and not arguments.overwrite_output_dir:
             raise OutputFolderError(
                 f"{folder} already holds a run: choose another --output_dir, continue it with "
                 "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true."
             )
-        if arguments.process_index == 0:
+        else:
             for path in [*left, *_found(folder, RECORD_FILES)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _wait_for_all_ranks()
-    return folder
 
 
 def _found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
@@ -236,8 +243,3 @@ def _examples_seen(trainer: LoraTrainer, steps: int) -> int:
     examples, per_step = len(trainer.train_dataset), trainer.examples_per_step
     epochs, rest = divmod(steps, -(-examples // per_step))
     return epochs * examples + rest * per_step
-
-
-def _wait_for_all_ranks() -> None:
-    if dist.is_initialized():
-        dist.barrier()

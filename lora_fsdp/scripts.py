@@ -17,6 +17,7 @@ import transformers
 from trl import TrlParser  # type: ignore[attr-defined]
 
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
+from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.errors import ArgumentError, LoraFsdpError
 from lora_fsdp.recipes import read_recipe
 
@@ -65,6 +66,7 @@ def parse_arguments(*, task: str) -> RunArguments:
 
 def configure_output() -> None:
     """Our log lines from rank 0, libraries only when they warn, our errors without a traceback."""
+    end_with_launcher()
     is_first = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("lora_fsdp").setLevel(logging.INFO if is_first else logging.ERROR)

@@ -102,8 +102,9 @@ def options_of_accelerate() -> set[str]:
 
 
 def options_in_examples() -> set[str]:
-    """Of the examples that have a parser of their own."""
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.py")]
+    """Of the examples, and the fault campaign, that have a parser of their own."""
+    paths = [*(ROOT / "examples").glob("*.py"), ROOT / "tests" / "faults" / "campaign.py"]
+    sources = [path.read_text(encoding="utf-8") for path in paths]
     return {
         option
         for source in sources

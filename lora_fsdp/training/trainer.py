@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
@@ -22,7 +19,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
 )
 from transformers.trainer_utils import EvalLoopOutput
@@ -40,29 +36,24 @@ from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
-from lora_fsdp.evaluation.prediction import save_task
-from lora_fsdp.evaluation.report import write_json
 from lora_fsdp.evaluation.scoring import Scores, score_rows
-from lora_fsdp.modeling.adapter_folders import ADAPTER_FILE
 from lora_fsdp.modeling.adapters import (
     attach_adapter,
     base_model,
-    load_adapter,
-    save_adapter,
     trainable_parameters,
 )
 from lora_fsdp.modeling.attention import avoid_kernels_planned_by_shape
-from lora_fsdp.modeling.fingerprints import fingerprint_base, fingerprint_tokenizer
-from lora_fsdp.modeling.folders import sha256_of_file
+from lora_fsdp.modeling.fingerprints import fingerprint_base
 from lora_fsdp.modeling.label_head import (
     check_architecture,
     check_packed_rows,
 )
-from lora_fsdp.modeling.probes import build_probes, probe_log_likelihoods
-from lora_fsdp.modeling.proof import PROOF_FILE, Proof, beside
+from lora_fsdp.modeling.probes import build_probes
 from lora_fsdp.tasks import ClassificationTask, Example, Task
 from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
+from lora_fsdp.training.durable import DurableTrainer
 from lora_fsdp.training.placement import build_step, place_for_training
+from lora_fsdp.training.resume import run_facts
 from lora_fsdp.training.setup import (
     check_arguments,
     check_targets,
@@ -75,10 +66,8 @@ from lora_fsdp.training.setup import (
     training_tokens,
 )
 
-logger = logging.getLogger(__name__)
 
-
-class LoraTrainer(Trainer):
+class LoraTrainer(DurableTrainer):
     """Trains a LoRA adapter for a task.
 
     It derives from `transformers.Trainer` and not from `trl.SFTTrainer`, whose loss gathers over
@@ -92,7 +81,7 @@ class LoraTrainer(Trainer):
     * `_clip_grad_norm`, `_get_grad_norm` and the model's `zero_grad`: on the adapter alone; the
       Trainer's walk through every module of the base, which takes longer than a captured step.
     * `get_eval_dataloader`, `evaluation_loop`: the task's metrics from label likelihoods.
-    * `_save`, `_load_from_checkpoint`, `_load_best_model`: the adapter only, verified.
+    * saving, loading, resuming and stopping: see `DurableTrainer`.
 
     Args:
         model: a causal LM (with `peft_config`), or a PEFT model whose adapter is to be trained.
@@ -160,8 +149,9 @@ class LoraTrainer(Trainer):
         self.probes = build_probes(self.encoder, [*train_dataset, *eval_dataset])
         if not isinstance(model, PeftModel):
             model = attach_adapter(model, cast(LoraConfig, peft_config))
-        if args.world_size > 1:
-            check_ranks_agree(run_fingerprints(args, model, train=train, held_out=held_out))
+        fingerprints = run_fingerprints(args, model, train=train, held_out=held_out)
+        check_ranks_agree(fingerprints)
+        self.run_facts = run_facts(args, model, fingerprints=fingerprints)
         super().__init__(
             model=model,
             args=fold_accumulation(args),
@@ -359,72 +349,6 @@ class LoraTrainer(Trainer):
             )
         release_gathered(self.model)
         return scores
-
-    # ---- saving and loading ---------------------------------------------------------------------
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
-    ) -> None:
-        """Write adapter, tokenizer and arguments from rank 0. Nothing of the base is gathered."""
-        folder = Path(output_dir or self.args.output_dir or ".")
-        self.adapter.check_equal()
-        answers = self._answer_probes()
-        if not self.args.should_save:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        save_adapter(self.model, folder, trained=self.moves.done)
-        self.processing_class.save_pretrained(folder)
-        save_task(self.encoder, folder)
-        write_json(folder / PROOF_FILE, self._proof(folder, answers).to_json())
-        # As JSON: a pickle would have to be trusted by whoever reads it.
-        arguments = json.dumps(self.args.to_dict(), indent=2, default=str)
-        (folder / "training_args.json").write_text(arguments, encoding="utf-8")
-
-    def _answer_probes(self) -> list[list[float]]:
-        """The live adapter's answers to the probes; a collective call."""
-        with self.accelerator.autocast():
-            answers = probe_log_likelihoods(
-                self.model,
-                self.probes,
-                device=self.args.device,
-                computation=self.computation,
-            )
-        release_gathered(self.model)
-        return answers
-
-    def _proof(self, folder: Path, answers: list[list[float]]) -> Proof:
-        """What the adapter in `folder` can later be checked against."""
-        config = base_model(self.model).config
-        quantization = getattr(config, "quantization_config", None)
-        return Proof(
-            adapter_sha256=sha256_of_file(folder / ADAPTER_FILE),
-            trained=self.moves.done,
-            base=self.base_fingerprint,
-            base_name=str(config.name_or_path),
-            base_beside=beside(str(config.name_or_path), folder),
-            base_commit=getattr(config, "_commit_hash", None),
-            base_dtype=str(self.computation.dtype).removeprefix("torch."),
-            base_quantization=None if quantization is None else str(quantization),
-            tokenizer_sha256=fingerprint_tokenizer(self.processing_class),
-            end_token_id=self.encoder.end_token_id,
-            probes=self.probes,
-            log_likelihoods=answers,
-        )
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        """Load a checkpoint's adapter."""
-        load_adapter(self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        """Load the adapter with the best metric."""
-        logger.info(
-            "Loading the best adapter, %s (%s).",
-            self.state.best_model_checkpoint,
-            self.state.best_metric,
-        )
-        load_adapter(self.model, str(self.state.best_model_checkpoint))
 
     def _loader(self, dataset: Any) -> DataLoader[Any]:
         return DataLoader(

@@ -8,6 +8,7 @@ import socket
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +58,9 @@ def run_ranks(
     `environment` is for all ranks, or a list with one for each. `launched` says whether the ranks
     have a rendezvous, as those of a launcher do (by default, if there are several).
     """
-    launched = world_size > 1 if launched is None else launched
-    ranks = list(range(world_size))
-    shared = environment or {}
-    each = shared if isinstance(shared, list) else [shared] * world_size
-    port = _free_port()
-    processes, pipes = [], []
-    for rank in ranks:
-        ours, theirs = _context.Pipe()
-        meeting = _rendezvous(rank, world_size, port) if launched else {}
-        variables = {**each[rank], **meeting}
-        process = _context.Process(target=_rank_main, args=(theirs, variables, function, arguments))
-        process.start()
-        theirs.close()
-        processes.append(process)
-        pipes.append(ours)
+    processes, pipes = start_ranks(
+        function, *arguments, world_size=world_size, environment=environment, launched=launched
+    )
     try:
         return _collect(pipes)
     finally:
@@ -80,6 +69,32 @@ def run_ranks(
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def start_ranks(
+    function: Callable[..., Any],
+    *arguments: Any,
+    world_size: int,
+    environment: Mapping[str, str] | list[Mapping[str, str]] | None = None,
+    launched: bool | None = None,
+) -> tuple[list[BaseProcess], list[Connection]]:
+    """As `run_ranks`, without waiting: the processes, and where each will say how it ended."""
+    launched = world_size > 1 if launched is None else launched
+    shared = environment or {}
+    each = shared if isinstance(shared, list) else [shared] * world_size
+    port = _free_port()
+    processes: list[BaseProcess] = []
+    pipes = []
+    for rank in range(world_size):
+        ours, theirs = _context.Pipe()
+        meeting = _rendezvous(rank, world_size, port) if launched else {}
+        variables = {**each[rank], **meeting}
+        process = _context.Process(target=_rank_main, args=(theirs, variables, function, arguments))
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes.append(ours)
+    return processes, pipes
 
 
 def _collect(pipes: list[Connection]) -> list[Any]:
