@@ -24,6 +24,9 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   └── LabelCollisionError(ValueError)
     ├── ModelError                      the base model and its adapter
     │   ├── ModelNotFoundError(FileNotFoundError)
+    │   ├── ModelAccessError(PermissionError)
+    │   ├── DownloadError(ConnectionError)
+    │   ├── DiskSpaceError(OSError)
     │   ├── TokenizerNotFoundError(FileNotFoundError)
     │   ├── UnsupportedModelError(ValueError)
     │   ├── TargetModulesError(ValueError)
@@ -36,6 +39,8 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   └── RankMismatchError
     ├── ArgumentError(ValueError)       settings that contradict each other
     └── OutputFolderError(FileExistsError)
+        ├── OutputFolderInUseError
+        └── OutputFileError
 """
 
 
@@ -123,6 +128,18 @@ class ModelNotFoundError(ModelError, FileNotFoundError):
     """The model folder does not exist, is incomplete, or the Hub name cannot be reached."""
 
 
+class ModelAccessError(ModelError, PermissionError):
+    """The Hub refuses a model: it is gated or private, or the token is wrong."""
+
+
+class DownloadError(ModelError, ConnectionError):
+    """A server could not be reached, or a download broke off or came out damaged."""
+
+
+class DiskSpaceError(ModelError, OSError):
+    """There is too little room on the disk for what is to be downloaded."""
+
+
 class TokenizerNotFoundError(ModelError, FileNotFoundError):
     """The model folder holds no tokenizer."""
 
@@ -169,3 +186,11 @@ class ArgumentError(LoraFsdpError, ValueError):
 
 class OutputFolderError(LoraFsdpError, FileExistsError):
     """The output folder already holds a run."""
+
+
+class OutputFolderInUseError(OutputFolderError):
+    """Another job that is still running writes into the output folder."""
+
+
+class OutputFileError(OutputFolderError):
+    """A file to be written is already there, or half written for another input."""

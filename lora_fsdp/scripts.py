@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import atexit
-import difflib
 import logging
 import os
 import sys
 import warnings
-from dataclasses import fields
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch.distributed as dist
 import transformers
-from trl import TrlParser  # type: ignore[attr-defined]
 
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
-from lora_fsdp.errors import ArgumentError, LoraFsdpError
-
-_CLASSES = (ModelArguments, LoraArguments, DataArguments, FineTuningArguments)
+from lora_fsdp.failures import report_failure
+from lora_fsdp.options import OptionParser
 
 
 class RunArguments(TypedDict):
@@ -32,23 +27,21 @@ class RunArguments(TypedDict):
     training_args: FineTuningArguments
 
 
-def parse_arguments(*, task: str) -> RunArguments:
+def parse_arguments(*, task: str, arguments: Sequence[str] | None = None) -> RunArguments:
     """The run that the command line and its `--config recipe.yaml` describe.
 
     Args:
         task: the task when none is named.
+        arguments: the command line; `None` = this process's own.
 
     Raises:
-        ArgumentError: an unknown option or recipe key; the message suggests the nearest.
+        ArgumentError: an unknown option or recipe key (the message suggests the nearest), or a
+            recipe that cannot be read.
     """
     configure_output()
-    _check_recipe(sys.argv)
-    parser = TrlParser(_CLASSES)  # type: ignore[arg-type]
+    parser = OptionParser((ModelArguments, LoraArguments, DataArguments, FineTuningArguments))
     parser.set_defaults(task=task)
-    *parsed, unknown = parser.parse_args_and_config(return_remaining_strings=True)
-    if unknown:
-        raise ArgumentError(_unknown_options(unknown))
-    model, lora, data, training = parsed
+    model, lora, data, training = parser.parse(sys.argv[1:] if arguments is None else arguments)
     return RunArguments(model_args=model, lora_args=lora, data_args=data, training_args=training)
 
 
@@ -60,35 +53,8 @@ def configure_output() -> None:
     transformers.utils.logging.disable_progress_bar()
     # peft 0.21 asks transformers >= 5.20 by the switch's old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-    sys.excepthook = _print_own_errors_in_one_line
+    sys.excepthook = report_failure
     atexit.register(_leave_process_group)
-
-
-def _check_recipe(arguments: list[str]) -> None:
-    if "--config" not in arguments[:-1]:
-        return
-    recipe = Path(arguments[arguments.index("--config") + 1])
-    if not recipe.is_file():
-        raise ArgumentError(f"There is no recipe {recipe.absolute()}: check --config.")
-
-
-def _unknown_options(unknown: list[str]) -> str:
-    known = [field.name for cls in _CLASSES for field in fields(cls)]
-    hints = []
-    for option in [text for text in unknown if text.startswith("--")]:
-        nearest = difflib.get_close_matches(option.lstrip("-"), known, n=1)
-        hints.append(f"{option} (did you mean --{nearest[0]}?)" if nearest else option)
-    return f"Unknown option or recipe key: {', '.join(hints) or ' '.join(unknown)}. See --help."
-
-
-def _print_own_errors_in_one_line(
-    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
-) -> None:
-    if not issubclass(kind, LoraFsdpError):
-        sys.__excepthook__(kind, error, traceback)
-        return
-    rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    print(f"{rank}{kind.__name__}: {error}", file=sys.stderr, flush=True)
 
 
 def _leave_process_group() -> None:

@@ -34,6 +34,8 @@ LAYERS = (
     "training",
     "planning",
     "pipeline",
+    "failures",
+    "options",
     "scripts",
     "cli",
 )
