@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.modeling.adapters import lora_config
 from lora_fsdp.modeling.loading import load_base, load_tokenizer
 from lora_fsdp.tasks import Task
+from lora_fsdp.training.output_lock import (
+    refuse_folder_in_use,
+    release_output_lock,
+    take_output_lock,
+)
 from lora_fsdp.training.trainer import LoraTrainer
 
 # What a run leaves in its folder and no other program does; nothing else is ever removed.
@@ -101,6 +107,7 @@ def finetune(
         comparison.save(output_dir)
         print(f"\n{comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
     trainer.accelerator.wait_for_everyone()
+    release_output_lock(output_dir)
     return FineTuningResult(output_dir, comparison)
 
 
@@ -112,6 +119,7 @@ def claim_output_folder(arguments: FineTuningArguments) -> Path:
             it is to be resumed and holds no checkpoint.
     """
     folder = Path(arguments.output_dir or ".")
+    refuse_folder_in_use(folder)
     left = [path for pattern in _RUN_FILES for path in folder.glob(pattern)]
     resume = arguments.resume_from_checkpoint
     checkpoint = Path(resume) if isinstance(resume, str) else None
@@ -123,15 +131,15 @@ def claim_output_folder(arguments: FineTuningArguments) -> Path:
             f"There is no checkpoint {checkpoint or folder / 'checkpoint-*'} to resume from: leave "
             "--resume_from_checkpoint out to start anew."
         )
-    if left and not resume:
-        if not arguments.overwrite_output_dir:
-            raise OutputFolderError(
-                f"{folder} already holds a run: choose another --output_dir, continue it with "
-                "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true."
-            )
-        if arguments.process_index == 0:
-            for path in left:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if left and not resume and not arguments.overwrite_output_dir:
+        raise OutputFolderError(
+            f"{folder} already holds a run: choose another --output_dir, continue it with "
+            "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true."
+        )
+    if arguments.process_index == 0:
+        take_output_lock(folder)
+        for path in () if resume else left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     _wait_for_all_ranks()
     return folder
 
@@ -150,7 +158,9 @@ def _announce(trainer: LoraTrainer, data: TaskData) -> None:
     print(
         f"  prompts' common prefix computed once a row: {'yes' if trainer.share_prefix else 'no'}"
     )
-    print(status, flush=True)
+    print(status)
+    print(f"Scoring the untrained model on {len(data.held_out)} held-out rows, then training.")
+    sys.stdout.flush()
 
 
 def _write_freely(trainer: LoraTrainer) -> list[str]:

@@ -57,6 +57,7 @@ from lora_fsdp.modeling.label_head import (
 )
 from lora_fsdp.tasks import ClassificationTask, Example, Task
 from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
+from lora_fsdp.training.figures import RunFigures
 from lora_fsdp.training.setup import (
     check_arguments,
     check_targets,
@@ -81,6 +82,7 @@ class LoraTrainer(Trainer):
       whole base at every checkpoint.
     * `get_train_dataloader`, `get_batch_samples`, `training_step`: packed rows, loss at label
       positions over the global number of label tokens, one all-reduce of the adapter's gradients.
+    * `log`: the run's speed, cost and GPU load, for every tracker.
     * `get_eval_dataloader`, `evaluation_loop`: the task's metrics from label likelihoods.
     * `_save`, `_load_from_checkpoint`, `_load_best_model`: the adapter only, verified.
 
@@ -157,11 +159,15 @@ class LoraTrainer(Trainer):
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(
-            RunProgress(
-                examples_per_step=self.examples_per_step, primary_metric=task.primary_metric
-            )
+        self.figures = RunFigures(
+            train,
+            examples_per_step=self.examples_per_step,
+            seed=self.order_seed,
+            device=args.device,
+            world_size=args.world_size,
+            price_per_hour=args.price_per_hour,
         )
+        self.add_callback(RunProgress(self.figures, primary_metric=task.primary_metric))
         self.add_callback(CheckAdapterMoves(self.adapter))
 
     # ---- placement ------------------------------------------------------------------------------
@@ -196,6 +202,11 @@ class LoraTrainer(Trainer):
         """Examples of one optimizer step over all ranks."""
         return int(self.args.per_device_train_batch_size) * int(self.args.world_size)
 
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of examples."""
+        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
     def get_train_dataloader(self) -> DataLoader[TrainingStep]:
         """One item per optimizer step: this rank's packed rows."""
         if not self.train_dataset:
@@ -205,7 +216,7 @@ class LoraTrainer(Trainer):
             examples_per_step=self.examples_per_step,
             rank=self.args.process_index,
             world_size=self.args.world_size,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            seed=self.order_seed,
             share_prefix=self.share_prefix,
             max_tokens=self.args.max_tokens_per_row,
         )
@@ -243,6 +254,13 @@ class LoraTrainer(Trainer):
             loss += row_loss.detach()
         self.adapter.sum_gradients()
         return loss * self.args.world_size
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the run's figures beside the loss, so that every tracker gets them."""
+        if "loss" in logs:
+            logs.update(self.figures.at(self.state.global_step, last=self.state.max_steps))
+        self.figures.leave_out(logs.get("eval_runtime", 0.0))
+        super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: TrainingStep) -> int:
         """4 per parameter and token: a frozen weight has no gradient of its own."""
