@@ -21,6 +21,8 @@ from lora_fsdp.modeling.loading import load_base, load_tokenizer
 from lora_fsdp.tasks import Example, Task, get_task
 
 TASK_FILE = "task.json"
+# Longest packed row: on a CPU, attention over long rows costs more than packing saves.
+_ROW_TOKENS = {"cuda": 2048, "cpu": 512}
 
 
 def save_task(encoder: Encoder, folder: str | Path) -> None:
@@ -78,6 +80,7 @@ class Predictor:
             self.encoder.encode(examples),
             device=self.device,
             dtype=base_model(self.model).dtype,
+            max_tokens=_ROW_TOKENS[self.device.type],
         )
 
     def write(
