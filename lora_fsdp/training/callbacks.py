@@ -111,7 +111,8 @@ def _figures(logs: dict[str, float]) -> list[str]:
     shown = []
     for name, short in (("examples_per_second", "examples/s"), ("tokens_per_second", "tokens/s")):
         if name in logs:
-            shown.append(f"{short} {logs[name]:.4g}")
+            value = logs[name]
+            shown.append(f"{short} {value:,.0f}" if value >= 1000 else f"{short} {value:.4g}")
     if "eta_seconds" in logs:
         shown.append(f"ETA {timedelta(seconds=round(logs['eta_seconds']))}")
     if "cost" in logs:
