@@ -2,7 +2,7 @@
 # help` lists the rest. Each sets up what it needs, once; Python 3.11+ with pip is all it starts from.
 #
 #   PYTHON=python3.12 make test                             another Python
-#   make sentiment ARGS="--data_file my.csv --max_rows 600" options of examples/sentiment.py
+#   make sentiment ARGS="--data_file my.csv --max_rows 600" options of lora-fsdp train
 #   make sentiment CONFIG=accelerate_configs/fsdp2.yaml     another accelerate YAML
 #   make sentiment PIP_FLAGS=                               pip's own output
 #
@@ -35,18 +35,8 @@ help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s%s\n", $$1, $$2}'
 
 sentiment: $(PREPARED)  ## fine-tune the embedded default on airline tweets (ARGS="...")
-	@set -e; config='$(CONFIG)'; processes=; \
-	if [ -z "$$config" ]; then \
-		gpus=$$($(BIN)/python -c 'import torch; print(torch.cuda.device_count())'); \
-		case "$$gpus" in \
-			0) config=accelerate_configs/fsdp2_cpu.yaml ;; \
-			1) config=accelerate_configs/single.yaml ;; \
-			*) config=accelerate_configs/fsdp2.yaml; processes="--num_processes $$gpus" ;; \
-		esac; \
-	fi; \
-	echo "==> Fine-tuning with $$config $$processes"; \
-	exec $(BIN)/accelerate launch --config_file "$$config" $$processes \
-		examples/sentiment.py --config $(RECIPE) $(ARGS)
+	@exec $(BIN)/lora-fsdp train $(if $(CONFIG),--accelerate_config $(CONFIG)) \
+		--config $(RECIPE) $(ARGS)
 
 test: $(PREPARED)  ## run the tests with coverage (ARGS="-k name")
 	@echo "==> Testing"

@@ -1,18 +1,29 @@
 """LoRA fine-tuning of causal language models under FSDP, with pluggable tasks."""
 
-from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
-from lora_fsdp.errors import LoraFsdpError
-from lora_fsdp.pipeline import FineTuningResult, finetune
-from lora_fsdp.tasks import (
-    ClassificationTask,
-    Example,
-    Prompt,
-    Task,
-    get_task,
-    list_tasks,
-    register_task,
-)
-from lora_fsdp.training.trainer import LoraTrainer
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_fsdp.arguments import (
+        DataArguments,
+        FineTuningArguments,
+        LoraArguments,
+        ModelArguments,
+    )
+    from lora_fsdp.errors import LoraFsdpError
+    from lora_fsdp.pipeline import FineTuningResult, finetune
+    from lora_fsdp.tasks import (
+        ClassificationTask,
+        Example,
+        Prompt,
+        Task,
+        get_task,
+        list_tasks,
+        register_task,
+    )
+    from lora_fsdp.training.trainer import LoraTrainer
 
 __all__ = [
     "ClassificationTask",
@@ -33,3 +44,33 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# Imported when they are asked for: torch and transformers take seconds, and many a use, such as a
+# help text or a list of tasks, needs neither.
+_HOMES = {
+    "ClassificationTask": "lora_fsdp.tasks",
+    "DataArguments": "lora_fsdp.arguments",
+    "Example": "lora_fsdp.tasks",
+    "FineTuningArguments": "lora_fsdp.arguments",
+    "FineTuningResult": "lora_fsdp.pipeline",
+    "LoraArguments": "lora_fsdp.arguments",
+    "LoraFsdpError": "lora_fsdp.errors",
+    "LoraTrainer": "lora_fsdp.training.trainer",
+    "ModelArguments": "lora_fsdp.arguments",
+    "Prompt": "lora_fsdp.tasks",
+    "Task": "lora_fsdp.tasks",
+    "finetune": "lora_fsdp.pipeline",
+    "get_task": "lora_fsdp.tasks",
+    "list_tasks": "lora_fsdp.tasks",
+    "register_task": "lora_fsdp.tasks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

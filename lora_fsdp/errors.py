@@ -25,6 +25,9 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   └── LabelCollisionError(ValueError)
     ├── ModelError                      the base model and its adapter
     │   ├── ModelNotFoundError(FileNotFoundError)
+    │   ├── ModelAccessError(PermissionError)
+    │   ├── DownloadError(ConnectionError)
+    │   ├── DiskSpaceError(OSError)
     │   ├── TokenizerNotFoundError(FileNotFoundError)
     │   ├── UnsupportedModelError(ValueError)
     │   ├── TargetModulesError(ValueError)
@@ -49,6 +52,9 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   ├── DamagedCheckpointError(ValueError)
     │   └── ResumeMismatchError(ValueError)
     └── TrainingInterrupted(SystemExit) stopped on request, with a checkpoint; exit code 75
+    └── OutputFolderError(FileExistsError)
+        ├── OutputFolderInUseError
+        └── OutputFileError
 """
 
 
@@ -138,6 +144,18 @@ class ModelError(LoraFsdpError):
 
 class ModelNotFoundError(ModelError, FileNotFoundError):
     """The model folder does not exist, is incomplete, or the Hub name cannot be reached."""
+
+
+class ModelAccessError(ModelError, PermissionError):
+    """The Hub refuses a model: it is gated or private, or the token is wrong."""
+
+
+class DownloadError(ModelError, ConnectionError):
+    """A server could not be reached, or a download broke off or came out damaged."""
+
+
+class DiskSpaceError(ModelError, OSError):
+    """There is too little room on the disk for what is to be downloaded."""
 
 
 class TokenizerNotFoundError(ModelError, FileNotFoundError):
@@ -242,3 +260,11 @@ class TrainingInterrupted(LoraFsdpError, SystemExit):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.code = 75
+
+
+class OutputFolderInUseError(OutputFolderError):
+    """Another job that is still running writes into the output folder."""
+
+
+class OutputFileError(OutputFolderError):
+    """A file to be written is already there, or half written for another input."""

@@ -29,7 +29,7 @@ from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
 from lora_fsdp.training.checkpoints import check_named_checkpoint, newest_whole_checkpoint
 from lora_fsdp.training.log_history import KeepLog
-from lora_fsdp.training.run_lock import run_lock
+from lora_fsdp.training.run_lock import hold_folder, release_folder
 from lora_fsdp.training.trainer import LoraTrainer
 from lora_fsdp.training.whole_folders import remove_leftovers
 
@@ -125,11 +125,12 @@ def finetune(
         print(f"\n{comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
         _report(output_dir)
     trainer.accelerator.wait_for_everyone()
+    release_folder(output_dir)
     return FineTuningResult(output_dir, comparison)
 
 
 def claim_output_folder(arguments: FineTuningArguments) -> Path:
-    """The output folder, with an earlier run's files removed if that was asked for.
+    """The output folder, held by rank 0, with an earlier run's files removed if that was asked.
 
     Raises:
         OutputFolderError: it holds a run, and neither resuming nor overwriting was asked for; or
@@ -143,7 +144,8 @@ def claim_output_folder(arguments: FineTuningArguments) -> Path:
 
 
 def _claim(folder: Path, arguments: FineTuningArguments) -> None:
-    with run_lock(folder):
+    hold_folder(folder)
+    try:
         # What a process killed while writing leaves behind is nothing that could be lost.
         remove_leftovers(folder)
         left = _found(folder, _RUN_FILES)
@@ -160,6 +162,9 @@ def _claim(folder: Path, arguments: FineTuningArguments) -> None:
         else:
             for path in [*left, *_found(folder, RECORD_FILES)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except BaseException:
+        release_folder(folder)
+        raise
 
 
 def _found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
@@ -178,7 +183,9 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
         f"  prompts' common prefix computed once a row: {'yes' if trainer.share_prefix else 'no'}"
     )
     print(status)
-    print(trainer.plan, flush=True)
+    print(trainer.plan)
+    untrained = f"Scoring the untrained model on {len(data.held_out)} held-out rows, then training."
+    print(untrained, flush=True)
 
 
 def _write_freely(trainer: LoraTrainer) -> list[str]:

@@ -17,7 +17,9 @@ _LARGEST_BYTES = 1_000_000
 _MOST_VALUES = 10_000
 
 
-def read_recipe(path: str | Path, *, options: Collection[str]) -> list[str]:
+def read_recipe(
+    path: str | Path, *, options: Collection[str], others_allowed: bool = False
+) -> list[str]:
     """The command-line arguments that a recipe stands for.
 
     They go through the same parser as those of the command line, which checks their types.
@@ -25,6 +27,7 @@ def read_recipe(path: str | Path, *, options: Collection[str]) -> list[str]:
     Args:
         path: a YAML file with options as keys, without the dashes.
         options: the names that there are.
+        others_allowed: pass over other keys, which are another command's.
 
     Raises:
         ArgumentError: it is missing, no YAML, no mapping, or has an unknown key; the message
@@ -40,13 +43,18 @@ def read_recipe(path: str | Path, *, options: Collection[str]) -> list[str]:
         raise ArgumentError(f"The recipe {file} must hold options, a line each (key: value).")
     _refuse_endless(contents, file)
     for key in contents:
-        if key not in options:
+        if key not in options and not others_allowed:
             nearest = difflib.get_close_matches(str(key), options, n=1)
             hint = f" Did you mean {nearest[0]}?" if nearest else ""
             raise ArgumentError(
                 f"Unknown option or recipe key: {str(key)[:80]!r}.{hint} See --help."
             )
-    return [part for key, value in contents.items() for part in _arguments(key, value, file)]
+    return [
+        part
+        for key, value in contents.items()
+        if key in options
+        for part in _arguments(key, value, file)
+    ]
 
 
 def _parse(file: Path) -> Any:

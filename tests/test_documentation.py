@@ -31,7 +31,6 @@ RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 # Options of programs whose parser cannot be asked here.
 OF_OTHERS = {
     "--nproc_per_node",  # torchrun
-    "--local-dir",  # hf download
     "--no-deps",  # pip
     "--strict",  # mkdocs
     *("--arms", "--examples", "--model"),  # benchmarks.throughput
@@ -40,7 +39,7 @@ OF_OTHERS = {
 }
 
 # Named as the reader's own, or as what must not be.
-NOT_OURS = {"recipe.yaml", "utils.py"}
+NOT_OURS = {"recipe.yaml", "utils.py", "ticket_task.py", "FILE.yaml"}
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
@@ -94,6 +93,12 @@ def options_of_scripts() -> set[str]:
     return {option for action in parser._actions for option in action.option_strings} | {"--config"}
 
 
+def options_of_commands() -> set[str]:
+    from lora_fsdp.cli.completion import option_words
+
+    return {word for words in option_words().values() for word in words}
+
+
 def options_of_accelerate() -> set[str]:
     from accelerate.commands.launch import launch_command_parser
 
@@ -113,7 +118,8 @@ def options_in_examples() -> set[str]:
 
 
 def test_options_exist() -> None:
-    known = options_of_scripts() | options_of_accelerate() | options_in_examples() | OF_OTHERS
+    known = options_of_scripts() | options_of_commands() | options_of_accelerate()
+    known |= options_in_examples() | OF_OTHERS
     unknown = {
         f"{name_of(page)}: {option}"
         for page in PAGES

@@ -31,6 +31,7 @@ from lora_fsdp.errors import (
     UnknownTaskError,
 )
 from lora_fsdp.pipeline import claim_output_folder
+from lora_fsdp.training.run_lock import LOCK_FILE
 from tests.support.ranks import launch_environment
 from tests.support.runs import toy_trainer
 from tests.support.tiny import ToyTask, tiny_model, tiny_tokenizer, toy_table
@@ -98,8 +99,7 @@ class TestOutputFolder:
             (tmp_path / name).write_text("{}")
         arguments = FineTuningArguments(output_dir=str(tmp_path), overwrite_output_dir=True)
         claim_output_folder(arguments)
-        left = list(tmp_path.rglob("*")) if tmp_path.exists() else []
-        assert left == []
+        assert [path.name for path in tmp_path.rglob("*")] == [LOCK_FILE]
 
     def test_overwriting_keeps_what_no_run_wrote(self, tmp_path):
         """`--output_dir .` in a project must not delete the project."""
@@ -294,7 +294,7 @@ class TestScript:
             "--output_dir",
             tmp_path / "r",
         )
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert "Traceback" not in done.stderr
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("DataFileNotFoundError: ")
@@ -302,6 +302,6 @@ class TestScript:
 
     def test_unknown_option(self, tmp_path):
         done = self.script("--lerning_rate", "1e-3", "--output_dir", tmp_path)
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert "did you mean --learning_rate?" in done.stderr
         assert "Traceback" not in done.stderr

@@ -36,6 +36,8 @@ LAYERS = (
     "reporting",
     "pipeline",
     "recipes",
+    "failures",
+    "options",
     "scripts",
     "cli",
 )

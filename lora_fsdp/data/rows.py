@@ -12,6 +12,7 @@ from lora_fsdp.data.splits import split_table
 from lora_fsdp.data.tables import read_table, sample_rows
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.tasks import Example, Task, get_task
+from lora_fsdp.tasks.files import import_task_file
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def load_task_data(arguments: DataArguments, *, seed: int, task: Task | None = N
         seed: of the sample and of the split.
         task: stands in for the task that the arguments name.
     """
+    import_task_file(arguments.task_file)
     task = _choose_task(arguments, task)
     table = _training_table(arguments, task)
     table = sample_rows(table, max_rows=arguments.max_rows, head=arguments.head, seed=seed)

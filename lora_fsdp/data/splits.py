@@ -62,7 +62,7 @@ def _test_rows(rows: int, test_size: float) -> int:
     if wanted >= rows:
         raise SplitError(
             f"test_size={test_size} asks for {wanted} test rows, but the table has {rows} rows and "
-            "some must be left to train on. Give more rows or a smaller test_size."
+            "some must be left to train on. Give more rows or a smaller test_size (--eval_size)."
         )
     return wanted
 

@@ -37,6 +37,8 @@ from lora_fsdp.modeling.proof import check_base, read_proof
 from lora_fsdp.tasks import Example, Task, get_task
 
 TASK_FILE = "task.json"
+# Longest packed row: on a CPU, attention over long rows costs more than packing saves.
+_ROW_TOKENS = {"cuda": 2048, "cpu": 512}
 
 
 def save_task(encoder: Encoder, folder: str | Path) -> None:
@@ -151,6 +153,7 @@ class Predictor:
             self.encoder.encode(examples),
             device=self.device,
             computation=self.computation,
+            max_tokens=_ROW_TOKENS[self.device.type],
         )
 
     def write(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-import time
+from datetime import timedelta
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -11,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lora_fsdp.data.sampling import TrainingSteps
 from lora_fsdp.distributed.replication import ReplicatedParameters
+from lora_fsdp.training.figures import RunFigures
 
 _SHOWN = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy")
 
@@ -51,8 +53,8 @@ class RunProgress(TrainerCallback):
     Stands in for transformers' own progress callbacks, which print every metric of every label.
     """
 
-    def __init__(self, *, examples_per_step: int, primary_metric: str) -> None:
-        self.examples_per_step = examples_per_step
+    def __init__(self, figures: RunFigures, *, primary_metric: str) -> None:
+        self.figures = figures
         self.shown = (*_SHOWN, f"eval_{primary_metric}")
         self.bar: tqdm[Any] | None = None
 
@@ -60,9 +62,16 @@ class RunProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar."""
-        self._logged = (time.perf_counter(), state.global_step)
-        if state.is_world_process_zero and not args.disable_tqdm and sys.stderr.isatty():
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
+        self.figures.start(state.global_step)
+        live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        if state.is_world_process_zero and not args.disable_tqdm and live:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                desc="training",
+            )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -81,16 +90,11 @@ class RunProgress(TrainerCallback):
     ) -> None:
         """Print what a person watches; everything else goes to the trackers."""
         logs = logs or {}
-        shown = {name: logs[name] for name in self.shown if name in logs}
+        shown = [f"{name} {logs[name]:.4g}" for name in self.shown if name in logs]
         if not state.is_world_process_zero or not shown:
             return
-        if "loss" in shown:
-            now, step = time.perf_counter(), state.global_step
-            seconds, steps = now - self._logged[0], step - self._logged[1]
-            shown["examples/s"] = steps * self.examples_per_step / max(seconds, 1e-9)
-            self._logged = (now, step)
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        tqdm.write(f"step {state.global_step}/{state.max_steps}  {figures}", file=sys.stdout)
+        line = "  ".join([f"step {state.global_step}/{state.max_steps}", *shown, *_figures(logs)])
+        tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
 
     def on_train_end(
@@ -100,3 +104,22 @@ class RunProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def _figures(logs: dict[str, float]) -> list[str]:
+    """Speed, remaining time, cost and GPUs of a log, for one line."""
+    shown = []
+    for name, short in (("examples_per_second", "examples/s"), ("tokens_per_second", "tokens/s")):
+        if name in logs:
+            value = logs[name]
+            shown.append(f"{short} {value:,.0f}" if value >= 1000 else f"{short} {value:.4g}")
+    if "eta_seconds" in logs:
+        shown.append(f"ETA {timedelta(seconds=round(logs['eta_seconds']))}")
+    if "cost" in logs:
+        shown.append(f"cost {logs['cost']:.2f}")
+    for prefix, heading, unit in (("gpu_memory_gb/", "GPU", "GB"), ("gpu_utilization/", "", "%")):
+        values = [value for name, value in logs.items() if name.startswith(prefix)]
+        if values:
+            listed = " ".join(f"{value:.3g}" for value in values)
+            shown.append(f"{heading} {listed} {unit}".strip())
+    return shown

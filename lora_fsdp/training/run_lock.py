@@ -1,53 +1,82 @@
 """One run at a time in an output folder.
 
 A run whose launcher was killed may still be writing its last checkpoint when the next one starts.
+The lock is the system's own (`flock`): it ends with the process, however that ends, so a lock is
+never left behind. The file says who holds it.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from lora_fsdp.errors import OutputFolderError
+from lora_fsdp.errors import OutputFolderError, OutputFolderInUseError
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".lock"
-WAIT_SECONDS = 120.0
+WAIT_SECONDS = 60.0
+
+# Folders that this process holds; holding one again is no conflict.
+_held: dict[Path, IO[str]] = {}
 
 
-@contextmanager
-def run_lock(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
-    """Hold the output folder; the system lets go of it when the process ends, however it ends.
+def hold_folder(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> None:
+    """Hold the output folder until `release_folder`, or until the process ends.
 
     Raises:
-        OutputFolderError: another run holds it and does not end, or it cannot be written to.
+        OutputFolderInUseError: another run holds it and does not end; the message names it.
+        OutputFolderError: it cannot be written to.
     """
-    file = folder / LOCK_FILE
+    place = folder.absolute()
+    if place in _held:
+        return
+    file = place / LOCK_FILE
     until = time.monotonic() + wait_seconds
     waiting = False
     while (held := _try_lock(file)) is None:
         if time.monotonic() > until:
-            raise OutputFolderError(
-                f"Another run is writing into {folder}: end it, or choose another --output_dir."
+            raise OutputFolderInUseError(
+                f"{folder} is in use by {_holder(file)}: wait for it to end, or choose another "
+                "--output_dir."
             )
         if not waiting:
-            logger.warning("Waiting for another run to leave %s.", folder)
+            logger.warning(
+                "Waiting up to %.0f s for %s to leave %s.", wait_seconds, _holder(file), folder
+            )
         waiting = True
         time.sleep(0.1)
-    with held:
-        try:
-            yield
-        finally:
-            # In a folder that has become read-only it stays; the lock itself ends with the process.
-            with suppress(OSError):
-                file.unlink()
+    _held[place] = held
+
+
+def release_folder(folder: Path) -> None:
+    """Let go of a folder that this process holds."""
+    held = _held.pop(folder.absolute(), None)
+    if held is not None:
+        # In a folder that has become read-only it stays; the lock itself ends with the process.
+        with held, suppress(OSError):
+            (folder.absolute() / LOCK_FILE).unlink()
+
+
+@contextmanager
+def run_lock(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
+    """Hold the output folder; nothing is done where this process holds it already."""
+    if folder.absolute() in _held:
+        yield
+        return
+    hold_folder(folder, wait_seconds=wait_seconds)
+    try:
+        yield
+    finally:
+        release_folder(folder)
 
 
 def _try_lock(file: Path) -> IO[str] | None:
@@ -69,6 +98,19 @@ def _try_lock(file: Path) -> IO[str] | None:
         return opened
     # The holder removes the file when it is done: what was waited for may not be there any more.
     if file.exists() and os.path.samestat(file.stat(), os.fstat(opened.fileno())):
+        opened.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+        json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, opened)
+        opened.flush()
         return opened
     opened.close()
     return None
+
+
+def _holder(file: Path) -> str:
+    """Who holds the lock, as far as the file says."""
+    try:
+        owner = json.loads(file.read_text(encoding="utf-8"))
+        return f"process {owner['pid']} on {owner['host']} (since {owner['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another run"

@@ -52,6 +52,7 @@ from lora_fsdp.modeling.probes import build_probes
 from lora_fsdp.tasks import ClassificationTask, Example, Task
 from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
 from lora_fsdp.training.durable import DurableTrainer
+from lora_fsdp.training.figures import RunFigures
 from lora_fsdp.training.placement import build_step, place_for_training
 from lora_fsdp.training.resume import run_facts
 from lora_fsdp.training.setup import (
@@ -80,6 +81,7 @@ class LoraTrainer(DurableTrainer):
       positions over the global number of label tokens, one all-reduce of the adapter's gradients.
     * `_clip_grad_norm`, `_get_grad_norm` and the model's `zero_grad`: on the adapter alone; the
       Trainer's walk through every module of the base, which takes longer than a captured step.
+    * `log`: the run's speed, cost and GPU load, for every tracker.
     * `get_eval_dataloader`, `evaluation_loop`: the task's metrics from label likelihoods.
     * saving, loading, resuming and stopping: see `DurableTrainer`.
 
@@ -162,13 +164,18 @@ class LoraTrainer(DurableTrainer):
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        self.add_callback(
-            RunProgress(
-                examples_per_step=self.examples_per_step, primary_metric=task.primary_metric
-            )
+        self.figures = RunFigures(
+            train,
+            examples_per_step=self.examples_per_step,
+            seed=self.order_seed,
+            device=args.device,
+            world_size=args.world_size,
+            price_per_hour=args.price_per_hour,
         )
         self.moves = CheckAdapterMoves(self.adapter)
         self.add_callback(self.moves)
+        self.add_callback(RunProgress(self.figures, primary_metric=task.primary_metric))
+        self.add_callback(CheckAdapterMoves(self.adapter))
 
     # ---- placement ------------------------------------------------------------------------------
 
@@ -217,6 +224,11 @@ class LoraTrainer(DurableTrainer):
         """Examples of one optimizer step over all ranks."""
         return int(self.args.per_device_train_batch_size) * int(self.args.world_size)
 
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of examples."""
+        return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
     def get_train_dataloader(self) -> DataLoader[TrainingStep]:
         """One item per optimizer step: this rank's packed rows."""
         if not self.train_dataset:
@@ -226,7 +238,7 @@ class LoraTrainer(DurableTrainer):
             examples_per_step=self.examples_per_step,
             rank=self.args.process_index,
             world_size=self.args.world_size,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            seed=self.order_seed,
             share_prefix=self.share_prefix,
             max_tokens=self.plan.max_tokens_per_row,
         )
@@ -267,6 +279,13 @@ class LoraTrainer(DurableTrainer):
     ) -> torch.Tensor:
         """The norm that clipping gave, or the norm."""
         return self.adapter.gradient_norm() if grad_norm is None else grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the run's figures beside the loss, so that every tracker gets them."""
+        if "loss" in logs:
+            logs.update(self.figures.at(self.state.global_step, last=self.state.max_steps))
+        self.figures.leave_out(logs.get("eval_runtime", 0.0))
+        super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: TrainingStep) -> int:
         """4 per parameter and token: a frozen weight has no gradient of its own."""

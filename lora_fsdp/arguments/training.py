@@ -1,14 +1,7 @@
-"""What a run can be told, beyond what upstream's own argument classes already say.
-
-`trl.TrlParser` turns these dataclasses into command-line options and recipe keys
-(`--config recipe.yaml`). `peft.LoraConfig`, `transformers.TrainingArguments` and the accelerate
-YAML stay the only place for what they say; `LoraArguments.lora_kwargs` reaches the whole of the
-first.
-"""
+"""The training run: `transformers.TrainingArguments` and what it lacks."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,101 +9,6 @@ import torch
 from transformers import TrainingArguments
 
 from lora_fsdp.errors import ArgumentError
-
-
-@dataclass
-class ModelArguments:
-    """Which base model, and how it is loaded."""
-
-    model_name_or_path: str = field(
-        default="", metadata={"help": "Model folder, or a name on the Hugging Face Hub."}
-    )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit."})
-    dtype: Literal["auto", "bfloat16", "float32"] = field(
-        default="auto",
-        metadata={"help": "The frozen base's dtype; auto = bfloat16 on GPUs, float32 on CPUs."},
-    )
-    attn_implementation: Literal["auto", "sdpa", "eager"] = field(
-        default="auto",
-        metadata={"help": "Attention kernel; auto = SDPA, or eager where a model has no SDPA."},
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run Python code that comes with the model. Off unless asked."},
-    )
-
-
-@dataclass
-class LoraArguments:
-    """The adapter; names as in `trl.ModelConfig`, defaults as in the source article."""
-
-    lora_r: int = field(default=8, metadata={"help": "Rank of the update matrices."})
-    lora_alpha: int = field(default=32, metadata={"help": "The update is scaled by alpha / r."})
-    lora_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Dropout before the adapter. At 0, packed rows share their prefix exactly."
-        },
-    )
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"],
-        metadata={"help": "Module names to adapt, or all-linear."},
-    )
-    lora_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Any other peft.LoraConfig field, as JSON: '{\"use_dora\": true}'."},
-    )
-
-    def __post_init__(self) -> None:
-        if isinstance(self.lora_kwargs, str):
-            self.lora_kwargs = _parse_json_object("lora_kwargs", self.lora_kwargs)
-
-
-@dataclass
-class DataArguments:
-    """Which task, which rows, and how they become tokens."""
-
-    task: str = field(default="", metadata={"help": "Name of a registered task."})
-    data_file: str | None = field(
-        default=None,
-        metadata={"help": "CSV, TSV, JSONL, Parquet, or a folder saved by `datasets`."},
-    )
-    eval_file: str | None = field(
-        default=None, metadata={"help": "Held-out rows; without it they are split off data_file."}
-    )
-    encoding: str | None = field(
-        default=None, metadata={"help": "Text encoding of the files; detected when not given."}
-    )
-    instruction: str | None = field(
-        default=None, metadata={"help": "Overrides the task's instruction."}
-    )
-    text_column: str | None = field(default=None, metadata={"help": "Column with the text."})
-    label_column: str | None = field(default=None, metadata={"help": "Column with the label."})
-    labels: list[str] | None = field(
-        default=None, metadata={"help": "Closed label set; read from the data when not given."}
-    )
-    on_bad_rows: Literal["error", "drop"] = field(
-        default="error",
-        metadata={"help": "Rows without text or with an unknown label: stop, or drop and count."},
-    )
-    max_rows: int | None = field(
-        default=None, metadata={"help": "Use a seeded random sample of this many rows."}
-    )
-    head: int | None = field(
-        default=None, metadata={"help": "Use the first rows of the file, as the article does."}
-    )
-    eval_size: float = field(
-        default=0.1,
-        metadata={"help": "Held-out share of the rows (below 1), or their number (1 and above)."},
-    )
-    max_length: int = field(
-        default=512,
-        metadata={"help": "Longest example in tokens; longer ones have their text shortened."},
-    )
-    chat_template: bool = field(
-        default=False, metadata={"help": "Put the prompt through the tokenizer's chat template."}
-    )
-
 
 # What `TrainingArguments` offers and packed rows cannot honour.
 _WITHOUT_EFFECT = (
@@ -193,6 +91,10 @@ class FineTuningArguments(TrainingArguments):
         default=True,
         metadata={"help": "Resume callbacks (early stopping) where they were as well."},
     )
+    price_per_hour: float | None = field(
+        default=None,
+        metadata={"help": "GPU (or machine) price per hour; shows the run's cost so far."},
+    )
     allow_fsdp_on_one_process: bool = field(
         default=False,
         metadata={"help": "Run an FSDP YAML on one process, where it shards nothing."},
@@ -245,13 +147,3 @@ class FineTuningArguments(TrainingArguments):
 
 def _default_of(name: str) -> Any:
     return TrainingArguments.__dataclass_fields__[name].default
-
-
-def _parse_json_object(name: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ArgumentError(f"--{name} is not valid JSON ({error}): {text!r}") from error
-    if not isinstance(value, dict):
-        raise ArgumentError(f"--{name} must be a JSON object, not {text!r}")
-    return value

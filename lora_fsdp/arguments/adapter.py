@@ -1,0 +1,48 @@
+"""The adapter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from lora_fsdp.errors import ArgumentError
+
+
+@dataclass
+class LoraArguments:
+    """The adapter; names as in `trl.ModelConfig`, defaults as in the source article."""
+
+    # The heading of these options in a help text.
+    _argument_group_name: ClassVar[str] = "adapter"
+
+    lora_r: int = field(default=8, metadata={"help": "Rank of the update matrices."})
+    lora_alpha: int = field(default=32, metadata={"help": "The update is scaled by alpha / r."})
+    lora_dropout: float = field(
+        default=0.0,
+        metadata={
+            "help": "Dropout before the adapter. At 0, packed rows share their prefix exactly."
+        },
+    )
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"],
+        metadata={"help": "Module names to adapt, or all-linear."},
+    )
+    lora_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Any other peft.LoraConfig field, as JSON: '{\"use_dora\": true}'."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.lora_kwargs, str):
+            self.lora_kwargs = _parse_json_object("lora_kwargs", self.lora_kwargs)
+
+
+def _parse_json_object(name: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ArgumentError(f"--{name} is not valid JSON ({error}): {text!r}") from error
+    if not isinstance(value, dict):
+        raise ArgumentError(f"--{name} must be a JSON object, not {text!r}")
+    return value

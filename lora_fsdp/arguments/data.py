@@ -1,0 +1,58 @@
+"""Task and rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+
+@dataclass
+class DataArguments:
+    """Which task, which rows, and how they become tokens."""
+
+    # The heading of these options in a help text.
+    _argument_group_name: ClassVar[str] = "task and rows"
+
+    task: str = field(default="", metadata={"help": "Name of a registered task."})
+    task_file: str | None = field(
+        default=None, metadata={"help": "Python file to import first; it registers the task."}
+    )
+    data_file: str | None = field(
+        default=None,
+        metadata={"help": "CSV, TSV, JSONL, Parquet, or a folder saved by `datasets`."},
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "Held-out rows; without it they are split off data_file."}
+    )
+    encoding: str | None = field(
+        default=None, metadata={"help": "Text encoding of the files; detected when not given."}
+    )
+    instruction: str | None = field(
+        default=None, metadata={"help": "Overrides the task's instruction."}
+    )
+    text_column: str | None = field(default=None, metadata={"help": "Column with the text."})
+    label_column: str | None = field(default=None, metadata={"help": "Column with the label."})
+    labels: list[str] | None = field(
+        default=None, metadata={"help": "Closed label set; read from the data when not given."}
+    )
+    on_bad_rows: Literal["error", "drop"] = field(
+        default="error",
+        metadata={"help": "Rows without text or with an unknown label: stop, or drop and count."},
+    )
+    max_rows: int | None = field(
+        default=None, metadata={"help": "Use a seeded random sample of this many rows."}
+    )
+    head: int | None = field(
+        default=None, metadata={"help": "Use the first rows of the file, as the article does."}
+    )
+    eval_size: float = field(
+        default=0.1,
+        metadata={"help": "Held-out share of the rows (below 1), or their number (1 and above)."},
+    )
+    max_length: int = field(
+        default=512,
+        metadata={"help": "Longest example in tokens; longer ones have their text shortened."},
+    )
+    chat_template: bool = field(
+        default=False, metadata={"help": "Put the prompt through the tokenizer's chat template."}
+    )

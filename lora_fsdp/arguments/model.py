@@ -1,0 +1,31 @@
+"""Which base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+
+@dataclass
+class ModelArguments:
+    """Which base model, and how it is loaded."""
+
+    # The heading of these options in a help text.
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str = field(
+        default="", metadata={"help": "Model folder, or a name on the Hugging Face Hub."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit."})
+    dtype: Literal["auto", "bfloat16", "float32"] = field(
+        default="auto",
+        metadata={"help": "The frozen base's dtype; auto = bfloat16 on GPUs, float32 on CPUs."},
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager"] = field(
+        default="auto",
+        metadata={"help": "Attention kernel; auto = SDPA, or eager where a model has no SDPA."},
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run Python code that comes with the model. Off unless asked."},
+    )

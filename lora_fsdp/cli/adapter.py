@@ -1,0 +1,56 @@
+"""The options and the loading that the commands for a finished adapter share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from lora_fsdp.cli.command import required
+from lora_fsdp.tasks.files import import_task_file
+
+if TYPE_CHECKING:
+    from lora_fsdp.evaluation.prediction import Predictor
+
+
+@dataclass
+class AdapterOptions:
+    """Which adapter, and how it is loaded."""
+
+    _argument_group_name: ClassVar[str] = "adapter"
+
+    adapter: str = field(default="", metadata={"help": "Output folder of a finished run."})
+    task_file: str | None = field(
+        default=None, metadata={"help": "Python file to import first; it registers the task."}
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column with the text, if it is not the training table's."}
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = field(
+        default="auto", metadata={"help": "The base's dtype; auto = bfloat16 on GPUs."}
+    )
+
+
+def load_predictor(options: AdapterOptions, *, label_column: str | None = None) -> Predictor:
+    """The adapter, asked as it was trained, about the columns named."""
+    folder = Path(required(options.adapter, "--adapter", "the output folder of a finished run"))
+    import_task_file(options.task_file)
+    from lora_fsdp.evaluation.prediction import Predictor
+    from lora_fsdp.scripts import configure_output
+    from lora_fsdp.tasks import get_task
+
+    configure_output()
+    predictor = Predictor.from_adapter(folder, dtype=options.dtype)
+    named = {"text_column": options.text_column, "label_column": label_column}
+    given = {name: value for name, value in named.items() if value is not None}
+    if given:
+        task = get_task(predictor.task.name, {**predictor.task.options(), **given})
+        predictor = replace(predictor, task=task)
+    return predictor
+
+
+def adapter_identity(folder: str | Path) -> str:
+    """SHA-256 of the adapter's weights."""
+    from lora_fsdp.evaluation.file_prediction import file_digest
+
+    return file_digest(Path(folder) / "adapter_model.safetensors")

@@ -1,0 +1,63 @@
+"""`lora-fsdp compare`: base against tuned on held-out rows of a finished run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from lora_fsdp.cli.adapter import AdapterOptions, load_predictor
+from lora_fsdp.cli.command import Command, print_json
+from lora_fsdp.cli.terminal import width, write
+
+
+@dataclass
+class CompareOptions:
+    """How many rows, and what is asked."""
+
+    rows: int = field(default=10, metadata={"help": "How many held-out rows."})
+    generate: bool = field(default=False, metadata={"help": "Let both write freely, too."})
+    temperature: float = field(
+        default=0.0, metadata={"help": "Sampling temperature of free generation; 0 = greedy."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the sample."})
+    json: bool = field(default=False, metadata={"help": "Print JSON."})
+
+
+def compare(options: CompareOptions, adapter: AdapterOptions) -> int:
+    """Both models' answers, and whether the adapter answers as it did in training."""
+    predictor = load_predictor(adapter)
+    from lora_fsdp.evaluation.comparison import format_written
+    from lora_fsdp.evaluation.report import format_predictions_table
+    from lora_fsdp.evaluation.side_by_side import compare_on_held_out
+
+    found = compare_on_held_out(
+        predictor,
+        adapter.adapter,
+        rows=options.rows,
+        seed=options.seed,
+        generate=options.generate,
+        temperature=options.temperature,
+    )
+    if options.json:
+        print_json(dataclasses.asdict(found))
+        return 0
+    write(format_predictions_table(found.rows, width=width()))
+    for entry in found.written:
+        write(format_written(entry))
+    write(f"{found.agreeing} of {len(found.rows)} answers are those of the run's own evaluation.")
+    return 0
+
+
+COMMANDS = (
+    Command(
+        name="compare",
+        summary="Set the base's answers beside the tuned model's, on held-out rows.",
+        examples=(
+            "compare runs/mine",
+            "compare runs/mine --rows 5 --generate --temperature 0.7",
+        ),
+        options=(CompareOptions, AdapterOptions),
+        run=compare,
+        positional="adapter",
+    ),
+)

@@ -1,0 +1,97 @@
+"""`lora-fsdp evaluate`: a finished adapter's metrics on a table with answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lora_fsdp.cli.adapter import AdapterOptions, load_predictor
+from lora_fsdp.cli.command import Command, print_json, required
+from lora_fsdp.cli.terminal import table_text, write
+
+
+@dataclass
+class EvaluateOptions:
+    """Which rows."""
+
+    data_file: str | None = field(
+        default=None, metadata={"help": "CSV, TSV, JSONL, Parquet, or a folder of `datasets`."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column with the label, if not the training table's."}
+    )
+    encoding: str | None = field(
+        default=None, metadata={"help": "Text encoding of the file; detected when not given."}
+    )
+    on_bad_rows: Literal["error", "drop"] = field(
+        default="error",
+        metadata={"help": "Rows without text or with an unknown label: stop, or drop and count."},
+    )
+    max_rows: int | None = field(
+        default=None, metadata={"help": "Use a seeded random sample of this many rows."}
+    )
+    head: int | None = field(default=None, metadata={"help": "Use the first rows of the file."})
+    seed: int = field(default=42, metadata={"help": "Seed of the sample."})
+    json: bool = field(default=False, metadata={"help": "Print JSON."})
+
+
+def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
+    """Read, score, print."""
+    path = required(options.data_file, "DATA_FILE", "a table with texts and their answers")
+    from lora_fsdp.data.tables import read_table, sample_rows
+
+    table = read_table(path, encoding=options.encoding)
+    table = sample_rows(table, max_rows=options.max_rows, head=options.head, seed=options.seed)
+    predictor = load_predictor(adapter, label_column=options.label_column)
+    from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
+    from lora_fsdp.tasks import ClassificationTask
+
+    dropped = 0
+    if options.on_bad_rows == "drop":
+        table, dropped = predictor.task.drop_bad_rows(table)
+    task = predictor.task.bind(table, for_training=False)
+    examples = task.examples(table)
+    encoded = predictor.encoder.encode(examples)
+    scores = predictor.score(examples)
+    found: dict[str, Any] = {
+        "adapter": adapter.adapter,
+        "data_file": path,
+        "rows": len(examples),
+        "rows_left_out": dropped,
+        "rows_shortened": sum(example.shortened for example in encoded),
+        "metrics": evaluation_metrics(task, encoded, scores),
+    }
+    if isinstance(task, ClassificationTask):
+        found["confusion_matrix"] = confusion_matrix(task, encoded, scores).to_dict(orient="split")
+    if options.json:
+        print_json(found)
+    else:
+        _print(found)
+    return 0
+
+
+def _print(found: dict[str, Any]) -> None:
+    left_out = f", {found['rows_left_out']} left out" if found["rows_left_out"] else ""
+    write(f"{found['rows']} rows{left_out}, {found['rows_shortened']} shortened")
+    rows = [(name, f"{value:.4f}") for name, value in found["metrics"].items()]
+    write(table_text(("metric", "value"), rows))
+    if matrix := found.get("confusion_matrix"):
+        counts = zip(matrix["index"], matrix["data"], strict=True)
+        write("rows by true label (down) and predicted label (across)")
+        write(table_text(("", *matrix["columns"]), [(name, *map(str, r)) for name, r in counts]))
+
+
+COMMANDS = (
+    Command(
+        name="evaluate",
+        summary="Measure a finished adapter on a table whose answers are known.",
+        examples=(
+            "evaluate test.csv --adapter runs/mine",
+            "evaluate test.csv --adapter runs/mine --label_column team --on_bad_rows drop",
+            "evaluate test.csv --adapter runs/mine --json",
+        ),
+        options=(EvaluateOptions, AdapterOptions),
+        run=evaluate,
+        positional="data_file",
+    ),
+)

@@ -1,0 +1,147 @@
+"""`lora-fsdp predict`: a table in, the same table with answers out; or one text."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lora_fsdp.cli.adapter import AdapterOptions, adapter_identity, load_predictor
+from lora_fsdp.cli.command import Command, print_json, required
+from lora_fsdp.cli.terminal import is_live, write
+from lora_fsdp.errors import ArgumentError
+
+_SECONDS_BETWEEN_LINES = 30.0
+_ROWS_NAMED = 5
+
+
+@dataclass
+class PredictOptions:
+    """What to answer, and where the answers go."""
+
+    data_file: str | None = field(
+        default=None, metadata={"help": "Table to answer: .csv, .tsv, .jsonl, .ndjson, .parquet."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "File to write, of the same format; must not exist yet."}
+    )
+    text: str | None = field(default=None, metadata={"help": "Answer this one text instead."})
+    encoding: str | None = field(
+        default=None, metadata={"help": "Text encoding of the table; UTF-8 when not given."}
+    )
+    chunk_rows: int = field(
+        default=256, metadata={"help": "Rows answered and written at a time; lost by a kill."}
+    )
+    column_prefix: str = field(
+        default="", metadata={"help": "Put before the new columns' names, if they are taken."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace an output, finished or not."})
+    json: bool = field(default=False, metadata={"help": "Print the result as JSON."})
+
+
+def predict(options: PredictOptions, adapter: AdapterOptions) -> int:
+    """Answer a text or a table."""
+    if (options.text is None) == (options.data_file is None):
+        raise ArgumentError("Name a table (predict new.csv) or give one --text, not both.")
+    return _one_text(options, adapter) if options.text is not None else _table(options, adapter)
+
+
+def _one_text(options: PredictOptions, adapter: AdapterOptions) -> int:
+    text = options.text or ""
+    if not text.strip():
+        raise ArgumentError("--text is empty.")
+    from lora_fsdp.evaluation.file_prediction import answers_of
+
+    [answer] = answers_of(load_predictor(adapter), [text])
+    if options.json:
+        print_json(answer)
+        return 0
+    for name, value in answer.items():
+        write(f"{name:<24} {value if isinstance(value, str) else format(value, '.4f')}")
+    return 0
+
+
+def _table(options: PredictOptions, adapter: AdapterOptions) -> int:
+    output = Path(required(options.output, "--output", "the file to write"))
+    from lora_fsdp.data.streams import open_stream
+
+    stream = open_stream(str(options.data_file), encoding=options.encoding)
+    from lora_fsdp.evaluation.file_prediction import predict_file
+
+    predictor = load_predictor(adapter)
+    progress = Progress()
+    found = predict_file(
+        predictor,
+        stream,
+        output,
+        chunk_rows=options.chunk_rows,
+        column_prefix=options.column_prefix,
+        identity=adapter_identity(adapter.adapter),
+        overwrite=options.overwrite,
+        on_chunk=progress.advance,
+    )
+    rate = progress.close()
+    facts = {
+        "output": str(found.output),
+        "rows": found.rows,
+        "resumed_rows": found.resumed,
+        "rows_without_text": list(found.without_text),
+        "rows_per_second": round(rate, 2),
+    }
+    if options.json:
+        print_json(facts)
+        return 0
+    resumed = f", {found.resumed} of them by an earlier call" if found.resumed else ""
+    write(f"{found.rows} rows answered{resumed}: {found.output} ({rate:.1f} rows/s)")
+    if found.without_text:
+        named = ", ".join(map(str, found.without_text[:_ROWS_NAMED]))
+        more = ", …" if len(found.without_text) > _ROWS_NAMED else ""
+        write(f"{len(found.without_text)} rows have no text and no answer: row {named}{more}")
+    return 0
+
+
+class Progress:
+    """A bar on a terminal, now and then a line elsewhere; counts only what was answered now."""
+
+    def __init__(self) -> None:
+        from tqdm.auto import tqdm
+
+        self.bar = tqdm(unit="row", disable=not is_live(), dynamic_ncols=True, desc="predicting")
+        self.began = self.printed = time.perf_counter()
+        self.answered = self.rows = 0
+
+    def advance(self, rows: int, done_before: bool) -> None:
+        """A chunk is written, or was found written."""
+        self.rows += rows
+        self.answered += 0 if done_before else rows
+        self.bar.update(rows)
+        if self.bar.disable and time.perf_counter() - self.printed > _SECONDS_BETWEEN_LINES:
+            self.printed = time.perf_counter()
+            print(f"{self.rows} rows, {self.rate():.1f} rows/s", file=sys.stderr, flush=True)
+
+    def rate(self) -> float:
+        """Rows answered a second, loading of the model not included."""
+        return self.answered / max(time.perf_counter() - self.began, 1e-9)
+
+    def close(self) -> float:
+        """End the bar; returns the rate."""
+        rate = self.rate()
+        self.bar.close()
+        return rate
+
+
+COMMANDS = (
+    Command(
+        name="predict",
+        summary="Answer the rows of a table, or one text, with a finished adapter.",
+        examples=(
+            "predict new.csv --adapter runs/mine --output answers.csv",
+            "predict new.parquet --adapter runs/mine --output answers.parquet --text_column body",
+            'predict --adapter runs/mine --text "thanks for the quick response!"',
+        ),
+        options=(PredictOptions, AdapterOptions),
+        run=predict,
+        positional="data_file",
+    ),
+)

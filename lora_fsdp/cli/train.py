@@ -1,0 +1,174 @@
+"""`lora-fsdp train`: accelerate, started with a YAML that fits the machine, and its noise filtered.
+
+The launcher runs in this process, so that its failures arrive as exceptions: a user's mistake was
+told by the process that found it, and a traceback of the launcher would only bury it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
+from lora_fsdp.cli.command import Command
+from lora_fsdp.cli.configs import find_config, suggested_config
+from lora_fsdp.failures import CRASHED, INTERRUPTED, WRONG_INPUT
+from lora_fsdp.options import OptionParser
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+_MODULE = "lora_fsdp.cli.training_process"
+
+# Of several hundred: what most runs set. The texts of our own options are those in the code.
+TRAINING_OPTIONS = {
+    "output_dir": "Where the run is written.",
+    "num_train_epochs": "How many times the rows are seen.",
+    "learning_rate": "Peak learning rate.",
+    "per_device_train_batch_size": "Examples per process and accumulation step.",
+    "eval_strategy": "When to evaluate while training: no, steps, epoch.",
+    "save_strategy": "When to write checkpoints: no, steps, epoch, best.",
+    "resume_from_checkpoint": "Go on with a run: true, or a checkpoint's folder.",
+    "overwrite_output_dir": "Replace a run that output_dir already holds.",
+    "logging_steps": "Log every so many steps.",
+    "report_to": "Trackers to report to; none by default.",
+    "price_per_hour": "GPU (or machine) price per hour; shows the run's cost so far.",
+    "max_tokens_per_row": "Longest packed row in tokens (bounds activation memory).",
+    "seed": "Of the sample, the split, the order and the adapter's first values.",
+}
+
+
+@dataclass
+class LaunchOptions:
+    """How the processes are started."""
+
+    _argument_group_name: ClassVar[str] = "launch"
+
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "Accelerate YAML: a file, or the name of a shipped one (single, ddp, fsdp2, "
+            "fsdp2_offload, fsdp2_cpu). Without it, what fits this machine's GPUs."
+        },
+    )
+    num_processes: int | None = field(
+        default=None,
+        metadata={"help": "Processes, instead of the YAML's number; one for each GPU."},
+    )
+    main_process_port: int | None = field(
+        default=None, metadata={"help": "Port at which the processes meet; any free one."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print the command that would be run, and stop."}
+    )
+
+
+class TrainCommand(Command):
+    """Reads its own options and hands all others on, unread, to the training processes."""
+
+    def parser(self) -> OptionParser:
+        """For the help: with the commonest options of `transformers.TrainingArguments`."""
+        parser = super().parser()
+        group = parser.add_argument_group(
+            "training", "These, and all of transformers.TrainingArguments."
+        )
+        for name, text in TRAINING_OPTIONS.items():
+            group.add_argument(f"--{name}", help=text)
+        return parser
+
+    def __call__(self, arguments: Sequence[str]) -> int:
+        """Start the training processes and wait for them."""
+        if {"-h", "--help"} & set(arguments):
+            self.parser().print_help()
+            return 0
+        options, rest = OptionParser((LaunchOptions,)).parse_known_args(list(arguments))
+        return self.run(LaunchOptions(**vars(options)), rest)
+
+
+def train(options: LaunchOptions, arguments: Sequence[str]) -> int:
+    """Launch, and say in one sentence how it failed if it did."""
+    command = launch_command_line(options, arguments)
+    if options.dry_run:
+        print(shlex.join(["accelerate", "launch", *command]))
+        return 0
+    print(f"Starting: {shlex.join(['accelerate', 'launch', *command[: -len(arguments) or None]])}")
+    sys.stdout.flush()
+    return _launch(command)
+
+
+def launch_command_line(options: LaunchOptions, arguments: Sequence[str]) -> list[str]:
+    """The arguments of `accelerate launch`."""
+    from torch.cuda import device_count
+
+    name = options.accelerate_config or suggested_config(device_count())
+    command = ["--config_file", str(find_config(name))]
+    processes = options.num_processes
+    if processes is None and options.accelerate_config is None and device_count() > 1:
+        processes = device_count()
+    if processes is not None:
+        command += ["--num_processes", str(processes)]
+    # The usual port may be taken by another run on this machine.
+    port = options.main_process_port
+    command += ["--main_process_port", str(0 if port is None else port)]
+    return [*command, "--module", _MODULE, *arguments]
+
+
+def _launch(command: Sequence[str]) -> int:
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # The launcher reports its processes' ends at length; below they are one sentence.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args(list(command)))
+    except ChildFailedError as error:
+        return _explain(*error.get_first_failure())
+    except subprocess.CalledProcessError as error:
+        return _explain_code(error.returncode, "the training process")
+    except (KeyboardInterrupt, SignalException):
+        print("lora-fsdp train: stopped; with checkpoints it goes on by --resume_from_checkpoint "
+              "true.", file=sys.stderr)  # fmt: skip
+        return INTERRUPTED
+    return 0
+
+
+def _explain(rank: int, failure: ProcessFailure) -> int:
+    return _explain_code(failure.exitcode, f"process {rank}")
+
+
+def _explain_code(code: int, who: str) -> int:
+    """Say what the process could not say itself; returns our own exit code."""
+    if code in (WRONG_INPUT, INTERRUPTED):
+        return code
+    if code == -signal.SIGKILL:
+        reason = f"{who} was killed (SIGKILL), most often because host memory ran out"
+    elif code < 0:
+        reason = f"{who} was ended by {signal.Signals(-code).name}"
+    else:
+        reason = f"{who} failed with exit code {code}; its traceback is above"
+    print(f"lora-fsdp train: {reason}.", file=sys.stderr)
+    return CRASHED
+
+
+COMMANDS = (
+    TrainCommand(
+        name="train",
+        summary="Train an adapter, on the GPUs there are or as a rehearsal on the CPU.",
+        examples=(
+            "train --task sentiment --data_file tweets.csv \\\n"
+            "      --model_name_or_path ./models/SmolLM2-135M-Instruct --output_dir runs/mine",
+            "train --config recipe.yaml --learning_rate 1e-3",
+            "train --accelerate_config fsdp2 --num_processes 4 --config recipe.yaml",
+            "train --config recipe.yaml --resume_from_checkpoint true",
+        ),
+        options=(LaunchOptions, ModelArguments, LoraArguments, DataArguments),
+        run=train,
+    ),
+)

@@ -1,0 +1,109 @@
+"""A look at the rows of a task before any time is spent on training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lora_fsdp.data.rows import TaskData
+from lora_fsdp.tasks import Example, Task
+
+if TYPE_CHECKING:
+    from lora_fsdp.data.encoding import EncodedExample
+
+_FEW_ROWS = 10
+_SKEWED = 20
+
+
+@dataclass(frozen=True)
+class TaskCheck:
+    """What a task makes of its rows.
+
+    Attributes:
+        task: the task, bound to its table.
+        training_rows, held_out_rows, left_out: numbers of rows.
+        balance: for each label its training and its held-out rows; empty for free text.
+        repeated: rows whose text occurs in another row as well.
+        contradicting: texts that occur with more than one answer.
+        shortened: rows whose text does not fit; `None` without a tokenizer.
+        warnings: what may spoil the result, a sentence each.
+    """
+
+    task: Task
+    training_rows: int
+    held_out_rows: int
+    left_out: int
+    balance: Mapping[str, tuple[int, int]]
+    repeated: int
+    contradicting: int
+    shortened: int | None
+    warnings: Sequence[str]
+
+
+def check_task_data(data: TaskData, encoded: Sequence[EncodedExample] | None) -> TaskCheck:
+    """Counts and warnings for training and held-out rows.
+
+    Args:
+        data: what `load_task_data` found.
+        encoded: its examples as tokens, if there is a tokenizer.
+    """
+    examples = [*data.train, *data.held_out]
+    answers: dict[str, list[str]] = {}
+    for example in examples:
+        answers.setdefault(example.prompt.text.strip(), []).append(example.target or "")
+    balance = _balance(data)
+    contradicting = sum(len(set(targets)) > 1 for targets in answers.values())
+    shortened = None if encoded is None else sum(example.shortened for example in encoded)
+    return TaskCheck(
+        task=data.task,
+        training_rows=len(data.train),
+        held_out_rows=len(data.held_out),
+        left_out=data.dropped,
+        balance=balance,
+        repeated=sum(len(targets) for targets in answers.values() if len(targets) > 1),
+        contradicting=contradicting,
+        shortened=shortened,
+        warnings=_warnings(balance, contradicting, shortened, rows=len(examples)),
+    )
+
+
+def _balance(data: TaskData) -> dict[str, tuple[int, int]]:
+    def counts(examples: Sequence[Example]) -> Counter[str | None]:
+        return Counter(example.target for example in examples)
+
+    train, held_out = counts(data.train), counts(data.held_out)
+    targets = {label: data.task.target_of(label) for label in data.task.labels or ()}
+    return {label: (train[target], held_out[target]) for label, target in targets.items()}
+
+
+def _warnings(
+    balance: Mapping[str, tuple[int, int]], contradicting: int, shortened: int | None, *, rows: int
+) -> list[str]:
+    found = []
+    if few := [label for label, (train, _) in balance.items() if train < _FEW_ROWS]:
+        found.append(f"Fewer than {_FEW_ROWS} training rows: {_listed(few)}.")
+    if unseen := [label for label, (_, held_out) in balance.items() if held_out == 0]:
+        found.append(f"No held-out row, so no score means anything: {_listed(unseen)}.")
+    totals = [sum(counts) for counts in balance.values()]
+    if totals and max(totals) > _SKEWED * max(min(totals), 1):
+        found.append(
+            f"The commonest label has {max(totals)} rows and the rarest {min(totals)}: judge by "
+            "macro_f1, not by accuracy."
+        )
+    folded = Counter(" ".join(label.casefold().split()) for label in balance)
+    if alike := [label for label in balance if folded[" ".join(label.casefold().split())] > 1]:
+        found.append(f"Labels that differ in case or blanks only: {_listed(alike)}.")
+    if contradicting:
+        found.append(f"{contradicting} texts occur with more than one answer.")
+    if shortened and shortened > rows / 20:
+        found.append(
+            f"{shortened} of {rows} rows are shortened to --max_length: raise it if the end of a "
+            "text matters."
+        )
+    return found
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(map(repr, labels))

@@ -1,0 +1,300 @@
+"""Tables read and written a chunk at a time, each row kept as it was written.
+
+For `read_table`, what matters is what the rows mean; here it is that a program gets its own rows
+back: a CSV cell to the letter, a JSON record with its own keys, a Parquet column with its own type.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lora_fsdp.errors import (
+    DataFileNotFoundError,
+    MalformedRowError,
+    NoRowsError,
+    TableEncodingError,
+    UnsupportedTableError,
+)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows of a table.
+
+    Attributes:
+        first: number of its first row (1 = first data row).
+        rows: the rows in their file's own form.
+        columns: the table's columns (of JSON Lines: the keys of this chunk).
+    """
+
+    first: int
+    rows: Any
+    columns: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class TableStream(ABC):
+    """A table file that is read and written in chunks; one subclass for each format."""
+
+    def __init__(self, path: Path, *, encoding: str | None = None) -> None:
+        self.path = path
+        self.encoding = encoding or "utf-8-sig"
+
+    @abstractmethod
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """The rows, `size` at a time."""
+
+    @abstractmethod
+    def records(self, chunk: Chunk) -> list[dict[str, Any]]:
+        """The rows of a chunk by column; `None` where a row has no value."""
+
+    @abstractmethod
+    def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
+        """Write a chunk with further columns, as a file of its own."""
+
+    @abstractmethod
+    def join(self, parts: Iterable[Path], path: Path) -> None:
+        """Write the files of `write` as one."""
+
+
+class DelimitedStream(TableStream):
+    """CSV and TSV. Cells are text to the letter."""
+
+    def __init__(self, path: Path, *, separator: str, encoding: str | None = None) -> None:
+        super().__init__(path, encoding=encoding)
+        self.separator = separator
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """See the base class."""
+        with _open_text(self.path, self.encoding, newline="") as file:
+            reader = csv.reader(file, delimiter=self.separator, strict=True)
+            rows = self._rows(reader)
+            header = next(rows, None)
+            if header is None:
+                raise NoRowsError(f"{self.path} is empty.")
+            for first, chunk in _batches(rows, size):
+                yield Chunk(first, chunk, header)
+
+    def _rows(self, reader: Any) -> Iterator[list[str]]:
+        header: list[str] | None = None
+        line = 1
+        # A text may be longer than csv's own limit of 128 KiB a cell.
+        csv.field_size_limit(2**31 - 1)
+        try:
+            for row in reader:
+                if row and header is not None and len(row) != len(header):
+                    raise MalformedRowError(
+                        f"{self.path}, line {line}: {len(row)} fields where the header has "
+                        f"{len(header)}. Put a field that contains a separator, a quote or a line "
+                        "break in double quotes."
+                    )
+                if row:
+                    header = header or row
+                    yield row
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise MalformedRowError(f"{self.path}, line {line}: {error}.") from error
+        except UnicodeDecodeError as error:
+            raise _wrong_encoding(self.path, self.encoding, error) from error
+
+    def records(self, chunk: Chunk) -> list[dict[str, Any]]:
+        """See the base class."""
+        return [dict(zip(chunk.columns, row, strict=True)) for row in chunk.rows]
+
+    def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
+        """See the base class."""
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter=self.separator, lineterminator="\n")
+            writer.writerow([*chunk.columns, *added])
+            for row, further in zip(chunk.rows, _records(added, len(chunk)), strict=True):
+                writer.writerow([*row, *("" if v is None else v for v in further.values())])
+
+    def join(self, parts: Iterable[Path], path: Path) -> None:
+        """See the base class."""
+        with path.open("wb") as joined:
+            for number, part in enumerate(parts):
+                with part.open("rb") as file:
+                    if number:
+                        # A header may hold line breaks inside quotes: as many lines as it took.
+                        _skip_header(file, self.separator)
+                    shutil.copyfileobj(file, joined)
+
+
+class JsonLinesStream(TableStream):
+    """JSON Lines. Each line stays as it is written, with further keys at its end."""
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """See the base class."""
+        with _open_text(self.path, self.encoding, newline="\n") as file:
+            for first, chunk in _batches(self._rows(file), size):
+                keys = dict.fromkeys(key for _, row in chunk for key in row)
+                yield Chunk(first, chunk, list(keys))
+
+    def _rows(self, file: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        try:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                json.dumps(row, ensure_ascii=False).encode()
+                if not isinstance(row, dict):
+                    raise MalformedRowError(
+                        f"{self.path}, line {number}: a row must be a JSON object, one a line."
+                    )
+                yield line.strip(), row
+        except json.JSONDecodeError as error:
+            raise MalformedRowError(f"{self.path}, line {number}: {error.msg}.") from error
+        except UnicodeEncodeError as error:
+            raise MalformedRowError(
+                f"{self.path}, line {number}: half a surrogate pair (\\ud8…)."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise _wrong_encoding(self.path, self.encoding, error) from error
+
+    def records(self, chunk: Chunk) -> list[dict[str, Any]]:
+        """See the base class."""
+        return [{name: row.get(name) for name in chunk.columns} for _, row in chunk.rows]
+
+    def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
+        """See the base class."""
+        with path.open("w", encoding="utf-8", newline="\n") as file:
+            for (line, row), new in zip(chunk.rows, _records(added, len(chunk)), strict=True):
+                further = json.dumps(new, ensure_ascii=False)[1:]
+                file.write(f"{line[:-1]}{', ' if row else ''}{further}\n")
+
+    def join(self, parts: Iterable[Path], path: Path) -> None:
+        """See the base class."""
+        with path.open("wb") as joined:
+            for part in parts:
+                with part.open("rb") as file:
+                    shutil.copyfileobj(file, joined)
+
+
+class ParquetStream(TableStream):
+    """Parquet. Columns keep their types."""
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        """See the base class."""
+        try:
+            file = pq.ParquetFile(self.path)
+        except pa.ArrowInvalid as error:
+            raise UnsupportedTableError(f"{self.path} is not a Parquet file: {error}") from error
+        first = 1
+        with file:
+            # Batches end at the file's row groups, too; chunks must not depend on that.
+            left: list[pa.RecordBatch] = []
+            for batch in file.iter_batches(batch_size=size):
+                left.append(batch)
+                table = pa.Table.from_batches(left)
+                while len(table) >= size:
+                    yield Chunk(first, table.slice(0, size), table.column_names)
+                    first, table = first + size, table.slice(size)
+                left = table.to_batches()
+            if left and (table := pa.Table.from_batches(left)).num_rows:
+                yield Chunk(first, table, table.column_names)
+
+    def records(self, chunk: Chunk) -> list[dict[str, Any]]:
+        """See the base class."""
+        rows: list[dict[str, Any]] = chunk.rows.to_pylist()
+        return rows
+
+    def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
+        """See the base class."""
+        table = chunk.rows
+        for name, values in added.items():
+            # Said outright: a chunk may hold nothing but missing values.
+            text = name.endswith(("predicted_label", "predicted_text")) and "/" not in name
+            kind = pa.string() if text else pa.float64()
+            table = table.append_column(name, pa.array(values, type=kind))
+        pq.write_table(table, path)
+
+    def join(self, parts: Iterable[Path], path: Path) -> None:
+        """See the base class."""
+        writer: pq.ParquetWriter | None = None
+        try:
+            for part in parts:
+                table = pq.read_table(part)
+                writer = writer or pq.ParquetWriter(path, table.schema)
+                writer.write_table(table)
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+
+
+def open_stream(path: str | Path, *, encoding: str | None = None) -> TableStream:
+    """The table in `path`, by its suffix: .csv, .tsv, .jsonl, .ndjson, .parquet.
+
+    Args:
+        path: the file.
+        encoding: of a text file; `None` = UTF-8. Unlike in `read_table` nothing is guessed, since
+            only a part of the file is seen at a time.
+
+    Raises:
+        DataFileNotFoundError, UnsupportedTableError, TableEncodingError: the file is missing, of
+            another format, or the encoding does not exist.
+    """
+    source = Path(path)
+    suffix = source.suffix.lower()
+    if not source.is_file():
+        raise DataFileNotFoundError(f"There is no data file {str(source.resolve())!r}.")
+    try:
+        codecs.lookup(encoding or "utf-8")
+    except LookupError as error:
+        raise TableEncodingError(f"{source}: there is no encoding {encoding!r}.") from error
+    if suffix in _SEPARATORS:
+        return DelimitedStream(source, separator=_SEPARATORS[suffix], encoding=encoding)
+    if suffix in (".jsonl", ".ndjson"):
+        return JsonLinesStream(source, encoding=encoding)
+    if suffix == ".parquet":
+        return ParquetStream(source)
+    raise UnsupportedTableError(
+        f"{source} cannot be read in chunks: use .csv, .tsv, .jsonl, .ndjson or .parquet."
+    )
+
+
+def _open_text(path: Path, encoding: str, *, newline: str) -> Any:
+    return path.open(encoding=encoding, newline=newline)
+
+
+def _batches(rows: Iterator[Any], size: int) -> Iterator[tuple[int, list[Any]]]:
+    first, batch = 1, []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == size:
+            yield first, batch
+            first, batch = first + size, []
+    if batch:
+        yield first, batch
+
+
+def _records(added: Mapping[str, Sequence[Any]], count: int) -> list[dict[str, Any]]:
+    return [{name: values[place] for name, values in added.items()} for place in range(count)]
+
+
+def _skip_header(file: Any, separator: str) -> None:
+    reader = csv.reader((line.decode("utf-8") for line in iter(file.readline, b"")),
+                        delimiter=separator)  # fmt: skip
+    next(reader)
+
+
+def _wrong_encoding(path: Path, encoding: str, error: UnicodeDecodeError) -> TableEncodingError:
+    return TableEncodingError(
+        f"{path} is not {encoding.removesuffix('-sig')}: byte 0x{error.object[error.start]:02x} "
+        f"({error.reason}). Name its encoding, for example --encoding latin-1."
+    )

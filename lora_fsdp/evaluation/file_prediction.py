@@ -1,0 +1,230 @@
+"""A table in, the same table with answers out: in chunks, and after a kill from where it was.
+
+Every chunk becomes a file of its own in `<output>.partial`, written beside and renamed, so that it
+is whole or not there; the chunks that are there are done. At the end they are joined into the
+output, which also appears in one rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora_fsdp.data.streams import Chunk, TableStream
+from lora_fsdp.errors import ArgumentError, ColumnNotFoundError, NoRowsError, OutputFileError
+from lora_fsdp.evaluation.metrics import predicted_labels
+from lora_fsdp.evaluation.prediction import Predictor
+from lora_fsdp.evaluation.report import write_json
+from lora_fsdp.tasks import Example, Task
+
+_JOB_FILE = "job.json"
+
+
+@dataclass(frozen=True)
+class FilePrediction:
+    """What was done.
+
+    Attributes:
+        output: the finished table.
+        rows: rows of the table.
+        resumed: how many of them an earlier call had already answered.
+        without_text: numbers of the rows that have no text, and so no answer.
+    """
+
+    output: Path
+    rows: int
+    resumed: int
+    without_text: Sequence[int]
+
+
+def predict_file(
+    predictor: Predictor,
+    stream: TableStream,
+    output: str | Path,
+    *,
+    chunk_rows: int = 256,
+    column_prefix: str = "",
+    identity: str = "",
+    overwrite: bool = False,
+    on_chunk: Callable[[int, bool], None] | None = None,
+) -> FilePrediction:
+    """Answer every row of a table.
+
+    Args:
+        predictor: the adapter.
+        stream: the table.
+        output: a file of the same format; its columns are the table's and `predicted_label`,
+            `probability` (of that label) and `probability/<label>`, or `predicted_text` for a task
+            of free text. A row without text keeps them empty.
+        chunk_rows: rows that are read, answered and written at a time.
+        column_prefix: put before the new columns' names.
+        identity: says which adapter this is; an unfinished output of another one is not continued.
+        overwrite: replace an output, finished or not, that is already there.
+        on_chunk: called after each chunk with its rows and whether it had been done before.
+
+    Raises:
+        OutputFileError: the output is there, or was begun for another input or adapter.
+        ColumnNotFoundError, ArgumentError: the text column is missing, or a new one is not new.
+    """
+    target = Path(output)
+    if chunk_rows < 1:
+        raise ArgumentError(f"--chunk_rows {chunk_rows}: give a number of rows from 1.")
+    _refuse_other_format(stream.path, target)
+    folder = target.with_name(f"{target.name}.partial")
+    job = {
+        "input": file_digest(stream.path),
+        "adapter": identity,
+        "task": predictor.task.options(),
+        "chunk_rows": chunk_rows,
+        "column_prefix": column_prefix,
+    }
+    _claim(target, folder, job, overwrite=overwrite)
+    parts: list[Path] = []
+    rows = resumed = 0
+    without_text: list[int] = []
+    for chunk in stream.chunks(chunk_rows):
+        part = folder / f"{chunk.first:012d}{target.suffix}"
+        done = part.is_file()
+        examples = _examples(predictor.task, stream, chunk)
+        if not done:
+            columns = _answers(predictor, examples)
+            added = {f"{column_prefix}{name}": values for name, values in columns.items()}
+            _refuse_taken_names(added, chunk)
+            _write_whole(part, partial(stream.write, chunk, added))
+        parts.append(part)
+        rows += len(chunk)
+        resumed += len(chunk) if done else 0
+        without_text += [example.row for example in examples if not _has_text(example)]
+        if on_chunk is not None:
+            on_chunk(len(chunk), done)
+    if not parts:
+        shutil.rmtree(folder)
+        raise NoRowsError(f"{stream.path} holds no rows.")
+    _write_whole(target, lambda path: stream.join(parts, path))
+    shutil.rmtree(folder)
+    return FilePrediction(target, rows, resumed, without_text)
+
+
+def answers_of(predictor: Predictor, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The new columns' values for each of `texts`, as `predict_file` writes them.
+
+    Raises:
+        ArgumentError: the task needs more than one text.
+    """
+    column = str(predictor.task.options().get("text_column") or "text")
+    try:
+        prompts = [predictor.task.build_prompt({column: text}) for text in texts]
+    except KeyError as error:
+        raise ArgumentError(
+            f"Task {predictor.task.name!r} needs the column {error}: give a table, not a text."
+        ) from error
+    examples = [Example(row=i, prompt=p, target=None) for i, p in enumerate(prompts, start=1)]
+    columns = _answers(predictor, examples)
+    return [{name: values[i] for name, values in columns.items()} for i in range(len(texts))]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _examples(task: Task, stream: TableStream, chunk: Chunk) -> list[Example]:
+    try:
+        return [
+            Example(row=row, prompt=task.build_prompt(record), target=None)
+            for row, record in enumerate(stream.records(chunk), start=chunk.first)
+        ]
+    except KeyError as error:
+        there = ", ".join(map(repr, chunk.columns))
+        raise ColumnNotFoundError(
+            f"{stream.path} has no column {error} (row {chunk.first} and after); there are "
+            f"{there}. Name the column with the text: --text_column."
+        ) from error
+
+
+def _has_text(example: Example) -> bool:
+    return bool(example.prompt.text.strip())
+
+
+def _answers(predictor: Predictor, examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """The new columns; `None` where there is no text."""
+    places = [place for place, example in enumerate(examples) if _has_text(example)]
+    asked = [examples[place] for place in places]
+    labels = predictor.task.labels
+    if labels is None:
+        found: dict[str, list[Any]] = {"predicted_text": []}
+        if asked:
+            found["predicted_text"] = [text.strip() for text in predictor.write(asked)]
+    else:
+        names = ("predicted_label", "probability", *(f"probability/{x}" for x in labels))
+        found = {name: [] for name in names}
+        if asked:
+            scores = predictor.score(asked)
+            found["predicted_label"] = list(predicted_labels(predictor.task, scores))
+            found["probability"] = scores.probabilities.amax(dim=1).tolist()
+            for number, label in enumerate(labels):
+                found[f"probability/{label}"] = scores.probabilities[:, number].tolist()
+    spread: dict[str, list[Any]] = {name: [None] * len(examples) for name in found}
+    for name, values in found.items():
+        for place, value in zip(places, values, strict=True):
+            spread[name][place] = value
+    return spread
+
+
+def _refuse_other_format(source: Path, target: Path) -> None:
+    if source.suffix.lower() != target.suffix.lower():
+        raise ArgumentError(
+            f"{target} is no {source.suffix} file: the output has the input's format, so that its "
+            f"rows stay what they are; name it *{source.suffix}."
+        )
+    if target.exists() and target.samefile(source):
+        raise OutputFileError(f"{target} is the input: name another --output.")
+
+
+def _refuse_taken_names(added: Mapping[str, Any], chunk: Chunk) -> None:
+    if taken := [name for name in added if name in chunk.columns]:
+        raise ArgumentError(
+            f"The table already has {', '.join(map(repr, taken))}: give the new columns other "
+            "names, for example with --column_prefix new_."
+        )
+
+
+def _claim(target: Path, folder: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
+    if overwrite:
+        target.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+    if target.exists():
+        raise OutputFileError(
+            f"{target} is already there: name another --output, or replace it with --overwrite."
+        )
+    file = folder / _JOB_FILE
+    if file.is_file():
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        if other := [name for name, value in job.items() if begun.get(name) != value]:
+            raise OutputFileError(
+                f"{folder} holds a part of {target.name} that was made with another "
+                f"{', '.join(other)}: start anew with --overwrite."
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(file, dict(job))
+
+
+def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Through a file beside `path`, which is on the disk before it gets its name."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(draft)
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

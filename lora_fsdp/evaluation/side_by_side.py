@@ -1,0 +1,82 @@
+"""Base against tuned on held-out rows of a finished run, with the adapter loaded by PEFT alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lora_fsdp.errors import DataFileNotFoundError
+from lora_fsdp.evaluation.comparison import written_answers
+from lora_fsdp.evaluation.metrics import predicted_labels
+from lora_fsdp.evaluation.prediction import Predictor
+from lora_fsdp.evaluation.report import PredictionRow
+from lora_fsdp.tasks import Example
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Some held-out rows with both models' answers.
+
+    Attributes:
+        rows: a row each.
+        written: what both wrote by themselves, if asked for (`written_answers`).
+        agreeing: how many answers are those of the run's own evaluation.
+    """
+
+    rows: Sequence[PredictionRow]
+    written: Sequence[Mapping[str, Any]]
+    agreeing: int
+
+
+def compare_on_held_out(
+    predictor: Predictor,
+    folder: str | Path,
+    *,
+    rows: int,
+    seed: int = 0,
+    generate: bool = False,
+    temperature: float = 0.0,
+) -> SideBySide:
+    """Ask base and tuned model about a sample of the run's held-out rows.
+
+    Args:
+        predictor: the adapter, of a task with a closed label set.
+        folder: its run's output folder, with `predictions.csv`.
+        rows: size of the sample.
+        seed: of the sample.
+        generate: let both write freely, too; `temperature` 0 = greedy.
+
+    Raises:
+        DataFileNotFoundError: the folder holds no `predictions.csv`.
+    """
+    file = Path(folder) / "predictions.csv"
+    if not file.is_file():
+        raise DataFileNotFoundError(
+            f"There is no {file}: the run did not end, or another program wrote the folder."
+        )
+    held_out = pd.read_csv(file, keep_default_na=False, dtype={"target": str, "tuned": str})
+    sample = held_out.sample(min(rows, len(held_out)), random_state=seed)
+    column = predictor.task.options()["text_column"]
+    examples = [
+        Example(row=int(row), prompt=predictor.task.build_prompt({column: text}), target=None)
+        for row, text in zip(sample["row"], sample["text"], strict=True)
+    ]
+    tuned = predictor.score(examples)
+    answers = predicted_labels(predictor.task, tuned)
+    texts = predictor.write(examples, temperature=temperature) if generate else []
+    with predictor.model.disable_adapter():
+        base_answers = predicted_labels(predictor.task, predictor.score(examples))
+        base_texts = predictor.write(examples, temperature=temperature) if generate else []
+    columns = zip(
+        sample["row"], sample["text"], sample["target"], base_answers, answers,
+        tuned.probabilities.amax(dim=1).tolist(), strict=True,
+    )  # fmt: skip
+    return SideBySide(
+        rows=[PredictionRow(int(row), *values) for row, *values in columns],
+        written=written_answers(predictor.task, examples, base=base_texts, tuned=texts),
+        agreeing=sum(a == b for a, b in zip(answers, sample["tuned"], strict=True)),
+    )
