@@ -33,6 +33,7 @@ LAYERS = (
     "evaluation",
     "training",
     "planning",
+    "reporting",
     "pipeline",
     "failures",
     "options",
