@@ -14,6 +14,7 @@ from lora_fsdp.errors import LoraFsdpError
 # The exit codes of the scripts and of the command line.
 CRASHED = 1  # a traceback was printed
 WRONG_INPUT = 2  # a sentence said what to change
+NOT_VERIFIED = 3  # an adapter is not what it should be
 NOT_REACHED = 4  # a server did not answer: the same command may work later
 INTERRUPTED = 130  # as shells count a process that ended by SIGINT
 

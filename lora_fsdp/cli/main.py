@@ -24,6 +24,9 @@ MODULES = (
     "evaluate",
     "predict",
     "compare",
+    "report",
+    "verify",
+    "merge",
     "completion",
 )
 
@@ -51,6 +54,7 @@ exit codes:
   0    done
   1    crashed: a bug, or a process of the run was killed
   2    wrong input; the message says what to change
+  3    verify: a check failed
   4    a server was not reached, or the connection broke off
   130  interrupted with Ctrl-C
 """

@@ -1,0 +1,51 @@
+"""`lora-fsdp report`: a page about a run, or about several side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lora_fsdp.cli.command import Command, print_json
+from lora_fsdp.cli.terminal import write
+from lora_fsdp.errors import ArgumentError
+
+
+@dataclass
+class ReportOptions:
+    """Which runs."""
+
+    runs: list[str] = field(
+        default_factory=list, metadata={"help": "Output folder of a run, or of several."}
+    )
+    output: str = field(
+        default=".", metadata={"help": "Of a comparison: the HTML file, or a folder for it."}
+    )
+    json: bool = field(default=False, metadata={"help": "Print the page's path as JSON."})
+
+
+def report(options: ReportOptions) -> int:
+    """Write the page; one run's lies in its folder."""
+    if not options.runs:
+        raise ArgumentError("RUNS is missing: name the output folder of a run, or of several.")
+    from lora_fsdp.reporting import write_comparison, write_report
+
+    if len(options.runs) == 1:
+        page = write_report(options.runs[0])
+    else:
+        page = write_comparison(options.runs, options.output)
+    if options.json:
+        print_json({"page": str(page)})
+    else:
+        write(f"wrote {page}")
+    return 0
+
+
+COMMANDS = (
+    Command(
+        name="report",
+        summary="Write a page about a run, finished or not, or compare several.",
+        examples=("report runs/mine", "report runs/mine runs/other --output comparison.html"),
+        options=(ReportOptions,),
+        run=report,
+        positional="runs",
+    ),
+)
