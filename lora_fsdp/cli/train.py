@@ -39,7 +39,8 @@ TRAINING_OPTIONS = {
     "logging_steps": "Log every so many steps.",
     "report_to": "Trackers to report to; none by default.",
     "price_per_hour": "GPU (or machine) price per hour; shows the run's cost so far.",
-    "max_tokens_per_row": "Longest packed row in tokens (bounds activation memory).",
+    "max_tokens_per_row": "Longest packed row in tokens (bounds activation memory). Not given: "
+    "what half of the free GPU memory holds, from 2048 to 8192; 2048 on a CPU.",
     "seed": "Of the sample, the split, the order and the adapter's first values.",
 }
 

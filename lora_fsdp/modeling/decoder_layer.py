@@ -105,7 +105,10 @@ class FusedLayer:
             )
             return result
         cosine, sine = (table[0] for table in position_embeddings)
-        return self.compute(hidden_states[0], attention_mask, cosine, sine)[None]  # type: ignore[arg-type]
+        output = self.compute(hidden_states[0], attention_mask, cosine, sine)  # type: ignore[arg-type]
+        # Not a view to autograd, of which FSDP warns: nothing else holds `output`.
+        batch: torch.Tensor = torch.ops.aten._unsafe_view(output, [1, *output.shape])
+        return batch
 
     def compute(
         self,

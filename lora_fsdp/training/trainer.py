@@ -175,7 +175,6 @@ class LoraTrainer(DurableTrainer):
         self.moves = CheckAdapterMoves(self.adapter)
         self.add_callback(self.moves)
         self.add_callback(RunProgress(self.figures, primary_metric=task.primary_metric))
-        self.add_callback(CheckAdapterMoves(self.adapter))
 
     # ---- placement ------------------------------------------------------------------------------
 

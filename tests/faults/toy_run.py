@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 RESULT = "result.json"
-_OF_THE_CLOCK = ("runtime", "per_second", "flos")
+_OF_THE_CLOCK = ("runtime", "per_second", "flos", "eta_seconds")
 
 
 class Slowly(TrainerCallback):

@@ -141,13 +141,13 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_model_is_never_whole_in_memory(tmp_path):
-    """A base of 100 MB in files of 9 MB: the peak grows by one file and a few of the largest
+    """A base of 240 MB in files of 9 MB: the peak grows by one file and a few of the largest
     tensors (4 MB), not by the base.
     """
     save_base(tmp_path / "base")
     save_plain_adapter(tmp_path / "adapter", tmp_path / "base")
     size = big_base(tmp_path / "big", tmp_path / "big-adapter")
-    assert size > 90e6
+    assert size > 200e6
     run = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
     )
@@ -162,7 +162,7 @@ def big_base(folder, adapter):
         vocab_size=512,
         hidden_size=512,
         intermediate_size=2048,
-        num_hidden_layers=6,
+        num_hidden_layers=14,
         num_attention_heads=4,
     )
     torch.manual_seed(0)

@@ -28,6 +28,7 @@ from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.environment import _masked, launch_command, source_commit
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.training.log_history import KeepLog
+from lora_fsdp.training.run_lock import LOCK_FILE
 from tests.support.runs import toy_trainer
 from tests.support.tiny import toy_table
 
@@ -197,7 +198,7 @@ def test_a_record_alone_does_not_keep_another_run_out(tmp_path: Path) -> None:
     (tmp_path / "notes.html").write_text("the user's own")
     arguments.overwrite_output_dir = True
     lora_fsdp.pipeline.claim_output_folder(arguments)
-    assert [file.name for file in tmp_path.iterdir()] == ["notes.html"]
+    assert {file.name for file in tmp_path.iterdir()} == {"notes.html", LOCK_FILE}
 
 
 def test_the_log_is_written_as_it_comes(tmp_path: Path) -> None:
