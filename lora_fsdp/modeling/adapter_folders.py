@@ -32,6 +32,7 @@ _REACHING_OUT = ("corda_config", "megatron_config", "arrow_config", "layer_repli
 _HARMLESS_PATTERN = re.compile(r"(?:[\w^$-]|\\?\.(?!\*)|\.\*|\\d\+|\(\??:?\w+(?:\|\w+)*\))*")
 _MOST_WILDCARDS = 3
 _LARGEST_RANK = 65_536
+_LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ def read_adapter_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not tensors:
         raise AdapterVerificationError(f"{path / ADAPTER_FILE} holds no tensors.")
     for name, tensor in tensors.items():
+        if len(name) > _LONGEST_NAME:
+            raise AdapterVerificationError(
+                f"{path / ADAPTER_FILE}: the name {name[:80]!r}… is no adapter weight's."
+            )
         if not tensor.is_floating_point():
             raise AdapterVerificationError(
                 f"{path / ADAPTER_FILE}: {name} is {tensor.dtype} and no adapter weight."

@@ -206,6 +206,15 @@ def test_launch_values(monkeypatch, name, value):
         read_fsdp_settings()
 
 
+@pytest.mark.parametrize(
+    "options", [{"text_column": ["text"]}, {"instruction": 3}, {"label_column": {}},
+                {"labels": "ab"}, {"labels": 3}, {"labels": {"a": 1}}],
+)  # fmt: skip
+def test_options_of_a_task_that_are_of_another_type(options):
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        get_task("classification", options)
+
+
 class TestPlugIns:
     def install(self, monkeypatch, name, value):
         points = [EntryPoint(name, value, registry.ENTRY_POINT_GROUP)]

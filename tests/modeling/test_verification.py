@@ -358,6 +358,19 @@ class TestHostileFolder:
         with pytest.raises(AdapterVerificationError, match=next(iter(settings))):
             read_adapter_folder(run / "adapter")
 
+    def test_name_that_would_fill_the_screen(self, run):
+        file = run / "adapter" / ADAPTER_FILE
+        save_file({"a" * 9000: torch.ones(1)}, file)
+        with pytest.raises(AdapterVerificationError, match="no adapter weight") as error:
+            read_adapter_folder(run / "adapter")
+        assert len(str(error.value)) < 1000
+
+    def test_proof_without_an_optional_key(self, run):
+        contents = json.loads((run / "adapter" / PROOF_FILE).read_text())
+        del contents["base_commit"]
+        (run / "adapter" / PROOF_FILE).write_text(json.dumps(contents))
+        assert read_proof(run / "adapter").base_commit is None
+
     def test_huge_probe(self, run):
         probe = {"prompt_ids": [1] * 10**6, "answers": [[1]]}
         edit_json(run / "adapter" / PROOF_FILE, probes=[probe], log_likelihoods=[[-1.0]])
