@@ -55,6 +55,9 @@ def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
         )
+        # What its settings break, they break here, and not in the middle of a run.
+        tokenizer(["Does it work?"], add_special_tokens=False)
+        tokenizer("Does it work?")
     except Exception as error:  # a damaged file gives a plain Exception of the Rust library
         raise TokenizerNotFoundError(
             f"No tokenizer could be loaded from {name}: {_first_line(error)}"
