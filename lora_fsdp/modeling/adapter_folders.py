@@ -252,6 +252,7 @@ def _is_names(value: object) -> bool:
 
 
 def _is_layers(value: object) -> bool:
+    """A whole number or a list of them."""
     listed = value if isinstance(value, list) else [value]
     return all(isinstance(item, int) and not isinstance(item, bool) for item in listed)
 
@@ -269,6 +270,7 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "modules_to_save": (_is_names, "names"),
     "layers_pattern": (_is_names, "names"),
     "layers_to_transform": (_is_layers, "layer numbers"),
+    "alora_invocation_tokens": (_is_layers, "token ids"),
     "rank_pattern": (_maps_to(_is_rank), "names with ranks"),
     "alpha_pattern": (_maps_to(_is_number), "names with numbers"),
     "base_model_name_or_path": (lambda value: isinstance(value, str), "a text"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,14 +24,17 @@ from lora_fsdp.errors import (
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-#: What a config.json that is no causal language model's makes transformers raise.
+#: What a config.json that is no causal language model's, or a damaged .bin file, makes
+#: transformers and torch raise.
 LOADING_ERRORS = (
     AttributeError,
+    EOFError,
     ImportError,
-    KeyError,
+    LookupError,
     RuntimeError,
     StrictDataclassError,
     TypeError,
+    UnpicklingError,
     ValueError,
 )
 #: Attention that takes the 4-D mask of packed rows.
