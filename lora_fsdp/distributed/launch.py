@@ -210,7 +210,7 @@ def _fsdp2_equivalent() -> str:
             section[key] = {"true": True, "false": False}.get(str(value).lower(), value)
     strategies = ("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
     strategy = str(section.get("fsdp_sharding_strategy", "FULL_SHARD"))
-    if strategy.isdigit():  # FSDP1 YAMLs may number their strategies from 1
+    if strategy in ("1", "2", "3", "4", "5"):  # FSDP1 YAMLs may number their strategies from 1
         strategy = strategies[int(strategy) - 1]
     section["fsdp_sharding_strategy"] = strategy
     return yaml.safe_dump(

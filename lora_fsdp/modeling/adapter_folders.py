@@ -32,6 +32,7 @@ _REACHING_OUT = ("corda_config", "megatron_config", "arrow_config", "layer_repli
 _HARMLESS_PATTERN = re.compile(r"(?:[\w^$-]|\\?\.(?!\*)|\.\*|\\d\+|\(\??:?\w+(?:\|\w+)*\))*")
 _MOST_WILDCARDS = 3
 _LARGEST_RANK = 65_536
+_LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ def read_adapter_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not tensors:
         raise AdapterVerificationError(f"{path / ADAPTER_FILE} holds no tensors.")
     for name, tensor in tensors.items():
+        if len(name) > _LONGEST_NAME:
+            raise AdapterVerificationError(
+                f"{path / ADAPTER_FILE}: the name {name[:80]!r}… is no adapter weight's."
+            )
         if not tensor.is_floating_point():
             raise AdapterVerificationError(
                 f"{path / ADAPTER_FILE}: {name} is {tensor.dtype} and no adapter weight."
@@ -247,6 +252,7 @@ def _is_names(value: object) -> bool:
 
 
 def _is_layers(value: object) -> bool:
+    """A whole number or a list of them."""
     listed = value if isinstance(value, list) else [value]
     return all(isinstance(item, int) and not isinstance(item, bool) for item in listed)
 
@@ -264,6 +270,7 @@ _TYPES: dict[str, tuple[Callable[[object], bool], str]] = {
     "modules_to_save": (_is_names, "names"),
     "layers_pattern": (_is_names, "names"),
     "layers_to_transform": (_is_layers, "layer numbers"),
+    "alora_invocation_tokens": (_is_layers, "token ids"),
     "rank_pattern": (_maps_to(_is_rank), "names with ranks"),
     "alpha_pattern": (_maps_to(_is_number), "names with numbers"),
     "base_model_name_or_path": (lambda value: isinstance(value, str), "a text"),

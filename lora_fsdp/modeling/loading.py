@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,14 +24,17 @@ from lora_fsdp.errors import (
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-#: What a config.json that is no causal language model's makes transformers raise.
+#: What a config.json that is no causal language model's, or a damaged .bin file, makes
+#: transformers and torch raise.
 LOADING_ERRORS = (
     AttributeError,
+    EOFError,
     ImportError,
-    KeyError,
+    LookupError,
     RuntimeError,
     StrictDataclassError,
     TypeError,
+    UnpicklingError,
     ValueError,
 )
 #: Attention that takes the 4-D mask of packed rows.
@@ -55,6 +59,9 @@ def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
         )
+        # What its settings break, they break here, and not in the middle of a run.
+        tokenizer(["Does it work?"], add_special_tokens=False)
+        tokenizer("Does it work?")
     except Exception as error:  # a damaged file gives a plain Exception of the Rust library
         raise TokenizerNotFoundError(
             f"No tokenizer could be loaded from {name}: {_first_line(error)}"

@@ -105,7 +105,7 @@ def read_proof(folder: str | Path) -> Proof | None:
         raise AdapterVerificationError(
             f"{where} is damaged: log_likelihoods must have a number for every probe's answer."
         )
-    values = {key: contents[key] for key in _CHECKS}
+    values: dict[str, Any] = {key: contents.get(key) for key in _CHECKS}
     values["base"] = BaseFingerprint(**{key: contents["base"][key] for key in _BASE_KEYS})
     values["probes"] = probes
     return Proof(**values)

@@ -28,8 +28,7 @@ from lora_fsdp.modeling.fingerprints import (
     same_vocabulary,
 )
 from lora_fsdp.modeling.folders import read_json_object, sha256_of_file
-from lora_fsdp.modeling.label_head import RowComputation
-from lora_fsdp.modeling.loading import TOKENIZER_FILES, load_base, load_tokenizer
+from lora_fsdp.modeling.loading import LOADING_ERRORS, TOKENIZER_FILES, load_base, load_tokenizer
 from lora_fsdp.modeling.probes import probe_difference, probe_log_likelihoods, probe_tolerance
 from lora_fsdp.modeling.proof import PROOF_FILE, Proof, read_proof
 
@@ -223,10 +222,16 @@ def _check_answers(
     if highest >= base.config.get_text_config().vocab_size:
         yield Check("answers", "failed", f"token {highest} is outside the base's vocabulary")
         return
-    model = attach_saved(adapter, base).to(device)
     dtype = str(base.dtype).removeprefix("torch.")
-    computation = RowComputation(base.dtype)
-    now = probe_log_likelihoods(model, proof.probes, device=device, computation=computation)
+    try:
+        model = attach_saved(adapter, base).to(device)
+        computation = RowComputation(base.dtype)
+        now = probe_log_likelihoods(model, proof.probes, device=device, computation=computation)
+    except torch.OutOfMemoryError:
+        raise
+    except LOADING_ERRORS as error:  # a variant of LoRA with settings that make no sense
+        yield Check("answers", "failed", f"the base cannot run with the adapter: {error}")
+        return
     difference = probe_difference(proof.probes, proof.log_likelihoods, now)
     tolerance = probe_tolerance(dtype, proof.base_dtype)
     close = difference <= tolerance

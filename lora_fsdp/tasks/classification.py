@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lora_fsdp.errors import (
+    ArgumentError,
     ColumnNotFoundError,
     EmptyTextError,
     IncompleteTaskError,
@@ -65,6 +66,12 @@ class ClassificationTask(Task):
         labels: Sequence[str] | None = None,
         layouts: Sequence[tuple[str, str]] | None = None,
     ) -> None:
+        texts = {"instruction": instruction, "text_column": text_column}
+        for option, value in {**texts, "label_column": label_column}.items():
+            if not isinstance(value, str | None):
+                raise ArgumentError(f"{option} must be a text, not {str(value)[:80]!r}.")
+        if isinstance(labels, str | bytes) or not isinstance(labels, Sequence | None):
+            raise ArgumentError(f"labels must be a list of labels, not {str(labels)[:80]!r}.")
         self.instruction = self.instruction if instruction is None else instruction
         self.text_column = self.text_column if text_column is None else text_column
         self.label_column = self.label_column if label_column is None else label_column

@@ -24,6 +24,7 @@ from lora_fsdp.distributed.launch import read_fsdp_settings
 from lora_fsdp.errors import (
     ArgumentError,
     BrokenTaskError,
+    Fsdp1ConfigError,
     FsdpSettingError,
     MalformedRowError,
     ModelError,
@@ -206,6 +207,24 @@ def test_launch_values(monkeypatch, name, value):
         read_fsdp_settings()
 
 
+@pytest.mark.parametrize(
+    "options", [{"text_column": ["text"]}, {"instruction": 3}, {"label_column": {}},
+                {"labels": "ab"}, {"labels": 3}, {"labels": {"a": 1}}],
+)  # fmt: skip
+def test_options_of_a_task_that_are_of_another_type(options):
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        get_task("classification", options)
+
+
+@pytest.mark.parametrize("strategy", ["0", "6", "99", "²"])
+def test_fsdp1_with_a_strategy_that_does_not_exist(monkeypatch, strategy):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    monkeypatch.setenv("FSDP_SHARDING_STRATEGY", strategy)
+    with pytest.raises(Fsdp1ConfigError, match="FSDP2 equivalent"):
+        read_fsdp_settings()
+
+
 class TestPlugIns:
     def install(self, monkeypatch, name, value):
         points = [EntryPoint(name, value, registry.ENTRY_POINT_GROUP)]
@@ -285,6 +304,14 @@ class TestFiles:
         tokenizer.eos_token = None
         with pytest.raises(ArgumentError, match="no end token"):
             end_of_answer(tokenizer, chat_template=False)
+
+    def test_tokenizer_that_loads_and_cannot_be_used(self, tmp_path):
+        from lora_fsdp import ModelArguments
+
+        save_base(tmp_path)
+        edit_json(tmp_path / "tokenizer_config.json", model_max_length={"x": 1})
+        with pytest.raises(TokenizerNotFoundError):
+            load_tokenizer(ModelArguments(str(tmp_path)))
 
     def test_no_pickle_is_loaded_anywhere(self):
         """Of the ways to read one; `weights_only=True` is how a base's .bin is read."""

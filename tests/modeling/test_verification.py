@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_fsdp import ModelArguments
 from lora_fsdp.errors import (
     AdapterVerificationError,
     BaseMismatchError,
+    ModelError,
     ModelNotFoundError,
     UnsafeFileError,
     UnsupportedAdapterError,
@@ -25,6 +27,7 @@ from lora_fsdp.modeling.adapters import save_adapter
 from lora_fsdp.modeling.base_weights import BaseWeights, base_skeleton, fingerprint_stored
 from lora_fsdp.modeling.fingerprints import fingerprint_base
 from lora_fsdp.modeling.folders import sha256_of_file
+from lora_fsdp.modeling.loading import load_base
 from lora_fsdp.modeling.merging import merge_adapter
 from lora_fsdp.modeling.proof import PROOF_FILE, read_proof
 from lora_fsdp.modeling.verification import verify_adapter_folder
@@ -290,6 +293,17 @@ class TestHostileFolder:
         assert not verify_adapter_folder(run / "adapter").passed
         assert not (run / "exploded").exists()
 
+    @pytest.mark.parametrize("garbage", [False, True])
+    def test_base_that_is_a_pickle(self, run, monkeypatch, garbage):
+        """torch reads it with an unpickler that runs nothing, and what it cannot read is named."""
+        monkeypatch.chdir(run)
+        (run / "base" / "model.safetensors").unlink()
+        content = b"." if garbage else pickle.dumps(Bomb(), protocol=2)
+        (run / "base" / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(ModelError):
+            load_base(ModelArguments(str(run / "base")), device=torch.device("cpu"))
+        assert not (run / "exploded").exists()
+
     def test_pickle_under_the_right_name(self, run, monkeypatch):
         monkeypatch.chdir(run)
         with (run / "adapter" / ADAPTER_FILE).open("wb") as file:
@@ -357,6 +371,25 @@ class TestHostileFolder:
         edit_json(run / "adapter" / CONFIG_FILE, **settings)
         with pytest.raises(AdapterVerificationError, match=next(iter(settings))):
             read_adapter_folder(run / "adapter")
+
+    def test_variant_that_cannot_run(self, run):
+        edit_json(run / "adapter" / CONFIG_FILE, alora_invocation_tokens=[])
+        assert outcomes(verify_adapter_folder(run / "adapter"))["answers"] in ("passed", "failed")
+        edit_json(run / "adapter" / CONFIG_FILE, alora_invocation_tokens=[[1], "x"])
+        assert outcomes(verify_adapter_folder(run / "adapter")) == {"files": "failed"}
+
+    def test_name_that_would_fill_the_screen(self, run):
+        file = run / "adapter" / ADAPTER_FILE
+        save_file({"a" * 9000: torch.ones(1)}, file)
+        with pytest.raises(AdapterVerificationError, match="no adapter weight") as error:
+            read_adapter_folder(run / "adapter")
+        assert len(str(error.value)) < 1000
+
+    def test_proof_without_an_optional_key(self, run):
+        contents = json.loads((run / "adapter" / PROOF_FILE).read_text())
+        del contents["base_commit"]
+        (run / "adapter" / PROOF_FILE).write_text(json.dumps(contents))
+        assert read_proof(run / "adapter").base_commit is None
 
     def test_huge_probe(self, run):
         probe = {"prompt_ids": [1] * 10**6, "answers": [[1]]}
