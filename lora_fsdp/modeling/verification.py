@@ -28,6 +28,7 @@ from lora_fsdp.modeling.fingerprints import (
     same_vocabulary,
 )
 from lora_fsdp.modeling.folders import read_json_object, sha256_of_file
+from lora_fsdp.modeling.label_head import RowComputation
 from lora_fsdp.modeling.loading import LOADING_ERRORS, TOKENIZER_FILES, load_base, load_tokenizer
 from lora_fsdp.modeling.probes import probe_difference, probe_log_likelihoods, probe_tolerance
 from lora_fsdp.modeling.proof import PROOF_FILE, Proof, read_proof
