@@ -16,6 +16,7 @@ CRASHED = 1  # a traceback was printed
 WRONG_INPUT = 2  # a sentence said what to change
 NOT_VERIFIED = 3  # an adapter is not what it should be
 NOT_REACHED = 4  # a server did not answer: the same command may work later
+STOPPED = 75  # on request, with a checkpoint (`errors.TrainingInterrupted`)
 INTERRUPTED = 130  # as shells count a process that ended by SIGINT
 
 

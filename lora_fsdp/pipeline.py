@@ -81,36 +81,47 @@ def finetune(
     Called by every process of a launch. `task` stands in for `data_args.task`.
     """
     output_dir = claim_output_folder(training_args)
-    data = load_task_data(data_args, seed=training_args.seed, task=task)
-    set_seed(training_args.seed)  # the adapter's first values
-    log = KeepLog(output_dir)
-    trainer = LoraTrainer(
-        model=load_base(model_args, device=training_args.device),
-        args=training_args,
-        task=data.task,
-        processing_class=load_tokenizer(model_args),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        peft_config=lora_config(lora_args, revision=model_args.model_revision),
-        max_length=data_args.max_length,
-        chat_template=data_args.chat_template,
-        callbacks=[log],
-    )
-    status = fsdp_status(trainer.model)
-    if trainer.is_world_process_zero():
-        _announce(trainer, data, status)
-        asked = {"model": model_args, "adapter": lora_args, "data": data_args}
-        record_start(output_dir, trainer=trainer, data=data, status=status, asked=asked)
+    try:
+        data = load_task_data(data_args, seed=training_args.seed, task=task)
+        set_seed(training_args.seed)  # the adapter's first values
+        log = KeepLog(output_dir)
+        trainer = LoraTrainer(
+            model=load_base(model_args, device=training_args.device),
+            args=training_args,
+            task=data.task,
+            processing_class=load_tokenizer(model_args),
+            train_dataset=data.train,
+            eval_dataset=data.held_out,
+            peft_config=lora_config(lora_args, revision=model_args.model_revision),
+            max_length=data_args.max_length,
+            chat_template=data_args.chat_template,
+            callbacks=[log],
+        )
+        status = fsdp_status(trainer.model)
+        if trainer.is_world_process_zero():
+            _announce(trainer, data, status)
+            asked = {"model": model_args, "adapter": lora_args, "data": data_args}
+            record_start(output_dir, trainer=trainer, data=data, status=status, asked=asked)
+        comparison = _train_and_compare(trainer, data, log)
+        if trainer.is_world_process_zero():
+            comparison.save(output_dir)
+            print(f"\n{comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
+            _report(output_dir)
+        trainer.accelerator.wait_for_everyone()
+        return FineTuningResult(output_dir, comparison)
+    finally:
+        release_folder(output_dir)
 
+
+def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Comparison:
     with trainer.model.disable_adapter():
         untrained = trainer.score(data.held_out)
         base_texts = _write_freely(trainer)
-    trained = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
     tuned = trainer.score(data.held_out)
     tuned_texts = _write_freely(trainer)
-
-    comparison = compare(
+    return compare(
         data.task,
         train=data.train,
         held_out=data.held_out,
@@ -120,13 +131,6 @@ def finetune(
         written=written_answers(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
         facts=_facts(trainer, data, trained.metrics, first_step=log.first_step),
     )
-    if trainer.is_world_process_zero():
-        comparison.save(output_dir)
-        print(f"\n{comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
-        _report(output_dir)
-    trainer.accelerator.wait_for_everyone()
-    release_folder(output_dir)
-    return FineTuningResult(output_dir, comparison)
 
 
 def claim_output_folder(arguments: FineTuningArguments) -> Path:
@@ -152,6 +156,12 @@ def _claim(folder: Path, arguments: FineTuningArguments) -> None:
         resume = cast(str | bool | None, arguments.resume_from_checkpoint)
         if isinstance(resume, str):
             check_named_checkpoint(Path(resume))
+            elsewhere = Path(resume).absolute().parent != folder.absolute()
+            if left and elsewhere and not arguments.overwrite_output_dir:
+                raise OutputFolderError(
+                    f"{folder} already holds another run than {resume} is of: choose another "
+                    "--output_dir, or replace it with --overwrite_output_dir true."
+                )
         elif resume:
             newest_whole_checkpoint(folder)
         elif left and not arguments.overwrite_output_dir:

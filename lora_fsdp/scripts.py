@@ -49,7 +49,6 @@ def parse_arguments(*, task: str, arguments: Sequence[str] | None = None) -> Run
 def configure_output() -> None:
     """Our log lines from rank 0, libraries only when they warn, our errors without a traceback."""
     end_with_launcher()
-    end_with_launcher()
     is_first = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("lora_fsdp").setLevel(logging.INFO if is_first else logging.ERROR)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
 from lora_fsdp.cli.command import Command
 from lora_fsdp.cli.configs import find_config, suggested_config
-from lora_fsdp.failures import CRASHED, INTERRUPTED, WRONG_INPUT
+from lora_fsdp.failures import CRASHED, INTERRUPTED, STOPPED, WRONG_INPUT
 from lora_fsdp.options import OptionParser
 
 if TYPE_CHECKING:
@@ -133,10 +133,11 @@ def _launch(command: Sequence[str]) -> int:
         return _explain(*error.get_first_failure())
     except subprocess.CalledProcessError as error:
         return _explain_code(error.returncode, "the training process")
-    except (KeyboardInterrupt, SignalException):
+    except (KeyboardInterrupt, SignalException) as stop:
         print("lora-fsdp train: stopped; with checkpoints it goes on by --resume_from_checkpoint "
               "true.", file=sys.stderr)  # fmt: skip
-        return INTERRUPTED
+        on_request = isinstance(stop, SignalException) and stop.sigval == signal.SIGTERM
+        return STOPPED if on_request else INTERRUPTED
     return 0
 
 
@@ -146,7 +147,7 @@ def _explain(rank: int, failure: ProcessFailure) -> int:
 
 def _explain_code(code: int, who: str) -> int:
     """Say what the process could not say itself; returns our own exit code."""
-    if code in (WRONG_INPUT, INTERRUPTED):
+    if code in (WRONG_INPUT, STOPPED, INTERRUPTED):
         return code
     if code == -signal.SIGKILL:
         reason = f"{who} was killed (SIGKILL), most often because host memory ran out"

@@ -86,7 +86,13 @@ def plan_residency(
             )
         return keep(total, "no FSDP was asked for")
     if requested != "auto":
-        return keep(_requested_count(requested, total), f"--resident_layers {requested}")
+        count = _requested_count(requested, total)
+        if not settings.wrap_layers and 0 < count < total:
+            raise ArgumentError(
+                f"--resident_layers {requested} needs layers that are sharded one by one: set "
+                "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP in the accelerate YAML."
+            )
+        return keep(count, f"--resident_layers {requested}")
     if device.type == "cpu":
         return keep(0, "a rehearsal shards as the YAML says")
     if settings.offload:
@@ -100,7 +106,7 @@ def plan_residency(
 def _requested_count(requested: str, total: int) -> int:
     if requested in ("all", "none"):
         return total if requested == "all" else 0
-    if not requested.isdigit() or int(requested) > total:
+    if not requested.isdecimal() or int(requested) > total:
         raise ArgumentError(
             f"--resident_layers {requested}: give auto, all, none, or a number up to {total}, the "
             "layers this model has."

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +55,7 @@ class FusedLayer:
         inner = dict(attention.named_children())  # type: ignore[union-attr]
         self.head_norms = [inner[name] for name in _HEAD_NORMS if name in inner]
         self._wanted: torch.Tensor | None = None
+        self._usable = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,6 +66,30 @@ class FusedLayer:
     def projections(self) -> tuple[Projections, ...]:
         """All linear layers."""
         return self.query_key_value, self.output, self.gate_up, self.down
+
+    def is_as_fused(self) -> bool:
+        """Whether the layer still holds the modules it was fused from, with the same adapter.
+
+        Not after PEFT has merged, unloaded or switched an adapter; the original runs then.
+        """
+        attention, mlp = self.layer.self_attn, self.layer.mlp
+        blocks = ((attention, _LINEARS[0][1]), (mlp, _LINEARS[1][1]))
+        now = [getattr(block, name) for block, names in blocks for name in names]
+        members = [m for projections in self.projections for m in projections.members]
+        by_module = {id(member.module): member for member in members}
+        adapted = [member.module for member in members if member.rank]
+        return (
+            all(id(module) in by_module for module in now)
+            and all(member.is_as_made() for member in members)
+            and len({bool(module.disable_adapters) for module in adapted}) <= 1
+        )
+
+    def prepare(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Before a forward of the model: the adapter's copies to be made (`Projections.copies`)."""
+        self._usable = self.is_as_fused()
+        if not self._usable:
+            return []
+        return [pair for projections in self.projections for pair in projections.copies()]
 
     def join_weights(self) -> None:
         """Lay projections of one input in one block each. Not for sharded layers."""
@@ -94,6 +121,7 @@ class FusedLayer:
         if (
             position_embeddings is None
             or past_key_values is not None
+            or not self._usable
             or not _is_packed(hidden_states, attention_mask)
         ):
             result: torch.Tensor = self.original(
@@ -164,21 +192,28 @@ def fuse_layers(decoder: nn.Module, layers: Sequence[nn.Module]) -> list[FusedLa
     if wanting:
         return wanting[0]
     fused = [FusedLayer(layer) for layer in layers]
-    for index, candidate in enumerate(fused):  # all of them: some models have layers of two kinds
+    # All of them, as some models have layers of two kinds; the first without its dtype's rounding.
+    candidates = [FusedLayer(deepcopy(layers[0]).float()), *fused]
+    for index, candidate in enumerate(candidates, start=-1):
         difference = _difference(candidate)
         if not difference < _TOLERANCE[candidate.dtype]:
             name = type(candidate.layer).__name__
-            return f"{name} {index} computes something else (by {difference:.2g})"
+            return f"{name} {max(index, 0)} computes something else (by {difference:.2g})"
     for layer, replacement in zip(layers, fused, strict=True):
         layer.forward = replacement
-    decoder.register_forward_pre_hook(lambda module, inputs: copy_adapters(fused))
+    # Bound to the list and not to names around it, so that a deep copy of the model has its own.
+    decoder.register_forward_pre_hook(partial(_before_forward, fused))
     return fused
+
+
+def _before_forward(fused: Sequence[FusedLayer], decoder: nn.Module, inputs: object) -> None:
+    copy_adapters(fused)
 
 
 @torch.no_grad()
 def copy_adapters(fused: Sequence[FusedLayer]) -> None:
     """Bring the adapters' copies up to date, all in one go."""
-    pairs = [pair for layer in fused for p in layer.projections for pair in p.copies()]
+    pairs = [pair for layer in fused for pair in layer.prepare()]
     if pairs:
         torch._foreach_copy_([copy for copy, _ in pairs], [original for _, original in pairs])
 
@@ -206,10 +241,21 @@ def _missing(layer: nn.Module) -> str | None:
         for linear in linears:
             if not can_project(inner[linear]):
                 return f"{name}'s {linear} is no frozen linear layer with plain LoRA"
-    for norm in _NORMS:
-        parameters = dict(children[norm].named_parameters())
+    attention, mlp = children["self_attn"], children["mlp"]
+    inner = dict(attention.named_children())
+    norms = {norm: children[norm] for norm in _NORMS}
+    norms |= {norm: inner[norm] for norm in _HEAD_NORMS if norm in inner}
+    for norm, module in norms.items():
+        parameters = dict(module.named_parameters())
         if set(parameters) != {"weight"} or parameters["weight"].requires_grad:
             return f"{name}'s {norm} is no frozen RMS norm"
+        if "variance_epsilon" not in vars(module):
+            return f"{name}'s {norm} is another norm than Llama's"
+    if not {"scaling", "head_dim"} <= vars(attention).keys():
+        return f"{name}'s attention is another than Llama's"
+    # In bfloat16 GELU could pass for it.
+    if type(dict(mlp.named_children()).get("act_fn")).__name__ not in ("SiLU", "SiLUActivation"):
+        return f"{name}'s MLP has another activation than SiLU"
     return None
 
 

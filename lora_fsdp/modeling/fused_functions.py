@@ -84,6 +84,7 @@ class _RmsNorm(Function):
             reciprocal = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
             normed = weight * (wide * reciprocal).to(hidden.dtype)
         ctx.save_for_backward(hidden, weight, reciprocal)
+        ctx.set_materialize_grads(False)  # head norms have no residual
         return normed, hidden
 
     @staticmethod

@@ -62,8 +62,9 @@ def label_logits(model: nn.Module, row: Row, *, computation: RowComputation) -> 
     mask = row_mask(row, dtype=computation.dtype, by_blocks=computation.by_blocks)
     at_labels: AbstractContextManager[None] = nullcontext()
     keep: dict[str, torch.Tensor] = {}
-    if computation.last_layer is not None and isinstance(mask, torch.Tensor):
-        at_labels = computation.last_layer.gives_only(row.label_positions)
+    last = computation.last_layer
+    if last is not None and isinstance(mask, torch.Tensor) and last.is_as_fused():
+        at_labels = last.gives_only(row.label_positions)
     elif _keeps_logits(type(base)):  # type: ignore[arg-type]
         keep = {"logits_to_keep": row.label_positions}
     with at_labels:
@@ -207,7 +208,9 @@ def head_can_be_chunked(base: PreTrainedModel) -> bool:
     """Whether the head is a frozen linear layer (LoRA on it would not be one)."""
     head = base.get_output_embeddings()
     return (
-        type(head) is nn.Linear
+        # FSDP gives the module another class.
+        isinstance(head, nn.Linear)
+        and type(head).forward is nn.Linear.forward
         and not any(parameter.requires_grad for parameter in head.parameters())
         and _keeps_logits(type(base))  # type: ignore[arg-type]
     )

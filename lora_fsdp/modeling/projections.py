@@ -12,7 +12,7 @@ from torch import nn
 class Projection:
     """One linear layer and its place in the joined output.
 
-    Reads the module at every use: a weight or adapter that was exchanged is seen.
+    Reads weights and adapter from the module at every use.
 
     Attributes:
         columns: its slice of the joined output.
@@ -28,6 +28,13 @@ class Projection:
             self.name = str(module.active_adapters[0])
             self.rank = int(module.r[self.name])
         self.ranks = slice(first_rank, first_rank + self.rank)
+
+    def is_as_made(self) -> bool:
+        """Whether the module's adapter is the one it had, and not merged."""
+        if not self.rank:
+            return True
+        active = list(self.module.active_adapters)  # type: ignore[arg-type]
+        return active == [self.name] and not self.module.merged
 
     def adapters(self) -> tuple[nn.Parameter, nn.Parameter]:
         """A [r, in] and B [out, r], float32."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,8 @@ class DurableTrainer(Trainer):
         """
         end_with_launcher()
         folder = Path(str(self.args.output_dir))
-        with run_lock(folder) if self.is_world_process_zero() else nullcontext():
+        with ExitStack() as held:
+            on_first_rank(lambda: held.enter_context(run_lock(folder)))
             checkpoint = on_first_rank(lambda: _prepare(folder, resume_from_checkpoint))
             self._resumed = None if checkpoint is None else self._read_checkpoint(checkpoint)
             self.stop_requests = StopRequests(

@@ -162,6 +162,11 @@ class LoraTrainer(DurableTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        # What was chosen for this machine: a run that goes on elsewhere rounds otherwise.
+        self.run_facts["may_change"] |= {
+            "--step": self.plan.step,
+            "--max_tokens_per_row": str(self.plan.max_tokens_per_row),
+        }
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.figures = RunFigures(

@@ -16,6 +16,7 @@ from lora_fsdp.arguments import DataArguments
 from lora_fsdp.cli.train import LaunchOptions, _explain_code, launch_command_line
 from lora_fsdp.data.rows import load_task_data
 from lora_fsdp.errors import ArgumentError
+from lora_fsdp.training.run_lock import LOCK_FILE
 from tests.support.tiny import toy_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +86,7 @@ class TestTwoProcesses:
         assert f"lora-fsdp predict --adapter {tmp_path / 'run'}" in done.stdout
         assert "\r" not in done.stderr + done.stdout  # no bars without a terminal
         assert done.stderr == ""  # nor anything that a stranger would wonder about
-        assert not (tmp_path / "run" / "run.lock").exists()
+        assert not (tmp_path / "run" / LOCK_FILE).exists()
 
     def test_a_mistake_is_one_sentence(self, options):
         options[options.index("--text_column") + 1] = "txet"

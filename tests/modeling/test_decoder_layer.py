@@ -3,6 +3,8 @@
 Run: python -m pytest tests/modeling/test_decoder_layer.py
 """
 
+from copy import deepcopy
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -133,6 +135,47 @@ def test_an_adapter_that_was_changed_is_seen_at_the_next_forward():
     assert_close(found, gradients(reference, row))
 
 
+@pytest.mark.parametrize("change", ["merge_adapter", "merge_and_unload", "unload", "set_adapter"])
+def test_what_peft_does_to_an_adapter_afterwards_is_seen(change):
+    model, row = adapted().eval(), some_row()
+    fused = fuse(model)
+    computation = RowComputation(torch.float32, last_layer=fused[-1])
+    if change == "set_adapter":
+        model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        model.set_adapter("other")
+    else:
+        model = getattr(model, change)() or model
+    with torch.no_grad():
+        found = label_log_probs(model, row, computation=computation)
+        expected = adapted().eval()
+        if change in ("unload", "set_adapter"):
+            expected = expected.unload()
+        assert torch.allclose(label_log_probs(expected, row, computation=FP32), found, atol=1e-5)
+
+
+def test_a_deep_copy_has_adapters_of_its_own():
+    model, row = adapted(), some_row()
+    fuse(model)
+    copy = deepcopy(model)
+    randomise_adapter(copy, seed=8)
+    reference = adapted()
+    randomise_adapter(reference, seed=8)
+    with torch.no_grad():
+        expected = label_log_probs(reference, row, computation=FP32)
+        assert torch.allclose(label_log_probs(copy, row, computation=FP32), expected, atol=1e-5)
+
+
+def test_one_modules_adapter_switched_off():
+    model, row = adapted(), some_row()
+    fuse(model)
+    reference = adapted()
+    for one in (model, reference):
+        one.get_base_model().model.layers[1].self_attn.v_proj.enable_adapters(False)
+    with torch.no_grad():
+        expected = label_log_probs(reference, row, computation=FP32)
+        assert torch.allclose(label_log_probs(model, row, computation=FP32), expected, atol=1e-5)
+
+
 def test_adapter_switched_off():
     model, row = adapted(), some_row()
     with model.disable_adapter(), torch.no_grad():
@@ -215,7 +258,39 @@ class TestDropout:
         assert torch.allclose(found, expected, atol=1e-5)
 
 
+def twice_as_sharp(block):
+    """An attention block whose own code does something that its settings do not say."""
+    original = block.forward
+
+    def forward(hidden_states, **others):
+        context, weights = original(hidden_states, **others)
+        return 2 * context, weights
+
+    return forward
+
+
 class TestFallback:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_another_activation(self, dtype):
+        model = adapted(dtype=dtype)
+        model.get_base_model().model.layers[2].mlp.act_fn = nn.GELU()
+        assert "another activation than SiLU" in fuse(model)
+
+    def test_norms_that_are_trained(self):
+        model = adapted("qwen3", modules_to_save=["q_norm"])
+        assert "q_norm is no frozen RMS norm" in fuse(model)
+
+    def test_gemma(self):
+        from transformers import AutoModelForCausalLM, GemmaConfig
+
+        config = GemmaConfig(
+            vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        )  # fmt: skip
+        base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model = attach_adapter(base.requires_grad_(False), LoraConfig(target_modules=["q_proj"]))
+        assert "another norm than Llama's" in fuse(model)
+
     def test_another_architecture_is_left_alone(self):
         model = adapted("gpt2")
         before = gradients(model, some_row())
@@ -225,7 +300,7 @@ class TestFallback:
     def test_a_layer_that_computes_something_else(self):
         model = adapted()
         for layer in model.get_base_model().model.layers:
-            layer.mlp.act_fn = nn.GELU()
+            layer.self_attn.forward = twice_as_sharp(layer.self_attn)
         assert "computes something else" in fuse(model)
         assert not isinstance(model.get_base_model().model.layers[0].forward, FusedLayer)
 

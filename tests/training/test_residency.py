@@ -83,7 +83,7 @@ class TestPlan:
         with pytest.raises(ArgumentError, match=r"--resident_layers 1 needs an accelerate YAML"):
             self.plan("1", settings=None)
 
-    @pytest.mark.parametrize("wrong", ["4", "-1", "most", "1.5"])
+    @pytest.mark.parametrize("wrong", ["4", "-1", "most", "1.5", "²"])
     def test_layers_the_model_does_not_have(self, wrong):
         with pytest.raises(ArgumentError, match=rf"--resident_layers {wrong}: .* up to 3"):
             self.plan(wrong, settings=Settings())
@@ -98,7 +98,8 @@ class TestPlan:
     def test_one_group_is_all_or_nothing(self):
         settings = Settings()
         settings.wrap_layers = False
-        assert not self.plan("2", settings=settings).indices
+        with pytest.raises(ArgumentError, match="TRANSFORMER_BASED_WRAP"):
+            self.plan("2", settings=settings)
         assert self.plan("all", settings=settings).is_whole
 
 
