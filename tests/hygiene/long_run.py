@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import psutil
+import torch
 from transformers import TrainerCallback
 
 from tests.support.runs import toy_trainer
@@ -85,6 +86,7 @@ def long_run(
 def main() -> None:
     """Print the figures of a run."""
     steps = int(sys.argv[1])
+    torch.set_num_threads(1)  # toy layers: more threads wait for each other
     with tempfile.TemporaryDirectory() as folder:
         grown = long_run(folder, steps, every=10)
     first = int(WARM_UP * steps)

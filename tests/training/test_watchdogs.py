@@ -81,7 +81,18 @@ def overflow_in_the_sum(trainer):
     trainer.adapter.sum_gradients = sum_gradients
 
 
-BREAKS = {"loss": break_loss, "gradient": break_gradient, "sum": overflow_in_the_sum}
+def break_loss_only(trainer):
+    """A loss that overflowed, though its gradient did not."""
+    step = trainer.step
+    trainer.step = lambda rows, *, label_tokens: step(rows, label_tokens=label_tokens) * torch.inf
+
+
+BREAKS = {
+    "loss": break_loss,
+    "loss only": break_loss_only,
+    "gradient": break_gradient,
+    "sum": overflow_in_the_sum,
+}
 
 
 def diverging_run(folder, kind, world_size, rank, options):
@@ -92,13 +103,15 @@ def diverging_run(folder, kind, world_size, rank, options):
 
 @distributed
 class TestNotFinite:
-    @pytest.mark.parametrize("kind", ["loss", "gradient"])
+    @pytest.mark.parametrize("kind", ["loss", "loss only", "gradient"])
     def test_names_step_rank_and_rows_before_the_next_checkpoint(self, tmp_path, kind):
         options = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 100}
         with pytest.raises(RankError) as caught:
             run_ranks(diverging_run, tmp_path, kind, 2, 1, options)
         assert caught.value.kind == NonFiniteError.__name__
-        assert f"Step {BAD_STEP}: the {kind} of rank 1 is not finite" in caught.value.text
+        assert (
+            f"Step {BAD_STEP}: the {kind.split()[0]} of rank 1 is not finite" in caught.value.text
+        )
         folder = tmp_path / f"diverged-step-{BAD_STEP}"
         assert find_damage(folder) is None
         batch = json.loads((folder / "batch.json").read_text())
@@ -107,7 +120,7 @@ class TestNotFinite:
         assert rows == expected_rows(BAD_STEP)
         finite = [(rank["loss_is_finite"], rank["gradient_is_finite"]) for rank in batch["ranks"]]
         assert finite[0] == (True, True)
-        assert finite[1] == ((False, False) if kind == "loss" else (True, False))
+        assert finite[1] == ("loss" not in kind, kind == "loss only")
         assert "Output:" in batch["ranks"][0]["examples"][0]["prompt"]
         # Found at step 4, before its checkpoint: the one before is whole, and the adapter that was
         # kept is the one before the bad step, to the bit.
@@ -138,9 +151,28 @@ class TestNotFinite:
         )
         assert all(np.isfinite(tensor).all() for tensor in kept.values())
 
+    def test_is_named_also_where_its_batch_cannot_be_written(self, tmp_path):
+        with pytest.raises(
+            RankError, match=r"Step 3: the loss .* batch could not be saved"
+        ) as caught:
+            run_ranks(diverging_in_the_way, tmp_path)
+        assert caught.value.kind == NonFiniteError.__name__
+
     def test_in_the_first_step_it_is_not_taken_for_a_stuck_adapter(self, tmp_path):
         with pytest.raises(RankError, match="Step 1: the loss of rank 0 is not finite"):
             run_ranks(diverging_at_once, tmp_path, world_size=1)
+
+
+def diverging_in_the_way(folder):
+    trainer = toy_trainer(folder, logging_steps=4, **batch_of(2))
+
+    def break_and_block():
+        break_loss(trainer)
+        # A file where the folder is to be written (what a run leaves is tidied when one starts).
+        (folder / f"diverged-step-{BAD_STEP}.partial").touch()
+
+    trainer.add_callback(AtStep(BAD_STEP, break_and_block, rank=0))
+    trainer.train()
 
 
 def diverging_at_once(folder):
@@ -231,7 +263,7 @@ def stalling_run(folder, rank, action, world_size):
     trainer = toy_trainer(
         folder,
         num_train_epochs=100,
-        stall_seconds=3.0,
+        stall_seconds=2.0,
         callbacks=[AtStep(BAD_STEP, action, rank=rank)],
         **batch_of(world_size),
     )
@@ -265,7 +297,7 @@ class TestStall:
         assert "in stall_for_ever" in stalled
         assert f"step {BAD_STEP - 1}, done" in stalled  # it stalls before step 3 begins
         told = (tmp_path / "stderr-0.txt").read_text()
-        assert "StalledRankError: No progress in 3 s" in told
+        assert "StalledRankError: No progress in 2 s" in told
         assert "in stall_for_ever" in (tmp_path / f"stderr-{world_size - 1}.txt").read_text()
         for_launcher = json.loads((tmp_path / "error-0.json").read_text())["message"]["message"]
         assert for_launcher in told
@@ -382,8 +414,8 @@ def speeds(*values):
 
 class TestSlowdown:
     def test_of_a_run_is_warned_of_with_step_and_figures(self, tmp_path, caplog, monkeypatch):
-        monkeypatch.setattr(log_warnings, "SLOW_SECONDS", 4.0)
-        callbacks = [AtStep(step, lambda: time.sleep(2.0)) for step in (8, 9, 10, 11)]
+        monkeypatch.setattr(log_warnings, "SLOW_SECONDS", 2.0)
+        callbacks = [AtStep(step, lambda: time.sleep(1.0)) for step in (8, 9, 10, 11)]
         toy_trainer(tmp_path, num_train_epochs=4, callbacks=callbacks, stall_seconds=0).train()
         slow = [m for m in warnings_of(caplog) if "examples/s, under half" in m]
         assert len(slow) == 1
