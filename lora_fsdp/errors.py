@@ -51,6 +51,10 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   ├── CheckpointSaveError(OSError)
     │   ├── DamagedCheckpointError(ValueError)
     │   └── ResumeMismatchError(ValueError)
+    ├── WatchdogError(RuntimeError)     a run that went wrong while it ran
+    │   ├── NonFiniteError(FloatingPointError)
+    │   ├── RankDriftError
+    │   └── StalledRankError(TimeoutError)
     └── TrainingInterrupted(SystemExit) stopped on request, with a checkpoint; exit code 75
     └── OutputFolderError(FileExistsError)
         ├── OutputFolderInUseError
@@ -248,6 +252,22 @@ class DamagedCheckpointError(CheckpointError, ValueError):
 
 class ResumeMismatchError(CheckpointError, ValueError):
     """A run cannot go on from a checkpoint with these settings, data or processes."""
+
+
+class WatchdogError(LoraFsdpError, RuntimeError):
+    """A watchdog stopped the run; earlier checkpoints are as they were."""
+
+
+class NonFiniteError(WatchdogError, FloatingPointError):
+    """A step's loss or gradient is NaN or infinite; the message names step, ranks and rows."""
+
+
+class RankDriftError(WatchdogError):
+    """The ranks no longer hold the same adapter."""
+
+
+class StalledRankError(WatchdogError, TimeoutError):
+    """A rank makes no progress; it ends the process with 70, since its main thread cannot."""
 
 
 class TrainingInterrupted(LoraFsdpError, SystemExit):

@@ -41,6 +41,7 @@ _RUN_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "confusion_matrix.png",
+    "diverged-step-*",
     "manifest.json",
     "metrics.json",
     "predictions.csv",
@@ -48,6 +49,7 @@ _RUN_FILES = (
     "report.json",
     "report_figures",
     "proof.json",
+    "stalled",
     "task.json",
     "training_args.json",
 )

@@ -87,6 +87,24 @@ class FineTuningArguments(TrainingArguments):
             "exit code 75."
         },
     )
+    stall_seconds: float = field(
+        default=600.0,
+        metadata={
+            "help": "End a run whose step makes no progress for so long, with the last step and "
+            "the stack of every rank; exit code 70. 0 = never."
+        },
+    )
+    drift_check_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Compare the adapter across ranks at the first log after so many steps. "
+            "0 = only when it is saved."
+        },
+    )
+    flat_loss_steps: int = field(
+        default=200,
+        metadata={"help": "Warn when the loss has not moved in so many steps. 0 = never."},
+    )
     restore_callback_states_from_checkpoint: bool = field(
         default=True,
         metadata={"help": "Resume callbacks (early stopping) where they were as well."},
@@ -141,6 +159,9 @@ class FineTuningArguments(TrainingArguments):
             )
         if self.max_hours is not None and self.max_hours <= 0:
             raise ArgumentError(f"--max_hours must be more than 0, not {self.max_hours}.")
+        for name in ("stall_seconds", "drift_check_steps", "flat_loss_steps"):
+            if getattr(self, name) < 0:
+                raise ArgumentError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}.")
         if self.deepspeed:
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
 

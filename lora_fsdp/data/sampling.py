@@ -42,6 +42,21 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
     return np.random.default_rng((seed, epoch)).permutation(count).tolist()
 
 
+def shares_of_step(
+    examples: Sequence[EncodedExample],
+    step: int,
+    *,
+    examples_per_step: int,
+    world_size: int,
+    seed: int,
+) -> list[list[EncodedExample]]:
+    """Every rank's examples of an optimizer step, counted from 0 at the run's beginning."""
+    epoch, place = divmod(step, -(-len(examples) // examples_per_step))
+    order = epoch_order(len(examples), seed=seed, epoch=epoch)
+    chosen = order[place * examples_per_step : (place + 1) * examples_per_step]
+    return [[examples[i] for i in chosen[rank::world_size]] for rank in range(world_size)]
+
+
 class TrainingSteps(Dataset[TrainingStep]):
     """The optimizer steps of an epoch, as a map-style dataset: index = step within the epoch.
 

@@ -64,6 +64,14 @@ class ReplicatedParameters:
         self._gradients.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
 
+    def spoil_gradients(self, condition: torch.Tensor) -> None:
+        """Where `condition` (a bool on the device) holds, make the gradient, and its sum, NaN."""
+        self._gradients[:1].masked_fill_(condition, torch.nan)
+
+    def zero_gradients_where(self, condition: torch.Tensor) -> None:
+        """Where `condition` (a bool on the device) holds, set every gradient to zero."""
+        self._gradients.masked_fill_(condition, 0.0)
+
     def drop_gradients(self, set_to_none: bool = True) -> None:
         """As `nn.Module.zero_grad`, without walking through the frozen base."""
         for value, _ in self._views:
@@ -103,6 +111,15 @@ class ReplicatedParameters:
                 f"optimizer step on this rank (for example {still[0]}): the learning rate is 0 or "
                 "their gradients do not arrive."
             )
+
+    def checksums(self) -> torch.Tensor:
+        """The sum of every parameter's bits as integers, [parameters] int64, on the device."""
+        return torch.stack(
+            [
+                parameter.detach().view(torch.int32).sum(dtype=torch.int64)
+                for parameter in self.parameters.values()
+            ]
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 of all values."""

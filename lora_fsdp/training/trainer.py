@@ -51,7 +51,6 @@ from lora_fsdp.modeling.label_head import (
 from lora_fsdp.modeling.probes import build_probes
 from lora_fsdp.tasks import ClassificationTask, Example, Task
 from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
-from lora_fsdp.training.durable import DurableTrainer
 from lora_fsdp.training.figures import RunFigures
 from lora_fsdp.training.placement import build_step, place_for_training
 from lora_fsdp.training.resume import run_facts
@@ -66,9 +65,10 @@ from lora_fsdp.training.setup import (
     shares_prefix,
     training_tokens,
 )
+from lora_fsdp.training.watched import WatchedTrainer
 
 
-class LoraTrainer(DurableTrainer):
+class LoraTrainer(WatchedTrainer):
     """Trains a LoRA adapter for a task.
 
     It derives from `transformers.Trainer` and not from `trl.SFTTrainer`, whose loss gathers over
@@ -83,7 +83,8 @@ class LoraTrainer(DurableTrainer):
       Trainer's walk through every module of the base, which takes longer than a captured step.
     * `log`: the run's speed, cost and GPU load, for every tracker.
     * `get_eval_dataloader`, `evaluation_loop`: the task's metrics from label likelihoods.
-    * saving, loading, resuming and stopping: see `DurableTrainer`.
+    * saving, loading, resuming and stopping: see `DurableTrainer`; what watches a run: see
+      `WatchedTrainer`.
 
     Args:
         model: a causal LM (with `peft_config`), or a PEFT model whose adapter is to be trained.
@@ -180,6 +181,7 @@ class LoraTrainer(DurableTrainer):
         self.moves = CheckAdapterMoves(self.adapter)
         self.add_callback(self.moves)
         self.add_callback(RunProgress(self.figures, primary_metric=task.primary_metric))
+        self.watch()
 
     # ---- placement ------------------------------------------------------------------------------
 
@@ -271,6 +273,8 @@ class LoraTrainer(DurableTrainer):
         if not model.training:
             model.train()
         loss = self.step(inputs.rows, label_tokens=inputs.label_tokens)
+        self.finite.see_rank(loss)
+        self.heartbeat.beat(self.state.global_step + 1, "summing gradients over ranks")
         self.adapter.sum_gradients()
         return loss * self.args.world_size
 
@@ -281,8 +285,10 @@ class LoraTrainer(DurableTrainer):
     def _get_grad_norm(
         self, model: nn.Module, grad_norm: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The norm that clipping gave, or the norm."""
-        return self.adapter.gradient_norm() if grad_norm is None else grad_norm
+        """The norm that clipping gave, or the norm; the last thing before the optimizer's step."""
+        norm = self.adapter.gradient_norm() if grad_norm is None else grad_norm
+        self.before_optimizer(norm)
+        return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the run's figures beside the loss, so that every tracker gets them."""
