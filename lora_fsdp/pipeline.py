@@ -220,7 +220,7 @@ def _write_freely(trainer: LoraTrainer) -> list[str]:
 def _report(folder: Path) -> None:
     """Draw the report. The run is saved by now: what goes wrong here is said, and costs nothing."""
     try:
-        print(f"Report: {write_report(folder)}", flush=True)
+        print(f"Report: {folder / write_report(folder).name}", flush=True)
     except Exception as error:  # whatever it is, it must not turn a saved run into a failed one
         logger.error("The report could not be written (%s: %s).", type(error).__name__, error)
 
