@@ -56,6 +56,8 @@ class Heartbeat:
         self.poll_seconds = min(_MOST_POLL_SECONDS, stall_seconds / 10)
         self._place = (0, "before the first step")
         self._away: list[str] = ["the first step"]
+        self._grace_seconds = 3 * self.poll_seconds + 1
+        self._ending = False
         self._beats = 0
         self._silence = 0.0
         self._others: dict[int, str] = {}
@@ -98,6 +100,10 @@ class Heartbeat:
             thread.start()
         try:
             yield
+        except BaseException:
+            if self._ending:  # a collective failed because another rank has just ended so
+                threads[0].join(timeout=2 * self._grace_seconds)  # it ends this process
+            raise
         finally:
             self._over.set()
             for thread in threads:  # that of a store which does not answer is left behind
@@ -121,10 +127,11 @@ class Heartbeat:
 
     def _end(self, last: int) -> None:
         """Write the stacks, give the other ranks time for theirs, and end the process."""
+        self._ending = True
         stacks = self._write_stacks()
         # The rank that stalled was silent first; the others notice within a turn of their threads.
-        if self._over.wait(3 * self.poll_seconds + 1) or self._beats != last:
-            self._silence = 0.0  # it has moved after all
+        if self._over.wait(self._grace_seconds) or self._beats != last:
+            self._ending, self._silence = False, 0.0  # it has moved after all
             return
         error = StalledRankError(
             f"No progress in {self._silence:.0f} s (--stall_seconds {self.stall_seconds:g}). Last "
