@@ -56,7 +56,7 @@ exit codes:
   2    wrong input; the message says what to change
   3    verify: a check failed
   4    a server was not reached, or the connection broke off
-  75   train: stopped by SIGTERM or --max_hours, with a checkpoint
+  75   train: stopped on request, with a checkpoint
   130  interrupted with Ctrl-C
 """
 
