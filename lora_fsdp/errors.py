@@ -44,6 +44,8 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   └── RankMismatchError
     ├── ArgumentError(ValueError)       settings that contradict each other
     ├── OutputFolderError(FileExistsError)
+    │   ├── OutputFolderInUseError
+    │   └── OutputFileError
     ├── RunError                        the folder of a run, to report on
     │   ├── RunNotFoundError(FileNotFoundError)
     │   └── DamagedRunError(ValueError)
@@ -56,9 +58,6 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   ├── RankDriftError
     │   └── StalledRankError(TimeoutError)
     └── TrainingInterrupted(SystemExit) stopped on request, with a checkpoint; exit code 75
-    └── OutputFolderError(FileExistsError)
-        ├── OutputFolderInUseError
-        └── OutputFileError
 """
 
 
