@@ -5,6 +5,7 @@ Run: python -m pytest tests/modeling/test_merging.py
 
 import json
 import resource
+import os
 import subprocess
 import sys
 
@@ -149,10 +150,16 @@ def test_the_model_is_never_whole_in_memory(tmp_path):
     size = big_base(tmp_path / "big", tmp_path / "big-adapter")
     assert size > 200e6
     run = subprocess.run(
-        [sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", MEMORY, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        # glibc keeps what was freed below a threshold that it moves at will: with it fixed, what
+        # counts is what was in use.
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
     )
     grown = int(run.stdout.strip().splitlines()[-1])
-    assert grown < size / 2, f"{grown / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
+    assert grown < size / 4, f"{grown / 1e6:.0f} MB for a model of {size / 1e6:.0f} MB"
 
 
 def big_base(folder, adapter):
