@@ -4,8 +4,8 @@ Run: python -m pytest tests/modeling/test_merging.py
 """
 
 import json
-import resource
 import os
+import resource
 import subprocess
 import sys
 
