@@ -71,7 +71,7 @@ def run(capsys, *words):
 
 
 def test_base_that_was_moved(adapter, model_folder, tmp_path, capsys):
-    moved, copy = tmp_path / "moved", tmp_path / "adapter"
+    moved, copy = tmp_path / "moved", tmp_path / "far" / "away" / "adapter"
     shutil.copytree(model_folder, moved)
     shutil.copytree(adapter, copy)
     settings = json.loads((copy / "adapter_config.json").read_text())
