@@ -1,7 +1,7 @@
 """For notebooks: train on several processes from a cell, and see the report below it.
 
-`accelerate.notebook_launcher` is not used, for it forks the kernel, which fails once a cell has
-used a GPU (and can hang once one has computed on the CPU), and it reads no YAML: its ranks would get
+`accelerate.notebook_launcher` is not used. It forks the kernel, which fails once a cell has used a
+GPU and can hang once one has computed on the CPU; and it reads no YAML, so that its ranks would get
 no FSDP settings. `launch` starts what `accelerate launch` starts: new interpreters, with the YAML's
 settings, whose own check stops a run if they are not joined.
 """
