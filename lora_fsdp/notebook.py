@@ -97,7 +97,7 @@ def _run(command: list[str]) -> tuple[int, str]:
     last: deque[str] = deque(maxlen=1)
     try:
         for line in process.stdout or ():
-            print(line, end="", flush=True)  # by print: what a notebook shows of a cell
+            print(line, end="")  # not written to the file descriptor, which not all notebooks show
             if line.strip():
                 last.append(line.strip())
         return process.wait(), "".join(last)
