@@ -34,6 +34,8 @@ OF_OTHERS = {
     "--no-deps",  # pip
     "--strict",  # mkdocs
     *("--arms", "--examples", "--model"),  # benchmarks.throughput
+    *("--host", "--port"),  # transformers serve
+    *("--enable-lora", "--max-lora-rank", "--lora-modules", "--generation-config"),  # vllm serve
     "--help",
     "--inputs",  # tests/fuzz/campaign.py
 }
