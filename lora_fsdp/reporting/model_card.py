@@ -17,7 +17,7 @@ from lora_fsdp.modeling.adapter_folders import CONFIG_FILE
 from lora_fsdp.modeling.folders import read_json_object
 from lora_fsdp.reporting.card_contents import card_contents, card_header, data_name
 from lora_fsdp.reporting.markdown import fenced, inline
-from lora_fsdp.reporting.run_files import RECORD_FILE, read_run
+from lora_fsdp.reporting.run_files import RECORD_FILE, RunFiles, read_run
 from lora_fsdp.reporting.texts import one_line
 
 logger = logging.getLogger(__name__)
@@ -56,17 +56,19 @@ def write_model_card(
     number = path.name.rpartition("-")[2]
     step = int(number) if run_folder is not None and number.isdigit() else None
     adapter = read_json_object(path, CONFIG_FILE)
-    contents = run.part(
-        RECORD_FILE,
-        lambda run: card_contents(run, adapter=adapter, step=step, with_scores=measured),
+    text = run.part(
+        RECORD_FILE, lambda run: _card_text(run, adapter=adapter, step=step, measured=measured)
     )
+    write_text(card, f"{text}<!-- lora-fsdp wrote this card; sha256 {_digest(text)} -->\n")
+    return card
+
+
+def _card_text(run: RunFiles, *, adapter: dict[str, Any], step: int | None, measured: bool) -> str:
+    contents = card_contents(run, adapter=adapter, step=step, with_scores=measured)
     snippet = "snippet_labels.py.jinja" if contents["answers"] else "snippet_text.py.jinja"
     contents["snippet"] = _environment().get_template(snippet).render(**contents)
     body = _environment().get_template("model_card.md.jinja").render(**contents)
-    header = card_header(contents, data_name=data_name(run))
-    text = f"---\n{header}\n---\n\n{body}\n"
-    write_text(card, f"{text}<!-- lora-fsdp wrote this card; sha256 {_digest(text)} -->\n")
-    return card
+    return f"---\n{card_header(contents, data_name=data_name(run))}\n---\n\n{body}\n"
 
 
 def remove_model_card(folder: str | Path) -> None:

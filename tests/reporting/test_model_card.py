@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -25,6 +26,7 @@ from lora_fsdp import (
     Task,
     finetune,
 )
+from lora_fsdp.errors import DamagedRunError
 from lora_fsdp.evaluation.file_prediction import answers_of
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.evaluation.report import write_json
@@ -207,6 +209,23 @@ def test_a_card_that_is_a_link_is_kept(tmp_path: Path) -> None:
     (folder / CARD_FILE).symlink_to(tmp_path / "elsewhere")
     assert write_model_card(folder) is None
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    "asking", [{}, [], {"before": 1}, {"before": "a", "after": "b", "frames": "x", "answers": 3}]
+)
+def test_a_damaged_record_is_named(tmp_path: Path, asking: object) -> None:
+    folder = made_up_run(tmp_path / "run")
+    write_json(folder / "adapter_config.json", adapter_config())
+    record = json.loads((folder / "run_record.json").read_text(encoding="utf-8"))
+    write_json(folder / "run_record.json", record | {"asking": asking})
+    if not asking:  # as in a run of before there was a card
+        assert write_model_card(folder) is not None
+        assert "## Prompt" not in card_of(folder)
+        return
+    with pytest.raises(DamagedRunError, match=r"run_record\.json"):
+        write_model_card(folder)
+    assert not (folder / CARD_FILE).exists()
 
 
 def adapter_config(base: str = "Organisation/Base-7B") -> dict[str, object]:
