@@ -29,7 +29,8 @@ def launch(
 ) -> Path:
     """Train as `lora-fsdp train` does, and show its output under the cell as it comes.
 
-    Interrupting the cell ends the processes, with a checkpoint where the run writes checkpoints.
+    Interrupting the cell, or restarting the kernel, ends the processes; the run can go on from its
+    last checkpoint.
 
     Args:
         options: those of `lora-fsdp train`, without the dashes; `output_dir` among them. A task of
