@@ -72,6 +72,7 @@ def place(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_before_renting(place: Path) -> None:
     check, *_ = commands("lora-fsdp tasks check")
     assert "sentiment" in run_in(place, check)
@@ -79,6 +80,7 @@ def test_before_renting(place: Path) -> None:
     assert "costs" in run_in(place, plan)
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_what_the_page_lists_and_all_of_it(place: Path, tmp_path: Path) -> None:
     [pack] = commands("tar -czf adapter.tar.gz")
     run_in(place, pack)
