@@ -32,8 +32,11 @@ RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 OF_OTHERS = {
     "--nproc_per_node",  # torchrun
     "--no-deps",  # pip
+    "--exclude",  # tar
     "--strict",  # mkdocs
     *("--arms", "--examples", "--model"),  # benchmarks.throughput
+    *("--host", "--port"),  # transformers serve
+    *("--enable-lora", "--max-lora-rank", "--lora-modules", "--generation-config"),  # vllm serve
     "--help",
     "--inputs",  # tests/fuzz/campaign.py
 }
