@@ -20,6 +20,7 @@ MODULES = (
     "init",
     "download",
     "tasks",
+    "doctor",
     "train",
     "evaluate",
     "predict",
@@ -56,6 +57,7 @@ exit codes:
   2    wrong input; the message says what to change
   3    verify: a check failed
   4    a server was not reached, or the connection broke off
+  5    doctor: there are errors
   75   train: stopped on request, with a checkpoint
   130  interrupted with Ctrl-C
 """
