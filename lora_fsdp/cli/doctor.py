@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import textwrap
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -52,22 +55,21 @@ def doctor(options: DoctorOptions, launch: LaunchOptions, arguments: Sequence[st
     """Examine the run that `train` would start with the same options."""
     from lora_fsdp.arguments import FineTuningArguments
     from lora_fsdp.planning.doctor import Machine, Severity, diagnose
-    from lora_fsdp.scripts import configure_output
 
-    configure_output()
     classes = (ModelArguments, LoraArguments, DataArguments, FineTuningArguments)
     model, lora, data, training = OptionParser(classes).parse_values(arguments)
     machine = Machine.here(output_dir=Path(training["output_dir"]))
     config, processes = launched_config(launch, gpus=len(machine.gpus))
-    found = diagnose(
-        model_args=ModelArguments(**model),
-        lora_args=LoraArguments(**lora),
-        data_args=DataArguments(**data),
-        training=training,
-        accelerate_config=config,
-        num_processes=processes,
-        machine=machine,
-    )
+    with _quietly():
+        found = diagnose(
+            model_args=ModelArguments(**model),
+            lora_args=LoraArguments(**lora),
+            data_args=DataArguments(**data),
+            training=training,
+            accelerate_config=config,
+            num_processes=processes,
+            machine=machine,
+        )
     counted = [Severity.ERROR, *([Severity.WARNING] if options.strict else [])]
     passed = not any(found.of(severity) for severity in counted)
     if options.json:
@@ -75,6 +77,15 @@ def doctor(options: DoctorOptions, launch: LaunchOptions, arguments: Sequence[st
     else:
         _print(found)
     return 0 if passed else FOUND_ERRORS
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep stdout for what is found: a task's own code may print as well."""
+    with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        # peft 0.21 asks transformers >= 5.20 by the switch's old name.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 def _facts(found: Diagnosis, *, passed: bool) -> dict[str, Any]:
@@ -97,8 +108,15 @@ def _print(found: Diagnosis) -> None:
             write("")
     if found.unchecked:
         write(_wrapped(f"not checked: {', '.join(found.unchecked)}", indent="  "))
-    counts = [f"{len(found.of(s))} {s}(s)" for s in Severity if found.of(s)]
-    write(f"{len(found.checked)} rules checked, {', '.join(counts) or 'nothing found'}")
+    counts = [_counted(found.of(severity), severity) for severity in Severity]
+    said = ", ".join(filter(None, counts)) or "nothing found"
+    write(f"{len(found.checked)} rules checked, {said}")
+
+
+def _counted(findings: Sequence[Finding], word: str) -> str:
+    if not findings:
+        return ""
+    return f"{len(findings)} {word}" + ("s" if len(findings) > 1 else "")
 
 
 def _print_finding(finding: Finding) -> None:

@@ -74,7 +74,9 @@ def _concern(name: str, meaning: str, fix: str, *, of_tokens: bool = False) -> R
     def check(case: Case) -> Iterator[Problem]:
         found = case.sample_check.value if of_tokens else case.task_check.value
         if name in found.concerns:
-            yield Problem(found.concerns[name])
+            looked_at, there = found.training_rows, len(case.rows.value.train)
+            part = "" if looked_at == there else f" ({looked_at} training rows were looked at.)"
+            yield Problem(found.concerns[name] + part)
 
     return Rule(name, Severity.WARNING, meaning, fix, check)
 
