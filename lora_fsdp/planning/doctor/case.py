@@ -22,7 +22,7 @@ from lora_fsdp.errors import ArgumentError, Fsdp1ConfigError
 from lora_fsdp.modeling.adapters import attach_adapter, lora_config
 from lora_fsdp.modeling.base_weights import BaseWeights, base_folder, base_skeleton
 from lora_fsdp.modeling.loading import load_tokenizer
-from lora_fsdp.planning.doctor.fact import Fact
+from lora_fsdp.planning.doctor.fact import Fact, UnknownFactError
 from lora_fsdp.planning.doctor.launching import Launch, as_launched, read_launch, read_launch_yaml
 from lora_fsdp.planning.doctor.machine import Machine
 from lora_fsdp.tasks import Task
@@ -190,8 +190,13 @@ class Case:
     @cached_property
     def rows(self) -> Fact[TaskData]:
         """All rows, as examples of the task."""
-        seed = int(self.training.get("seed", 42))
-        return Fact(lambda: load_task_data(self.data_args, seed=seed, task=self.task))
+
+        def find() -> TaskData:
+            if (seed := int(self.training.get("seed", 42))) < 0:
+                raise UnknownFactError  # the rule over the training's numbers says so
+            return load_task_data(self.data_args, seed=seed, task=self.task)
+
+        return Fact(find)
 
     @cached_property
     def encoder(self) -> Fact[Encoder]:

@@ -84,6 +84,12 @@ def read_launch(file: Path, *, processes: int | None) -> Launch:
                 if joined
                 else prepare_simple_launcher_cmd_env(asked)[1]
             )
+            return Launch(
+                environment=dict(environment),
+                processes=int(asked.num_processes or 1) if joined else 1,
+                machines=int(asked.num_machines or 1),
+                use_cpu=bool(asked.cpu or asked.use_cpu),
+            )
         except (
             AssertionError,  # how accelerate refuses an address that is missing
             AttributeError,
@@ -95,12 +101,6 @@ def read_launch(file: Path, *, processes: int | None) -> Launch:
         ) as error:
             reason = " ".join(str(error).split())[:500] or type(error).__name__
             raise LaunchError(f"accelerate refuses {file}: {reason}") from error
-    return Launch(
-        environment=dict(environment),
-        processes=int(asked.num_processes or 1) if joined else 1,
-        machines=int(asked.num_machines or 1),
-        use_cpu=bool(asked.cpu or asked.use_cpu),
-    )
 
 
 @contextmanager

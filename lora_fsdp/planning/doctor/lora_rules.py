@@ -68,7 +68,7 @@ def _rank_too_large(case: Case) -> Iterator[Problem]:
 
 
 def _alpha(case: Case) -> Iterator[Problem]:
-    if case.lora.value.lora_alpha <= 0:
+    if not case.lora.value.lora_alpha > 0:  # also NaN
         yield Problem(
             f"--lora_alpha {case.lora.value.lora_alpha}: the update is scaled by alpha / r, so "
             "nothing would be learnt, or the wrong way round."
@@ -110,7 +110,7 @@ RULES = (
     Rule(
         "lora-refused",
         Severity.ERROR,
-        "`peft.LoraConfig` refuses `--lora_kwargs`.",
+        "`peft.LoraConfig` refuses `--lora_kwargs`, or a number in it is none.",
         "Give fields of peft.LoraConfig, as JSON.",
         _refused,
     ),

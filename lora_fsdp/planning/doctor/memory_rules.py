@@ -9,7 +9,9 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.modeling.adapters import trainable_parameters
 from lora_fsdp.modeling.loading import resolve_dtype
 from lora_fsdp.planning.doctor.case import Case
+from lora_fsdp.planning.doctor.fact import UnknownFactError
 from lora_fsdp.planning.doctor.finding import Problem, Rule, Severity
+from lora_fsdp.planning.doctor.numbers import impossible_numbers
 
 _GB = 1e9
 # float32, and AdamW's two moments of each value.
@@ -49,6 +51,8 @@ def checkpoints_on_disk(arguments: FineTuningArguments, *, examples: int, proces
 
 
 def _disk(case: Case) -> Iterator[Problem]:
+    if any(impossible_numbers(case.arguments.value)):
+        raise UnknownFactError
     parameters = sum(p.numel() for p in trainable_parameters(case.adapted.value).values())
     adapter = _ADAPTER_BYTES * parameters
     count = checkpoints_on_disk(

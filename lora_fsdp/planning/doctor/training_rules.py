@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from lora_fsdp.errors import ArgumentError, CheckpointError, OutputFolderError
 from lora_fsdp.planning.doctor.case import Case
 from lora_fsdp.planning.doctor.finding import Problem, Rule, Severity
-from lora_fsdp.planning.doctor.machine import existing_parent
+from lora_fsdp.planning.doctor.numbers import impossible_numbers
 from lora_fsdp.training.output_folder import check_output_folder
 from lora_fsdp.training.run_lock import holder_of
 from lora_fsdp.training.setup import check_checkpointing, check_row_length
@@ -41,6 +41,11 @@ def _bf16(case: Case) -> Iterator[Problem]:
 def _refused(case: Case) -> Iterator[Problem]:
     if (error := case.arguments.error) is not None and _precision(case) != "fp16":
         yield Problem(str(error))
+
+
+def _numbers(case: Case) -> Iterator[Problem]:
+    for name, value, wanted in impossible_numbers(case.arguments.value):
+        yield Problem(f"--{name} {value} must be {wanted}.")
 
 
 def _checkpointing_twice(case: Case) -> Iterator[Problem]:
@@ -87,8 +92,9 @@ def _folder_in_use(case: Case) -> Iterator[Problem]:
 
 
 def _folder_closed(case: Case) -> Iterator[Problem]:
-    place = existing_parent(case.output_dir)
-    if case.output_dir.is_file() or not os.access(place, os.W_OK | os.X_OK):
+    folder = case.output_dir.absolute()
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         yield Problem(f"--output_dir {case.output_dir} cannot be written to.")
 
 
@@ -113,6 +119,13 @@ RULES = (
         "Training arguments that contradict each other, or that packed rows cannot honour.",
         "Change the argument that is named.",
         _refused,
+    ),
+    Rule(
+        "training-numbers",
+        Severity.ERROR,
+        "A batch size, number of epochs, learning rate, interval or seed that no run can have.",
+        "Give a number in the range that is named.",
+        _numbers,
     ),
     Rule(
         "checkpointing-twice",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.commands.to_fsdp2 import ARGUMENT_KEY_MAPPING
+from accelerate.utils import DistributedType
 
 from lora_fsdp.distributed.launch import (
     check_gpus_suffice,
@@ -21,6 +22,8 @@ from lora_fsdp.planning.doctor.launching import as_launched
 
 # What accelerate reads without having an option for it, and old names that it still takes.
 _KNOWN_BESIDES = {"fsdp_ignored_modules"}
+_TYPES = {"NO", "FSDP", "MULTI_GPU", "MULTI_CPU"}
+_OTHER_TYPES = {kind.value for kind in DistributedType} - _TYPES
 _OLD_NAMES = {"fp16", "dynamo_backend"}
 
 
@@ -57,6 +60,15 @@ def _fsdp_keys(case: Case) -> set[str]:
     section = case.launch_yaml.value.get("fsdp_config") or {}
     keys = map(str, section if isinstance(section, dict) else ())
     return {key if key.startswith("fsdp") else f"fsdp_{key}" for key in keys}
+
+
+def _distributed_type(case: Case) -> Iterator[Problem]:
+    kind = case.launch_yaml.value.get("distributed_type", "NO")
+    if isinstance(kind, str) and kind in _OTHER_TYPES:
+        yield Problem(
+            f"distributed_type: {kind} is not one that this library trains under: the base lies "
+            "whole on each GPU, or in FSDP2 shards."
+        )
 
 
 def _fsdp1(case: Case) -> Iterator[Problem]:
@@ -156,6 +168,13 @@ RULES = (
         "A key of the YAML that accelerate does not know, at the top or in `fsdp_config`.",
         "Remove it, or correct its spelling.",
         _unknown_keys,
+    ),
+    Rule(
+        "distributed-type",
+        Severity.ERROR,
+        "A `distributed_type` other than FSDP, MULTI_GPU, MULTI_CPU or NO.",
+        "Set distributed_type: FSDP, or MULTI_GPU.",
+        _distributed_type,
     ),
     Rule(
         "fsdp1",
