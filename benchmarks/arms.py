@@ -33,12 +33,14 @@ from benchmarks.workload import (
     task_and_examples,
 )
 from lora_fsdp import FineTuningArguments, LoraTrainer
+from lora_fsdp.planning.foretelling import foretold
+from lora_fsdp.planning.gpus import known_gpu
 
 
 def lora(work: Workload) -> LoraConfig:
     """The article's adapter."""
     return LoraConfig(
-        r=8,
+        r=work.rank,
         lora_alpha=32,
         lora_dropout=work.dropout,
         target_modules=work.targets,
@@ -122,6 +124,10 @@ def ours(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]
         "parameters": layer_parameters(work),
         "plan": str(trainer.plan),
     }
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(trainer.args.device)
+        gpu = known_gpu(device.name, memory=device.total_memory)
+        result["foretold"] = foretold(trainer.plan, trainer.work, gpu)
     if held_out:
         result |= _scoring(trainer, held_out)
     return result

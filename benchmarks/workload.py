@@ -48,6 +48,11 @@ SHAPES: dict[str, PretrainedConfig] = {
         vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
     ),
+    "llama-1b": LlamaConfig(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    ),
     "smollm2": LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
@@ -73,6 +78,7 @@ class Workload:
         dropout: LoRA's.
         rows: `tweets` (a label each), or `long` (texts of 4,096 tokens, loss on every token).
         targets: LoRA's target modules.
+        rank: LoRA's.
     """
 
     model: str = "deepseek-7b"
@@ -83,6 +89,7 @@ class Workload:
     dropout: float = 0.0
     rows: str = "tweets"
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
+    rank: int = 8
 
     @property
     def processes(self) -> int:

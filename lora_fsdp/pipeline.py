@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import set_seed
 
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
@@ -22,6 +23,8 @@ from lora_fsdp.evaluation.comparison import Comparison, compare, written_answers
 from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.modeling.adapters import lora_config
 from lora_fsdp.modeling.loading import load_base, load_tokenizer
+from lora_fsdp.planning.foretelling import foretold
+from lora_fsdp.planning.gpus import known_gpu
 from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.record import record_start
 from lora_fsdp.reporting.run_files import RECORD_FILES
@@ -212,8 +215,24 @@ def _facts(
             for step, matrix in trainer.confusion_matrices.items()
         },
     }
-    if trainer.args.device.type == "cuda":
-        facts["peak_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    return facts | _foretold_and_found(trainer, trained["train_runtime"])
+
+
+def _foretold_and_found(trainer: LoraTrainer, seconds: float) -> dict[str, Any]:
+    """Memory and cost, beside what was foretold of them; a collective call."""
+    on_gpus = trainer.args.device.type == "cuda"
+    paid = trainer.args.world_size if on_gpus else 1
+    facts: dict[str, Any] = {}
+    if on_gpus:
+        peaks = gather_object([round(torch.cuda.max_memory_allocated() / 1e9, 3)])
+        facts |= {"peak_memory_gb": max(peaks), "peak_memory_gb_of_ranks": peaks}
+        device = torch.cuda.get_device_properties(trainer.args.device)
+        gpu = known_gpu(device.name, memory=device.total_memory)
+        facts["plan"] = foretold(trainer.plan, trainer.work, gpu)
+    if (price := trainer.args.price_per_hour) is not None:
+        facts["cost"] = price * paid * seconds / 3600
+        if "training_seconds" in facts.get("plan", {}):
+            facts["plan"]["cost"] = price * paid * facts["plan"]["training_seconds"] / 3600
     return facts
 
 

@@ -40,7 +40,7 @@ OF_OTHERS = {
 }
 
 # Named as the reader's own, or as what must not be.
-NOT_OURS = {"recipe.yaml", "utils.py", "ticket_task.py", "FILE.yaml"}
+NOT_OURS = {"plan.yaml", "recipe.yaml", "utils.py", "ticket_task.py", "FILE.yaml"}
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 

@@ -20,6 +20,10 @@ class AdapterOptions:
     _argument_group_name: ClassVar[str] = "adapter"
 
     adapter: str = field(default="", metadata={"help": "Output folder of a finished run."})
+    base: str | None = field(
+        default=None,
+        metadata={"help": "Base model's folder or Hub name, if it is not where the adapter says."},
+    )
     task_file: str | None = field(
         default=None, metadata={"help": "Python file to import first; it registers the task."}
     )
@@ -40,7 +44,7 @@ def load_predictor(options: AdapterOptions, *, label_column: str | None = None) 
     from lora_fsdp.tasks import get_task
 
     configure_output()
-    predictor = Predictor.from_adapter(folder, dtype=options.dtype)
+    predictor = Predictor.from_adapter(folder, base=options.base, dtype=options.dtype)
     named = {"text_column": options.text_column, "label_column": label_column}
     given = {name: value for name, value in named.items() if value is not None}
     if given:

@@ -20,6 +20,7 @@ MODULES = (
     "init",
     "download",
     "tasks",
+    "plan",
     "doctor",
     "train",
     "evaluate",

@@ -1,59 +1,183 @@
-"""Bytes a run needs on a device besides the base, and the row length they allow."""
+"""Bytes that a run needs on each device, part by part: for the plan, and for the run that follows.
+
+One model for both, so that a run is placed by the numbers its plan showed. What a row keeps for
+backward is counted on the model itself (`lora_fsdp.modeling.shape`); the constants are named below.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-import torch
-from transformers import PreTrainedModel
+from lora_fsdp.data.workload import Work
+from lora_fsdp.modeling.chunked_head import CHUNK
+from lora_fsdp.modeling.shape import ModelShape
 
 #: Rows longer than this gain nothing: the matrix products are as fast as they get.
 LONGEST_ROW = 8192
 #: Rows at least this long where no memory is known, or where little is free.
 USUAL_ROW = 2048
-#: CUDA context, libraries' workspaces, allocator slack.
-OVERHEAD = 2_000_000_000
+#: What the CUDA context and the libraries' kernels take, outside torch's allocator.
+CONTEXT = 600_000_000
+#: cuBLAS's and cuDNN's workspaces, temporary tensors of a layer, and graphs: what a captured step
+#: of a 7B allocated at its peak beyond the parts counted here (15.32 GB on an H100).
+WORKSPACE = 400_000_000
 
 
 @dataclass(frozen=True)
-class RowMemory:
-    """What a packed row costs.
+class Placement:
+    """How a base lies across ranks.
 
     Attributes:
-        bytes_per_token: activations that forward keeps for backward.
-        adapter_bytes: adapter, gradients and AdamW's two moments, float32.
+        ranks: how many share it.
+        resident_layers: decoder layers that every rank keeps whole; all of them = nothing is
+            sharded.
+        kept_until_backward: gathered layers stay until their backward.
+        offloaded: shards lie in host memory.
+        quantized: linear layers are stored in 4 bits.
+        recomputed: activations are recomputed in backward.
     """
 
-    bytes_per_token: int
-    adapter_bytes: int
+    ranks: int
+    resident_layers: int
+    kept_until_backward: bool = False
+    offloaded: bool = False
+    quantized: bool = False
+    recomputed: bool = False
 
-    def besides(self, tokens: int) -> int:
-        """Bytes that training with rows of `tokens` tokens needs besides the base."""
-        return self.adapter_bytes + self.bytes_per_token * tokens + OVERHEAD
 
+@dataclass(frozen=True)
+class RowSizes:
+    """The largest rows.
 
-def row_memory(
-    base: PreTrainedModel, *, adapter_parameters: int, fused: bool, checkpointing: bool
-) -> RowMemory:
-    """Estimate a row's cost from the model's shape.
-
-    Counted in activations of the hidden size H and the MLP's size I that a layer keeps: fused, the
-    two residuals, the normed input, joined and rotated projections, attention's output, and gate
-    and up (about 9 H + 2 I, and I more if the MLP is adapted); by transformers' and PEFT's modules
-    about 16 H + 5 I; with checkpointing, H a layer and one layer whole.
+    Attributes:
+        tokens: of a training row.
+        labels: its label tokens.
+        scored: tokens of a row that is scored only.
     """
-    config = base.config.get_text_config()
-    hidden, inner = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
-    size = torch.finfo(base.dtype).bits // 8
-    layer = (9 * hidden + 3 * inner if fused else 16 * hidden + 5 * inner) * size
-    layers = config.num_hidden_layers
-    kept = hidden * size * layers + layer if checkpointing else layer * layers
-    return RowMemory(bytes_per_token=kept, adapter_bytes=16 * adapter_parameters)
+
+    tokens: int
+    labels: int
+    scored: int = 0
 
 
-def longest_row(memory: RowMemory, *, free: int | None, longest_example: int) -> int:
-    """Row length in tokens that fits half of `free` bytes; `None` = unknown (a CPU)."""
-    if free is None:
-        return max(USUAL_ROW, longest_example)
-    fits = (free - memory.adapter_bytes - OVERHEAD) // (2 * memory.bytes_per_token)
-    return max(longest_example, min(LONGEST_ROW, max(USUAL_ROW, fits)))
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes at the peak of a step, on each device.
+
+    Attributes:
+        base_shard: this rank's part of what is sharded.
+        resident: what every rank keeps whole.
+        in_flight: layers that are gathered while they compute.
+        communication: buffers that gathers write into.
+        adapter: its float32 parameters, and their copies in the base's dtype.
+        gradients, optimizer: of the adapter, float32; AdamW's two moments.
+        activations: what a row keeps for backward, and its mask.
+        logits: of the label tokens, with their gradients.
+        workspace: temporary tensors and libraries' buffers.
+        context: outside torch's allocator.
+    """
+
+    base_shard: int
+    resident: int
+    in_flight: int
+    communication: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int
+    context: int = CONTEXT
+
+    @property
+    def total(self) -> int:
+        """What the device must have."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    @property
+    def allocated(self) -> int:
+        """What `torch.cuda.max_memory_allocated` will say."""
+        return self.total - self.context
+
+
+def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> DeviceMemory:
+    """The parts of a step's peak."""
+    layer = shape.layer_bytes(quantized=placement.quantized)
+    base = shape.base_bytes(quantized=placement.quantized)
+    whole = placement.resident_layers >= shape.layers and not placement.offloaded
+    resident = base if whole else placement.resident_layers * layer
+    sharded = 0 if whole else -(-(base - resident) // placement.ranks)
+    # Two layers: one computes while the next is gathered. Tied embeddings are in the root group,
+    # which stays gathered; others are groups of their own, and the head is there with a layer.
+    head = 2 * (shape.head_parameters or shape.embedding_parameters)
+    if whole:
+        in_flight = 0
+    elif placement.kept_until_backward:
+        in_flight = base - resident
+    else:
+        in_flight = 2 * layer + head
+    dequantized = 2 * shape.largest_linear if placement.quantized else 0
+    mask = 2 * rows.tokens**2 if rows.tokens < USUAL_ROW else 0
+    trained = mask + shape.saved_bytes(rows.tokens, recomputed=placement.recomputed)
+    # Scoring keeps nothing: one layer's tensors, and the next one's while they are freed.
+    scored = shape.saved_bytes(rows.scored, recomputed=False) // shape.layers
+    return DeviceMemory(
+        base_shard=0 if placement.offloaded else sharded,
+        resident=resident,
+        in_flight=in_flight,
+        communication=0 if whole else layer,
+        adapter=6 * shape.adapter_parameters,
+        gradients=4 * shape.adapter_parameters,
+        optimizer=8 * shape.adapter_parameters,
+        activations=max(trained, scored),
+        # bfloat16 logits, float32 ones, their softmax and its gradient.
+        logits=14 * min(rows.labels, CHUNK) * shape.vocabulary_size,
+        workspace=WORKSPACE + dequantized,
+    )
+
+
+def largest_row(work: Work, longest: int) -> RowSizes:
+    """The largest row where none is longer than `longest`; all a step's tokens, if they are fewer.
+
+    Rows that are scored are filled up to `longest`, or end with the held-out rows.
+    """
+    tokens = min(longest, work.largest_step)
+    share = min(1.0, tokens / work.step_tokens)
+    return RowSizes(
+        tokens=tokens,
+        labels=max(1, round(work.step_labels * share)),
+        scored=min(longest, round(work.scored_tokens / 2)),
+    )
+
+
+def layers_that_fit(
+    shape: ModelShape,
+    rows: RowSizes,
+    *,
+    ranks: int,
+    free: int,
+    recomputed: bool,
+    quantized: bool = False,
+) -> int:
+    """How many layers every rank can keep whole within `free` bytes, context not counted."""
+    for layers in range(shape.layers, 0, -1):
+        placement = Placement(ranks, layers, recomputed=recomputed, quantized=quantized)
+        if device_memory(shape, placement, rows).allocated <= free:
+            return layers
+    return 0
+
+
+def longest_row(shape: ModelShape, *, free: int, longest_example: int, recomputed: bool) -> int:
+    """Row length in tokens that fits half of `free` bytes.
+
+    Args:
+        shape: of the model.
+        free: bytes left beside the base.
+        longest_example: in tokens; a row holds at least one example.
+        recomputed: whether activations are recomputed in backward.
+    """
+    left = (free - WORKSPACE - 18 * shape.adapter_parameters) // 2
+    length = LONGEST_ROW
+    while length > USUAL_ROW and shape.saved_bytes(length, recomputed=recomputed) > left:
+        length -= 64
+    return max(length, longest_example)

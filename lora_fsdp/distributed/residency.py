@@ -8,7 +8,7 @@ ones, so that there is work behind which the next layer's gather can hide.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,8 +54,7 @@ def plan_residency(
     *,
     settings: FsdpSettings | None,
     device: torch.device,
-    world_size: int,
-    needed_besides: int,
+    fitting_layers: Callable[[int], int],
 ) -> Residency:
     """Decide which layers stay on every rank; a collective call, the same answer on every rank.
 
@@ -65,8 +64,8 @@ def plan_residency(
         base: the base model they are of, not yet on the device.
         settings: the YAML's FSDP settings; `None` = no FSDP, where everything is resident.
         device: where the run computes.
-        world_size: number of ranks.
-        needed_besides: bytes of the device that the rest of the run needs.
+        fitting_layers: how many layers a rank can keep whole in so many free bytes of its device;
+            asked for on GPUs only.
 
     Raises:
         ArgumentError: a number of layers that the model does not have, or FSDP is not asked for.
@@ -97,10 +96,11 @@ def plan_residency(
         return keep(0, "a rehearsal shards as the YAML says")
     if settings.offload:
         return keep(0, "the YAML offloads the base to host memory")
-    free = _least_free_memory(device) - needed_besides
-    count = _layers_that_fit(layers, base, free=free, world_size=world_size)
-    size = _bytes([base])
-    return keep(count, f"{size / 1e9:.1f} GB of base, {free / 1e9:.1f} GB of GPU memory to spare")
+    free = _least_free_memory(device)
+    size = sum(parameter.nbytes for parameter in base.parameters())
+    return keep(
+        fitting_layers(free), f"{size / 1e9:.1f} GB of base, {free / 1e9:.1f} GB of GPU memory free"
+    )
 
 
 def _requested_count(requested: str, total: int) -> int:
@@ -112,18 +112,6 @@ def _requested_count(requested: str, total: int) -> int:
             "layers this model has."
         )
     return int(requested)
-
-
-def _layers_that_fit(
-    layers: Sequence[nn.Module], base: nn.Module, *, free: int, world_size: int
-) -> int:
-    """How many resident layers leave room for the shards of the others and two in flight."""
-    whole, layer = _bytes([base]), max(_bytes([layer]) for layer in layers)
-    if whole <= free:
-        return len(layers)
-    sharded = whole // world_size + 2 * layer + (whole - _bytes(layers))
-    more_each = layer - layer // world_size
-    return max(0, min(len(layers) - 1, (free - sharded) // max(more_each, 1)))
 
 
 def _spread(count: int, total: int) -> frozenset[int]:
@@ -140,14 +128,3 @@ def _least_free_memory(device: torch.device) -> int:
     least = torch.tensor(free, device=device)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return int(least.item())
-
-
-def _bytes(modules: Sequence[nn.Module]) -> int:
-    """Size of the modules' frozen parameters, each counted once."""
-    frozen = {
-        parameter
-        for module in modules
-        for parameter in module.parameters()
-        if not parameter.requires_grad
-    }
-    return sum(parameter.nbytes for parameter in frozen)

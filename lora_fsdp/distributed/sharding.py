@@ -21,8 +21,9 @@ from transformers import PreTrainedModel
 
 from lora_fsdp.distributed.launch import FsdpSettings
 from lora_fsdp.distributed.residency import Residency
-from lora_fsdp.errors import FsdpDroppedError, FsdpSettingError, UnsupportedModelError
+from lora_fsdp.errors import FsdpDroppedError, FsdpSettingError
 from lora_fsdp.modeling.adapters import base_model, trainable_parameters
+from lora_fsdp.modeling.layers import decoder_layers
 
 
 def place_model(
@@ -122,29 +123,6 @@ def layers_to_shard(base: nn.Module, *, names: tuple[str, ...] | None) -> list[n
     return found
 
 
-def decoder_layers(base: nn.Module) -> list[nn.Module]:
-    """The decoder layers of any causal LM.
-
-    The list of modules whose class the model names in `_no_split_modules`, or else the list with
-    the most parameters.
-    """
-    lists = [
-        list(module)
-        for module in base.modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
-    ]
-    unsplittable = set(getattr(base, "_no_split_modules", None) or ())
-    named = [
-        layers for layers in lists if all(type(layer).__name__ in unsplittable for layer in layers)
-    ]
-    if not lists:
-        raise UnsupportedModelError(
-            f"No list of decoder layers was found in {type(base).__name__}: name their class in "
-            "the accelerate YAML (fsdp_transformer_layer_cls_to_wrap)."
-        )
-    return max(named or lists, key=lambda layers: sum(map(_parameter_count, layers)))
-
-
 def release_gathered(model: PeftModel) -> None:
     """Free what a forward without a backward leaves gathered.
 
@@ -188,7 +166,3 @@ def check_placement(model: PeftModel, *, resident: Collection[nn.Parameter]) -> 
         raise FsdpDroppedError(
             f"The base's parameters have several dtypes: {sorted(map(str, dtypes))}"
         )
-
-
-def _parameter_count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

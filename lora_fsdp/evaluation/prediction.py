@@ -12,7 +12,6 @@ from peft import PeftModel
 
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.data.encoding import Encoder
-from lora_fsdp.distributed.sharding import decoder_layers
 from lora_fsdp.errors import AdapterVerificationError
 from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.evaluation.report import write_json
@@ -32,6 +31,7 @@ from lora_fsdp.modeling.label_head import (
     check_packed_rows,
     head_can_be_chunked,
 )
+from lora_fsdp.modeling.layers import decoder_layers
 from lora_fsdp.modeling.loading import load_base, load_tokenizer
 from lora_fsdp.modeling.proof import check_base, read_proof
 from lora_fsdp.tasks import Example, Task, get_task

@@ -177,7 +177,8 @@ def find_base(adapter: AdapterFolder, *, beside: str | None = None) -> tuple[str
     name = adapter.config.base_model_name_or_path
     if not isinstance(name, str) or not name or "\0" in name:
         raise ModelNotFoundError(
-            f"{adapter.path} does not say which base model it belongs to: name it (base=...)."
+            f"{adapter.path} does not say which base model it belongs to: name it (--base, or "
+            "base=... in Python)."
         )
     places = [Path(name).expanduser()]
     if beside is not None:
@@ -189,7 +190,8 @@ def find_base(adapter: AdapterFolder, *, beside: str | None = None) -> tuple[str
         listed = " nor ".join(str(place.absolute()) for place in places)
         raise ModelNotFoundError(
             f"The base model of {adapter.path} is not at {listed}: it was moved, or the adapter "
-            "comes from another machine. Give the base's folder or Hub name (base=...)."
+            "comes from another machine. Give the base's folder or Hub name (--base, or base=... "
+            "in Python)."
         )
     revision = adapter.config.revision
     return name, revision if isinstance(revision, str) and revision else "main"

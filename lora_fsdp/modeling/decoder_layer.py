@@ -32,7 +32,7 @@ class FusedLayer:
     """Computes one decoder layer on a packed row [1, T, H].
 
     Args:
-        layer: a decoder layer of Llama's shape (`has_fused_shape`).
+        layer: a decoder layer of Llama's shape (`why_not_fused`).
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -188,7 +188,7 @@ def fuse_layers(decoder: nn.Module, layers: Sequence[nn.Module]) -> list[FusedLa
     Returns:
         the fused layers, or why the layers stay as they are.
     """
-    wanting = [reason for layer in layers if (reason := _missing(layer))]
+    wanting = [reason for layer in layers if (reason := why_not_fused(layer))]
     if wanting:
         return wanting[0]
     fused = [FusedLayer(layer) for layer in layers]
@@ -199,11 +199,16 @@ def fuse_layers(decoder: nn.Module, layers: Sequence[nn.Module]) -> list[FusedLa
         if not difference < _TOLERANCE[candidate.dtype]:
             name = type(candidate.layer).__name__
             return f"{name} {max(index, 0)} computes something else (by {difference:.2g})"
-    for layer, replacement in zip(layers, fused, strict=True):
-        layer.forward = replacement
+    exchange_forwards(decoder, fused)
+    return fused
+
+
+def exchange_forwards(decoder: nn.Module, fused: Sequence[FusedLayer]) -> None:
+    """Let `fused` compute the layers that they were made of, whether or not they agree."""
+    for replacement in fused:
+        replacement.layer.forward = replacement
     # Bound to the list and not to names around it, so that a deep copy of the model has its own.
     decoder.register_forward_pre_hook(partial(_before_forward, fused))
-    return fused
 
 
 def _before_forward(fused: Sequence[FusedLayer], decoder: nn.Module, inputs: object) -> None:
@@ -228,8 +233,8 @@ _HEAD_NORMS = ("q_norm", "k_norm")
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def _missing(layer: nn.Module) -> str | None:
-    """Why `layer` has not the fused layer's shape."""
+def why_not_fused(layer: nn.Module) -> str | None:
+    """Why `layer` has not the fused layer's shape; `None` if it has."""
     name = type(layer).__name__
     children = dict(layer.named_children())
     if set(children) != {"self_attn", "mlp", *_NORMS}:

@@ -173,7 +173,7 @@ def _refuse_quantized(folder: Path) -> None:
     if config.get("quantization_config"):
         raise MergeError(
             f"{folder} is a quantised model, whose weights cannot be added to: give the original "
-            "model it was made from (base=...)."
+            "model it was made from (--base, or base=... in Python)."
         )
 
 

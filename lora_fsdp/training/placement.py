@@ -6,25 +6,38 @@ chosen and why.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from lora_fsdp.arguments import FineTuningArguments
+from lora_fsdp.data.workload import Work
 from lora_fsdp.distributed.launch import FsdpSettings
-from lora_fsdp.distributed.memory import USUAL_ROW, RowMemory, longest_row, row_memory
+from lora_fsdp.distributed.memory import (
+    USUAL_ROW,
+    DeviceMemory,
+    Placement,
+    RowSizes,
+    device_memory,
+    largest_row,
+    layers_that_fit,
+    longest_row,
+)
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.residency import Residency, plan_residency
 from lora_fsdp.distributed.sharding import check_placement, layers_to_shard, place_model
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.modeling.adapters import base_model, trainable_parameters
+from lora_fsdp.modeling.adapters import base_model
 from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers
 from lora_fsdp.modeling.label_head import RowComputation, head_can_be_chunked
+from lora_fsdp.modeling.shape import ModelShape, shape_of
 from lora_fsdp.training.step import CapturedStep, EagerStep
 
 #: Seconds of training from which on compiling the layers (some 10 to 60 s) is worth it.
@@ -41,6 +54,9 @@ class TrainingPlan:
         step_reason: why, in words.
         max_tokens_per_row: longest packed row in tokens.
         computation: how rows are computed.
+        placement: how the base lies, for the memory and time that are foretold.
+        shape: the model's sizes; `None` on a CPU, whose memory nothing is planned by.
+        rows: the largest row of a step.
     """
 
     residency: Residency
@@ -48,6 +64,16 @@ class TrainingPlan:
     step_reason: str
     max_tokens_per_row: int
     computation: RowComputation
+    placement: Placement
+    shape: ModelShape | None
+    rows: RowSizes
+
+    @property
+    def memory(self) -> DeviceMemory | None:
+        """The bytes that a step is foretold to need on each GPU."""
+        if self.shape is None:
+            return None
+        return device_memory(self.shape, self.placement, self.rows)
 
     @property
     def is_captured(self) -> bool:
@@ -59,6 +85,11 @@ class TrainingPlan:
             f"  base      {self.residency}\n"
             f"  step      {self.step}: {self.step_reason}\n"
             f"  rows      up to {self.max_tokens_per_row} tokens"
+            + (
+                f"\n  memory    {self.memory.allocated / 1e9:.1f} GB foretold"
+                if self.memory
+                else ""
+            )
         )
 
 
@@ -68,8 +99,8 @@ def place_for_training(
     args: FineTuningArguments,
     settings: FsdpSettings | None,
     autocast: bool,
+    work: Work | None,
     longest_example: int,
-    training_tokens: int,
 ) -> TrainingPlan:
     """Choose, then fuse the layers and put the model in place accordingly.
 
@@ -81,56 +112,72 @@ def place_for_training(
         args: the run's arguments.
         settings: the YAML's FSDP settings.
         autocast: whether the forward runs under autocast.
+        work: what training will compute; `None` = nothing.
         longest_example: in tokens.
-        training_tokens: tokens of the whole run on this rank, about.
     """
     base, device = base_model(model), args.device
     layers = layers_to_shard(base, names=settings.layer_classes if settings else None)
     fused = _why_not_fused(model, args, autocast=autocast) or fuse_layers(base.base_model, layers)
     if args.step == "fused" and isinstance(fused, str):
         raise ArgumentError(f"--step fused: {fused}. Use --step auto.")
-    # At a third of what an H100 can do.
-    seconds = 4.0 * model.num_parameters() * training_tokens / 300e12
-    checkpointing = _recomputes(args, settings)
-    memory = row_memory(
-        base,
-        adapter_parameters=sum(p.numel() for p in trainable_parameters(model).values()),
-        fused=not isinstance(fused, str),
-        checkpointing=checkpointing,
-    )
+    is_fused = not isinstance(fused, str)
+    shape = _shape(model, fuse=is_fused) if device.type == "cuda" else None
+    recomputed = _recomputes(args, settings)
+    work = work or _NO_WORK
+    longest = max(longest_example, args.max_tokens_per_row or USUAL_ROW)
     residency = plan_residency(
         args.resident_layers,
         layers,
         base,
         settings=settings,
         device=device,
-        world_size=args.world_size,
-        needed_besides=memory.besides(max(longest_example, args.max_tokens_per_row or USUAL_ROW)),
+        fitting_layers=lambda free: layers_that_fit(
+            cast(ModelShape, shape),
+            largest_row(work, longest),
+            ranks=args.world_size,
+            free=free,
+            recomputed=recomputed,
+        ),
     )
     resident = place_model(
         model, settings=settings, residency=residency, device=device, world_size=args.world_size
     )
     check_placement(model, resident=resident)
+    # At a third of what an H100 can do.
+    seconds = 4.0 * model.num_parameters() * work.step_tokens * work.steps(args.world_size) / 3e14
     step, reason = _choose_step(args, residency, fused=fused, settings=settings, seconds=seconds)
-    by_blocks = not isinstance(fused, str)
     if not isinstance(fused, str) and residency.is_whole:
         for replacement in fused:
             replacement.join_weights()
     if step == "compiled":
         for layer in layers:
             layer.compile(dynamic=True)
+    row_length = args.max_tokens_per_row or _row_length(
+        shape if is_fused else None,
+        device=device,
+        longest_example=longest_example,
+        recomputed=recomputed,
+    )
     return TrainingPlan(
         residency=residency,
         step=step,
         step_reason=reason,
-        max_tokens_per_row=args.max_tokens_per_row
-        or _row_length(memory, device=device, longest_example=longest_example, by_blocks=by_blocks),
+        max_tokens_per_row=row_length,
         computation=RowComputation(
             dtype=base.dtype,
-            by_blocks=by_blocks,
+            by_blocks=is_fused,
             chunked_head=head_can_be_chunked(base),
-            last_layer=None if isinstance(fused, str) or checkpointing else fused[-1],
+            last_layer=None if isinstance(fused, str) or recomputed else fused[-1],
         ),
+        placement=Placement(
+            ranks=args.world_size,
+            resident_layers=len(residency.indices),
+            kept_until_backward=bool(settings and not settings.reshard_after_forward),
+            offloaded=bool(settings and settings.offload),
+            recomputed=recomputed,
+        ),
+        shape=shape,
+        rows=largest_row(work, row_length),
     )
 
 
@@ -206,12 +253,35 @@ def _recomputes(args: FineTuningArguments, settings: FsdpSettings | None) -> boo
 
 
 def _row_length(
-    memory: RowMemory, *, device: torch.device, longest_example: int, by_blocks: bool
+    shape: ModelShape | None, *, device: torch.device, longest_example: int, recomputed: bool
 ) -> int:
     """The longest row that memory allows, the same on every rank; a collective call on GPUs."""
-    if device.type != "cuda" or not by_blocks:
+    if shape is None:
         return max(USUAL_ROW, longest_example)
     free = torch.tensor(torch.cuda.mem_get_info(device)[0], device=device)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(free, op=dist.ReduceOp.MIN)
-    return longest_row(memory, free=int(free.item()), longest_example=longest_example)
+    return longest_row(
+        shape, free=int(free.item()), longest_example=longest_example, recomputed=recomputed
+    )
+
+
+def _shape(model: PeftModel, *, fuse: bool) -> ModelShape:
+    """The sizes of the model, counted on a copy without numbers."""
+    base = base_model(model)
+    with torch.device("meta"):
+        skeleton = type(base)._from_config(copy.deepcopy(base.config), dtype=torch.bfloat16)
+    skeleton.tie_weights()
+    adapter = cast(LoraConfig, model.peft_config[str(model.active_adapter)])
+    return shape_of(skeleton, adapter, fuse=fuse)
+
+
+# For a model that is only evaluated.
+_NO_WORK = Work(
+    examples=0,
+    examples_per_rank=1,
+    step_tokens=1,
+    step_labels=1,
+    largest_step=1,
+    longest_example=1,
+)

@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.data.workload import Work, measure_work
 from lora_fsdp.distributed.launch import FsdpSettings, launch_fingerprint
 from lora_fsdp.errors import ArgumentError, IncompleteTaskError
 from lora_fsdp.modeling.adapters import base_model, trainable_parameters
@@ -62,26 +63,28 @@ def check_targets(examples: Sequence[EncodedExample]) -> None:
             raise ArgumentError(f"Row {example.row} has no target: it cannot be trained on.")
 
 
-def longest_example(examples: Sequence[EncodedExample]) -> int:
-    """The longest prompt with its longest answer, in tokens."""
-    return max(
-        (
-            len(example.prompt_ids)
-            + max(len(ids) for ids in (example.target_ids, *example.candidate_ids))
-            for example in examples
-        ),
-        default=0,
-    )
-
-
-def training_tokens(args: FineTuningArguments, examples: Sequence[EncodedExample]) -> int:
-    """Tokens that each rank will train on, about (a shared prefix counted in every example)."""
-    tokens = sum(len(example.prompt_ids) + len(example.target_ids) for example in examples)
+def work_of_run(
+    args: FineTuningArguments,
+    train: Sequence[EncodedExample],
+    held_out: Sequence[EncodedExample],
+    *,
+    share_prefix: bool,
+) -> Work | None:
+    """What training will compute on each rank; `None` if there is nothing to train on."""
+    if not train:
+        return None
+    per_rank = args.per_device_train_batch_size * args.gradient_accumulation_steps
     epochs = args.num_train_epochs
     if args.max_steps > 0:
-        seen = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps
-        epochs = seen * args.world_size / max(1, len(examples))
-    return int(tokens * epochs) // args.world_size
+        epochs = args.max_steps * per_rank * args.world_size / len(train)
+    return measure_work(
+        train,
+        held_out,
+        examples_per_rank=per_rank,
+        epochs=epochs,
+        share_prefix=share_prefix,
+        max_tokens_per_row=args.max_tokens_per_row,
+    )
 
 
 def fold_accumulation(args: FineTuningArguments) -> FineTuningArguments:

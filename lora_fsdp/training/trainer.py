@@ -26,6 +26,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import ScoringRow, ScoringRows, TrainingStep, TrainingSteps
+from lora_fsdp.data.workload import longest_example
 from lora_fsdp.distributed.launch import (
     accelerate_without_fsdp,
     check_launch,
@@ -60,10 +61,9 @@ from lora_fsdp.training.setup import (
     check_task,
     enable_checkpointing,
     fold_accumulation,
-    longest_example,
     run_fingerprints,
     shares_prefix,
-    training_tokens,
+    work_of_run,
 )
 from lora_fsdp.training.watched import WatchedTrainer
 
@@ -140,7 +140,6 @@ class LoraTrainer(WatchedTrainer):
         held_out = self.encoder.encode(eval_dataset)
         check_targets(train)
         self.longest_example = longest_example([*train, *held_out])
-        self.training_tokens = training_tokens(args, train)
         self.shortened = sum(example.shortened for example in (*train, *held_out))
         if isinstance(model, PeftModel) == (peft_config is not None):
             raise ArgumentError("Give a peft_config, or a model that already has an adapter.")
@@ -152,6 +151,8 @@ class LoraTrainer(WatchedTrainer):
         self.probes = build_probes(self.encoder, [*train_dataset, *eval_dataset])
         if not isinstance(model, PeftModel):
             model = attach_adapter(model, cast(LoraConfig, peft_config))
+        self.share_prefix = shares_prefix(args, model)
+        self.work = work_of_run(args, train, held_out, share_prefix=self.share_prefix)
         fingerprints = run_fingerprints(args, model, train=train, held_out=held_out)
         check_ranks_agree(fingerprints)
         self.run_facts = run_facts(args, model, fingerprints=fingerprints)
@@ -191,15 +192,14 @@ class LoraTrainer(WatchedTrainer):
             super().create_accelerator_and_postprocess()
         avoid_kernels_planned_by_shape()
         self.parameter_count = self.model.num_parameters()
-        self.share_prefix = shares_prefix(self.args, self.model)
         enable_checkpointing(self.model, self.fsdp_settings)
         self.plan = place_for_training(
             self.model,
             args=self.args,
             settings=self.fsdp_settings,
             autocast=self.accelerator.mixed_precision != "no",
+            work=self.work,
             longest_example=self.longest_example,
-            training_tokens=self.training_tokens,
         )
         self.adapter = ReplicatedParameters(trainable_parameters(self.model))
         self.adapter.broadcast()

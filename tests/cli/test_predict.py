@@ -6,6 +6,7 @@ Run: python -m pytest tests/cli/test_predict.py
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,22 @@ def run(capsys, *words):
     code = main([str(word) for word in words])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def test_base_that_was_moved(adapter, model_folder, tmp_path, capsys):
+    moved, copy = tmp_path / "moved", tmp_path / "far" / "away" / "adapter"
+    shutil.copytree(model_folder, moved)
+    shutil.copytree(adapter, copy)
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "gone")
+    (copy / "adapter_config.json").write_text(json.dumps(settings))
+    (copy / "manifest.json").unlink()
+    asked = ("predict", "--text", "a fine day", "--adapter", copy)
+    code, _, error = run(capsys, *asked)
+    assert (code, "--base" in error) == (2, True)
+    code, found, _ = run(capsys, *asked, "--base", moved)
+    assert code == 0
+    assert any(label in found for label in LABELS)
 
 
 def predict(capsys, table, adapter, output, *more):

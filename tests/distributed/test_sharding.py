@@ -18,7 +18,6 @@ from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.residency import Residency
 from lora_fsdp.distributed.sharding import (
     check_placement,
-    decoder_layers,
     layers_to_shard,
     place_model,
 )
@@ -29,6 +28,7 @@ from lora_fsdp.errors import (
     UnsupportedModelError,
 )
 from lora_fsdp.modeling.adapters import trainable_parameters
+from lora_fsdp.modeling.layers import decoder_layers
 from tests.support.ranks import RankError, launch_environment, run_ranks
 from tests.support.runs import toy_trainer
 from tests.support.tiny import CONFIGS, adapted_model, randomise_adapter, tiny_model

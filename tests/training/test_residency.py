@@ -11,9 +11,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_fsdp.distributed.residency import plan_residency
-from lora_fsdp.distributed.sharding import decoder_layers
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.modeling.adapters import adapter_state
+from lora_fsdp.modeling.layers import decoder_layers
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_run, toy_trainer
 from tests.support.tiny import tiny_model
@@ -72,8 +72,8 @@ class TestPlan:
         base = tiny_model()
         layers = decoder_layers(base)
         return plan_residency(
-            requested, layers, base, settings=settings, device=device, world_size=2,
-            needed_besides=0,
+            requested, layers, base, settings=settings, device=device,
+            fitting_layers=lambda free: 1,
         )  # fmt: skip
 
     def test_without_fsdp_everything_is_resident(self):

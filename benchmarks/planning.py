@@ -1,0 +1,133 @@
+"""The plan's memory and time beside measured ones, over a grid of models and settings.
+
+    python -m benchmarks.planning
+    python -m benchmarks.planning --points deepseek-7b-qv llama-1b-long
+
+Needs a GPU. Every point is a process of its own and prints one line; the table is written to
+`benchmarks/results/`. Errors are those of `docs/planning.md`: (predicted - measured) / measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.throughput import RESULTS, environment
+from benchmarks.workload import Workload
+
+_ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the grid: what is trained, with which options of `FineTuningArguments`."""
+
+    work: Workload
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def _grid() -> dict[str, Point]:
+    found = {}
+    for model in ("deepseek-7b", "llama-1b"):
+        for rank, targets, name in (
+            (8, ["q_proj", "v_proj"], "qv"),
+            (64, ["q_proj", "v_proj"], "qv-r64"),
+            (8, _ALL, "all"),
+            (64, _ALL, "all-r64"),
+        ):
+            tweets = Workload(model=model, rank=rank, targets=targets, steps=20)
+            long = Workload(
+                model=model, rank=rank, targets=targets, steps=12, rows="long", examples=1
+            )
+            found[f"{model}-{name}"] = Point(tweets)
+            found[f"{model}-{name}-long"] = Point(long)
+            again = {"gradient_checkpointing": True}
+            found[f"{model}-{name}-long-again"] = Point(long, again)
+    return found
+
+
+GRID = _grid()
+
+
+def main() -> None:
+    """Run the points one after the other; what was measured is written after each."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--points", nargs="+", choices=list(GRID), default=list(GRID))
+    parser.add_argument("--seconds", type=float, default=90.0, help="a point may take")
+    parser.add_argument("--output", default="planning", help="name of the file in results/")
+    asked = parser.parse_args()
+    report: dict[str, Any] = {"environment": environment(), "points": {}}
+    for name in asked.points:
+        report["points"][name] = result = _measured(GRID[name], seconds=asked.seconds)
+        print(line(name, result), flush=True)
+        RESULTS.mkdir(exist_ok=True)
+        file = RESULTS / f"{asked.output}.json"
+        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(summary(report["points"]))
+
+
+def _measured(point: Point, *, seconds: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        options = {"step": "auto", **point.options}
+        asked = {"kind": "ours", "work": asdict(point.work), "options": options}
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.arms",
+            json.dumps({**asked, "output": str(output)}),
+        ]
+        try:
+            done = subprocess.run(
+                command, timeout=seconds, capture_output=True, text=True, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not done within {seconds:.0f} s"}
+        if not output.is_file():
+            return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+        result = json.loads(output.read_text())
+    foretold = result.get("foretold")
+    if not foretold:
+        return {"failed": "nothing was foretold: it needs a GPU that the plan knows"}
+    found = {
+        "predicted_gb": foretold["peak_memory_gb"],
+        "measured_gb": result["peak_gb"],
+        "predicted_ms": round(1e3 * foretold["training_seconds"] / point.work.steps, 2),
+        "measured_ms": result["step_ms"],
+        "plan": result["plan"],
+    }
+    for kind in ("gb", "ms"):
+        found[f"error_{kind}"] = found[f"predicted_{kind}"] / found[f"measured_{kind}"] - 1
+    return found
+
+
+def line(name: str, result: dict[str, Any]) -> str:
+    """One point of the table."""
+    if "failed" in result:
+        return f"{name:<32} {result['failed']}"
+    return (
+        f"{name:<32} {result['predicted_gb']:8.2f} {result['measured_gb']:8.2f} GB "
+        f"{result['error_gb']:+6.1%} {result['predicted_ms']:9.1f} {result['measured_ms']:9.1f} ms "
+        f"{result['error_ms']:+6.1%}"
+    )
+
+
+def summary(points: dict[str, dict[str, Any]]) -> str:
+    """Median and largest error."""
+    lines = []
+    for kind, what in (("gb", "memory"), ("ms", "time")):
+        errors = [abs(r[f"error_{kind}"]) for r in points.values() if "failed" not in r]
+        if errors:
+            lines.append(f"{what}: median {statistics.median(errors):.1%}, most {max(errors):.1%}")
+    return "\n".join(lines) or "nothing was measured"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Seconds that a run will take: what its GPUs compute, read, receive and launch.
+
+A prediction and no promise: the rates below come from measurements on one H100 and one H200
+(docs/planning.md shows them beside what was predicted), and other GPUs are taken to reach the same
+shares of their data sheets.
+"""
+
+from __future__ import annotations
+
+from lora_fsdp.data.workload import Work
+from lora_fsdp.distributed.memory import Placement
+from lora_fsdp.modeling.shape import ModelShape
+from lora_fsdp.planning.gpus import Gpu
+
+# Share of the data sheet's operations that a large matrix product reaches.
+_PRODUCT_SHARE = 0.78
+# Tokens at which a product reaches half of that, as its tiles and weights weigh on short rows.
+_HALF_AT_TOKENS = 120
+# Share of a product's rate that a whole step reaches: norms, rotations, attention, the adapter.
+_STEP_SHARE = {True: 0.80, False: 0.62}
+# What the CPU needs to launch a layer's forward and backward where no graph was captured.
+_LAUNCH_SECONDS = {True: 3.4e-3, False: 4.7e-3}
+# What a layer's kernels wait for one another in a captured graph.
+_GRAPH_SECONDS = 8e-5
+# Outside forward and backward: the optimizer, the logs.
+_STEP_SECONDS = 1.5e-3
+
+
+def step_seconds(
+    shape: ModelShape, placement: Placement, work: Work, gpu: Gpu, *, row_tokens: int
+) -> float:
+    """One optimizer step, the slowest of what happens at once."""
+    rows = max(1.0, work.step_tokens / row_tokens)
+    computing = _computing(shape, placement, gpu, work=work, rows=rows)
+    if _is_captured(shape, placement):
+        computing += rows * shape.layers * _GRAPH_SECONDS
+        launching = 0.0
+    else:
+        launching = rows * shape.layers * _LAUNCH_SECONDS[_is_fused(shape, placement)]
+    receiving = rows * _receiving(shape, placement, gpu)
+    return max(computing, launching, receiving) + _STEP_SECONDS
+
+
+def run_seconds(
+    shape: ModelShape, placement: Placement, work: Work, gpu: Gpu, *, row_tokens: int
+) -> float:
+    """Training, and scoring the held-out rows; loading the model is not counted."""
+    steps = work.steps(placement.ranks)
+    training = steps * step_seconds(shape, placement, work, gpu, row_tokens=row_tokens)
+    tokens = work.scored_tokens / placement.ranks
+    rate = gpu.flops * _PRODUCT_SHARE * _STEP_SHARE[_is_fused(shape, placement)]
+    return training + 2.0 * shape.active_parameters * tokens / rate
+
+
+def _is_captured(shape: ModelShape, placement: Placement) -> bool:
+    """Whether a step is a CUDA graph: nothing is gathered, unpacked or recomputed within."""
+    return (
+        not placement.quantized
+        and placement.resident_layers >= shape.layers
+        and not placement.offloaded
+        and not placement.recomputed
+    )
+
+
+def _computing(
+    shape: ModelShape,
+    placement: Placement,
+    gpu: Gpu,
+    *,
+    work: Work,
+    rows: float,
+) -> float:
+    """Seconds of the GPU. The frozen weights have no gradient, so a product costs 2 operations a
+    weight and token in forward and 2 in backward, and 2 more where it is recomputed.
+    """
+    passes = 3.0 if placement.recomputed else 2.0
+    tokens, length = work.step_tokens, work.step_tokens / rows
+    layers = passes * 2.0 * shape.active_parameters * tokens
+    # The head gives its gradient at once: 3 products.
+    head = 6.0 * shape.hidden_size * shape.vocabulary_size * work.step_labels
+    # Causal attention: half a square of tokens, two products in forward and five in backward; its
+    # kernels reach about half of a large product's rate.
+    attention = (passes - 1.0 + 2.5) * 2.0 * length * tokens * shape.hidden_size * shape.layers
+    rate = gpu.flops * _PRODUCT_SHARE * _STEP_SHARE[_is_fused(shape, placement)]
+    products = (layers + head) / (rate * length / (length + _HALF_AT_TOKENS))
+    reading = rows * passes * 2.0 * shape.active_parameters / gpu.bandwidth
+    # 4-bit weights are read, written as bfloat16, and read again.
+    unpacking = (
+        rows * passes * 2.5 * shape.linear_parameters * shape.layers / gpu.bandwidth
+        if placement.quantized
+        else 0.0
+    )
+    return max(products, reading) + 2.0 * attention / rate + unpacking
+
+
+def _is_fused(shape: ModelShape, placement: Placement) -> bool:
+    """Whether the fused layers compute: they do not know 4-bit weights."""
+    return shape.is_fused and not placement.quantized
+
+
+def _receiving(shape: ModelShape, placement: Placement, gpu: Gpu) -> float:
+    """Seconds in which a rank receives what it lacks for one row, from host memory and others."""
+    if placement.resident_layers >= shape.layers and not placement.offloaded:
+        return 0.0
+    sharded = shape.base_bytes(quantized=placement.quantized) - (
+        placement.resident_layers * shape.layer_bytes(quantized=placement.quantized)
+    )
+    passes = 1.0 if placement.kept_until_backward else 2.0
+    own = 1 / placement.ranks
+    seconds = (1 - own) / gpu.link + (own / gpu.host_link if placement.offloaded else 0.0)
+    return passes * sharded * seconds
