@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,12 @@ class CurtTask(Task):
 
     def build_target(self, row):
         return ""
+
+
+class OwnMetricTask(CurtTask):
+    """Free text with a metric that nothing would compute."""
+
+    primary_metric = "style"
 
 
 def change(**fields) -> Callable[[ExaminedRun], None]:
@@ -223,6 +230,7 @@ BROKEN = [
     ("lora-on-head", change(lora={"lora_target_modules": ["lm_head"]}), "output head"),
     ("rows-unusable", change(data={"label_column": "mood"}), "'mood'"),
     ("rows-unusable", change(data={"data_file": "no.csv"}), "no.csv"),
+    ("rows-unusable", change(task=OwnMetricTask()), "a metric of its own"),
     ("rows-unusable", change(data={"eval_size": 1000}), "--eval_size"),
     ("labels-collide", relabel(neutral="positive good"), "'positive good'"),
     ("rows-not-encoded", change(data={"max_length": 10}), "--max_length 10"),
@@ -246,6 +254,8 @@ BROKEN = [
     ("disk-too-small", change(machine=machine(A100, A100, disk_free=1000)), "has 0.00 GB free"),
     ("host-memory-too-small", change(machine=machine(A100, A100, host_memory=1000)),
      "for 2 process(es)"),
+    ("gpu-memory-too-small", change(machine=machine(replace(A100, free=GB // 10), A100)),
+     "has 0.1 GB free"),
     ("versions", old_packages(torch="2.4.0"), "torch 2.4.0"),
     ("versions", old_packages(transformers="6.1.0"), "transformers 6.1.0"),
     ("versions", old_packages(peft="0.20.0"), "peft 0.20.0"),

@@ -10,6 +10,7 @@ from typing import Any
 from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
 from lora_fsdp.planning.doctor import (
     data_rules,
+    gpu_rules,
     lora_rules,
     machine_rules,
     memory_rules,
@@ -30,7 +31,7 @@ RULES: Mapping[str, Sequence[Rule]] = {
     "Model": model_rules.RULES,
     "Adapter": lora_rules.RULES,
     "Rows": data_rules.RULES,
-    "Memory": memory_rules.RULES,
+    "Memory": (*memory_rules.RULES, *gpu_rules.RULES),
     "Machine": machine_rules.RULES,
 }
 

@@ -65,20 +65,9 @@ def _pickles(case: Case) -> Iterator[Problem]:
 
 def _architecture(case: Case) -> Iterator[Problem]:
     try:
-        check_architecture(case.skeleton.value, longest=_longest(case))
+        check_architecture(case.skeleton.value, longest=case.data_args.max_length)
     except UnsupportedModelError as error:
         yield Problem(str(error))
-
-
-def _longest(case: Case) -> int:
-    """Tokens of the longest example; where there are no rows, `--max_length`."""
-    try:
-        encoded = case.encoded.value
-    except UnknownFactError:
-        return case.data_args.max_length
-    return max(
-        len(one.prompt_ids) + max(map(len, (one.target_ids, *one.candidate_ids))) for one in encoded
-    )
 
 
 def _remote_code(case: Case) -> Iterator[Problem]:
