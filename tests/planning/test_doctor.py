@@ -111,6 +111,11 @@ def held_by_another(run):
     fcntl.flock(run.lock, fcntl.LOCK_EX)  # as another process would
 
 
+def file_for_folder(run):
+    run.output_dir.write_text("a file")
+    run.output_dir.chmod(0o755)  # as a folder would be
+
+
 def earlier_run(run):
     run.output_dir.mkdir()
     (run.output_dir / "metrics.json").write_text("{}")
@@ -198,7 +203,7 @@ BROKEN = [
     ("output-folder-taken", change(training={"resume_from_checkpoint": "true"}),
      "no whole checkpoint"),
     ("output-folder-in-use", held_by_another, "is in use"),
-    ("output-folder-closed", lambda run: run.output_dir.write_text("a file"), "written to"),
+    ("output-folder-closed", file_for_folder, "written to"),
     ("output-folder-closed", change(training={"output_dir": "/dev/null/run"}), "/dev/null/run"),
     ("model-missing", change(model_options={"model_name_or_path": "/no/such/model"}), "/no/such"),
     ("model-missing", change(model_options={"model_name_or_path": ""}), "--model_name_or_path"),
