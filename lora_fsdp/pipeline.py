@@ -26,6 +26,7 @@ from lora_fsdp.modeling.loading import load_base, load_tokenizer
 from lora_fsdp.planning.foretelling import foretold
 from lora_fsdp.planning.gpus import known_gpu
 from lora_fsdp.reporting import write_report
+from lora_fsdp.reporting.model_card import WriteCards, remove_model_card, try_to_write_card
 from lora_fsdp.reporting.record import record_start
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
@@ -44,7 +45,7 @@ class FineTuningResult:
 
     Attributes:
         output_dir: the adapter's folder, with the tokenizer, `metrics.json`, `predictions.csv`,
-            `confusion_matrix.png` and `report.html`.
+            `confusion_matrix.png`, `report.html` and the model card `README.md`.
         comparison: the tuned model's metrics beside those of the untrained model and the baselines,
             on the held-out rows; the same on every rank.
     """
@@ -80,7 +81,7 @@ def finetune(
             peft_config=lora_config(lora_args, revision=model_args.model_revision),
             max_length=data_args.max_length,
             chat_template=data_args.chat_template,
-            callbacks=[log],
+            callbacks=[log, WriteCards(output_dir)],
         )
         status = fsdp_status(trainer.model)
         if trainer.is_world_process_zero():
@@ -90,6 +91,7 @@ def finetune(
         comparison = _train_and_compare(trainer, data, log)
         if trainer.is_world_process_zero():
             comparison.save(output_dir)
+            try_to_write_card(output_dir)
             print(f"\n{comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
             _report(output_dir)
         trainer.accelerator.wait_for_everyone()
@@ -104,6 +106,8 @@ def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Co
         base_texts = _write_freely(trainer)
     trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
+    if trainer.is_world_process_zero():
+        try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)
     tuned = trainer.score(data.held_out)
     tuned_texts = _write_freely(trainer)
     return compare(
@@ -141,6 +145,7 @@ def _claim(folder: Path, arguments: FineTuningArguments) -> None:
         if not arguments.resume_from_checkpoint:
             for path in [*replaced, *files_of(folder, RECORD_FILES)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove_model_card(folder)
     except BaseException:
         release_folder(folder)
         raise

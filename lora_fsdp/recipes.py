@@ -53,7 +53,7 @@ def read_recipe(
         part
         for key, value in contents.items()
         if key in options
-        for part in _arguments(key, value, file)
+        for part in as_arguments(key, value, source=f"The recipe {file}")
     ]
 
 
@@ -81,23 +81,33 @@ def _refuse_endless(contents: object, file: Path) -> None:
             pending += value
 
 
-def _arguments(key: str, value: object, file: Path) -> list[str]:
+def as_arguments(key: str, value: object, *, source: str) -> list[str]:
+    """An option as it stands on the command line; nothing for `None`.
+
+    Args:
+        key: the option, without the dashes.
+        value: a text, a number, a truth value, a list of them, or a mapping, which becomes JSON.
+        source: what holds the option, as the beginning of a message.
+
+    Raises:
+        ArgumentError: the value has no such form.
+    """
     if value is None:  # as if it were not there
         return []
     if isinstance(value, dict):
         try:
             return [f"--{key}={json.dumps(value)}"]
         except (TypeError, ValueError) as error:
-            raise ArgumentError(f"The recipe {file}: {key} has no JSON form: {error}") from error
+            raise ArgumentError(f"{source}: {key} has no JSON form: {error}") from error
     if isinstance(value, list):
         if nested := [item for item in value if isinstance(item, dict | list | set | bytes)]:
             raise ArgumentError(
-                f"The recipe {file}: {key} must be a plain list, without {str(nested[0])[:80]!r}."
+                f"{source}: {key} must be a plain list, without {str(nested[0])[:80]!r}."
             )
         return [f"--{key}", *map(str, value)]
     if isinstance(value, str | bool | int | float):
         return [f"--{key}={value}"]
     raise ArgumentError(
-        f"The recipe {file}: {key} must be a text, a number, true or false, or a list of them, not "
+        f"{source}: {key} must be a text, a number, true or false, or a list of them, not "
         f"a {type(value).__name__}; put it in quotes."
     )

@@ -21,6 +21,7 @@ from lora_fsdp import DataArguments, FineTuningArguments, LoraArguments, ModelAr
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",
+    ROOT / "README.zh-CN.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -33,8 +34,11 @@ OF_OTHERS = {
     "--nproc_per_node",  # torchrun
     "--no-deps",  # pip
     *("--shm-size", "--ipc"),  # docker
+    "--exclude",  # tar
     "--strict",  # mkdocs
     *("--arms", "--examples", "--model"),  # benchmarks.throughput
+    *("--host", "--port"),  # transformers serve
+    *("--enable-lora", "--max-lora-rank", "--lora-modules", "--generation-config"),  # vllm serve
     "--help",
     "--inputs",  # tests/fuzz/campaign.py
 }
@@ -213,6 +217,12 @@ def test_custom_task_is_short_and_the_one_in_the_readme() -> None:
     assert len(example.splitlines()) <= 25
     [shown] = [block for block in blocks(ROOT / "README.md", "python") if "TicketTask" in block]
     assert example.endswith(shown)
+
+
+def test_the_chinese_readme_has_the_commands_of_the_english_one() -> None:
+    english, chinese = (ROOT / name for name in ("README.md", "README.zh-CN.md"))
+    for language in ("bash", "python"):
+        assert blocks(chinese, language) == blocks(english, language)
 
 
 def test_every_accelerate_config_is_explained() -> None:

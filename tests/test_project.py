@@ -39,6 +39,7 @@ LAYERS = (
     "failures",
     "options",
     "scripts",
+    "notebook",
     "cli",
 )
 

@@ -178,13 +178,13 @@ class Encoder:
         return tuple(alone)
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[*self._leading_ids, *ids] for ids in self._bare(texts)]
+        return [[*self.leading_ids, *ids] for ids in self._bare(texts)]
 
     def _bare(self, texts: Sequence[str]) -> list[list[int]]:
         return tokenize(self.tokenizer, texts)
 
     @cached_property
-    def _leading_ids(self) -> list[int]:
+    def leading_ids(self) -> list[int]:
         """Special tokens this tokenizer puts before a text (never those it puts after one)."""
         if self.chat_template:  # the template writes its own
             return []
@@ -203,9 +203,9 @@ class Encoder:
         """
         prompt = example.prompt
         allowed = self._frame_controls(prompt.before, prompt.after)
-        if self._controls.count(ids) == allowed + self._controls.count(self._leading_ids):
+        if self._controls.count(ids) == allowed + self._controls.count(self.leading_ids):
             return ids
-        before, after = self._frame(prompt.before, prompt.after)
+        before, after = self.frame(prompt.before, prompt.after)
         rebuilt = self._controls.text_between(before, prompt.text, after, allowed=allowed)
         if rebuilt is None:
             raise ControlTokenError(
@@ -213,14 +213,14 @@ class Encoder:
                 f"{self.tokenizer.name_or_path!r}, which cannot take it as ordinary text: remove "
                 "it from the text."
             )
-        return [*self._leading_ids, *rebuilt]
+        return [*self.leading_ids, *rebuilt]
 
     @cached_property
     def _controls(self) -> ControlTokens:
         template = str(self.tokenizer.chat_template) if self.chat_template else ""
         return ControlTokens(self.tokenizer, template=template)
 
-    def _frame(self, before: str, after: str) -> tuple[str, str]:
+    def frame(self, before: str, after: str) -> tuple[str, str]:
         """What stands before and after the text in the prompt as the model sees it."""
         if not self.chat_template:
             return before, after
@@ -229,7 +229,7 @@ class Encoder:
 
     def _count_frame_controls(self, before: str, after: str) -> int:
         """Control tokens that a prompt has without its text."""
-        return sum(map(self._controls.count, self._bare(self._frame(before, after))))
+        return sum(map(self._controls.count, self._bare(self.frame(before, after))))
 
     @cached_property
     def end_token_id(self) -> int:

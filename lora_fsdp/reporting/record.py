@@ -15,6 +15,7 @@ from lora_fsdp.data.rows import TaskData
 from lora_fsdp.distributed.status import FsdpStatus
 from lora_fsdp.evaluation.comparison import answers_of
 from lora_fsdp.evaluation.report import write_json
+from lora_fsdp.modeling.folders import sha256_of_file
 from lora_fsdp.reporting.data_health import HELD_OUT, TRAINING, data_health
 from lora_fsdp.reporting.environment import environment, launch_command
 from lora_fsdp.reporting.run_files import DATA_HEALTH_FILE, RECORD_FILE
@@ -54,6 +55,8 @@ def record_start(
         "not_default": {group: _not_default(*given) for group, given in arguments.items()},
         **_facts(trainer, data),
         "prompt": _sample_prompt(trainer, data.held_out),
+        "asking": _asking(trainer, data),
+        "data_sha256": _digests(asked["data"]),
         "fsdp": asdict(status) | {"settings": settings},
     }
     write_json(folder / RECORD_FILE, record)
@@ -110,6 +113,38 @@ def _sample_prompt(trainer: LoraTrainer, held_out: Sequence[Example]) -> dict[st
         "chat_template": encoder.chat_template,
         "end_token_id": encoder.end_token_id,
         "longest_answer_tokens": max(answers, default=0),
+    }
+
+
+def _asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
+    """How the adapter is asked, to the token: for whoever asks it without this library."""
+    examples = [*data.train, *data.held_out]
+    encoded = [*trainer.train_dataset, *(trainer.eval_dataset or [])]
+    if not examples:
+        return None
+    encoder, prompt = trainer.encoder, examples[0].prompt
+    before, after = encoder.frame(prompt.before, prompt.after)
+    labels = [str(label) for label in data.task.labels or ()]
+    answers = dict(zip(labels, encoded[0].candidate_ids, strict=True)) if labels else None
+    return {
+        "before": before,
+        "after": after,
+        # Of a task whose instruction says something else in every row, the first is one of many.
+        "frames": len({(one.prompt.before, one.prompt.after) for one in examples}),
+        "leading_ids": encoder.leading_ids,
+        "answers": answers,
+        "end_token_id": encoder.end_token_id,
+        "max_length": encoder.max_length,
+    }
+
+
+def _digests(arguments: Any) -> dict[str, str]:
+    """SHA-256 of the files that the rows came from."""
+    named = {"data_file": arguments.data_file, "eval_file": arguments.eval_file}
+    return {
+        option: sha256_of_file(Path(name))
+        for option, name in named.items()
+        if name is not None and Path(name).is_file()
     }
 
 

@@ -22,6 +22,11 @@ def one_line(text: str, *, limit: int = 240) -> str:
     cut = len(line) > limit or len(text) > 4 * limit
     if cut:
         line = line[: limit - 1].rstrip() + "…"
+    return without_invisible(line)
+
+
+def without_invisible(line: str) -> str:
+    """`line` with control characters and those that turn the direction of text as escapes."""
     return "".join(
         letter
         if letter.isprintable() or letter in _HARMLESS

@@ -189,6 +189,8 @@ class DurableTrainer(Trainer):
 
     def _write_adapter(self, folder: Path, answers: list[list[float]], *, goes_to: Path) -> None:
         save_adapter(self.model, folder, trained=self.moves.done)
+        # PEFT's form with nothing filled in, which would take the place of a card with contents.
+        (folder / "README.md").unlink(missing_ok=True)
         self.processing_class.save_pretrained(folder)
         save_task(self.encoder, folder)
         write_json(folder / PROOF_FILE, self._proof(folder, answers, goes_to=goes_to).to_json())

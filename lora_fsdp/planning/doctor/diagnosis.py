@@ -15,6 +15,7 @@ from lora_fsdp.planning.doctor import (
     machine_rules,
     memory_rules,
     model_rules,
+    process_rules,
     training_rules,
     yaml_rules,
 )
@@ -26,7 +27,7 @@ from lora_fsdp.tasks import Task
 
 #: By subject, in the order in which a run would meet them.
 RULES: Mapping[str, Sequence[Rule]] = {
-    "Launch": yaml_rules.RULES,
+    "Launch": (*yaml_rules.RULES, *process_rules.RULES),
     "Training arguments": training_rules.RULES,
     "Model": model_rules.RULES,
     "Adapter": lora_rules.RULES,

@@ -1,4 +1,4 @@
-"""Rules over the accelerate YAML and the processes that it starts."""
+"""Rules over the accelerate YAML."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.commands.to_fsdp2 import ARGUMENT_KEY_MAPPING
 from accelerate.utils import DistributedType
 
-from lora_fsdp.distributed.launch import (
-    check_gpus_suffice,
-    check_sharding_has_ranks,
-    unsupported_settings,
-)
-from lora_fsdp.errors import Fsdp1ConfigError, LaunchError
+from lora_fsdp.distributed.launch import unsupported_settings
+from lora_fsdp.errors import Fsdp1ConfigError
 from lora_fsdp.planning.doctor.case import Case
 from lora_fsdp.planning.doctor.finding import Problem, Rule, Severity
 from lora_fsdp.planning.doctor.launching import as_launched
@@ -119,33 +115,6 @@ def _value_refused(case: Case) -> Iterator[Problem]:
         yield Problem(str(error))
 
 
-def _one_process(case: Case) -> Iterator[Problem]:
-    if case.fsdp.value is None or case.training.get("allow_fsdp_on_one_process"):
-        return
-    try:
-        check_sharding_has_ranks(case.launch.value.processes)
-    except LaunchError as error:
-        yield Problem(str(error))
-
-
-def _too_many_processes(case: Case) -> Iterator[Problem]:
-    if not case.gpus_used:
-        return
-    try:
-        check_gpus_suffice(case.launch.value.processes_here, len(case.machine.gpus))
-    except LaunchError as error:
-        yield Problem(str(error))
-
-
-def _use_cpu_missing(case: Case) -> Iterator[Problem]:
-    launch = case.launch.value
-    if launch.processes > 1 and not case.machine.gpus and not launch.use_cpu:
-        yield Problem(
-            f"The accelerate YAML starts {launch.processes} processes, and this machine has no "
-            "GPU. A run of this library joins them all the same; accelerate by itself would not."
-        )
-
-
 def _state_dict_type(case: Case) -> Iterator[Problem]:
     if case.fsdp.value is not None and "fsdp_state_dict_type" in _fsdp_keys(case):
         yield Problem(
@@ -226,27 +195,6 @@ RULES = (
         "parallelism-config",
         "A `parallelism_config` section.",
         "Remove it.",
-    ),
-    Rule(
-        "fsdp-on-one-process",
-        Severity.ERROR,
-        "An FSDP YAML, and one process, where nothing is sharded.",
-        "Use accelerate_configs/single.yaml, or raise --num_processes.",
-        _one_process,
-    ),
-    Rule(
-        "more-processes-than-gpus",
-        Severity.ERROR,
-        "More processes on this machine than it has GPUs.",
-        "Lower --num_processes, or set use_cpu: true for a rehearsal.",
-        _too_many_processes,
-    ),
-    Rule(
-        "use-cpu-missing",
-        Severity.NOTE,
-        "Several processes without a GPU, and no `use_cpu: true`.",
-        "Set use_cpu: true, or start from accelerate_configs/fsdp2_cpu.yaml.",
-        _use_cpu_missing,
     ),
     Rule(
         "fsdp-state-dict-type",

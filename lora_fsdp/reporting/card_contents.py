@@ -1,0 +1,169 @@
+"""What a model card says of an adapter, from the files that its run has left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented
+
+from lora_fsdp.evaluation.report import TUNED
+from lora_fsdp.reporting.run_files import RunFiles
+from lora_fsdp.reporting.texts import one_line, setting_text
+
+SAMPLE_TEXT = "Thanks for the quick response!"
+# As many as `lora-fsdp predict` has an answer of free text.
+_NEW_TOKENS = 20
+_SHOWN_METRICS = ("accuracy", "macro_f1", "exact_match", "loss")
+_LORA = {
+    "r": "LoRA rank (r)",
+    "lora_alpha": "LoRA alpha",
+    "lora_dropout": "LoRA dropout",
+    "target_modules": "adapted modules",
+    "use_rslora": "rank-stabilised scale",
+    "use_dora": "DoRA",
+    "bias": "trained biases",
+}
+
+
+def card_contents(
+    run: RunFiles, *, adapter: dict[str, Any], step: int | None, with_scores: bool
+) -> dict[str, Any]:
+    """Everything a card shows.
+
+    Args:
+        run: the run that the adapter is of.
+        adapter: the adapter's `adapter_config.json`.
+        step: of a checkpoint; `None` = the run's final adapter.
+        with_scores: whether the run's metrics are this adapter's.
+    """
+    record = run.record or {}
+    asking = record.get("asking") or {}
+    finished = with_scores and run.metrics is not None
+    model = (record.get("arguments") or {}).get("model") or {}
+    contents = {
+        "title": run.folder.name if step is None else f"{run.folder.name}, step {step}",
+        "task": record.get("task") or (run.task or {}).get("task") or "unknown",
+        "labels": run.labels,
+        "base": base_facts(adapter),
+        "lora": _lora(adapter),
+        "step": step,
+        "finished": finished,
+        "data": _data(run),
+        "held_out_rows": record.get("held_out_rows"),
+        "scores": run.metrics["metrics"] if finished and run.metrics else {},
+        "metrics": _metric_names(run) if finished else [],
+        "prompt": f"{asking['before']}{{text}}{asking['after']}" if asking else None,
+        "versions": _versions(record.get("environment") or {}),
+        "sample_text": SAMPLE_TEXT,
+    }
+    return contents | _asking(asking, trust_remote_code=bool(model.get("trust_remote_code")))
+
+
+def _asking(asking: dict[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
+    before = str(asking.get("before", ""))
+    return {
+        "before_lines": before.splitlines(keepends=True) or [""],
+        "after": str(asking.get("after", "")),
+        "frames": asking.get("frames", 1),
+        "leading_ids": [int(token) for token in asking.get("leading_ids", ())],
+        "answers": {
+            str(label): [int(token) for token in ids]
+            for label, ids in (asking.get("answers") or {}).items()
+        },
+        "end_token_id": int(asking.get("end_token_id", 0)),
+        "max_length": int(asking.get("max_length", 0)),
+        "max_new_tokens": _NEW_TOKENS,
+        "trust_remote_code": trust_remote_code,
+    }
+
+
+def base_facts(adapter: dict[str, Any]) -> dict[str, Any]:
+    """The base's name on the Hub, or its folder's name; never where on a machine that lies."""
+    name = str(adapter.get("base_model_name_or_path") or "unknown")
+    try:
+        validate_repo_id(name)
+        return {"name": name, "is_local": False}
+    except HFValidationError:
+        return {"name": Path(name).name or "unknown", "is_local": True}
+
+
+def card_header(contents: dict[str, Any], *, data_name: str) -> str:
+    """The card's metadata as YAML, with PEFT's keys and tags."""
+    base = one_line(contents["base"]["name"], limit=96)
+    tuned = contents["scores"].get(TUNED, {})
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="table",
+            dataset_name=one_line(data_name, limit=96),
+            metric_type=name,
+            metric_value=tuned[name],
+        )
+        for name in contents["metrics"]
+        if name in tuned
+    ]
+    data = ModelCardData(
+        base_model=base,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=[f"base_model:adapter:{base}", "lora", "lora-fsdp", "transformers"],
+        model_name=one_line(contents["title"], limit=96),
+        eval_results=results or None,
+    )
+    return str(data.to_yaml())
+
+
+def data_name(run: RunFiles) -> str:
+    """Name of the table, without where it lies."""
+    arguments = (run.record or {}).get("arguments") or {}
+    name = (arguments.get("data") or {}).get("data_file")
+    return Path(str(name)).name if name else "the task's own rows"
+
+
+def _data(run: RunFiles) -> dict[str, Any]:
+    record = run.record or {}
+    digests = record.get("data_sha256") or {}
+    arguments = (record.get("arguments") or {}).get("data") or {}
+    facts = {
+        "source": data_name(run),
+        "SHA-256 of the source": digests.get("data_file"),
+        "held-out source": Path(str(arguments["eval_file"])).name
+        if arguments.get("eval_file")
+        else None,
+        "SHA-256 of the held-out source": digests.get("eval_file"),
+        "training rows": record.get("training_rows"),
+        "held-out rows": record.get("held_out_rows"),
+        "rows left out": record.get("rows_left_out"),
+        "sample": f"{arguments['max_rows']} rows at random" if arguments.get("max_rows") else None,
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _lora(adapter: dict[str, Any]) -> dict[str, str]:
+    shown = {}
+    for key, name in _LORA.items():
+        value = adapter.get(key)
+        if value is None or value is False or value == "none":
+            continue
+        listed = sorted(map(str, value)) if isinstance(value, list) else None
+        shown[name] = ", ".join(listed) if listed is not None else setting_text(value)
+    return shown
+
+
+def _metric_names(run: RunFiles) -> list[str]:
+    """The metric that decides first."""
+    metrics = run.metrics or {}
+    tuned = metrics["metrics"][TUNED]
+    names = dict.fromkeys([str(metrics["primary_metric"]), *_SHOWN_METRICS])
+    return [name for name in names if name in tuned]
+
+
+def _versions(environment: dict[str, Any]) -> dict[str, str]:
+    if not environment:
+        return {}
+    packages = environment.get("packages") or {}
+    versions = {"lora_fsdp": environment.get("lora_fsdp"), "python": environment.get("python")}
+    return {name: str(version) for name, version in (versions | packages).items() if version}
