@@ -65,15 +65,7 @@ class OptionParser(TrlParser):
             ArgumentError: an unknown option or recipe key (the message suggests the nearest), a
                 value of the wrong kind, or a recipe that cannot be read.
         """
-        given = _separate_config(arguments)
-        if "--config" in given:
-            place = given.index("--config")
-            if place == len(given) - 1:
-                raise ArgumentError("--config needs the path of a recipe (a YAML file).")
-            known = self.option_names()
-            recipe = read_recipe(given[place + 1], options=known, others_allowed=shares_recipe)
-            # Before the command line's own, which come later and so win.
-            given = recipe + given[:place] + given[place + 2 :]
+        given = self._with_recipe(arguments, shares_recipe=shares_recipe)
         try:
             *parsed, unknown = self.parse_args_into_dataclasses(
                 given, return_remaining_strings=True
@@ -85,6 +77,38 @@ class OptionParser(TrlParser):
         if unknown:
             raise ArgumentError(unknown_options(unknown, self.option_names()))
         return parsed
+
+    def parse_values(self, arguments: Sequence[str]) -> list[dict[str, Any]]:
+        """As `parse`, but for each class the values of its fields instead of an object.
+
+        So what a class itself refuses (`FineTuningArguments` checks its values) can be looked at.
+
+        Raises:
+            ArgumentError: as `parse`, but for what the classes refuse.
+        """
+        given = self._with_recipe(arguments, shares_recipe=False)
+        namespace, unknown = self.parse_known_args(given)
+        if unknown:
+            raise ArgumentError(unknown_options(unknown, self.option_names()))
+        values = vars(namespace)
+        classes: Iterable[Any] = self.dataclass_types
+        return [
+            {field.name: values[field.name] for field in fields(cls) if field.init}
+            for cls in classes
+        ]
+
+    def _with_recipe(self, arguments: Sequence[str], *, shares_recipe: bool) -> list[str]:
+        """The arguments with those of their `--config` written out."""
+        given = _separate_config(arguments)
+        if "--config" in given:
+            place = given.index("--config")
+            if place == len(given) - 1:
+                raise ArgumentError("--config needs the path of a recipe (a YAML file).")
+            known = self.option_names()
+            recipe = read_recipe(given[place + 1], options=known, others_allowed=shares_recipe)
+            # Before the command line's own, which come later and so win.
+            given = recipe + given[:place] + given[place + 2 :]
+        return given
 
     def option_names(self) -> list[str]:
         """All options, without their dashes."""

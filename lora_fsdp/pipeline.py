@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -19,7 +19,6 @@ from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.outcome import on_first_rank
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
-from lora_fsdp.errors import OutputFolderError
 from lora_fsdp.evaluation.comparison import Comparison, compare, written_answers
 from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.modeling.adapters import lora_config
@@ -31,32 +30,13 @@ from lora_fsdp.reporting.model_card import WriteCards, remove_model_card, try_to
 from lora_fsdp.reporting.record import record_start
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
-from lora_fsdp.training.checkpoints import check_named_checkpoint, newest_whole_checkpoint
 from lora_fsdp.training.log_history import KeepLog
+from lora_fsdp.training.output_folder import check_output_folder, files_of
 from lora_fsdp.training.run_lock import hold_folder, release_folder
 from lora_fsdp.training.trainer import LoraTrainer
 from lora_fsdp.training.whole_folders import remove_leftovers
 
 logger = logging.getLogger(__name__)
-
-# What a run leaves in its folder and no other program does; nothing else is ever removed.
-_RUN_FILES = (
-    "checkpoint-*",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "confusion_matrix.png",
-    "diverged-step-*",
-    "manifest.json",
-    "metrics.json",
-    "predictions.csv",
-    "report.html",
-    "report.json",
-    "report_figures",
-    "proof.json",
-    "stalled",
-    "task.json",
-    "training_args.json",
-)
 
 
 @dataclass(frozen=True)
@@ -161,34 +141,14 @@ def _claim(folder: Path, arguments: FineTuningArguments) -> None:
     try:
         # What a process killed while writing leaves behind is nothing that could be lost.
         remove_leftovers(folder)
-        left = _found(folder, _RUN_FILES)
-        resume = cast(str | bool | None, arguments.resume_from_checkpoint)
-        if isinstance(resume, str):
-            check_named_checkpoint(Path(resume))
-            elsewhere = Path(resume).absolute().parent != folder.absolute()
-            if left and elsewhere and not arguments.overwrite_output_dir:
-                raise OutputFolderError(
-                    f"{folder} already holds another run than {resume} is of: choose another "
-                    "--output_dir, or replace it with --overwrite_output_dir true."
-                )
-        elif resume:
-            newest_whole_checkpoint(folder)
-        elif left and not arguments.overwrite_output_dir:
-            raise OutputFolderError(
-                f"{folder} already holds a run: choose another --output_dir, continue it with "
-                "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true."
-            )
-        else:
-            for path in [*left, *_found(folder, RECORD_FILES)]:
+        replaced = check_output_folder(folder, arguments)
+        if not arguments.resume_from_checkpoint:
+            for path in [*replaced, *files_of(folder, RECORD_FILES)]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             remove_model_card(folder)
     except BaseException:
         release_folder(folder)
         raise
-
-
-def _found(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:

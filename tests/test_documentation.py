@@ -33,6 +33,7 @@ RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 OF_OTHERS = {
     "--nproc_per_node",  # torchrun
     "--no-deps",  # pip
+    *("--shm-size", "--ipc"),  # docker
     "--exclude",  # tar
     "--strict",  # mkdocs
     *("--arms", "--examples", "--model"),  # benchmarks.throughput

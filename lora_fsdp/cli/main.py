@@ -21,6 +21,7 @@ MODULES = (
     "download",
     "tasks",
     "plan",
+    "doctor",
     "train",
     "evaluate",
     "predict",
@@ -57,6 +58,7 @@ exit codes:
   2    wrong input; the message says what to change
   3    verify: a check failed
   4    a server was not reached, or the connection broke off
+  5    doctor: there are errors
   75   train: stopped on request, with a checkpoint
   130  interrupted with Ctrl-C
 """

@@ -111,7 +111,9 @@ def check(options: CheckOptions, data_args: DataArguments) -> int:
     if options.json:
         rows = [_row_facts(example, tokens) for example, tokens in shown]
         facts = {
-            name: getattr(found, name) for name in found.__dataclass_fields__ if name != "task"
+            name: getattr(found, name)
+            for name in (*found.__dataclass_fields__, "warnings")
+            if name not in ("task", "concerns")
         }
         print_json({"task": data.task.name, **data.task.options(), **facts, "rows": rows})
         return 0

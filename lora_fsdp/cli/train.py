@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
@@ -107,17 +108,23 @@ def launch_command_line(options: LaunchOptions, arguments: Sequence[str]) -> lis
     """The arguments of `accelerate launch`."""
     from torch.cuda import device_count
 
-    name = options.accelerate_config or suggested_config(device_count())
-    command = ["--config_file", str(find_config(name))]
-    processes = options.num_processes
-    if processes is None and options.accelerate_config is None and device_count() > 1:
-        processes = device_count()
+    config, processes = launched_config(options, gpus=device_count())
+    command = ["--config_file", str(config)]
     if processes is not None:
         command += ["--num_processes", str(processes)]
     # The usual port may be taken by another run on this machine.
     port = options.main_process_port
     command += ["--main_process_port", str(0 if port is None else port)]
     return [*command, "--module", _MODULE, *arguments]
+
+
+def launched_config(options: LaunchOptions, *, gpus: int) -> tuple[Path, int | None]:
+    """The accelerate YAML, and the number of processes where it is not the YAML's own."""
+    config = find_config(options.accelerate_config or suggested_config(gpus))
+    processes = options.num_processes
+    if processes is None and options.accelerate_config is None and gpus > 1:
+        processes = gpus
+    return config, processes
 
 
 def _launch(command: Sequence[str]) -> int:

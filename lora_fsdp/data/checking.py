@@ -28,7 +28,7 @@ class TaskCheck:
         repeated: rows whose text occurs in another row as well.
         contradicting: texts that occur with more than one answer.
         shortened: rows whose text does not fit; `None` without a tokenizer.
-        warnings: what may spoil the result, a sentence each.
+        concerns: what may spoil the result, a sentence each, by what it is about.
     """
 
     task: Task
@@ -39,7 +39,12 @@ class TaskCheck:
     repeated: int
     contradicting: int
     shortened: int | None
-    warnings: Sequence[str]
+    concerns: Mapping[str, str]
+
+    @property
+    def warnings(self) -> list[str]:
+        """The sentences of `concerns`."""
+        return list(self.concerns.values())
 
 
 def check_task_data(data: TaskData, encoded: Sequence[EncodedExample] | None) -> TaskCheck:
@@ -65,7 +70,7 @@ def check_task_data(data: TaskData, encoded: Sequence[EncodedExample] | None) ->
         repeated=sum(len(targets) for targets in answers.values() if len(targets) > 1),
         contradicting=contradicting,
         shortened=shortened,
-        warnings=_warnings(balance, contradicting, shortened, rows=len(examples)),
+        concerns=_concerns(balance, contradicting, shortened, rows=len(examples)),
     )
 
 
@@ -78,27 +83,29 @@ def _balance(data: TaskData) -> dict[str, tuple[int, int]]:
     return {label: (train[target], held_out[target]) for label, target in targets.items()}
 
 
-def _warnings(
+def _concerns(
     balance: Mapping[str, tuple[int, int]], contradicting: int, shortened: int | None, *, rows: int
-) -> list[str]:
-    found = []
+) -> dict[str, str]:
+    found = {}
     if few := [label for label, (train, _) in balance.items() if train < _FEW_ROWS]:
-        found.append(f"Fewer than {_FEW_ROWS} training rows: {_listed(few)}.")
+        found["few-rows-of-a-label"] = f"Fewer than {_FEW_ROWS} training rows: {_listed(few)}."
     if unseen := [label for label, (_, held_out) in balance.items() if held_out == 0]:
-        found.append(f"No held-out row, so no score means anything: {_listed(unseen)}.")
+        found["label-not-held-out"] = (
+            f"No held-out row, so no score means anything: {_listed(unseen)}."
+        )
     totals = [sum(counts) for counts in balance.values()]
     if totals and max(totals) > _SKEWED * max(min(totals), 1):
-        found.append(
+        found["labels-skewed"] = (
             f"The commonest label has {max(totals)} rows and the rarest {min(totals)}: judge by "
             "macro_f1, not by accuracy."
         )
     folded = Counter(" ".join(label.casefold().split()) for label in balance)
     if alike := [label for label in balance if folded[" ".join(label.casefold().split())] > 1]:
-        found.append(f"Labels that differ in case or blanks only: {_listed(alike)}.")
+        found["labels-alike"] = f"Labels that differ in case or blanks only: {_listed(alike)}."
     if contradicting:
-        found.append(f"{contradicting} texts occur with more than one answer.")
+        found["answers-contradict"] = f"{contradicting} texts occur with more than one answer."
     if shortened and shortened > rows / 20:
-        found.append(
+        found["rows-shortened"] = (
             f"{shortened} of {rows} rows are shortened to --max_length: raise it if the end of a "
             "text matters."
         )

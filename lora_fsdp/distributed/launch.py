@@ -74,14 +74,9 @@ def read_fsdp_settings() -> FsdpSettings | None:
             "The accelerate YAML asks for FSDP1, whose flat parameters cannot mix a frozen base "
             f"with a trained adapter. The FSDP2 equivalent:\n\n{_fsdp2_equivalent()}"
         )
-    try:
-        plugin = FullyShardedDataParallelPlugin()
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise FsdpSettingError(
-            f"accelerate refuses a value in the YAML's fsdp_config: {error}. Compare it with "
-            "accelerate_configs/fsdp2.yaml."
-        ) from error
-    _refuse_unsupported(plugin)
+    plugin = read_plugin()
+    for reason in unsupported_settings(plugin).values():
+        raise FsdpSettingError(reason)
     names = plugin.transformer_cls_names_to_wrap
     return FsdpSettings(
         reshard_after_forward=bool(plugin.reshard_after_forward),
@@ -90,6 +85,21 @@ def read_fsdp_settings() -> FsdpSettings | None:
         layer_classes=tuple(names) if names else None,
         wrap_layers=plugin.auto_wrap_policy is not None,
     )
+
+
+def read_plugin() -> FullyShardedDataParallelPlugin:
+    """accelerate's own reading of the FSDP settings in the environment.
+
+    Raises:
+        FsdpSettingError: it refuses a value.
+    """
+    try:
+        return FullyShardedDataParallelPlugin()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FsdpSettingError(
+            f"accelerate refuses a value in the YAML's fsdp_config: {error}. Compare it with "
+            "accelerate_configs/fsdp2.yaml."
+        ) from error
 
 
 def check_launch(
@@ -109,25 +119,45 @@ def check_launch(
             f"{arguments.world_size}): each would train its own adapter. Without GPUs start from "
             "accelerate_configs/fsdp2_cpu.yaml."
         )
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if arguments.device.type == "cuda" and local > torch.cuda.device_count():
-        raise LaunchError(
-            f"{local} processes for {torch.cuda.device_count()} GPU(s) on this machine: start "
-            f"accelerate launch with --num_processes {torch.cuda.device_count()}."
-        )
+    if arguments.device.type == "cuda":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        check_gpus_suffice(local, torch.cuda.device_count())
     if settings is None:
         return
-    if arguments.world_size == 1 and not allow_one_process:
-        raise FsdpOnOneProcessError(
-            "The accelerate YAML asks for FSDP, but there is one process, where it shards "
-            "nothing: use accelerate_configs/single.yaml, raise --num_processes, or pass "
-            "--allow_fsdp_on_one_process true."
-        )
+    if not allow_one_process:
+        check_sharding_has_ranks(arguments.world_size)
     if arguments.device.type == "cpu" and arguments.process_index == 0:
         logger.warning(
             "Rehearsal: FSDP2 really shards over %d CPU processes (gloo), for correctness and not "
             "for speed.",
             arguments.world_size,
+        )
+
+
+def check_gpus_suffice(processes: int, gpus: int) -> None:
+    """Refuse more processes than GPUs on a machine.
+
+    Raises:
+        LaunchError: there are more.
+    """
+    if processes > gpus:
+        raise LaunchError(
+            f"{processes} processes for {gpus} GPU(s) on this machine: start accelerate launch "
+            f"with --num_processes {gpus}."
+        )
+
+
+def check_sharding_has_ranks(world_size: int) -> None:
+    """Refuse FSDP over one process.
+
+    Raises:
+        FsdpOnOneProcessError: there is one.
+    """
+    if world_size == 1:
+        raise FsdpOnOneProcessError(
+            "The accelerate YAML asks for FSDP, but there is one process, where it shards "
+            "nothing: use accelerate_configs/single.yaml, raise --num_processes, or pass "
+            "--allow_fsdp_on_one_process true."
         )
 
 
@@ -168,29 +198,32 @@ def launch_fingerprint() -> str:
     return str(sorted({**settings, "ACCELERATE_USE_FSDP": str(fsdp_requested())}.items()))
 
 
-def _refuse_unsupported(plugin: FullyShardedDataParallelPlugin) -> None:
+def unsupported_settings(plugin: FullyShardedDataParallelPlugin) -> dict[str, str]:
+    """For each key of the YAML whose value cannot work here: what is wrong, and what to do."""
+    found = {}
     if plugin.cpu_ram_efficient_loading:
-        raise FsdpSettingError(
+        found["fsdp_cpu_ram_efficient_loading"] = (
             "fsdp_cpu_ram_efficient_loading: true cannot work with a replicated adapter: set it to "
             "false."
         )
     if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
-        raise FsdpSettingError(
+        found["fsdp_auto_wrap_policy"] = (
             "fsdp_auto_wrap_policy: SIZE_BASED_WRAP would cut through layers: set it to "
             "TRANSFORMER_BASED_WRAP."
         )
     if plugin.ignored_modules:
-        raise FsdpSettingError(
+        found["fsdp_ignored_modules"] = (
             "fsdp_ignored_modules is set by this library (the adapter): remove it from the YAML."
         )
     if plugin.activation_checkpointing_offload:
-        raise FsdpSettingError(
+        found["fsdp_activation_checkpointing_offload"] = (
             "fsdp_activation_checkpointing_offload is not supported: set it to false."
         )
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
-        raise FsdpSettingError(
+        found["parallelism_config"] = (
             "parallelism_config is not supported: remove it; the base is sharded over all ranks."
         )
+    return found
 
 
 def _fsdp2_equivalent() -> str:

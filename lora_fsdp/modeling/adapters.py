@@ -24,6 +24,9 @@ from lora_fsdp.modeling.adapter_folders import (
     zero_lora_b,
 )
 
+# What PEFT takes in any type, to fail when it computes with it.
+_NUMBERS = ("r", "lora_alpha", "lora_dropout")
+
 
 def lora_config(arguments: LoraArguments, *, revision: str | None = None) -> LoraConfig:
     """The `peft.LoraConfig` that the arguments describe.
@@ -45,9 +48,14 @@ def lora_config(arguments: LoraArguments, *, revision: str | None = None) -> Lor
     }
     extra = arguments.lora_kwargs or {}
     try:
-        return LoraConfig(**{**settings, **extra})  # type: ignore[dict-item]
+        config = LoraConfig(**{**settings, **extra})  # type: ignore[dict-item]
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"peft.LoraConfig refuses lora_kwargs {extra}: {error}") from error
+    for name in _NUMBERS:
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ArgumentError(f"lora_kwargs: {name} must be a number, not {value!r}.")
+    return config
 
 
 def attach_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -170,7 +178,13 @@ def _check_targets(base: PreTrainedModel, config: LoraConfig) -> None:
     if targets == "all-linear" or targets is None:
         return
     if isinstance(targets, str):  # to PEFT a plain string is a regular expression
-        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        try:
+            missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        except re.error as error:
+            raise TargetModulesError(
+                f"LoRA target_modules {targets!r} is no regular expression ({error}), as which "
+                "PEFT takes a plain string: give a list of names."
+            ) from error
     else:
         missing = [t for t in sorted(targets) if not any(f".{n}".endswith(f".{t}") for n in names)]
     if missing:

@@ -126,8 +126,13 @@ def _listed_tensors(folder: Path) -> dict[str, str]:
     return listed
 
 
-def base_folder(name: str, *, revision: str = "main") -> Path:
+def base_folder(name: str, *, revision: str = "main", with_weights: bool = True) -> Path:
     """The model's folder; a Hub name is downloaded, or taken from the cache.
+
+    Args:
+        name: a folder or a Hub name.
+        revision: on the Hub.
+        with_weights: download the weights too, and not only what describes them.
 
     Raises:
         ModelNotFoundError: there is no such folder or model.
@@ -136,7 +141,8 @@ def base_folder(name: str, *, revision: str = "main") -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_DOWNLOADED))
+        patterns = _DOWNLOADED if with_weights else _DOWNLOADED[1:]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelNotFoundError(
             f"There is no model folder {folder.absolute()}, and the Hub gives no model {name!r}: "

@@ -117,12 +117,14 @@ def place_for_training(
     """
     base, device = base_model(model), args.device
     layers = layers_to_shard(base, names=settings.layer_classes if settings else None)
-    fused = _why_not_fused(model, args, autocast=autocast) or fuse_layers(base.base_model, layers)
+    fused = why_run_not_fused(model, args, autocast=autocast) or fuse_layers(
+        base.base_model, layers
+    )
     if args.step == "fused" and isinstance(fused, str):
         raise ArgumentError(f"--step fused: {fused}. Use --step auto.")
     is_fused = not isinstance(fused, str)
     shape = _shape(model, fuse=is_fused) if device.type == "cuda" else None
-    recomputed = _recomputes(args, settings)
+    recomputed = recomputes(args, settings)
     work = work or _NO_WORK
     longest = max(longest_example, args.max_tokens_per_row or USUAL_ROW)
     residency = plan_residency(
@@ -195,7 +197,8 @@ def build_step(
     return kind(model, computation=computation, adapter=adapter, device=device, autocast=autocast)
 
 
-def _why_not_fused(model: PeftModel, args: FineTuningArguments, *, autocast: bool) -> str | None:
+def why_run_not_fused(model: PeftModel, args: FineTuningArguments, *, autocast: bool) -> str | None:
+    """Why the model's own layers are to compute, in words; `None` = fused ones may."""
     config = base_model(model).config
     if args.step in ("eager", "compiled"):
         return f"--step {args.step}"
@@ -242,12 +245,12 @@ def _why_not_captured(
         return "CUDA graphs need a GPU"
     if not residency.is_whole:
         return "layers are gathered within the step"
-    if _recomputes(args, settings):
+    if recomputes(args, settings):
         return "activations are recomputed"
     return None
 
 
-def _recomputes(args: FineTuningArguments, settings: FsdpSettings | None) -> bool:
+def recomputes(args: FineTuningArguments, settings: FsdpSettings | None) -> bool:
     """Whether activations are recomputed in backward."""
     return args.gradient_checkpointing or bool(settings and settings.activation_checkpointing)
 

@@ -66,6 +66,21 @@ def release_folder(folder: Path) -> None:
             (folder.absolute() / LOCK_FILE).unlink()
 
 
+def holder_of(folder: Path) -> str | None:
+    """The other run that writes into the folder now, in words; nothing is made or removed."""
+    file = folder.absolute() / LOCK_FILE
+    if folder.absolute() in _held or not file.is_file():
+        return None
+    try:
+        with file.open("r") as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(file)
+    except OSError:  # not readable, or a file system without locks
+        return None
+    return None
+
+
 @contextmanager
 def run_lock(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
     """Hold the output folder; nothing is done where this process holds it already."""

@@ -26,11 +26,29 @@ def check_arguments(
     Raises:
         ArgumentError: names the keys and what to do.
     """
+    check_checkpointing(args, settings)
+    check_row_length(args, max_length=max_length)
+
+
+def check_checkpointing(args: FineTuningArguments, settings: FsdpSettings | None) -> None:
+    """Refuse to recompute activations twice.
+
+    Raises:
+        ArgumentError: names both keys.
+    """
     if args.gradient_checkpointing and settings is not None and settings.activation_checkpointing:
         raise ArgumentError(
             "Both --gradient_checkpointing and the YAML's fsdp_activation_checkpointing are set, "
             "which would recompute everything twice: keep one."
         )
+
+
+def check_row_length(args: FineTuningArguments, *, max_length: int) -> None:
+    """Refuse rows too short for an example.
+
+    Raises:
+        ArgumentError: names both lengths.
+    """
     if args.max_tokens_per_row is not None and args.max_tokens_per_row < max_length:
         raise ArgumentError(
             f"--max_tokens_per_row {args.max_tokens_per_row} is less than --max_length "

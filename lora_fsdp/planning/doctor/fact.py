@@ -1,0 +1,43 @@
+"""Facts of a case: each is worked out once, and may turn out to be an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from lora_fsdp.errors import LoraFsdpError
+
+T = TypeVar("T")
+
+
+class UnknownFactError(Exception):
+    """A fact that cannot be worked out; the rule that owns it says why."""
+
+
+class Fact(Generic[T]):
+    """The result of `find`, or the error of this library that it raised.
+
+    Attributes:
+        error: what `find` raised; `None` if it returned, or if a fact that it needs is unknown.
+    """
+
+    def __init__(self, find: Callable[[], T]) -> None:
+        self.error: LoraFsdpError | None = None
+        self._found: list[T] = []
+        try:
+            self._found.append(find())
+        except UnknownFactError:
+            return
+        except LoraFsdpError as error:
+            self.error = error
+
+    @property
+    def value(self) -> T:
+        """The result.
+
+        Raises:
+            UnknownFactError: there is none.
+        """
+        if not self._found:
+            raise UnknownFactError
+        return self._found[0]

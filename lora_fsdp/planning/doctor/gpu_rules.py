@@ -1,0 +1,96 @@
+"""Whether a run fits the GPUs, by the plan's own count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lora_fsdp.data.workload import longest_example
+from lora_fsdp.distributed.memory import (
+    USUAL_ROW,
+    DeviceMemory,
+    Placement,
+    device_memory,
+    largest_row,
+)
+from lora_fsdp.errors import ModelError
+from lora_fsdp.modeling.loading import resolve_dtype
+from lora_fsdp.modeling.shape import build_on_meta, shape_of
+from lora_fsdp.planning.doctor.case import Case
+from lora_fsdp.planning.doctor.fact import UnknownFactError
+from lora_fsdp.planning.doctor.finding import Problem, Rule, Severity
+from lora_fsdp.planning.doctor.numbers import impossible_numbers
+from lora_fsdp.training.placement import recomputes, why_run_not_fused
+from lora_fsdp.training.setup import shares_prefix, work_of_run
+
+_GB = 1e9
+
+
+def least_device_memory(case: Case) -> DeviceMemory:
+    """What the run takes of each GPU where it keeps no more layers whole than it was told to.
+
+    Raises:
+        UnknownFactError: the base is not in bfloat16, which is what the plan counts in, or nothing
+            can be trained.
+    """
+    arguments, settings, model = case.arguments.value, case.fsdp.value, case.adapted.value
+    dtype = resolve_dtype(case.model_args.dtype, device=case.device)
+    if dtype != torch.bfloat16 or any(impossible_numbers(arguments)):
+        raise UnknownFactError
+    encoded, trained = case.encoded.value, len(case.sample.value.train)
+    work = work_of_run(
+        arguments,
+        encoded[:trained],
+        encoded[trained:],
+        share_prefix=shares_prefix(arguments, model),
+    )
+    if work is None:
+        raise UnknownFactError
+    autocast = arguments.mixed_precision != "no"
+    fuse = why_run_not_fused(model, arguments, autocast=autocast) is None
+    try:
+        shape = shape_of(build_on_meta(case.skeleton.value.config), case.lora.value, fuse=fuse)
+    except ModelError as error:  # other rules say what is wrong with the model
+        raise UnknownFactError from error
+    whole = shape.layers if settings is None else 0
+    if settings is not None and arguments.resident_layers not in ("auto", "none"):
+        named = arguments.resident_layers
+        whole = min(shape.layers, int(named)) if named.isdecimal() else shape.layers
+    placement = Placement(
+        ranks=case.launch.value.processes,
+        resident_layers=whole,
+        kept_until_backward=bool(settings and not settings.reshard_after_forward),
+        offloaded=bool(settings and settings.offload),
+        recomputed=recomputes(arguments, settings),
+    )
+    longest = max(longest_example(encoded), arguments.max_tokens_per_row or USUAL_ROW)
+    return device_memory(shape, placement, largest_row(work, longest))
+
+
+def _gpu_memory(case: Case) -> Iterator[Problem]:
+    if not case.gpus_used:
+        return
+    used = case.machine.gpus[: case.launch.value.processes_here]
+    smallest = min(used, key=lambda gpu: gpu.free)
+    needed = least_device_memory(case)
+    # The context is on the GPU when free memory is read, and so is not in it.
+    if needed.allocated > smallest.free:
+        base = needed.base_shard + needed.resident + needed.in_flight + needed.communication
+        yield Problem(
+            f"The run takes {needed.allocated / _GB:.1f} GB of each GPU ({base / _GB:.1f} GB for "
+            f"the base, {needed.activations / _GB:.1f} GB for activations), and {smallest.name} "
+            f"has {smallest.free / _GB:.1f} GB free."
+        )
+
+
+RULES = (
+    Rule(
+        "gpu-memory-too-small",
+        Severity.ERROR,
+        "The run does not fit the GPUs, by the count that `lora-fsdp plan` makes.",
+        "Ask lora-fsdp plan: FSDP over more GPUs, fsdp_activation_checkpointing, "
+        "fsdp_offload_params or a smaller --max_tokens_per_row take less.",
+        _gpu_memory,
+    ),
+)

@@ -1,0 +1,125 @@
+"""What `accelerate launch` makes of a YAML, worked out by accelerate itself; nothing is started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import clear_environment
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+from lora_fsdp.errors import LaunchError
+
+# Who has them is a rank of a launch, and would join the others.
+_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OF_MPI = ("PMI_", "OMPI_COMM_", "MV2_COMM_", "TORCHELASTIC_")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes that a launch would start.
+
+    Attributes:
+        environment: what each would find in its environment, but for its rank.
+        processes: their number, on all machines together.
+        machines: how many machines.
+        use_cpu: whether GPUs are left alone.
+    """
+
+    environment: Mapping[str, str]
+    processes: int
+    machines: int
+    use_cpu: bool
+
+    @property
+    def processes_here(self) -> int:
+        """Processes on each machine."""
+        return max(1, self.processes // max(1, self.machines))
+
+
+def read_launch_yaml(file: Path) -> dict[str, Any]:
+    """The YAML as it is written.
+
+    Raises:
+        LaunchError: it is no YAML, or no mapping.
+    """
+    try:
+        contents = yaml.safe_load(file.read_bytes())
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise LaunchError(f"The accelerate YAML {file} cannot be read: {reason}") from error
+    if not isinstance(contents, dict):
+        raise LaunchError(f"The accelerate YAML {file} must hold settings (key: value).")
+    return contents
+
+
+def read_launch(file: Path, *, processes: int | None) -> Launch:
+    """What `accelerate launch --config_file` would start.
+
+    Args:
+        file: the YAML.
+        processes: `--num_processes`, if that is given.
+
+    Raises:
+        LaunchError: accelerate refuses the YAML.
+    """
+    # Port 0 = any free one, so that none is asked for whether it is in use.
+    words = ["--config_file", str(file), "--main_process_port", "0"]
+    if processes is not None:
+        words += ["--num_processes", str(processes)]
+    with _environment(_without_ranks()):
+        try:
+            asked, _, _ = _validate_launch_command(
+                launch_command_parser().parse_args([*words, "--module", "training"])
+            )
+            joined = (asked.use_fsdp or asked.multi_gpu or asked.use_megatron_lm) and not asked.cpu
+            environment = (
+                prepare_multi_gpu_env(asked)
+                if joined
+                else prepare_simple_launcher_cmd_env(asked)[1]
+            )
+            return Launch(
+                environment=dict(environment),
+                processes=int(asked.num_processes or 1) if joined else 1,
+                machines=int(asked.num_machines or 1),
+                use_cpu=bool(asked.cpu or asked.use_cpu),
+            )
+        except (
+            AssertionError,  # how accelerate refuses an address that is missing
+            AttributeError,
+            LookupError,
+            OSError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            reason = " ".join(str(error).split())[:500] or type(error).__name__
+            raise LaunchError(f"accelerate refuses {file}: {reason}") from error
+
+
+@contextmanager
+def as_launched(launch: Launch) -> Iterator[None]:
+    """The environment of a process of the launch, without a rank."""
+    with _environment(launch.environment):
+        yield
+
+
+def _without_ranks() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _OF_RANKS and not name.startswith(_OF_MPI)
+    }
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    with clear_environment():
+        os.environ.update(variables)
+        yield
