@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,15 @@ class BaseWeights:
     def reader(self, name: str) -> Callable[[tuple[slice, ...]], torch.Tensor]:
         """Reads parts of a tensor."""
         return self._file(self.tensors[name].file).get_slice(name).__getitem__
+
+    def first_values(self, name: str, count: int) -> torch.Tensor:
+        """The first `count` values of a tensor, flat."""
+        shape = self.tensors[name].shape
+        if not shape:
+            return self.read(name).flatten()
+        rows = min(shape[0], -(-count // max(1, prod(shape[1:]))))
+        part = self.reader(name)((slice(0, rows), *(slice(0, size) for size in shape[1:])))
+        return part.flatten()[:count]
 
 
 def _listed_tensors(folder: Path) -> dict[str, str]:

@@ -25,6 +25,7 @@ from lora_fsdp.errors import ArgumentError
 from lora_fsdp.modeling.adapters import base_model, trainable_parameters
 from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers
 from lora_fsdp.modeling.label_head import RowComputation, head_can_be_chunked
+from lora_fsdp.modeling.streaming import StoredBase
 from lora_fsdp.training.step import CapturedStep, EagerStep
 
 #: Seconds of training from which on compiling the layers (some 10 to 60 s) is worth it.
@@ -70,23 +71,27 @@ def place_for_training(
     autocast: bool,
     longest_example: int,
     training_tokens: int,
+    stored: StoredBase | None = None,
 ) -> TrainingPlan:
     """Choose, then fuse the layers and put the model in place accordingly.
 
     A collective call. Layers are fused before they are sharded, and compared with the originals
-    where the weights lie now.
+    where the weights lie now, or on a copy of one layer if they have not been read yet.
 
     Args:
-        model: base and adapter, in host memory.
+        model: base and adapter, in host memory; the base perhaps without its weights.
         args: the run's arguments.
         settings: the YAML's FSDP settings.
         autocast: whether the forward runs under autocast.
         longest_example: in tokens.
         training_tokens: tokens of the whole run on this rank, about.
+        stored: where the base's weights are to be read from, if they have not been.
     """
     base, device = base_model(model), args.device
     layers = layers_to_shard(base, names=settings.layer_classes if settings else None)
-    fused = _why_not_fused(model, args, autocast=autocast) or fuse_layers(base.base_model, layers)
+    fused = _why_not_fused(model, args, autocast=autocast) or fuse_layers(
+        base.base_model, layers, filled_copy=stored.filled_copy if stored else None
+    )
     if args.step == "fused" and isinstance(fused, str):
         raise ArgumentError(f"--step fused: {fused}. Use --step auto.")
     # At a third of what an H100 can do.
@@ -108,7 +113,12 @@ def place_for_training(
         needed_besides=memory.besides(max(longest_example, args.max_tokens_per_row or USUAL_ROW)),
     )
     resident = place_model(
-        model, settings=settings, residency=residency, device=device, world_size=args.world_size
+        model,
+        settings=settings,
+        residency=residency,
+        device=device,
+        world_size=args.world_size,
+        stored=stored,
     )
     check_placement(model, resident=resident)
     step, reason = _choose_step(args, residency, fused=fused, settings=settings, seconds=seconds)

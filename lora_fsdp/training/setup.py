@@ -14,6 +14,7 @@ from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.distributed.launch import FsdpSettings, launch_fingerprint
 from lora_fsdp.errors import ArgumentError, IncompleteTaskError
 from lora_fsdp.modeling.adapters import base_model, trainable_parameters
+from lora_fsdp.modeling.streaming import StoredBase
 from lora_fsdp.tasks import Task
 
 
@@ -114,8 +115,12 @@ def run_fingerprints(
     *,
     train: Sequence[EncodedExample],
     held_out: Sequence[EncodedExample],
+    stored: StoredBase | None = None,
 ) -> Mapping[str, str]:
-    """What must be the same on every rank, by name; to be taken before the model is sharded."""
+    """What must be the same on every rank, by name; to be taken before the model is sharded.
+
+    `stored` is where the base's weights are, if the model has not got them yet.
+    """
     adapter = {name: list(p.shape) for name, p in trainable_parameters(model).items()}
     settings = model.peft_config[str(model.active_adapter)].to_dict()
     arguments = {f"--{k}": str(v) for k, v in args.to_dict().items() if k not in _OF_ONE_RANK}
@@ -127,7 +132,7 @@ def run_fingerprints(
         "the held-out examples (SHA-256)": _digest_examples(held_out),
         "the adapter's modules (SHA-256)": _digest(adapter),
         "the LoRA settings": str(sorted((k, _ordered(v)) for k, v in settings.items())),
-        "the base model (SHA-256 of a sample)": _digest_base(model),
+        "the base model (SHA-256 of a sample)": _digest_base(model, stored),
         **arguments,
     }
 
@@ -143,10 +148,20 @@ def _digest_examples(examples: Sequence[EncodedExample]) -> str:
     return _digest([tokens, list(candidates.values())])
 
 
-def _digest_base(model: PeftModel) -> str:
-    """Of the first values of every frozen parameter: a whole 7B would take a minute."""
+def _digest_base(model: PeftModel, stored: StoredBase | None) -> str:
+    """Of the first values of every frozen parameter: a whole 7B would take a minute.
+
+    The same whether they have been read or not.
+    """
+    if stored is not None:
+        return _digest([*stored.first_values(8), *_quantization(model)])
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     return _digest([parameter.flatten()[:8].float().tolist() for parameter in frozen])
+
+
+def _quantization(model: PeftModel) -> list[str]:
+    config = getattr(base_model(model).config, "quantization_config", None)
+    return [] if config is None else [str(config)]
 
 
 def _digest(value: object) -> str:
