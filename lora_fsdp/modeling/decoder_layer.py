@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_fsdp.modeling.attention import attend
 from lora_fsdp.modeling.fused_functions import (
@@ -133,10 +134,25 @@ class FusedLayer:
             )
             return result
         cosine, sine = (table[0] for table in position_embeddings)
-        output = self.compute(hidden_states[0], attention_mask, cosine, sine)  # type: ignore[arg-type]
+        compute = partial(self.compute, mask=attention_mask, cosine=cosine, sine=sine)  # type: ignore[arg-type]
+        layer = self.layer
+        if isinstance(layer, GradientCheckpointingLayer) and self._must_recompute():
+            output = layer._gradient_checkpointing_func(compute, hidden_states[0])  # type: ignore[operator]
+        else:
+            output = compute(hidden_states[0])
         # Not a view to autograd, of which FSDP warns: nothing else holds `output`.
         batch: torch.Tensor = torch.ops.aten._unsafe_view(output, [1, *output.shape])
         return batch
+
+    def _must_recompute(self) -> bool:
+        """Whether activations are to be recomputed in backward, and nobody else sees to it.
+
+        transformers does so in the layer's `forward`, which this stands for; older versions in
+        `__call__`, where it still happens.
+        """
+        if not (self.layer.gradient_checkpointing and self.layer.training):
+            return False
+        return type(self.layer).__call__ is nn.Module.__call__
 
     def compute(
         self,
