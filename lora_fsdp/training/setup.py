@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
+import torch
 from peft import PeftModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample
@@ -84,11 +88,14 @@ def shares_prefix(args: FineTuningArguments, model: PeftModel) -> bool:
     return args.share_prefix == "always"
 
 
-def enable_checkpointing(model: PeftModel, settings: FsdpSettings | None) -> None:
+def enable_checkpointing(
+    model: PeftModel, settings: FsdpSettings | None, *, device: torch.device
+) -> None:
     """Recompute activations layer by layer if the YAML asks for it.
 
     By transformers' own switch and not by wrapper modules, which would rename the adapter's
-    parameters; `--gradient_checkpointing` is switched on by the Trainer itself.
+    parameters; `--gradient_checkpointing` is switched on by the Trainer itself. Offloaded, what a
+    layer's recomputing starts from (its input) waits in host memory from forward to backward.
     """
     if settings is None or not settings.activation_checkpointing:
         return
@@ -96,6 +103,23 @@ def enable_checkpointing(model: PeftModel, settings: FsdpSettings | None) -> Non
     # transformers < 5.20 knows the switch by its old name only.
     enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
     enable()
+    if not settings.activation_offload:
+        return
+    # transformers' own way to offload pins memory on CPUs too, which fails there.
+    for module in base.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
+                _keeping_input_on_host,
+                module._gradient_checkpointing_func,  # type: ignore[arg-type]
+                device=device,
+            )
+
+
+def _keeping_input_on_host(
+    checkpoint: Callable[..., Any], function: Callable[..., Any], *inputs: Any, device: torch.device
+) -> Any:
+    with torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda"):
+        return checkpoint(function, *inputs)
 
 
 def check_task(task: Task) -> None:

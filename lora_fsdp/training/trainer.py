@@ -201,7 +201,7 @@ class LoraTrainer(WatchedTrainer):
         avoid_kernels_planned_by_shape()
         self.parameter_count = self.model.num_parameters()
         self.share_prefix = shares_prefix(self.args, self.model)
-        enable_checkpointing(self.model, self.fsdp_settings)
+        enable_checkpointing(self.model, self.fsdp_settings, device=self.args.device)
         self.plan = place_for_training(
             self.model,
             args=self.args,
