@@ -33,6 +33,7 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   ├── TargetModulesError(ValueError)
     │   ├── AdapterVerificationError(RuntimeError)
     │   ├── UnsafeFileError(ValueError)
+    │   ├── MissingPackageError(ImportError)
     │   ├── UnsupportedAdapterError(ValueError)
     │   ├── BaseMismatchError(ValueError)
     │   └── MergeError(RuntimeError)
@@ -179,6 +180,10 @@ class AdapterVerificationError(ModelError, RuntimeError):
 
 class UnsafeFileError(ModelError, ValueError):
     """A file that is not opened: a pickle, or a name or link that leads out of its folder."""
+
+
+class MissingPackageError(ModelError, ImportError):
+    """An optional package that a setting needs is not installed."""
 
 
 class UnsupportedAdapterError(ModelError, ValueError):

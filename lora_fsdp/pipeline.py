@@ -22,7 +22,8 @@ from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
 from lora_fsdp.evaluation.comparison import Comparison, compare, written_answers
 from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.modeling.adapters import lora_config
-from lora_fsdp.modeling.loading import load_base, load_tokenizer
+from lora_fsdp.modeling.loading import load_tokenizer
+from lora_fsdp.modeling.streaming import open_base
 from lora_fsdp.planning.foretelling import foretold
 from lora_fsdp.planning.gpus import known_gpu
 from lora_fsdp.reporting import write_report
@@ -70,15 +71,16 @@ def finetune(
     try:
         data = load_task_data(data_args, seed=training_args.seed, task=task)
         set_seed(training_args.seed)  # the adapter's first values
+        adapter = lora_config(lora_args, revision=model_args.model_revision)
         log = KeepLog(output_dir)
         trainer = LoraTrainer(
-            model=load_base(model_args, device=training_args.device),
+            model=open_base(model_args, device=training_args.device, peft_config=adapter),
             args=training_args,
             task=data.task,
             processing_class=load_tokenizer(model_args),
             train_dataset=data.train,
             eval_dataset=data.held_out,
-            peft_config=lora_config(lora_args, revision=model_args.model_revision),
+            peft_config=adapter,
             max_length=data_args.max_length,
             chat_template=data_args.chat_template,
             callbacks=[log, WriteCards(output_dir)],

@@ -21,6 +21,10 @@ class ModelArguments:
         default="auto",
         metadata={"help": "The frozen base's dtype; auto = bfloat16 on GPUs, float32 on CPUs."},
     )
+    load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Keep the frozen linear layers in 4 bits (NF4); needs bitsandbytes."},
+    )
     attn_implementation: Literal["auto", "sdpa", "eager"] = field(
         default="auto",
         metadata={"help": "Attention kernel; auto = SDPA, or eager where a model has no SDPA."},

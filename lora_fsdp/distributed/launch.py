@@ -46,6 +46,7 @@ class FsdpSettings:
         activation_checkpointing: recompute activations in backward.
         layer_classes: class names of the layers to shard one by one; `None` = found by structure.
         wrap_layers: shard layer by layer (else the whole base is one group).
+        activation_offload: keep what recomputing starts from in host memory.
     """
 
     reshard_after_forward: bool
@@ -53,6 +54,7 @@ class FsdpSettings:
     activation_checkpointing: bool
     layer_classes: tuple[str, ...] | None
     wrap_layers: bool
+    activation_offload: bool = False
 
 
 def fsdp_requested() -> bool:
@@ -84,6 +86,7 @@ def read_fsdp_settings() -> FsdpSettings | None:
         activation_checkpointing=bool(plugin.activation_checkpointing),
         layer_classes=tuple(names) if names else None,
         wrap_layers=plugin.auto_wrap_policy is not None,
+        activation_offload=bool(plugin.activation_checkpointing_offload),
     )
 
 
@@ -214,10 +217,6 @@ def unsupported_settings(plugin: FullyShardedDataParallelPlugin) -> dict[str, st
     if plugin.ignored_modules:
         found["fsdp_ignored_modules"] = (
             "fsdp_ignored_modules is set by this library (the adapter): remove it from the YAML."
-        )
-    if plugin.activation_checkpointing_offload:
-        found["fsdp_activation_checkpointing_offload"] = (
-            "fsdp_activation_checkpointing_offload is not supported: set it to false."
         )
     if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
         found["parallelism_config"] = (

@@ -91,6 +91,11 @@ def plan_residency(
                 f"--resident_layers {requested} needs layers that are sharded one by one: set "
                 "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP in the accelerate YAML."
             )
+        if settings.offload and count == total:
+            raise ArgumentError(
+                f"--resident_layers {requested} keeps the whole base on every GPU, and the YAML's "
+                "fsdp_offload_params: true keeps it in host memory: drop one."
+            )
         return keep(count, f"--resident_layers {requested}")
     if device.type == "cpu":
         return keep(0, "a rehearsal shards as the YAML says")

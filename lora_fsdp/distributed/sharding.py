@@ -24,6 +24,7 @@ from lora_fsdp.distributed.residency import Residency
 from lora_fsdp.errors import FsdpDroppedError, FsdpSettingError
 from lora_fsdp.modeling.adapters import base_model, trainable_parameters
 from lora_fsdp.modeling.layers import decoder_layers
+from lora_fsdp.modeling.streaming import StoredBase
 
 
 def place_model(
@@ -33,6 +34,7 @@ def place_model(
     residency: Residency,
     device: torch.device,
     world_size: int,
+    stored: StoredBase | None = None,
 ) -> frozenset[nn.Parameter]:
     """Put base and adapter where they stay for the run, in place.
 
@@ -40,16 +42,26 @@ def place_model(
     holds more of it on its device than its shard and the layers in flight; without, or with the
     whole base resident, each rank keeps a whole copy.
 
+    Args:
+        stored: where the base's weights are to be read from, once it is sharded; `None` = the model
+            has them already.
+
     Returns:
         the base's parameters that every rank holds whole.
     """
     adapter = trainable_parameters(model)
     if settings is None or residency.is_whole:
+        if stored is not None:
+            stored.fill([base_model(model)], device=device, keep_on=device)
         model.to(device)
         return frozenset(model.parameters()) - set(adapter.values())
     for parameter in adapter.values():
         parameter.data = parameter.data.to(device)
-    resident = [residency.layers_of_model[index].to(device) for index in residency.indices]
+    resident = [residency.layers_of_model[index] for index in residency.indices]
+    if stored is not None:
+        stored.fill(resident, device=device, keep_on=device)
+    for layer in resident:
+        layer.to(device)
     whole = frozenset(p for layer in resident for p in layer.parameters()) - set(adapter.values())
     mesh = init_device_mesh(device.type, (world_size,))
     shard_base(
@@ -59,6 +71,10 @@ def place_model(
         ignored=whole | set(adapter.values()),
         groups=[layer for layer in residency.layers_of_model if layer not in resident],
     )
+    if stored is not None:
+        host = torch.device("cpu")
+        keep_on = host if settings.offload else device
+        stored.fill([base_model(model)], device=device, keep_on=keep_on)
     return whole
 
 
@@ -75,6 +91,7 @@ def shard_base(
     Tied embeddings stay together in the root group, because torch refuses a parameter that two
     groups can see. Parameters in `ignored` stay as they are.
     """
+    _refuse_integers(base)
     offload = CPUOffloadPolicy() if settings.offload and mesh.device_type != "cpu" else None
     options = {
         "mesh": mesh,
@@ -95,6 +112,17 @@ def shard_base(
     fully_shard(base, **{**options, "reshard_after_forward": False})  # type: ignore[call-overload]
     if settings.wrap_layers:
         _prefetch(groups)
+
+
+def _refuse_integers(base: nn.Module) -> None:
+    """FSDP2 leaves integers out of its shards, or makes NaN of them, without an error."""
+    for name, parameter in base.named_parameters():
+        if not parameter.is_floating_point():
+            raise FsdpSettingError(
+                f"The base's {name} is stored as {parameter.dtype}, which FSDP2 cannot shard: set "
+                "bnb_4bit_quant_storage in its quantization_config to the dtype it computes in, "
+                "or start from the unquantised base with --load_in_4bit."
+            )
 
 
 def _prefetch(groups: Sequence[nn.Module]) -> None:

@@ -32,8 +32,9 @@ from lora_fsdp.modeling.label_head import (
     head_can_be_chunked,
 )
 from lora_fsdp.modeling.layers import decoder_layers
-from lora_fsdp.modeling.loading import load_base, load_tokenizer
+from lora_fsdp.modeling.loading import load_tokenizer
 from lora_fsdp.modeling.proof import check_base, read_proof
+from lora_fsdp.modeling.streaming import load_on_device
 from lora_fsdp.tasks import Example, Task, get_task
 
 TASK_FILE = "task.json"
@@ -131,8 +132,14 @@ class Predictor:
             else (str(base), "main")
         )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        arguments = ModelArguments(name, revision, dtype, trust_remote_code=trust_remote_code)
-        model = load_base(arguments, device=device)
+        arguments = ModelArguments(
+            name,
+            revision,
+            dtype,
+            load_in_4bit=proof is not None and proof.base_in_4bit,
+            trust_remote_code=trust_remote_code,
+        )
+        model = load_on_device(arguments, device=device)
         if proof is not None:
             check_base(proof, fingerprint_base(model), adapter=path, base=name)
         load_with_peft(adapter, model)

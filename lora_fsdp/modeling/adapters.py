@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +24,7 @@ from lora_fsdp.modeling.adapter_folders import (
     read_adapter_tensors,
     zero_lora_b,
 )
+from lora_fsdp.modeling.streaming import StoredBase, needs_weights
 
 # What PEFT takes in any type, to fail when it computes with it.
 _NUMBERS = ("r", "lora_alpha", "lora_dropout")
@@ -58,17 +60,28 @@ def lora_config(arguments: LoraArguments, *, revision: str | None = None) -> Lor
     return config
 
 
-def attach_adapter(base: PreTrainedModel, config: LoraConfig) -> PeftModel:
+def attach_adapter(
+    base: PreTrainedModel, config: LoraConfig, *, stored: StoredBase | None = None
+) -> PeftModel:
     """Attach a new adapter to the frozen base: float32, whatever the base's dtype.
 
     Attach before sharding: an adapter attached afterwards would be a different one on every rank.
 
+    Args:
+        base: the base.
+        config: the adapter's settings.
+        stored: where the base's weights are, if it has not got them yet.
+
     Raises:
         TargetModulesError: a target module that matches nothing.
+        ArgumentError: the adapter's first values depend on weights that the base has not got.
     """
     _check_targets(base, config)
+    if stored is not None and (reason := needs_weights(config)):
+        raise ArgumentError(f"The base has no weights yet, but {reason}: load it with load_base.")
     try:
-        model = get_peft_model(base, config, autocast_adapter_dtype=True)
+        with nullcontext() if stored is None else stored.stand_ins():
+            model = get_peft_model(base, config, autocast_adapter_dtype=True)
     except ValueError as error:
         raise TargetModulesError(f"PEFT cannot adapt {type(base).__name__}: {error}") from error
     for parameter in trainable_parameters(model).values():  # also what PEFT copies from the base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from lora_fsdp.modeling.loading import LOADING_ERRORS
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_MAPPED_AT_MOST = 256_000_000
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 _SAMPLED = ("F32", "BF16", "F16", "F64")
 
 
@@ -45,8 +48,8 @@ class StoredTensor:
 class BaseWeights:
     """The safetensors files of a model folder.
 
-    One file is open at a time: what was read of it stays mapped until the next one is, so that no
-    more than a file's pages count as memory in use.
+    One file is open at a time, and opened anew after every 256 MB: what was read of it stays mapped
+    until then, so that no more than that, and a tensor, counts as memory in use.
 
     Attributes:
         folder: the model's folder.
@@ -64,6 +67,7 @@ class BaseWeights:
         self.tensors: dict[str, StoredTensor] = {}
         self._open_name = ""
         self._open_file: Any = None
+        self._mapped = 0
         try:
             listed = _listed_tensors(folder)
             for file in sorted(set(listed.values())) or [WEIGHTS_FILE]:
@@ -85,19 +89,36 @@ class BaseWeights:
             self.tensors[name] = StoredTensor(tuple(part.get_shape()), part.get_dtype(), file)
 
     def _file(self, name: str) -> Any:
-        if name != self._open_name:
+        if name != self._open_name or self._mapped > _MAPPED_AT_MOST:
             self._open_file = None
             self._open_file = open_safetensors(self.folder, name)
             self._open_name = name
+            self._mapped = 0
         return self._open_file
+
+    def _file_of(self, name: str) -> Any:
+        """The file that holds a tensor, which is about to be read."""
+        stored = self.tensors[name]
+        file = self._file(stored.file)
+        self._mapped += prod(stored.shape) * _BYTES.get(stored.dtype, 4)
+        return file
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
-        return self._file(self.tensors[name].file).get_tensor(name)
+        return self._file_of(name).get_tensor(name)
 
     def reader(self, name: str) -> Callable[[tuple[slice, ...]], torch.Tensor]:
         """Reads parts of a tensor."""
-        return self._file(self.tensors[name].file).get_slice(name).__getitem__
+        return self._file_of(name).get_slice(name).__getitem__
+
+    def first_values(self, name: str, count: int) -> torch.Tensor:
+        """The first `count` values of a tensor, flat."""
+        shape = self.tensors[name].shape
+        if not shape:
+            return self.read(name).flatten()
+        rows = min(shape[0], -(-count // max(1, prod(shape[1:]))))
+        part = self.reader(name)((slice(0, rows), *(slice(0, size) for size in shape[1:])))
+        return part.flatten()[:count]
 
 
 def _listed_tensors(folder: Path) -> dict[str, str]:

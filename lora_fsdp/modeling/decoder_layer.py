@@ -8,7 +8,7 @@ gives (`fuse_layers`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_fsdp.modeling.attention import attend
 from lora_fsdp.modeling.fused_functions import (
@@ -133,10 +134,25 @@ class FusedLayer:
             )
             return result
         cosine, sine = (table[0] for table in position_embeddings)
-        output = self.compute(hidden_states[0], attention_mask, cosine, sine)  # type: ignore[arg-type]
+        compute = partial(self.compute, mask=attention_mask, cosine=cosine, sine=sine)  # type: ignore[arg-type]
+        layer = self.layer
+        if isinstance(layer, GradientCheckpointingLayer) and self._must_recompute():
+            output = layer._gradient_checkpointing_func(compute, hidden_states[0])  # type: ignore[operator]
+        else:
+            output = compute(hidden_states[0])
         # Not a view to autograd, of which FSDP warns: nothing else holds `output`.
         batch: torch.Tensor = torch.ops.aten._unsafe_view(output, [1, *output.shape])
         return batch
+
+    def _must_recompute(self) -> bool:
+        """Whether activations are to be recomputed in backward, and nobody else sees to it.
+
+        transformers does so in the layer's `forward`, which this stands for; older versions in
+        `__call__`, where it still happens.
+        """
+        if not (self.layer.gradient_checkpointing and self.layer.training):
+            return False
+        return type(self.layer).__call__ is nn.Module.__call__
 
     def compute(
         self,
@@ -175,7 +191,12 @@ class FusedLayer:
         return torch.cat(parts, dim=1)
 
 
-def fuse_layers(decoder: nn.Module, layers: Sequence[nn.Module]) -> list[FusedLayer] | str:
+def fuse_layers(
+    decoder: nn.Module,
+    layers: Sequence[nn.Module],
+    *,
+    filled_copy: Callable[[nn.Module], nn.Module] | None = None,
+) -> list[FusedLayer] | str:
     """Exchange the `forward` of `layers` for fused ones, if they compute the same.
 
     To be called before the layers are sharded, in training or evaluation mode. The adapters' copies
@@ -184,6 +205,8 @@ def fuse_layers(decoder: nn.Module, layers: Sequence[nn.Module]) -> list[FusedLa
     Args:
         decoder: the module that runs the layers.
         layers: its decoder layers.
+        filled_copy: gives a copy of a layer with its weights, if `layers` have none yet. All are
+            then compared with the first one's weights, of which a single copy exists.
 
     Returns:
         the fused layers, or why the layers stay as they are.
@@ -192,9 +215,8 @@ def fuse_layers(decoder: nn.Module, layers: Sequence[nn.Module]) -> list[FusedLa
     if wanting:
         return wanting[0]
     fused = [FusedLayer(layer) for layer in layers]
-    # All of them, as some models have layers of two kinds; the first without its dtype's rounding.
-    candidates = [FusedLayer(deepcopy(layers[0]).float()), *fused]
-    for index, candidate in enumerate(candidates, start=-1):
+    candidates = _candidates(layers, filled_copy)
+    for index, candidate in enumerate(map(FusedLayer, candidates), start=-1):
         difference = _difference(candidate)
         if not difference < _TOLERANCE[candidate.dtype]:
             name = type(candidate.layer).__name__
@@ -209,6 +231,28 @@ def exchange_forwards(decoder: nn.Module, fused: Sequence[FusedLayer]) -> None:
         replacement.layer.forward = replacement
     # Bound to the list and not to names around it, so that a deep copy of the model has its own.
     decoder.register_forward_pre_hook(partial(_before_forward, fused))
+
+
+def _candidates(
+    layers: Sequence[nn.Module], filled_copy: Callable[[nn.Module], nn.Module] | None
+) -> Iterator[nn.Module]:
+    """What is compared: all layers, as some models have layers of two kinds, and before them the
+    first without its dtype's rounding.
+    """
+    first = layers[0] if filled_copy is None else filled_copy(layers[0])
+    yield deepcopy(first).float()
+    for layer in layers:
+        if filled_copy is None:
+            yield layer
+            continue
+        copied, weights = deepcopy(layer), dict(first.named_parameters())
+        if {n: p.shape for n, p in weights.items()} != {
+            n: p.shape for n, p in layer.named_parameters()
+        }:
+            yield filled_copy(layer)
+            continue
+        copied.load_state_dict(first.state_dict(keep_vars=True), assign=True)
+        yield copied
 
 
 def _before_forward(fused: Sequence[FusedLayer], decoder: nn.Module, inputs: object) -> None:

@@ -83,7 +83,8 @@ def fingerprint_base(model: PreTrainedModel | PeftModel) -> BaseFingerprint:
     weights = {
         name: sample_digest(tuple(parameter.shape), parameter.detach().__getitem__)
         for name, parameter in base_parameters(base)
-        if parameter.dtype in _SAMPLED_DTYPES
+        # Quantised ones are of a class of their own.
+        if parameter.dtype in _SAMPLED_DTYPES and type(parameter) is nn.Parameter
     }
     return BaseFingerprint(type(base).__name__, comparable_config(base.config.to_dict()), weights)
 

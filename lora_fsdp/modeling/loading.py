@@ -47,7 +47,7 @@ def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
     A padding token that equals the end token is harmless here: labels are masked by position,
     never by token id.
     """
-    name = _existing_model(arguments)
+    name = existing_model(arguments)
     if Path(name).is_dir() and not any((Path(name) / file).exists() for file in TOKENIZER_FILES):
         raise TokenizerNotFoundError(
             f"The model folder {name} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}): "
@@ -78,13 +78,15 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
         ModelNotFoundError: there is no such model, or its weights are damaged or incomplete.
         UnsupportedModelError: it is not a causal language model, or cannot run as asked.
     """
-    name = _existing_model(arguments)
+    name = existing_model(arguments)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelNotFoundError(f"The folder {name} holds no model (config.json is missing).")
-    if arguments.trust_remote_code:
-        logger.warning(
-            "trust_remote_code is on: Python code that comes with %s may run on this machine.", name
+    if arguments.load_in_4bit:
+        raise ArgumentError(
+            "load_base loads whole bases in the dtype asked for: for load_in_4bit use "
+            "lora_fsdp.modeling.streaming.load_on_device."
         )
+    warn_of_remote_code(arguments)
     attention = arguments.attn_implementation
     model: PreTrainedModel
     loaded: dict[str, Any]
@@ -112,12 +114,26 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
             f"The checkpoint {name} lacks {len(absent)} of the weights of {type(model).__name__} "
             f"(for example {absent[0]}): it is incomplete, or not a causal language model's."
         )
+    check_attention(model, name)
+    return model.requires_grad_(False)
+
+
+def warn_of_remote_code(arguments: ModelArguments) -> None:
+    """Say that code which comes with the model may run."""
+    if arguments.trust_remote_code:
+        logger.warning(
+            "trust_remote_code is on: Python code that comes with %s may run on this machine.",
+            existing_model(arguments),
+        )
+
+
+def check_attention(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose attention takes no mask for packed rows."""
     if model.config._attn_implementation not in _MASKED_ATTENTION:
         raise UnsupportedModelError(
             f"{name} runs with {model.config._attn_implementation} attention, which takes no mask "
             "for packed rows: set --attn_implementation eager."
         )
-    return model.requires_grad_(False)
 
 
 def _first_line(error: Exception) -> str:
@@ -133,7 +149,8 @@ def resolve_dtype(name: str, *, device: torch.device) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
-def _existing_model(arguments: ModelArguments) -> str:
+def existing_model(arguments: ModelArguments) -> str:
+    """The folder of the model, or its name on the Hub."""
     name = arguments.model_name_or_path
     if not name:
         raise ArgumentError("No model given: set --model_name_or_path to a folder or Hub name.")

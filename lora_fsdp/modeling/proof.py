@@ -16,6 +16,8 @@ from lora_fsdp.modeling.probes import Probe
 
 PROOF_FILE = "proof.json"
 _FORMAT = 1
+#: In a base's quantization settings: its files are not quantised (`--load_in_4bit`).
+QUANTIZED_WHILE_READ = "quantized_while_read"
 # A probe's attention takes memory with the square of its length.
 _MOST_PROBES = 16
 _LONGEST_PROBE = 32_768
@@ -52,6 +54,11 @@ class Proof:
     end_token_id: int
     probes: Sequence[Probe]
     log_likelihoods: Sequence[Sequence[float]]
+
+    @property
+    def base_in_4bit(self) -> bool:
+        """Whether the base's files are not quantised and it was trained with `--load_in_4bit`."""
+        return QUANTIZED_WHILE_READ in (self.base_quantization or "")
 
     def to_json(self) -> dict[str, Any]:
         """As it is written."""

@@ -29,9 +29,10 @@ from lora_fsdp.modeling.fingerprints import (
 )
 from lora_fsdp.modeling.folders import read_json_object, sha256_of_file
 from lora_fsdp.modeling.label_head import RowComputation
-from lora_fsdp.modeling.loading import LOADING_ERRORS, TOKENIZER_FILES, load_base, load_tokenizer
+from lora_fsdp.modeling.loading import LOADING_ERRORS, TOKENIZER_FILES, load_tokenizer
 from lora_fsdp.modeling.probes import probe_difference, probe_log_likelihoods, probe_tolerance
 from lora_fsdp.modeling.proof import PROOF_FILE, Proof, read_proof
+from lora_fsdp.modeling.streaming import load_on_device
 
 Outcome = Literal["passed", "failed", "not possible"]
 _NO_PROOF = f"no {PROOF_FILE}: this library did not write the folder"
@@ -115,9 +116,15 @@ def verify_adapter_folder(
             if base is None
             else (str(base), "main")
         )
-        arguments = ModelArguments(name, revision, dtype, trust_remote_code=trust_remote_code)
+        arguments = ModelArguments(
+            name,
+            revision,
+            dtype,
+            load_in_4bit=proof is not None and proof.base_in_4bit,
+            trust_remote_code=trust_remote_code,
+        )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_base(arguments, device=device)
+        model = load_on_device(arguments, device=device)
     except LoraFsdpError as error:
         checks.append(Check("base model", "failed", str(error)))
         return AdapterVerification(path, "" if base is None else str(base), tuple(checks))

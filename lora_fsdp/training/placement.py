@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -38,6 +38,7 @@ from lora_fsdp.modeling.adapters import base_model
 from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers
 from lora_fsdp.modeling.label_head import RowComputation, head_can_be_chunked
 from lora_fsdp.modeling.shape import ModelShape, shape_of
+from lora_fsdp.modeling.streaming import StoredBase
 from lora_fsdp.training.step import CapturedStep, EagerStep
 
 #: Seconds of training from which on compiling the layers (some 10 to 60 s) is worth it.
@@ -81,16 +82,20 @@ class TrainingPlan:
         return self.step in ("graph", "compiled")
 
     def __str__(self) -> str:
-        return (
-            f"  base      {self.residency}\n"
-            f"  step      {self.step}: {self.step_reason}\n"
-            f"  rows      up to {self.max_tokens_per_row} tokens"
-            + (
-                f"\n  memory    {self.memory.allocated / 1e9:.1f} GB foretold"
-                if self.memory
-                else ""
-            )
-        )
+        lines = [
+            f"  base      {self.residency}",
+            f"  step      {self.step}: {self.step_reason}",
+            f"  rows      up to {self.max_tokens_per_row} tokens",
+        ]
+        if self.shape is not None and self.memory is not None:
+            lines.append(f"  memory    {self.memory.allocated / 1e9:.1f} GB at the peak, foretold")
+            if not self.residency.is_whole:
+                whole = replace(self.placement, resident_layers=self.shape.layers, offloaded=False)
+                needed = device_memory(self.shape, whole, self.rows).total / 1e9
+                lines.append(
+                    f"  faster    on GPUs of {needed:.0f} GB, where every rank keeps the whole base"
+                )
+        return "\n".join(lines)
 
 
 def place_for_training(
@@ -101,30 +106,33 @@ def place_for_training(
     autocast: bool,
     work: Work | None,
     longest_example: int,
+    stored: StoredBase | None = None,
 ) -> TrainingPlan:
     """Choose, then fuse the layers and put the model in place accordingly.
 
     A collective call. Layers are fused before they are sharded, and compared with the originals
-    where the weights lie now.
+    where the weights lie now, or on a copy of one layer if they have not been read yet.
 
     Args:
-        model: base and adapter, in host memory.
+        model: base and adapter, in host memory; the base perhaps without its weights.
         args: the run's arguments.
         settings: the YAML's FSDP settings.
         autocast: whether the forward runs under autocast.
         work: what training will compute; `None` = nothing.
         longest_example: in tokens.
+        stored: where the base's weights are to be read from, if they have not been.
     """
     base, device = base_model(model), args.device
     layers = layers_to_shard(base, names=settings.layer_classes if settings else None)
     fused = why_run_not_fused(model, args, autocast=autocast) or fuse_layers(
-        base.base_model, layers
+        base.base_model, layers, filled_copy=stored.filled_copy if stored else None
     )
     if args.step == "fused" and isinstance(fused, str):
         raise ArgumentError(f"--step fused: {fused}. Use --step auto.")
     is_fused = not isinstance(fused, str)
     shape = _shape(model, fuse=is_fused) if device.type == "cuda" else None
     recomputed = recomputes(args, settings)
+    quantized = bool(getattr(base, "is_loaded_in_4bit", False))  # set by transformers, or by us
     work = work or _NO_WORK
     longest = max(longest_example, args.max_tokens_per_row or USUAL_ROW)
     residency = plan_residency(
@@ -139,10 +147,16 @@ def place_for_training(
             ranks=args.world_size,
             free=free,
             recomputed=recomputed,
+            quantized=quantized,
         ),
     )
     resident = place_model(
-        model, settings=settings, residency=residency, device=device, world_size=args.world_size
+        model,
+        settings=settings,
+        residency=residency,
+        device=device,
+        world_size=args.world_size,
+        stored=stored,
     )
     check_placement(model, resident=resident)
     # At a third of what an H100 can do.
@@ -176,6 +190,7 @@ def place_for_training(
             resident_layers=len(residency.indices),
             kept_until_backward=bool(settings and not settings.reshard_after_forward),
             offloaded=bool(settings and settings.offload),
+            quantized=quantized,
             recomputed=recomputed,
         ),
         shape=shape,

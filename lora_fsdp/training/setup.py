@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
+import torch
 from peft import PeftModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample
@@ -15,6 +19,7 @@ from lora_fsdp.data.workload import Work, measure_work
 from lora_fsdp.distributed.launch import FsdpSettings, launch_fingerprint
 from lora_fsdp.errors import ArgumentError, IncompleteTaskError
 from lora_fsdp.modeling.adapters import base_model, trainable_parameters
+from lora_fsdp.modeling.streaming import StoredBase
 from lora_fsdp.tasks import Task
 
 
@@ -104,11 +109,14 @@ def shares_prefix(args: FineTuningArguments, model: PeftModel) -> bool:
     return args.share_prefix == "always"
 
 
-def enable_checkpointing(model: PeftModel, settings: FsdpSettings | None) -> None:
+def enable_checkpointing(
+    model: PeftModel, settings: FsdpSettings | None, *, device: torch.device
+) -> None:
     """Recompute activations layer by layer if the YAML asks for it.
 
     By transformers' own switch and not by wrapper modules, which would rename the adapter's
-    parameters; `--gradient_checkpointing` is switched on by the Trainer itself.
+    parameters; `--gradient_checkpointing` is switched on by the Trainer itself. Offloaded, what a
+    layer's recomputing starts from (its input) waits in host memory from forward to backward.
     """
     if settings is None or not settings.activation_checkpointing:
         return
@@ -116,6 +124,23 @@ def enable_checkpointing(model: PeftModel, settings: FsdpSettings | None) -> Non
     # transformers < 5.20 knows the switch by its old name only.
     enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
     enable()
+    if not settings.activation_offload:
+        return
+    # transformers' own way to offload pins memory on CPUs too, which fails there.
+    for module in base.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
+                _keeping_input_on_host,
+                module._gradient_checkpointing_func,  # type: ignore[arg-type]
+                device=device,
+            )
+
+
+def _keeping_input_on_host(
+    checkpoint: Callable[..., Any], function: Callable[..., Any], *inputs: Any, device: torch.device
+) -> Any:
+    with torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda"):
+        return checkpoint(function, *inputs)
 
 
 def check_task(task: Task) -> None:
@@ -135,8 +160,12 @@ def run_fingerprints(
     *,
     train: Sequence[EncodedExample],
     held_out: Sequence[EncodedExample],
+    stored: StoredBase | None = None,
 ) -> Mapping[str, str]:
-    """What must be the same on every rank, by name; to be taken before the model is sharded."""
+    """What must be the same on every rank, by name; to be taken before the model is sharded.
+
+    `stored` is where the base's weights are, if the model has not got them yet.
+    """
     adapter = {name: list(p.shape) for name, p in trainable_parameters(model).items()}
     settings = model.peft_config[str(model.active_adapter)].to_dict()
     arguments = {f"--{k}": str(v) for k, v in args.to_dict().items() if k not in _OF_ONE_RANK}
@@ -148,7 +177,7 @@ def run_fingerprints(
         "the held-out examples (SHA-256)": _digest_examples(held_out),
         "the adapter's modules (SHA-256)": _digest(adapter),
         "the LoRA settings": str(sorted((k, _ordered(v)) for k, v in settings.items())),
-        "the base model (SHA-256 of a sample)": _digest_base(model),
+        "the base model (SHA-256 of a sample)": _digest_base(model, stored),
         **arguments,
     }
 
@@ -164,10 +193,20 @@ def _digest_examples(examples: Sequence[EncodedExample]) -> str:
     return _digest([tokens, list(candidates.values())])
 
 
-def _digest_base(model: PeftModel) -> str:
-    """Of the first values of every frozen parameter: a whole 7B would take a minute."""
+def _digest_base(model: PeftModel, stored: StoredBase | None) -> str:
+    """Of the first values of every frozen parameter: a whole 7B would take a minute.
+
+    The same whether they have been read or not.
+    """
+    if stored is not None:
+        return _digest([*stored.first_values(8), *_quantization(model)])
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     return _digest([parameter.flatten()[:8].float().tolist() for parameter in frozen])
+
+
+def _quantization(model: PeftModel) -> list[str]:
+    config = getattr(base_model(model).config, "quantization_config", None)
+    return [] if config is None else [str(config)]
 
 
 def _digest(value: object) -> str:

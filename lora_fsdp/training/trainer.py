@@ -50,6 +50,7 @@ from lora_fsdp.modeling.label_head import (
     check_packed_rows,
 )
 from lora_fsdp.modeling.probes import build_probes
+from lora_fsdp.modeling.streaming import StoredBase
 from lora_fsdp.tasks import ClassificationTask, Example, Task
 from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
 from lora_fsdp.training.figures import RunFigures
@@ -87,7 +88,8 @@ class LoraTrainer(WatchedTrainer):
       `WatchedTrainer`.
 
     Args:
-        model: a causal LM (with `peft_config`), or a PEFT model whose adapter is to be trained.
+        model: a causal LM (with `peft_config`), loaded or yet to be read (`open_base`), or a PEFT
+            model whose adapter is to be trained.
         args: see `FineTuningArguments`.
         task: what is learnt; bound to its table (`Task.bind`).
         train_dataset: examples with targets (`Task.examples`), the same on every rank.
@@ -115,7 +117,7 @@ class LoraTrainer(WatchedTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel,
+        model: PreTrainedModel | PeftModel | StoredBase,
         args: FineTuningArguments,
         *,
         task: Task,
@@ -143,17 +145,24 @@ class LoraTrainer(WatchedTrainer):
         self.shortened = sum(example.shortened for example in (*train, *held_out))
         if isinstance(model, PeftModel) == (peft_config is not None):
             raise ArgumentError("Give a peft_config, or a model that already has an adapter.")
+        self.stored = model if isinstance(model, StoredBase) else None
+        if isinstance(model, StoredBase):
+            model = model.model
         check_architecture(
             base_model(model) if isinstance(model, PeftModel) else model, longest=max_length
         )
         # Before the adapter is attached, which may change the base (PiSSA), and before sharding.
-        self.base_fingerprint = fingerprint_base(model)
+        self.base_fingerprint = (
+            fingerprint_base(model) if self.stored is None else self.stored.fingerprint()
+        )
         self.probes = build_probes(self.encoder, [*train_dataset, *eval_dataset])
         if not isinstance(model, PeftModel):
-            model = attach_adapter(model, cast(LoraConfig, peft_config))
+            model = attach_adapter(model, cast(LoraConfig, peft_config), stored=self.stored)
         self.share_prefix = shares_prefix(args, model)
         self.work = work_of_run(args, train, held_out, share_prefix=self.share_prefix)
-        fingerprints = run_fingerprints(args, model, train=train, held_out=held_out)
+        fingerprints = run_fingerprints(
+            args, model, train=train, held_out=held_out, stored=self.stored
+        )
         check_ranks_agree(fingerprints)
         self.run_facts = run_facts(args, model, fingerprints=fingerprints)
         super().__init__(
@@ -192,7 +201,7 @@ class LoraTrainer(WatchedTrainer):
             super().create_accelerator_and_postprocess()
         avoid_kernels_planned_by_shape()
         self.parameter_count = self.model.num_parameters()
-        enable_checkpointing(self.model, self.fsdp_settings)
+        enable_checkpointing(self.model, self.fsdp_settings, device=self.args.device)
         self.plan = place_for_training(
             self.model,
             args=self.args,
@@ -200,7 +209,9 @@ class LoraTrainer(WatchedTrainer):
             autocast=self.accelerator.mixed_precision != "no",
             work=self.work,
             longest_example=self.longest_example,
+            stored=self.stored,
         )
+        self.stored = None  # its files are closed
         self.adapter = ReplicatedParameters(trainable_parameters(self.model))
         self.adapter.broadcast()
         self.adapter.check_equal()

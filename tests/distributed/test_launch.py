@@ -122,6 +122,12 @@ class TestSettings:
             True,
         )
 
+    def test_activation_offload(self, monkeypatch):
+        variables = {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
+        assert not self.settings(monkeypatch, **variables).activation_offload
+        variables["FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD"] = "true"
+        assert self.settings(monkeypatch, **variables).activation_offload
+
     @pytest.mark.parametrize(
         ("variables", "key"),
         [
@@ -131,12 +137,13 @@ class TestSettings:
                 "SIZE_BASED_WRAP",
             ),
             ({"FSDP_IGNORED_MODULES": ".*lm_head"}, "fsdp_ignored_modules"),
+            # Nothing would be offloaded.
             (
                 {
-                    "FSDP_ACTIVATION_CHECKPOINTING": "true",
+                    "FSDP_ACTIVATION_CHECKPOINTING": "false",
                     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true",
                 },
-                "fsdp_activation_checkpointing_offload",
+                "activation_checkpointing_offload",
             ),
             ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config"),
         ],

@@ -12,6 +12,7 @@ from lora_fsdp import FineTuningArguments, LoraTrainer, ModelArguments
 from lora_fsdp.distributed.status import fsdp_status
 from lora_fsdp.modeling.adapters import adapter_state
 from lora_fsdp.modeling.loading import load_base
+from lora_fsdp.modeling.streaming import open_base
 from tests.support.tiny import ToyTask, tiny_model, tiny_tokenizer, toy_table
 
 
@@ -24,11 +25,13 @@ def toy_trainer(
     dtype: torch.dtype = torch.float32,
     callbacks: list[Any] | None = None,
     base: str | Path | None = None,
+    streamed: bool = False,
+    load_in_4bit: bool = False,
     **arguments: Any,
 ) -> LoraTrainer:
     """A trainer for the toy task; `arguments` are those of `FineTuningArguments`.
 
-    `base` is a folder to load the model from.
+    `base` is a folder to load the model from; `streamed` reads it where it stays.
     """
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 8,
@@ -45,9 +48,11 @@ def toy_trainer(
     examples = table.examples(toy_table(rows))
     held_out = table.examples(toy_table(13, seed=9))
     if base is None:
-        model = tiny_model(kind, dtype=dtype)
+        model: Any = tiny_model(kind, dtype=dtype)
     else:
-        model = load_base(ModelArguments(str(base)), device=torch.device("cpu"))
+        load = open_base if streamed else load_base
+        model_args = ModelArguments(str(base), load_in_4bit=load_in_4bit)
+        model = load(model_args, device=torch.device("cpu"))
     torch.manual_seed(5)
     return LoraTrainer(
         model=model,

@@ -1,0 +1,110 @@
+"""How long a base takes to load, beside the time the disk takes to read its files.
+
+    python -m benchmarks.loading FOLDER [--dtype float32] [--load_in_4bit]
+
+Each way runs three times in turn, in a process of its own, after the files were dropped from the
+page cache (`posix_fadvise`, Linux); where that is not allowed, all read from the cache alike. One
+JSON line a way: median seconds, gigabytes a second of the files, growth of the peak of host memory
+(which counts the files' own pages).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+WAYS = ("read", "stream", "from_pretrained")
+_CHUNK = 16 * 2**20
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Let the kernel forget the files' pages."""
+    for file in weight_files(folder):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def peak_memory() -> int:
+    """Of this process so far, in bytes."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def load(way: str, folder: Path, *, dtype: str, in_4bit: bool) -> dict[str, float]:
+    """Load once; seconds and growth of the peak. What is imported does not count."""
+    import torch
+
+    from lora_fsdp.arguments import ModelArguments
+    from lora_fsdp.modeling.loading import load_base
+    from lora_fsdp.modeling.streaming import load_on_device
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.zeros(1, device=device)
+    arguments = ModelArguments(str(folder), dtype=dtype, load_in_4bit=in_4bit)  # type: ignore[arg-type]
+    if in_4bit:
+        import lora_fsdp.modeling.four_bit  # noqa: F401
+    drop_from_cache(folder)
+    before, start = peak_memory(), time.perf_counter()
+    if way == "read":
+        for file in weight_files(folder):
+            with file.open("rb", buffering=0) as stream:
+                while stream.read(_CHUNK):
+                    pass
+    elif way == "stream":
+        load_on_device(arguments, device=device)
+    else:
+        arguments.load_in_4bit = False
+        load_base(arguments, device=device).to(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return {"seconds": time.perf_counter() - start, "peak": peak_memory() - before}
+
+
+def main() -> None:
+    """Measure all ways."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--load_in_4bit", action="store_true")
+    parser.add_argument("--way", choices=WAYS, help="measure this one once, in this process")
+    asked = parser.parse_args()
+    if asked.way:
+        found = load(asked.way, asked.folder, dtype=asked.dtype, in_4bit=asked.load_in_4bit)
+        print(json.dumps(found))
+        return
+    size = sum(file.stat().st_size for file in weight_files(asked.folder))
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for _ in range(3):
+        for way in WAYS:
+            command = [sys.executable, "-m", "benchmarks.loading", *sys.argv[1:], "--way", way]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            runs[way].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    for way, measured in runs.items():
+        seconds = median(run["seconds"] for run in measured)
+        peak = median(run["peak"] for run in measured)
+        print(
+            json.dumps(
+                {
+                    "way": way,
+                    "seconds": round(seconds, 2),
+                    "gb_per_second": round(size / seconds / 1e9, 2),
+                    "peak_growth_mb": round(peak / 1e6),
+                }
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

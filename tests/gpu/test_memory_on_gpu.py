@@ -1,0 +1,190 @@
+"""Loading without a peak, 4 bits and offload on a real GPU; a 7B shape in 4 bits from end to end.
+
+The 7B test writes 14 GB of random weights. 4 bits need bitsandbytes.
+
+Run: python -m pytest -s tests/gpu/test_memory_on_gpu.py
+"""
+
+import importlib.util
+import time
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
+
+from lora_fsdp import FineTuningArguments, LoraTrainer
+from lora_fsdp.arguments import ModelArguments
+from lora_fsdp.data.packing import Tree, pack_row
+from lora_fsdp.modeling.adapters import base_model, trainable_parameters
+from lora_fsdp.modeling.fingerprints import base_parameters
+from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
+from lora_fsdp.modeling.loading import load_base
+from lora_fsdp.modeling.merging import merge_adapter
+from lora_fsdp.modeling.streaming import StoredBase, load_on_device, open_base
+from lora_fsdp.modeling.verification import verify_adapter_folder
+from tests.gpu.test_recipe_on_gpu import DEEPSEEK_7B
+from tests.modeling.test_four_bit import adapted, assert_close, outputs, reference
+from tests.support.adapters import save_base
+from tests.support.ranks import launch_environment, run_ranks
+from tests.support.runs import toy_run
+from tests.support.tiny import ToyTask, tiny_tokenizer, toy_table
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+GPU = torch.device("cuda")
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
+)
+
+
+def test_streamed_is_what_transformers_loads(tmp_path):
+    save_base(tmp_path)
+    arguments = ModelArguments(str(tmp_path), dtype="bfloat16")
+    streamed = load_on_device(arguments, device=GPU)
+    whole = load_base(arguments, device=GPU)
+    for tensors in ("named_parameters", "named_buffers"):
+        for name, tensor in getattr(whole, tensors)():
+            found = dict(getattr(streamed, tensors)())[name]
+            assert found.is_cuda
+            assert torch.equal(found.cpu(), tensor), name
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_4_bits_against_their_numbers(dtype, tolerance, tmp_path):
+    save_base(tmp_path)
+    model, stored = adapted(tmp_path, dtype=dtype)
+    stored.fill([stored.model], device=GPU, keep_on=GPU)
+    expected = outputs(reference(tmp_path, dtype), getattr(torch, dtype))
+    found = outputs_on_gpu(model.to(GPU), getattr(torch, dtype))
+    assert_close(found, expected, tolerance)
+
+
+def outputs_on_gpu(model, dtype):
+    texts = torch.arange(5, 29).view(2, 12).tolist()
+    row = pack_row([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True).to(GPU)
+    log_probs = label_log_probs(model.train(), row, computation=RowComputation(dtype))
+    (-log_probs.sum()).backward()
+    gradients = {n: p.grad.cpu() for n, p in trainable_parameters(model).items()}
+    return log_probs.detach().cpu(), gradients
+
+
+@pytest.mark.parametrize("in_4bit", [False, pytest.param(True, marks=needs_bitsandbytes)])
+@pytest.mark.parametrize("activations", ["false", "true"])
+def test_offload(in_4bit, activations, tmp_path):
+    """Shards in pinned host memory, and layers' inputs too: the losses of a run without."""
+    save_base(tmp_path / "base")
+    options = {"base": tmp_path / "base", "streamed": True, "load_in_4bit": in_4bit}
+    options |= {"allow_fsdp_on_one_process": True, "num_train_epochs": 1}
+    environment = launch_environment("fsdp2_offload.yaml") | {
+        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": activations
+    }
+    [expected] = run_ranks(run_from, tmp_path / "plain", options, world_size=1)
+    [found] = run_ranks(
+        run_from, tmp_path / "offload", options, world_size=1, launched=True,
+        environment=environment,
+    )  # fmt: skip
+    assert found["placed"] == {"cpu"}
+    assert expected["placed"] == {"cuda"}
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-2)
+
+
+def run_from(output_dir, options):
+    placed = set()
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **others):
+            for _, parameter in base_parameters(base_model(model)):
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                placed.add(local.device.type)
+
+    run = toy_run(output_dir, callbacks=[Look()], **options)
+    return {"losses": run["losses"], "placed": placed}
+
+
+@pytest.fixture(scope="module")
+def seven_billion(tmp_path_factory):
+    """DeepSeek-7B's shape with random bf16 weights, in files of 2 GB."""
+    folder = tmp_path_factory.mktemp("7b")
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with GPU:
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**DEEPSEEK_7B))
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder, max_shard_size="2GB")
+    tiny_tokenizer().save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+    return folder
+
+
+def trainer_of(folder, output_dir, *, in_4bit, steps):
+    task = ToyTask().bind(toy_table(80))
+    base = open_base(ModelArguments(str(folder), load_in_4bit=in_4bit), device=GPU)
+    assert isinstance(base, StoredBase)
+    return LoraTrainer(
+        model=base,
+        args=FineTuningArguments(
+            output_dir=str(output_dir), per_device_train_batch_size=8, max_steps=steps,
+            learning_rate=1e-3, lr_scheduler_type="constant", logging_steps=1,
+            save_strategy="steps", save_steps=10, disable_tqdm=True,
+        ),
+        task=task,
+        processing_class=tiny_tokenizer(),
+        train_dataset=task.examples(toy_table(80)),
+        eval_dataset=task.examples(toy_table(13, seed=9)),
+        peft_config=LoraConfig(
+            r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+        ),
+        max_length=128,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@needs_bitsandbytes
+def test_7b_in_4_bits(seven_billion, tmp_path):
+    """Trains in at most 6.5 GB at 8 examples a step; saves, resumes, verifies and merges."""
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    trainer = trainer_of(seven_billion, tmp_path / "run", in_4bit=True, steps=20)
+    seconds = time.perf_counter() - start
+    loaded = torch.cuda.max_memory_allocated() / 1e9
+    trainer.train()
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    rate = 160 / trainer.state.log_history[-1]["train_runtime"]
+    print(
+        f"\n4-bit 7B: loaded in {seconds:.0f} s, {loaded:.2f} GB; peak {peak:.2f} GB, "
+        f"{rate:.1f} examples/s"
+    )
+    assert peak <= 6.5
+    trainer.save_model(str(tmp_path / "final"))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    del trainer
+    torch.cuda.empty_cache()
+    resumed = trainer_of(seven_billion, tmp_path / "again", in_4bit=True, steps=20)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-10"))
+    again = [entry["loss"] for entry in resumed.state.log_history if "loss" in entry]
+    assert again[-5:] == pytest.approx(losses[-5:], rel=1e-2)
+    del resumed
+    torch.cuda.empty_cache()
+    found = verify_adapter_folder(tmp_path / "final")
+    assert found.passed, str(found)
+    merged = merge_adapter(tmp_path / "final", tmp_path / "merged", dtype="bfloat16")
+    assert "quantised base" in str(merged)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    values = [weight_of(folder, name) for folder in (seven_billion, tmp_path / "merged")]
+    assert not torch.equal(*values)
+
+
+def weight_of(folder, name):
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            if name in opened.keys():  # noqa: SIM118 (not a mapping)
+                return opened.get_tensor(name)
+    raise AssertionError(f"{folder} holds no {name}")
