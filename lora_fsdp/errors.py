@@ -22,6 +22,7 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   ├── DuplicateTaskError(ValueError)
     │   ├── BrokenTaskError(ImportError)
     │   ├── IncompleteTaskError(ValueError)
+    │   ├── MissingPackageError(ImportError)
     │   └── LabelCollisionError(ValueError)
     ├── ModelError                      the base model and its adapter
     │   ├── ModelNotFoundError(FileNotFoundError)
@@ -90,7 +91,7 @@ class TableEncodingError(DataError):
 
 
 class MalformedRowError(DataError):
-    """A row cannot be parsed; the message gives its line number."""
+    """A row cannot be parsed, or not be used; the message gives its number and the column."""
 
 
 class EmptyTextError(DataError):
@@ -135,6 +136,10 @@ class BrokenTaskError(TaskError, ImportError):
 
 class IncompleteTaskError(TaskError, ValueError):
     """A task lacks something it needs (instruction, column, label set)."""
+
+
+class MissingPackageError(TaskError, ImportError):
+    """A task needs an optional package; the message gives the command that installs it."""
 
 
 class LabelCollisionError(TaskError, ValueError):

@@ -88,6 +88,7 @@ class DurableTrainer(Trainer):
     processing_class: PreTrainedTokenizerBase
     adapter: ReplicatedParameters
     encoder: Encoder
+    max_new_tokens: int
     run_facts: dict[str, Any]
     probes: list[Probe]
     base_fingerprint: BaseFingerprint
@@ -190,7 +191,7 @@ class DurableTrainer(Trainer):
     def _write_adapter(self, folder: Path, answers: list[list[float]], *, goes_to: Path) -> None:
         save_adapter(self.model, folder, trained=self.moves.done)
         self.processing_class.save_pretrained(folder)
-        save_task(self.encoder, folder)
+        save_task(self.encoder, folder, max_new_tokens=self.max_new_tokens)
         write_json(folder / PROOF_FILE, self._proof(folder, answers, goes_to=goes_to).to_json())
         # As JSON: a pickle would have to be trusted by whoever reads it.
         arguments = json.dumps(self.args.to_dict(), indent=2, default=str)

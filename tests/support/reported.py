@@ -65,7 +65,7 @@ def save_run(
         return Scores(values.log_softmax(dim=1), values > 1)
 
     encoded = [
-        EncodedExample(one.row, [1], [2], (), place, shortened=False)
+        EncodedExample(one.row, [1], [2], (), place, shortened=False, example=one)
         for one, place in zip(held_out, places, strict=True)
     ]
     compare(
