@@ -5,13 +5,13 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from lora_fsdp.evaluation.comparison import CHOICES
 from lora_fsdp.reporting.answers import (
     choices_section,
     free_text_section,
     labels_section,
     written_section,
 )
-from lora_fsdp.evaluation.comparison import CHOICES
 from lora_fsdp.reporting.intervals import CONFIDENCE, DRAWS
 from lora_fsdp.reporting.progress import curves, not_finite, plan_against_measured, progress
 from lora_fsdp.reporting.run_files import (

@@ -5,7 +5,6 @@ Run: python -m pytest tests/tasks/test_built_in_tasks.py
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
