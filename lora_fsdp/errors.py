@@ -33,7 +33,6 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   ├── TargetModulesError(ValueError)
     │   ├── AdapterVerificationError(RuntimeError)
     │   ├── UnsafeFileError(ValueError)
-    │   ├── MissingPackageError(ImportError)
     │   ├── UnsupportedAdapterError(ValueError)
     │   ├── BaseMismatchError(ValueError)
     │   └── MergeError(RuntimeError)
@@ -43,6 +42,7 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   ├── FsdpDroppedError
     │   ├── FsdpSettingError
     │   └── RankMismatchError
+    ├── MissingPackageError(ImportError) an optional package that a task or a setting needs
     ├── ArgumentError(ValueError)       settings that contradict each other
     ├── OutputFolderError(FileExistsError)
     │   ├── OutputFolderInUseError
@@ -91,7 +91,7 @@ class TableEncodingError(DataError):
 
 
 class MalformedRowError(DataError):
-    """A row cannot be parsed; the message gives its line number."""
+    """A row cannot be parsed, or not be used; the message gives its number and the column."""
 
 
 class EmptyTextError(DataError):
@@ -182,10 +182,6 @@ class UnsafeFileError(ModelError, ValueError):
     """A file that is not opened: a pickle, or a name or link that leads out of its folder."""
 
 
-class MissingPackageError(ModelError, ImportError):
-    """An optional package that a setting needs is not installed."""
-
-
 class UnsupportedAdapterError(ModelError, ValueError):
     """An adapter that is not plain LoRA, or whose settings cannot be honoured here."""
 
@@ -220,6 +216,10 @@ class FsdpSettingError(LaunchError):
 
 class RankMismatchError(LaunchError):
     """The ranks were started with different settings or different data."""
+
+
+class MissingPackageError(LoraFsdpError, ImportError):
+    """A task or a setting needs an optional package; the message has the command to install it."""
 
 
 class ArgumentError(LoraFsdpError, ValueError):

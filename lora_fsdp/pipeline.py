@@ -103,14 +103,17 @@ def finetune(
 
 
 def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Comparison:
+    writes = data.task.is_free_text
     with trainer.model.disable_adapter():
         untrained = trainer.score(data.held_out)
+        base_answers = trainer.write(data.held_out) if writes else None
         base_texts = _write_freely(trainer)
     trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
     if trainer.is_world_process_zero():
         try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)
     tuned = trainer.score(data.held_out)
+    tuned_answers = trainer.write(data.held_out) if writes else None
     tuned_texts = _write_freely(trainer)
     return compare(
         data.task,
@@ -120,6 +123,8 @@ def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Co
         untrained=untrained,
         tuned=tuned,
         written=written_answers(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
+        base_texts=base_answers,
+        tuned_texts=tuned_answers,
         facts=_facts(trainer, data, trained.metrics, first_step=log.first_step),
     )
 
@@ -155,7 +160,10 @@ def _claim(folder: Path, arguments: FineTuningArguments) -> None:
 
 def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     """Say what is about to happen, before it costs anything."""
-    labels = ", ".join(data.task.labels) if data.task.labels else "free text"
+    labels = ", ".join(data.task.labels or ())
+    if not labels:
+        own = f"free text of at most {trainer.max_new_tokens} tokens"
+        labels = own if data.task.is_free_text else "each row's own choices"
     print(f"Task {data.task.name}: {len(data.train)} training rows, {len(data.held_out)} held out")
     print(f"  answers: {labels}")
     if data.dropped:
@@ -179,7 +187,7 @@ def _write_freely(trainer: LoraTrainer) -> list[str]:
         trainer.processing_class,
         [example.prompt_ids for example in chosen],
         device=args.device,
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=trainer.max_new_tokens,
         temperature=args.temperature,
         end_token_id=trainer.encoder.end_token_id,
     )

@@ -35,10 +35,15 @@ class LoraArguments:
 
     def __post_init__(self) -> None:
         if isinstance(self.lora_kwargs, str):
-            self.lora_kwargs = _parse_json_object("lora_kwargs", self.lora_kwargs)
+            self.lora_kwargs = parse_json_object("lora_kwargs", self.lora_kwargs)
 
 
-def _parse_json_object(name: str, text: str) -> dict[str, Any]:
+def parse_json_object(name: str, text: str) -> dict[str, Any]:
+    """The JSON object that the option `name` was given.
+
+    Raises:
+        ArgumentError: it is none.
+    """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

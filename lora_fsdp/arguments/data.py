@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+from lora_fsdp.arguments.adapter import parse_json_object
 
 
 @dataclass
@@ -31,9 +33,17 @@ class DataArguments:
         default=None, metadata={"help": "Overrides the task's instruction."}
     )
     text_column: str | None = field(default=None, metadata={"help": "Column with the text."})
-    label_column: str | None = field(default=None, metadata={"help": "Column with the label."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column with the label, or the right answer."}
+    )
     labels: list[str] | None = field(
         default=None, metadata={"help": "Closed label set; read from the data when not given."}
+    )
+    task_options: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Further options of the task, as JSON: \'{"choices_column": "options"}\'.'
+        },
     )
     on_bad_rows: Literal["error", "drop"] = field(
         default="error",
@@ -56,3 +66,7 @@ class DataArguments:
     chat_template: bool = field(
         default=False, metadata={"help": "Put the prompt through the tokenizer's chat template."}
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.task_options, str):
+            self.task_options = parse_json_object("task_options", self.task_options)

@@ -121,7 +121,13 @@ class FineTuningArguments(TrainingArguments):
         default=0,
         metadata={"help": "Let base and adapter write freely on so many held-out rows."},
     )
-    max_new_tokens: int = field(default=20, metadata={"help": "Length limit of free generation."})
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest answer that is written, in tokens. Not given: the longest training "
+            "answer, and at least 20."
+        },
+    )
     temperature: float = field(
         default=0.0, metadata={"help": "Sampling temperature of free generation; 0 = greedy."}
     )
@@ -159,6 +165,8 @@ class FineTuningArguments(TrainingArguments):
             )
         if self.max_hours is not None and self.max_hours <= 0:
             raise ArgumentError(f"--max_hours must be more than 0, not {self.max_hours}.")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ArgumentError(f"--max_new_tokens must be 1 or more, not {self.max_new_tokens}.")
         for name in ("stall_seconds", "drift_check_steps", "flat_loss_steps"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}.")

@@ -53,13 +53,14 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
     examples = task.examples(table)
     encoded = predictor.encoder.encode(examples)
     scores = predictor.score(examples)
+    written = predictor.write(examples) if task.is_free_text else None
     found: dict[str, Any] = {
         "adapter": adapter.adapter,
         "data_file": path,
         "rows": len(examples),
         "rows_left_out": dropped,
         "rows_shortened": sum(example.shortened for example in encoded),
-        "metrics": evaluation_metrics(task, encoded, scores),
+        "metrics": evaluation_metrics(task, encoded, scores, written=written),
     }
     if isinstance(task, ClassificationTask):
         found["confusion_matrix"] = confusion_matrix(task, encoded, scores).to_dict(orient="split")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_fsdp.arguments import DataArguments
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import table_text, write
-from lora_fsdp.tasks import ClassificationTask, get_task, list_tasks
+from lora_fsdp.tasks import ClassificationTask, Task, get_task, list_tasks
 from lora_fsdp.tasks.files import import_task_file
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def show_list(options: ListOptions) -> int:
         print_json([dataclasses.asdict(task) for task in tasks])
         return 0
     for task in tasks:
-        write(f"{task.name:<16} {task.description or f'BROKEN: {task.broken}'}")
+        write(f"{task.name:<20} {task.description or f'BROKEN: {task.broken}'}")
     return 0
 
 
@@ -73,6 +73,7 @@ def show_one(options: ShowOptions) -> int:
         "description": task.description,
         "class": f"{type(task).__module__}:{type(task).__qualname__}",
         "primary_metric": task.primary_metric,
+        "answers": _kind_of_answers(task),
         **task.options(),
     }
     if isinstance(task, ClassificationTask):
@@ -84,6 +85,13 @@ def show_one(options: ShowOptions) -> int:
         write(f"{name:<16} {_shown(value)}")
     write(f"\n{inspect.getdoc(type(task)) or ''}")
     return 0
+
+
+def _kind_of_answers(task: Task) -> str:
+    if task.per_row_choices:
+        return "one of each row's own choices, the likeliest"
+    closed = task.labels is not None or isinstance(task, ClassificationTask)
+    return "one of a closed set, the likeliest" if closed else "free text, by greedy decoding"
 
 
 def _shown(value: Any) -> str:
@@ -140,7 +148,15 @@ def _encoder(options: CheckOptions, data_args: DataArguments, data: TaskData) ->
 
 
 def _row_facts(example: Example, tokens: EncodedExample | None) -> dict[str, Any]:
-    facts = {"row": example.row, "prompt": str(example.prompt), "target": example.target}
+    facts: dict[str, Any] = {
+        "row": example.row,
+        "prompt": str(example.prompt),
+        "target": example.target,
+    }
+    if example.choices:
+        facts["choices"] = list(example.choices)
+    if example.references:
+        facts["references"] = list(example.references)
     if tokens is None:
         return facts
     return facts | {
@@ -162,6 +178,10 @@ def _print_row(example: Example, tokens: EncodedExample | None, encoder: Encoder
         learnt = "".join(f"[{decode([token])}]" for token in tokens.target_ids)
     write(heading)
     write(prompt, marked=learnt)
+    if example.choices:
+        write(f"  scored: {', '.join(map(repr, example.choices))}")
+    if len(example.references) > 1:
+        write(f"  right as well: {', '.join(map(repr, example.references[1:]))}")
 
 
 def _print_counts(found: TaskCheck, encoded: list[EncodedExample] | None) -> None:

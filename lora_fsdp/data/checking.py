@@ -57,7 +57,7 @@ def check_task_data(data: TaskData, encoded: Sequence[EncodedExample] | None) ->
     examples = [*data.train, *data.held_out]
     answers: dict[str, list[str]] = {}
     for example in examples:
-        answers.setdefault(example.prompt.text.strip(), []).append(example.target or "")
+        answers.setdefault(_asked(example), []).append(example.target or "")
     balance = _balance(data)
     contradicting = sum(len(set(targets)) > 1 for targets in answers.values())
     shortened = None if encoded is None else sum(example.shortened for example in encoded)
@@ -72,6 +72,11 @@ def check_task_data(data: TaskData, encoded: Sequence[EncodedExample] | None) ->
         shortened=shortened,
         concerns=_concerns(balance, contradicting, shortened, rows=len(examples)),
     )
+
+
+def _asked(example: Example) -> str:
+    """What the row asks; the same question with other choices is another one."""
+    return "\n".join([example.prompt.content.strip(), *example.choices])
 
 
 def _balance(data: TaskData) -> dict[str, tuple[int, int]]:

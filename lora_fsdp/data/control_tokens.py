@@ -43,30 +43,48 @@ class ControlTokens:
         """How many of `ids` are control tokens."""
         return sum(token in self._ids for token in ids)
 
-    def text_between(self, before: str, text: str, after: str, *, allowed: int) -> list[int] | None:
-        """Ids of the whole, with control tokens in `before` and `after` and none in `text`.
+    def texts_between(
+        self, frames: Sequence[str], texts: Sequence[str], *, allowed: int
+    ) -> list[int] | None:
+        """Ids of the whole, with control tokens in `frames` and none in `texts`.
 
         Between control tokens a tokenizer starts afresh, so the parts are tokenised apart there.
 
         Args:
-            before, text, after: what is tokenised, joined.
-            allowed: how many control tokens `before` and `after` have.
+            frames: what stands before, between and after the texts; one more than there are texts.
+            texts: what must not hold a control token.
+            allowed: how many control tokens the frames have.
 
         Returns:
-            the ids, or `None` if this tokenizer cannot take the text as text.
+            the ids, or `None` if this tokenizer cannot take the texts as text.
         """
-        head = max((match.end() for match in self._any.finditer(before)), default=0)
-        tail = min((match.start() for match in self._any.finditer(after)), default=len(after))
-        middle = before[head:] + text + after[:tail]
+        stretches = self._stretches(frames, texts)
         for cut in self._cuts:
-            ids = [
-                *tokenize(self._tokenizer, [before[:head]])[0],
-                *(i for part in tokenize_as_text(self._tokenizer, cut.split(middle)) for i in part),
-                *tokenize(self._tokenizer, [after[tail:]])[0],
-            ]
+            ids: list[int] = []
+            for stretch, steers in stretches:
+                if steers:
+                    parts = tokenize(self._tokenizer, [stretch])
+                else:
+                    parts = tokenize_as_text(self._tokenizer, cut.split(stretch))
+                ids += [i for part in parts for i in part]
             if self.count(ids) == allowed:
                 return ids
         return None
+
+    def _stretches(self, frames: Sequence[str], texts: Sequence[str]) -> list[tuple[str, bool]]:
+        """The whole in parts, each with whether it is a frame's and may hold control tokens."""
+        stretches = []
+        pending = ""
+        for place, (frame, text) in enumerate(zip(frames, [*texts, ""], strict=True)):
+            tokens = list(self._any.finditer(frame))
+            if tokens:
+                start = 0 if place == 0 else tokens[0].start()
+                end = len(frame) if place == len(texts) else tokens[-1].end()
+                stretches += [(pending + frame[:start], False), (frame[start:end], True)]
+                pending = frame[end:] + text
+            else:
+                pending += frame + text
+        return [*stretches, (pending, False)]
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -31,9 +31,11 @@ class EncodedExample:
         row: its row number, for messages.
         prompt_ids: the prompt, with the tokenizer's leading special token if it has one.
         target_ids: the answer and the end token; empty if the example has no target.
-        candidate_ids: every label of the closed set, each with the end token; empty for free text.
+        candidate_ids: every label of the closed set, or every choice of the row, each with the end
+            token; empty for free text.
         label: index of the target among the candidates, or `None`.
         shortened: whether the text was cut to fit.
+        example: what was encoded.
     """
 
     row: int
@@ -42,6 +44,7 @@ class EncodedExample:
     candidate_ids: tuple[list[int], ...]
     label: int | None
     shortened: bool
+    example: Example
 
 
 class Encoder:
@@ -53,7 +56,8 @@ class Encoder:
     matters for tokenizers that mark the start of a text.
 
     A text cannot forge the control tokens that end a text or a turn: whatever `Prompt.text` or a
-    target spells (`</s>`, `<|im_end|>`) is tokenised as the letters it is. Control tokens are the
+    target spells (`</s>`, `<|im_end|>`) is tokenised as the letters it is, and so is what `lead`,
+    `tail` and `turns` spell. Control tokens are the
     tokenizer's special tokens and the added ones that its chat template writes. Those in
     `Prompt.before` and `Prompt.after`, which the task's author wrote, and those of the chat
     template keep their meaning.
@@ -85,7 +89,7 @@ class Encoder:
         self.chat_template = chat_template
         self._continuation_ids = lru_cache(maxsize=4096)(self._tokenize_continuation)
         self._candidates = lru_cache(maxsize=256)(self._encode_candidates)
-        self._frame_controls = lru_cache(maxsize=4096)(self._count_frame_controls)
+        self._frame = lru_cache(maxsize=4096)(self._build_frame)
 
     def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
         """Token ids of all `examples`, in order.
@@ -106,14 +110,24 @@ class Encoder:
     def render(self, prompt: Prompt) -> str:
         """The prompt as the model sees it."""
         if not self.chat_template:
+            if prompt.turns:
+                raise ArgumentError(
+                    f"Task {self.task.name!r} gives conversations, which a chat template lays out: "
+                    "set --chat_template true, with a chat model's tokenizer."
+                )
             return str(prompt)
-        turns = [{"role": "user", "content": str(prompt)}]
+        turns = [{"role": role, "content": content} for role, content in prompt.turns]
+        turns.append({"role": "user", "content": prompt.message})
         return _render_chat(self.tokenizer, turns, add_generation_prompt=True)
 
     def _encode_one(self, example: Example, prompt_ids: list[int]) -> EncodedExample:
         after = example.prompt.after
         target_ids = [] if example.target is None else self._answer_ids(after, example.target)
-        candidates = self._candidates(after) if self.task.labels is not None else ()
+        candidates: tuple[list[int], ...] = ()
+        if example.choices:
+            candidates = self._choice_ids(example)
+        elif self.task.labels is not None:
+            candidates = self._candidates(after)
         longest = max((len(ids) for ids in (target_ids, *candidates)), default=0)
         shortened = len(prompt_ids) + longest > self.max_length
         if shortened:
@@ -121,13 +135,16 @@ class Encoder:
         if not prompt_ids:
             raise EmptyTextError(f"Row {example.row}: the prompt has no tokens; give it a text.")
         if candidates and target_ids and target_ids not in candidates:
-            answers = [self.task.target_of(label) for label in self.task.labels or ()]
+            labels = [self.task.target_of(label) for label in self.task.labels or ()]
+            answers = list(example.choices) or labels
             raise UnknownLabelError(
-                f"Row {example.row}: the target {example.target!r} is none of the task's answers "
+                f"Row {example.row}: the target {example.target!r} is none of the possible answers "
                 f"{answers}: build_target must give one of them to the letter."
             )
         label = candidates.index(target_ids) if target_ids in candidates else None
-        return EncodedExample(example.row, prompt_ids, target_ids, candidates, label, shortened)
+        return EncodedExample(
+            example.row, prompt_ids, target_ids, candidates, label, shortened, example
+        )
 
     def _shorten(self, example: Example, *, budget: int) -> list[int]:
         """Ids of the prompt with the longest head of its text that fits `budget` tokens."""
@@ -135,7 +152,7 @@ class Encoder:
 
         def ids_with(characters: int) -> list[int]:
             text = prompt.text[:characters].rstrip()
-            shorter = replace(example, prompt=Prompt(prompt.before, text, prompt.after))
+            shorter = replace(example, prompt=replace(prompt, text=text))
             return self._without_forged(shorter, self._tokenize([self.render(shorter.prompt)])[0])
 
         fits, too_long = 0, len(prompt.text)
@@ -148,10 +165,23 @@ class Encoder:
         ids = ids_with(fits)
         if len(ids) > budget or fits == 0:
             raise RowTooLongError(
-                f"Row {example.row}: instruction and answer leave no room for the text within "
-                f"--max_length {self.max_length}; raise it or shorten the instruction."
+                f"Row {example.row}: what is never shortened (instruction, answer, a row's other "
+                f"columns) leaves no room for the text within --max_length {self.max_length}; "
+                "raise it or shorten the instruction."
             )
         return ids
+
+    def _choice_ids(self, example: Example) -> tuple[list[int], ...]:
+        """The row's own choices. One may begin like another: the end token tells them apart."""
+        ids = [self._answer_ids(example.prompt.after, choice) for choice in example.choices]
+        for place, choice in enumerate(ids):
+            if (first := ids.index(choice)) != place:
+                raise LabelCollisionError(
+                    f"Row {example.row}: to this tokenizer the choices "
+                    f"{example.choices[first].strip()!r} and {example.choices[place].strip()!r} "
+                    "are the same; change one of them."
+                )
+        return tuple(ids)
 
     def _encode_candidates(self, after: str) -> tuple[list[int], ...]:
         labels = list(self.task.labels or ())
@@ -202,11 +232,12 @@ class Encoder:
         exactly as the tokenizer has it.
         """
         prompt = example.prompt
-        allowed = self._frame_controls(prompt.before, prompt.after)
+        roles = tuple(role for role, _ in prompt.turns)
+        frames, allowed = self._frame(prompt.before, prompt.after, roles)
         if self._controls.count(ids) == allowed + self._controls.count(self.leading_ids):
             return ids
-        before, after = self.frame(prompt.before, prompt.after)
-        rebuilt = self._controls.text_between(before, prompt.text, after, allowed=allowed)
+        texts = [*(text for _, text in prompt.turns), f"{prompt.lead}{prompt.text}{prompt.tail}"]
+        rebuilt = self._controls.texts_between(frames, texts, allowed=allowed)
         if rebuilt is None:
             raise ControlTokenError(
                 f"Row {example.row}: the text spells a control token of the tokenizer "
@@ -221,15 +252,33 @@ class Encoder:
         return ControlTokens(self.tokenizer, template=template)
 
     def frame(self, before: str, after: str) -> tuple[str, str]:
-        """What stands before and after the text in the prompt as the model sees it."""
-        if not self.chat_template:
-            return before, after
-        head, _, tail = self.render(Prompt(before, _MARKER, after)).partition(_MARKER)
+        """What stands before and after a row's text in the prompt as the model sees it."""
+        (head, tail), _ = self._frame(before, after, ())
         return head, tail
 
-    def _count_frame_controls(self, before: str, after: str) -> int:
-        """Control tokens that a prompt has without its text."""
-        return sum(map(self._controls.count, self._bare(self.frame(before, after))))
+    def _build_frame(
+        self, before: str, after: str, roles: tuple[str, ...]
+    ) -> tuple[Sequence[str], int]:
+        """What stands around a row's texts as the model sees it, and its control tokens.
+
+        Args:
+            before, after: the prompt's.
+            roles: of the turns before it.
+
+        Returns:
+            The frames, one more than there are texts, and how many control tokens they have.
+        """
+        frames = [before, after]
+        if self.chat_template:
+            turns = tuple((role, _MARKER) for role in roles)
+            frames = self.render(Prompt(before, _MARKER, after, turns=turns)).split(_MARKER)
+        if len(frames) != len(roles) + 2:
+            raise ArgumentError(
+                f"The chat template of the tokenizer {self.tokenizer.name_or_path!r} drops or "
+                f"repeats messages of a conversation of {', '.join((*roles, 'user'))}: use another "
+                "model, or rows without these messages."
+            )
+        return frames, sum(map(self._controls.count, self._bare(frames)))
 
     @cached_property
     def end_token_id(self) -> int:

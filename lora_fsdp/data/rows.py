@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -57,6 +58,12 @@ def load_task_data(arguments: DataArguments, *, seed: int, task: Task | None = N
 
 def _choose_task(arguments: DataArguments, task: Task | None) -> Task:
     options = {name: getattr(arguments, name) for name in _TASK_OPTIONS}
+    further: dict[str, Any] = dict(arguments.task_options or {})  # type: ignore[arg-type]
+    if twice := [name for name in further if options.get(name) is not None]:
+        raise ArgumentError(
+            f"{', '.join(twice)} stands in --task_options and in an option of its own: keep one."
+        )
+    options |= further
     given = [f"--{name}" for name, value in options.items() if value is not None]
     if task is None:
         if not arguments.task:

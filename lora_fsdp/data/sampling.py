@@ -134,7 +134,8 @@ class ScoringRow:
 class ScoringRows(Dataset[ScoringRow]):
     """This rank's rows of a set whose answers are to be scored.
 
-    An example's answers are all labels of a closed set, or its target in a free-text task. The
+    An example's answers are all labels of a closed set, its own choices, or its target in a
+    free-text task. The
     division into rows does not depend on the number of ranks, so neither do the scores; every rank
     has as many rows, and every example is in exactly one of them.
     """

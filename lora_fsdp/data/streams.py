@@ -216,7 +216,7 @@ class ParquetStream(TableStream):
         table = chunk.rows
         for name, values in added.items():
             # Said outright: a chunk may hold nothing but missing values.
-            text = name.endswith(("predicted_label", "predicted_text")) and "/" not in name
+            text = name.endswith(_TEXT_COLUMNS) and "/" not in name
             kind = pa.string() if text else pa.float64()
             table = table.append_column(name, pa.array(values, type=kind))
         pq.write_table(table, path)
@@ -234,6 +234,8 @@ class ParquetStream(TableStream):
                 writer.close()
 
 
+# The new columns that hold texts and not probabilities.
+_TEXT_COLUMNS = ("predicted_label", "predicted_choice", "choice_probabilities", "predicted_text")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from lora_fsdp.evaluation.baselines import majority_baseline, tfidf_baseline
 from lora_fsdp.evaluation.metrics import (
     confusion_matrix,
     evaluation_metrics,
-    predicted_labels,
+    given_answers,
 )
 from lora_fsdp.evaluation.report import (
+    CHANCE,
     MAJORITY,
     TFIDF,
     TUNED,
@@ -32,6 +34,11 @@ from lora_fsdp.evaluation.report import (
 from lora_fsdp.evaluation.scoring import Scores
 from lora_fsdp.tasks import ClassificationTask, Example, Task
 
+# Metrics in the order in which they are printed, after the task's primary one.
+_SHOWN = ("accuracy", "macro_f1", "exact_match", "loss")
+# The column of `predictions.csv` with a row's own choices.
+CHOICES = "choices"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -40,8 +47,9 @@ class Comparison:
     Attributes:
         metrics: metrics by system.
         primary_metric: the metric that decides.
-        predictions: one row per held-out example: row number, text, target, answers, probability,
-            the probability of every label, the baselines' answers.
+        predictions: one row per held-out example: row number, text, target, answers, probability
+            (of the tuned answer; in a free-text task, of the target), the probability of every
+            label (or, as JSON, the row's choices with theirs), the baselines' answers.
         confusion: counts of true by predicted label of the tuned model; `None` for free text.
         written: what both models wrote by themselves on some held-out rows, and the answer in it.
         facts: what else is worth keeping in `metrics.json`.
@@ -70,7 +78,7 @@ class Comparison:
     def __str__(self) -> str:
         keys = [
             key
-            for key in ("accuracy", "macro_f1", "exact_match", "loss")
+            for key in dict.fromkeys((self.primary_metric, *_SHOWN))
             if key in self.metrics[TUNED]
         ]
         sample = self.predictions.sample(min(self.shown, len(self.predictions)), random_state=0)
@@ -89,7 +97,11 @@ class Comparison:
         """One sentence: whether tuning beats everything else."""
         key = self.primary_metric
         tuned = self.metrics[TUNED][key]
-        others = {name: values[key] for name, values in self.metrics.items() if name != TUNED}
+        others = {
+            name: values[key]
+            for name, values in self.metrics.items()
+            if name != TUNED and key in values
+        }
         best = max(others, key=lambda name: others[name])
         outcome = "beats" if tuned > others[best] else "does not beat"
         return (
@@ -108,6 +120,8 @@ def compare(
     tuned: Scores,
     facts: Mapping[str, Any],
     written: Sequence[Mapping[str, Any]] = (),
+    base_texts: Sequence[str] | None = None,
+    tuned_texts: Sequence[str] | None = None,
 ) -> Comparison:
     """Metrics of all systems on the held-out examples.
 
@@ -117,33 +131,39 @@ def compare(
         untrained, tuned: scores of `held_out` without and with the adapter.
         facts: further entries of `metrics.json`.
         written: see `written_answers`.
+        base_texts, tuned_texts: what both models wrote on `held_out`, for a free-text task.
     """
     baselines = _baselines(task, train, held_out)
     truth = answers_of(task, held_out)
     metrics = {
         **{name: task.compute_metrics(truth, answers) for name, answers in baselines.items()},
-        UNTRAINED: evaluation_metrics(task, encoded, untrained),
-        TUNED: evaluation_metrics(task, encoded, tuned),
+        **_chance(task, held_out),
+        UNTRAINED: evaluation_metrics(task, encoded, untrained, written=base_texts),
+        TUNED: evaluation_metrics(task, encoded, tuned, written=tuned_texts),
     }
+    base = given_answers(task, held_out, untrained, written=base_texts)
+    answers = given_answers(task, held_out, tuned, written=tuned_texts)
     predictions = pd.DataFrame(
         {
             "row": [example.row for example in held_out],
-            "text": [example.prompt.text for example in held_out],
+            "text": [example.prompt.content for example in held_out],
             "target": truth,
             # As objects, where no answer stays None and does not become NaN.
-            "base": pd.Series(_answers(task, held_out, untrained), dtype=object),
-            "tuned": pd.Series(_answers(task, held_out, tuned), dtype=object),
-            "probability": tuned.probabilities.amax(dim=1).tolist(),
+            "base": pd.Series(base, dtype=object),
+            "tuned": pd.Series(answers, dtype=object),
+            "probability": _probabilities(task, tuned),
         }
     )
     confusion = None
+    if task.per_row_choices:
+        predictions[CHOICES] = choices_as_json(held_out, tuned)
     if isinstance(task, ClassificationTask):
         confusion = confusion_matrix(task, encoded, tuned)
         names = [f"probability/{label}" for label in task.labels or ()]
         by_label = pd.DataFrame(tuned.probabilities.numpy(), columns=names)
         predictions = pd.concat([predictions, by_label.astype(float)], axis=1)
-    for name, answers in baselines.items():
-        predictions[f"baseline/{name}"] = answers
+    for name, guesses in baselines.items():
+        predictions[f"baseline/{name}"] = guesses
     return Comparison(metrics, task.primary_metric, predictions, confusion, written, facts)
 
 
@@ -188,28 +208,43 @@ def _baselines(
     if task.labels is None:
         return {}
     train_labels = answers_of(task, train)
-    texts = [example.prompt.text for example in train]
-    tested = [example.prompt.text for example in held_out]
+    texts = [example.prompt.content for example in train]
+    tested = [example.prompt.content for example in held_out]
     return {
         MAJORITY: majority_baseline(train_labels, len(tested)),
         TFIDF: tfidf_baseline(texts, train_labels, tested),
     }
 
 
+def _chance(task: Task, held_out: Sequence[Example]) -> dict[str, dict[str, float]]:
+    """What guessing among each row's choices gives on average."""
+    if not task.per_row_choices or not held_out:
+        return {}
+    shares = [1 / len(example.choices) for example in held_out]
+    return {CHANCE: {"accuracy": sum(shares) / len(shares)}}
+
+
 def answers_of(task: Task, examples: Sequence[Example]) -> list[str]:
     """The right answers: labels of a closed set, or the target text."""
-    by_target = {task.target_of(label): label for label in task.labels or ()}
+    return [task.answer_of(example) for example in examples]
+
+
+def choices_as_json(examples: Sequence[Example], scores: Scores) -> list[str]:
+    """Every row's choices with their probabilities, as a JSON object each."""
     return [
-        by_target.get(example.target or "", (example.target or "").strip()) for example in examples
+        json.dumps(
+            {
+                choice.strip(): round(probability, 6)
+                for choice, probability in zip(example.choices, probabilities, strict=False)
+            },
+            ensure_ascii=False,
+        )
+        for example, probabilities in zip(examples, scores.probabilities.tolist(), strict=True)
     ]
 
 
-def _answers(task: Task, examples: Sequence[Example], scores: Scores) -> list[str | None]:
-    """A system's answers; in a free-text task only whether greedy decoding writes the target."""
-    if task.labels is not None:
-        return list(predicted_labels(task, scores))
-    hits = scores.is_greedy[:, 0].tolist()
-    return [
-        (example.target or "").strip() if hit else None
-        for example, hit in zip(examples, hits, strict=True)
-    ]
+def _probabilities(task: Task, scores: Scores) -> list[float]:
+    """Of the answer among all that can be chosen; in a free-text task, of the target's text."""
+    if task.is_free_text:
+        return scores.log_likelihoods[:, 0].exp().tolist()
+    return scores.probabilities.amax(dim=1).tolist()

@@ -19,7 +19,8 @@ from typing import Any
 
 from lora_fsdp.data.streams import Chunk, TableStream
 from lora_fsdp.errors import ArgumentError, ColumnNotFoundError, NoRowsError, OutputFileError
-from lora_fsdp.evaluation.metrics import predicted_labels
+from lora_fsdp.evaluation.comparison import choices_as_json
+from lora_fsdp.evaluation.metrics import given_answers, predicted_labels
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.evaluation.report import write_json
 from lora_fsdp.tasks import Example, Task
@@ -61,8 +62,9 @@ def predict_file(
         predictor: the adapter.
         stream: the table.
         output: a file of the same format; its columns are the table's and `predicted_label`,
-            `probability` (of that label) and `probability/<label>`, or `predicted_text` for a task
-            of free text. A row without text keeps them empty.
+            `probability` (of that label) and `probability/<label>`; `predicted_choice`,
+            `probability` and `choice_probabilities` (JSON) for a task whose rows have their own
+            choices; `predicted_text` for a task of free text. A row without text keeps them empty.
         chunk_rows: rows that are read, answered and written at a time.
         column_prefix: put before the new columns' names.
         identity: says which adapter this is; an unfinished output of another one is not continued.
@@ -118,14 +120,17 @@ def answers_of(predictor: Predictor, texts: Sequence[str]) -> list[dict[str, Any
     Raises:
         ArgumentError: the task needs more than one text.
     """
-    column = str(predictor.task.options().get("text_column") or "text")
+    task = predictor.task
+    column = str(task.options().get("text_column") or "text")
     try:
-        prompts = [predictor.task.build_prompt({column: text}) for text in texts]
+        examples = [
+            Example(number, task.build_prompt({column: text}), None, task.build_choices({}))
+            for number, text in enumerate(texts, start=1)
+        ]
     except KeyError as error:
         raise ArgumentError(
-            f"Task {predictor.task.name!r} needs the column {error}: give a table, not a text."
+            f"Task {task.name!r} needs the column {error}: give a table, not a text."
         ) from error
-    examples = [Example(row=i, prompt=p, target=None) for i, p in enumerate(prompts, start=1)]
     columns = _answers(predictor, examples)
     return [{name: values[i] for name, values in columns.items()} for i in range(len(texts))]
 
@@ -139,7 +144,12 @@ def file_digest(path: Path) -> str:
 def _examples(task: Task, stream: TableStream, chunk: Chunk) -> list[Example]:
     try:
         return [
-            Example(row=row, prompt=task.build_prompt(record), target=None)
+            Example(
+                row=row,
+                prompt=task.build_prompt(record),
+                target=None,
+                choices=task.build_choices(record),
+            )
             for row, record in enumerate(stream.records(chunk), start=chunk.first)
         ]
     except KeyError as error:
@@ -158,25 +168,43 @@ def _answers(predictor: Predictor, examples: Sequence[Example]) -> dict[str, lis
     """The new columns; `None` where there is no text."""
     places = [place for place, example in enumerate(examples) if _has_text(example)]
     asked = [examples[place] for place in places]
-    labels = predictor.task.labels
-    if labels is None:
-        found: dict[str, list[Any]] = {"predicted_text": []}
-        if asked:
-            found["predicted_text"] = [text.strip() for text in predictor.write(asked)]
-    else:
-        names = ("predicted_label", "probability", *(f"probability/{x}" for x in labels))
-        found = {name: [] for name in names}
-        if asked:
-            scores = predictor.score(asked)
-            found["predicted_label"] = list(predicted_labels(predictor.task, scores))
-            found["probability"] = scores.probabilities.amax(dim=1).tolist()
-            for number, label in enumerate(labels):
-                found[f"probability/{label}"] = scores.probabilities[:, number].tolist()
+    found = _found(predictor, asked)
     spread: dict[str, list[Any]] = {name: [None] * len(examples) for name in found}
     for name, values in found.items():
         for place, value in zip(places, values, strict=True):
             spread[name][place] = value
     return spread
+
+
+def _found(predictor: Predictor, asked: Sequence[Example]) -> dict[str, list[Any]]:
+    """The new columns for examples that all have a text."""
+    task = predictor.task
+    if task.is_free_text:
+        written = predictor.write(asked) if asked else []
+        return {"predicted_text": [text.strip() for text in written]}
+    labels = list(task.labels or ())
+    if not asked:
+        own = ["choice_probabilities"] if task.per_row_choices else []
+        name = "predicted_choice" if task.per_row_choices else "predicted_label"
+        return {key: [] for key in (name, "probability", *own, *_probability_columns(labels))}
+    scores = predictor.score(asked)
+    probability = scores.probabilities.amax(dim=1).tolist()
+    if task.per_row_choices:
+        return {
+            "predicted_choice": list(given_answers(task, asked, scores)),
+            "probability": probability,
+            "choice_probabilities": choices_as_json(asked, scores),
+        }
+    columns = zip(_probability_columns(labels), scores.probabilities.T.tolist(), strict=True)
+    return {
+        "predicted_label": list(predicted_labels(task, scores)),
+        "probability": probability,
+        **dict(columns),
+    }
+
+
+def _probability_columns(labels: Sequence[str]) -> list[str]:
+    return [f"probability/{label}" for label in labels]
 
 
 def _refuse_other_format(source: Path, target: Path) -> None:

@@ -35,6 +35,37 @@ def generate_texts(
     """
     if not prompts:
         return []
+    texts = generate_batch(
+        model,
+        tokenizer,
+        prompts,
+        device=device,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        end_token_id=end_token_id,
+    )
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        holder = [texts]
+        dist.broadcast_object_list(holder, src=0)
+        texts = holder[0]
+    return texts
+
+
+@torch.no_grad()
+def generate_batch(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    device: torch.device,
+    max_new_tokens: int,
+    temperature: float,
+    end_token_id: int,
+) -> list[str]:
+    """As `generate_texts`, with this rank's own prompts and texts.
+
+    Still a collective call under FSDP: the ranks' forwards are kept in step.
+    """
     was_training = model.training
     model.eval()
     input_ids, attention_mask = _pad_left(prompts, tokenizer.pad_token_id, device)
@@ -60,12 +91,7 @@ def generate_texts(
         synced_gpus=joined,
     )
     model.train(was_training)
-    texts = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
-    if joined:
-        holder = [texts]
-        dist.broadcast_object_list(holder, src=0)
-        texts = holder[0]
-    return list(texts)
+    return list(tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True))
 
 
 def _pad_left(

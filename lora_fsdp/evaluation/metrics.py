@@ -1,4 +1,4 @@
-"""Scores of label likelihoods and greedy decoding, as the task's metrics."""
+"""Scores of likelihoods and of written answers, as the task's metrics."""
 
 from __future__ import annotations
 
@@ -8,48 +8,68 @@ import pandas as pd
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.evaluation.scoring import Scores
-from lora_fsdp.tasks import ClassificationTask, Task
+from lora_fsdp.tasks import ClassificationTask, Example, Task
 
 
 def evaluation_metrics(
-    task: Task, examples: Sequence[EncodedExample], scores: Scores
+    task: Task,
+    examples: Sequence[EncodedExample],
+    scores: Scores,
+    *,
+    written: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Loss per label token and the task's metrics, over the examples that have a target.
 
-    Without a closed label set: the share of targets that greedy decoding writes to the letter.
+    Args:
+        task: the task.
+        examples: N examples.
+        scores: of their answers.
+        written: [N] what the model wrote, for a free-text task; without it there is only the loss.
     """
-    known = [i for i, example in enumerate(examples) if example.target_ids]
+    known = [place for place, example in enumerate(examples) if example.target_ids]
     if not known:
         return {}
     # A free-text example has one answer, its target.
-    answers = [examples[i].label or 0 for i in known]
+    answers = [examples[place].label or 0 for place in known]
     likelihood = scores.log_likelihoods[known, answers].double().sum().item()
-    metrics = {"loss": -likelihood / sum(len(examples[i].target_ids) for i in known)}
-    if task.labels is None:
-        return metrics | {"exact_match": scores.is_greedy[known, 0].double().mean().item()}
-    return metrics | task.compute_metrics(*_true_and_predicted(task, examples, scores))
+    metrics = {"loss": -likelihood / sum(len(examples[place].target_ids) for place in known)}
+    if task.is_free_text and written is None:
+        return metrics
+    sources = [example.example for example in examples]
+    given = given_answers(task, sources, scores, written=written)
+    return metrics | task.measure([sources[i] for i in known], [given[i] for i in known])
 
 
 def confusion_matrix(
     task: ClassificationTask, examples: Sequence[EncodedExample], scores: Scores
 ) -> pd.DataFrame:
     """Counts of true by predicted label, over the examples that have a target."""
-    return task.confusion_matrix(*_true_and_predicted(task, examples, scores))
-
-
-def _true_and_predicted(
-    task: Task, examples: Sequence[EncodedExample], scores: Scores
-) -> tuple[list[str], list[str]]:
     labels, predicted = list(task.labels or ()), predicted_labels(task, scores)
     pairs = [
         (labels[example.label], answer)
         for example, answer in zip(examples, predicted, strict=True)
         if example.label is not None
     ]
-    return [true for true, _ in pairs], [answer for _, answer in pairs]
+    return task.confusion_matrix([true for true, _ in pairs], [answer for _, answer in pairs])
+
+
+def given_answers(
+    task: Task,
+    examples: Sequence[Example],
+    scores: Scores,
+    *,
+    written: Sequence[str] | None = None,
+) -> list[str | None]:
+    """The answer to each example: the likeliest, or what is found in the text written."""
+    if task.is_free_text:
+        return [task.parse(text) for text in written or ()]
+    if task.labels is not None:
+        return list(predicted_labels(task, scores))
+    chosen = zip(examples, scores.best, strict=True)
+    return [example.choices[best].strip() for example, best in chosen]
 
 
 def predicted_labels(task: Task, scores: Scores) -> list[str]:
-    """The most likely label of each example."""
+    """The most likely label of each example, of a closed set."""
     labels = list(task.labels or ())
     return [labels[best] for best in scores.best]

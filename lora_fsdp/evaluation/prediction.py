@@ -16,6 +16,7 @@ from lora_fsdp.errors import AdapterVerificationError
 from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.evaluation.report import write_json
 from lora_fsdp.evaluation.scoring import Scores, score_examples
+from lora_fsdp.evaluation.writing import LEAST_NEW_TOKENS, write_answers
 from lora_fsdp.modeling.adapter_folders import (
     attach_saved,
     find_base,
@@ -42,13 +43,14 @@ TASK_FILE = "task.json"
 _ROW_TOKENS = {"cuda": 2048, "cpu": 512}
 
 
-def save_task(encoder: Encoder, folder: str | Path) -> None:
+def save_task(encoder: Encoder, folder: str | Path, *, max_new_tokens: int) -> None:
     """Write how the adapter was prompted beside it, so that it can be asked the same way."""
     contents = {
         "task": encoder.task.name,
         "options": encoder.task.options(),
         "max_length": encoder.max_length,
         "chat_template": encoder.chat_template,
+        "max_new_tokens": max_new_tokens,
     }
     write_json(Path(folder) / TASK_FILE, contents)
 
@@ -63,8 +65,15 @@ def _read_task(folder: Path) -> dict[str, Any]:
         raise AdapterVerificationError(
             f"{folder} holds no {TASK_FILE}: give the output folder of a finished run."
         )
-    saved = read_json_object(folder, TASK_FILE)
-    kinds = {"task": str, "options": dict, "max_length": int, "chat_template": bool}
+    # Adapters of 0.1.0 do not say how long their answers may be.
+    saved = {"max_new_tokens": LEAST_NEW_TOKENS, **read_json_object(folder, TASK_FILE)}
+    kinds = {
+        "task": str,
+        "options": dict,
+        "max_length": int,
+        "chat_template": bool,
+        "max_new_tokens": int,
+    }
     for key, kind in kinds.items():
         # A bool is an int to Python.
         if not isinstance(saved.get(key), kind) or (kind is int and saved[key] is True):
@@ -92,13 +101,14 @@ def _fastest_computation(model: PeftModel, *, device: torch.device) -> RowComput
 
 @dataclass(frozen=True)
 class Predictor:
-    """A task, its encoder, a model with the adapter, and how the model computes rows."""
+    """A task, its encoder, a model with the adapter, how it computes rows, its longest answer."""
 
     task: Task
     encoder: Encoder
     model: PeftModel
     device: torch.device
     computation: RowComputation
+    max_new_tokens: int
 
     @classmethod
     def from_adapter(
@@ -151,7 +161,8 @@ class Predictor:
             chat_template=saved["chat_template"],
         )
         adapted = attach_saved(adapter, model).to(device)
-        return cls(task, encoder, adapted, device, _fastest_computation(adapted, device=device))
+        computation = _fastest_computation(adapted, device=device)
+        return cls(task, encoder, adapted, device, computation, saved["max_new_tokens"])
 
     def score(self, examples: Sequence[Example]) -> Scores:
         """Scores of every answer, as during training."""
@@ -164,15 +175,36 @@ class Predictor:
         )
 
     def write(
-        self, examples: Sequence[Example], *, max_new_tokens: int = 20, temperature: float = 0.0
+        self,
+        examples: Sequence[Example],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
     ) -> list[str]:
-        """What the model writes by itself after each prompt."""
+        """What the model writes by itself after each prompt.
+
+        Args:
+            examples: the prompts.
+            max_new_tokens: longest answer in tokens; `None` = as in training.
+            temperature: of sampling; 0 = greedy, as in evaluation.
+        """
+        prompts = [encoded.prompt_ids for encoded in self.encoder.encode(examples)]
+        limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if temperature == 0:
+            return write_answers(
+                self.model,
+                self.encoder.tokenizer,
+                prompts,
+                device=self.device,
+                max_new_tokens=limit,
+                end_token_id=self.encoder.end_token_id,
+            )
         return generate_texts(
             self.model,
             self.encoder.tokenizer,
-            [encoded.prompt_ids for encoded in self.encoder.encode(examples)],
+            prompts,
             device=self.device,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=limit,
             temperature=temperature,
             end_token_id=self.encoder.end_token_id,
         )

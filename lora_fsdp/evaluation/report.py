@@ -19,6 +19,8 @@ from rich.text import Text
 
 # The systems of a comparison, as they are called in `metrics.json` and tables.
 MAJORITY, TFIDF, UNTRAINED, TUNED = "majority", "TF-IDF + logistic", "untrained", "tuned"
+# The mean share of right answers of one who guesses among each row's choices.
+CHANCE = "chance"
 # The log of a run, a line an entry.
 LOG_FILE = "log_history.jsonl"
 

@@ -16,10 +16,11 @@ from lora_fsdp.modeling.label_head import RowComputation, label_outputs
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of N examples with A answers each, on the CPU and the same on every rank.
+    """Scores of N examples with up to A answers each, on the CPU and the same on every rank.
 
     Attributes:
-        log_likelihoods: [N, A] float32, log-probability of each answer with its end token.
+        log_likelihoods: [N, A] float32, log-probability of each answer with its end token; minus
+            infinity for the answers that an example has fewer than others.
         is_greedy: [N, A] bool, whether greedy decoding from the prompt writes exactly this answer
             (each of its tokens is the most likely one given those before it).
     """
@@ -43,24 +44,29 @@ def score_rows(
     model: nn.Module,
     rows: Iterable[ScoringRow],
     *,
-    count: int,
-    answers: int,
+    answers: Sequence[int],
     device: torch.device,
     computation: RowComputation,
     after_row: Callable[[], None] | None = None,
 ) -> Scores:
-    """Score this rank's `rows` of `count` examples and join the ranks' results.
+    """Score this rank's `rows` and join the ranks' results.
 
     A collective call: every rank must bring the same number of rows.
+
+    Args:
+        rows: this rank's share of the N examples.
+        answers: [N] how many answers each example has.
     """
+    counts = torch.tensor(answers, dtype=torch.int64)
+    count, most = len(answers), max(answers, default=0)
     was_training = model.training
     model.eval()
     # One tensor for both results, so that the ranks join them in one all-reduce.
-    results = torch.zeros(2, count * answers, dtype=torch.float32, device=device)
+    results = torch.zeros(2, count * most, dtype=torch.float32, device=device)
     for scoring in rows:
         row = scoring.row.to(device, non_blocking=True)
         outputs = label_outputs(model, row, computation=computation)
-        places = _answer_places(scoring.examples, answers=answers).to(device)
+        places = _answer_places(scoring.examples, counts=counts, most=most).to(device)
         owner = places[row.label_answers]
         results[0].index_add_(0, owner, outputs.log_probs.float())
         results[1].index_add_(0, owner, (~outputs.is_most_likely).float())
@@ -69,8 +75,9 @@ def score_rows(
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(results)
     model.train(was_training)
-    likelihoods, misses = results.cpu().view(2, count, answers)
-    return Scores(likelihoods, misses == 0)
+    likelihoods, misses = results.cpu().view(2, count, most)
+    absent = torch.arange(most) >= counts[:, None]
+    return Scores(likelihoods.masked_fill(absent, -torch.inf), (misses == 0) & ~absent)
 
 
 def score_examples(
@@ -86,14 +93,14 @@ def score_examples(
     return score_rows(
         model,
         (rows[index] for index in range(len(rows))),
-        count=len(examples),
-        answers=len(rows.answers[0]) if examples else 0,
+        answers=[len(answers) for answers in rows.answers],
         device=device,
         computation=computation,
     )
 
 
-def _answer_places(examples: Sequence[int], *, answers: int) -> torch.Tensor:
+def _answer_places(examples: Sequence[int], *, counts: torch.Tensor, most: int) -> torch.Tensor:
     """Where a row's answers stand in the flat [N * A] result, in the row's order."""
-    starts = torch.tensor(examples, dtype=torch.int64)[:, None] * answers
-    return (starts + torch.arange(answers)).flatten()
+    chosen = torch.tensor(examples, dtype=torch.int64)
+    places = chosen[:, None] * most + torch.arange(most)
+    return places[torch.arange(most) < counts[chosen][:, None]]

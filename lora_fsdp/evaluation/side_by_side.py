@@ -9,12 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from lora_fsdp.errors import DataFileNotFoundError
+from lora_fsdp.errors import ArgumentError, DataFileNotFoundError
 from lora_fsdp.evaluation.comparison import written_answers
-from lora_fsdp.evaluation.metrics import predicted_labels
+from lora_fsdp.evaluation.metrics import given_answers
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.evaluation.report import PredictionRow
-from lora_fsdp.tasks import Example
+from lora_fsdp.tasks import Example, Task
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def compare_on_held_out(
     """Ask base and tuned model about a sample of the run's held-out rows.
 
     Args:
-        predictor: the adapter, of a task with a closed label set.
+        predictor: the adapter, of a task that asks about one text column.
         folder: its run's output folder, with `predictions.csv`.
         rows: size of the sample.
         seed: of the sample.
@@ -52,6 +52,7 @@ def compare_on_held_out(
 
     Raises:
         DataFileNotFoundError: the folder holds no `predictions.csv`.
+        ArgumentError: the task's prompt needs more of a row than its text.
     """
     file = Path(folder) / "predictions.csv"
     if not file.is_file():
@@ -60,23 +61,45 @@ def compare_on_held_out(
         )
     held_out = pd.read_csv(file, keep_default_na=False, dtype={"target": str, "tuned": str})
     sample = held_out.sample(min(rows, len(held_out)), random_state=seed)
-    column = predictor.task.options()["text_column"]
-    examples = [
-        Example(row=int(row), prompt=predictor.task.build_prompt({column: text}), target=None)
-        for row, text in zip(sample["row"], sample["text"], strict=True)
-    ]
-    tuned = predictor.score(examples)
-    answers = predicted_labels(predictor.task, tuned)
+    examples = _examples(predictor.task, sample)
+    answers, probabilities = _answers(predictor, examples)
     texts = predictor.write(examples, temperature=temperature) if generate else []
     with predictor.model.disable_adapter():
-        base_answers = predicted_labels(predictor.task, predictor.score(examples))
+        base_answers, _ = _answers(predictor, examples)
         base_texts = predictor.write(examples, temperature=temperature) if generate else []
     columns = zip(
-        sample["row"], sample["text"], sample["target"], base_answers, answers,
-        tuned.probabilities.amax(dim=1).tolist(), strict=True,
+        sample["row"], sample["text"], sample["target"], base_answers, answers, probabilities,
+        strict=True,
     )  # fmt: skip
     return SideBySide(
         rows=[PredictionRow(int(row), *values) for row, *values in columns],
         written=written_answers(predictor.task, examples, base=base_texts, tuned=texts),
-        agreeing=sum(a == b for a, b in zip(answers, sample["tuned"], strict=True)),
+        agreeing=sum((a or "") == b for a, b in zip(answers, sample["tuned"], strict=True)),
     )
+
+
+def _examples(task: Task, sample: pd.DataFrame) -> list[Example]:
+    column = str(task.options().get("text_column") or "text")
+    try:
+        return [
+            Example(int(row), task.build_prompt({column: text}), None, task.build_choices({}))
+            for row, text in zip(sample["row"], sample["text"], strict=True)
+        ]
+    except KeyError as error:
+        raise ArgumentError(
+            f"Task {task.name!r} asks about more than one column (it also needs {error}), and a "
+            "run's predictions.csv holds one text a row: use lora-fsdp evaluate on the table."
+        ) from error
+
+
+def _answers(
+    predictor: Predictor, examples: Sequence[Example]
+) -> tuple[list[str | None], list[float | None]]:
+    """The answers, and their probabilities (of a written one it is not known)."""
+    if predictor.task.is_free_text:
+        return [predictor.task.parse(text) for text in predictor.write(examples)], [None] * len(
+            examples
+        )
+    scores = predictor.score(examples)
+    answers = given_answers(predictor.task, examples, scores)
+    return answers, list(scores.probabilities.amax(dim=1).tolist())

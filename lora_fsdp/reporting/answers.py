@@ -32,6 +32,17 @@ def labels_section(predictions: pd.DataFrame) -> dict[str, Any]:
     }
 
 
+def choices_section(predictions: pd.DataFrame) -> dict[str, Any]:
+    """What the answers to questions with choices of their own show, JSON-ready."""
+    right = predictions["tuned"] == predictions["target"]
+    return {
+        "rows": len(predictions),
+        "mistakes": int((~right).sum()),
+        "confident_mistakes": _confident_mistakes(predictions[~right]),
+        "calibration": calibration(predictions["probability"].to_numpy(), right.to_numpy()),
+    }
+
+
 def free_text_section(predictions: pd.DataFrame) -> dict[str, Any]:
     """Which held-out targets the tuned model writes to the letter, with samples, JSON-ready."""
     right = (predictions["tuned"] == predictions["target"]) & (predictions["tuned"] != "")

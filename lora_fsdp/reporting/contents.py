@@ -5,7 +5,13 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from lora_fsdp.reporting.answers import free_text_section, labels_section, written_section
+from lora_fsdp.evaluation.comparison import CHOICES
+from lora_fsdp.reporting.answers import (
+    choices_section,
+    free_text_section,
+    labels_section,
+    written_section,
+)
 from lora_fsdp.reporting.intervals import CONFIDENCE, DRAWS
 from lora_fsdp.reporting.progress import curves, not_finite, plan_against_measured, progress
 from lora_fsdp.reporting.run_files import (
@@ -54,6 +60,7 @@ def report_contents(run: RunFiles) -> dict[str, Any]:
         "curves": found,
         "not_finite": not_finite(found),
         "answers": None,
+        "choices": None,
         "free_text": None,
         "free_writing": run.part(METRICS_FILE, written_section),
         "health": run.part(DATA_HEALTH_FILE, _health),
@@ -66,6 +73,8 @@ def report_contents(run: RunFiles) -> dict[str, Any]:
     if predictions is not None and len(predictions):
         if label_columns(predictions):
             contents["answers"] = run.part(PREDICTIONS_FILE, lambda _: labels_section(predictions))
+        elif CHOICES in predictions.columns:
+            contents["choices"] = run.part(PREDICTIONS_FILE, lambda _: choices_section(predictions))
         else:
             contents["free_text"] = run.part(
                 PREDICTIONS_FILE, lambda _: free_text_section(predictions)

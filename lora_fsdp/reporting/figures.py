@@ -217,8 +217,9 @@ def run_pictures(contents: Mapping[str, Any]) -> list[Picture]:
     for key, title in (("learning_rate", "learning rate"), ("grad_norm", "gradient norm")):
         if key in curves:
             pictures.append(curve_picture(key, title, {title: curves[key]}))
-    if contents["answers"] is not None:
-        pictures.append(calibration_picture(contents["answers"]["calibration"]))
+    chosen = contents["answers"] or contents["choices"]
+    if chosen is not None:
+        pictures.append(calibration_picture(chosen["calibration"]))
     return pictures
 
 

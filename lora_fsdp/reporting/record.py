@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lora_fsdp.modeling.folders import sha256_of_file
 from lora_fsdp.reporting.data_health import HELD_OUT, TRAINING, data_health
 from lora_fsdp.reporting.environment import environment, launch_command
 from lora_fsdp.reporting.run_files import DATA_HEALTH_FILE, RECORD_FILE
-from lora_fsdp.tasks import Example, Prompt
+from lora_fsdp.tasks import Example
 from lora_fsdp.training.trainer import LoraTrainer
 
 _SAMPLE_CHARACTERS = 200
@@ -91,7 +91,7 @@ def _rows(
         {
             "part": part,
             "row": [example.row for example in examples],
-            "text": pd.Series([example.prompt.text for example in examples], dtype=object),
+            "text": pd.Series([example.prompt.content for example in examples], dtype=object),
             "answer": pd.Series(answers_of(data.task, examples), dtype=object),
             "tokens": [len(one.prompt_ids) + len(one.target_ids) for one in encoded],
             "shortened": pd.Series([one.shortened for one in encoded], dtype=bool),
@@ -104,7 +104,7 @@ def _sample_prompt(trainer: LoraTrainer, held_out: Sequence[Example]) -> dict[st
     if not held_out:
         return None
     encoder, prompt = trainer.encoder, held_out[0].prompt
-    short = Prompt(prompt.before, prompt.text[:_SAMPLE_CHARACTERS], prompt.after)
+    short = replace(prompt, text=prompt.text[:_SAMPLE_CHARACTERS])
     answers = [len(one.target_ids) for one in trainer.train_dataset]
     return {
         "row": held_out[0].row,
@@ -117,10 +117,13 @@ def _sample_prompt(trainer: LoraTrainer, held_out: Sequence[Example]) -> dict[st
 
 
 def _asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
-    """How the adapter is asked, to the token: for whoever asks it without this library."""
+    """How the adapter is asked, to the token: for whoever asks it without this library.
+
+    `None` for conversations and for rows that bring their own choices: no one text stands for them.
+    """
     examples = [*data.train, *data.held_out]
     encoded = [*trainer.train_dataset, *(trainer.eval_dataset or [])]
-    if not examples:
+    if not examples or any(one.prompt.turns or one.choices for one in examples):
         return None
     encoder, prompt = trainer.encoder, examples[0].prompt
     before, after = encoder.frame(prompt.before, prompt.after)

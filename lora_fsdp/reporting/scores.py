@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lora_fsdp.evaluation.report import TFIDF, TUNED, UNTRAINED
+from lora_fsdp.evaluation.report import CHANCE, TFIDF, TUNED, UNTRAINED
 from lora_fsdp.reporting.intervals import Interval, PairedBootstrap, wilson_interval
 from lora_fsdp.reporting.run_files import RunFiles, baseline_columns, label_columns
 
@@ -27,6 +27,14 @@ NAMES = {
     UNTRAINED: "untrained model",
     TFIDF: "TF-IDF + logistic regression",
     "majority": "majority label",
+    CHANCE: "guess among the choices",
+    "token_f1": "F1 of words",
+    "field_f1": "F1 of fields",
+    "rougeL": "ROUGE-L",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "valid_json": "valid JSON",
+    "whole_object": "whole object",
 }
 
 
@@ -45,6 +53,9 @@ def score_table(run: RunFiles) -> dict[str, Any] | None:
     metrics: dict[str, dict[str, float]] = run.metrics["metrics"]
     primary = str(run.metrics["primary_metric"])
     shown = [key for key in dict.fromkeys((primary, *_SHOWN)) if key in metrics[TUNED]]
+    if run.predictions is not None and not label_columns(run.predictions):
+        # A task with metrics of its own; those of a classification go on label by label.
+        shown = list(dict.fromkeys([*shown[:-1], *metrics[TUNED], *shown[-1:]]))
     bootstrap = bootstrap_of(run.predictions)
     systems = [
         {

@@ -76,6 +76,9 @@ def _predict(run: RunFiles) -> str | None:
     prompt = (run.record or {}).get("prompt")
     if run.adapter is None or not options.get("labels") or not options.get("text_column"):
         return None
+    # A row of one text is no row of a task that asks about more columns.
+    if {name for name in options if name.endswith("_column")} - {"text_column", "label_column"}:
+        return None
     text = "A text to classify." if prompt is None else prompt["text"]
     return _PREDICT.format(folder=str(run.folder), column=options["text_column"], text=text)
 

@@ -21,6 +21,7 @@ from lora_fsdp.errors import (
     UnknownLabelError,
 )
 from lora_fsdp.tasks.base import Prompt, Task
+from lora_fsdp.tasks.cells import cell_text
 from lora_fsdp.tasks.registry import register_task
 
 # The column of the confusion matrix for rows without an answer from the label set.
@@ -138,7 +139,7 @@ class ClassificationTask(Task):
             if task.labels is not None:
                 unknown = (labels != "") & ~labels.isin(task.labels)
                 faults[unknown] = "label " + labels[unknown].map(repr)
-        faults[table[task.text_column].map(_text).str.strip() == ""] = _NO_TEXT
+        faults[table[task.text_column].map(cell_text).str.strip() == ""] = _NO_TEXT
         return faults[faults != ""]
 
     def drop_bad_rows(
@@ -154,7 +155,7 @@ class ClassificationTask(Task):
             raise IncompleteTaskError(f"Task {self.name!r} has no text column: bind(table) first.")
         return Prompt(
             before=f"Instruction: {self.instruction}\nInput: ",
-            text=_text(row[self.text_column]),
+            text=cell_text(row[self.text_column]),
             after="\nOutput:",
         )
 
@@ -258,12 +259,7 @@ def label_text(value: object) -> str:
     """A label as text: stripped, 1 and 1.0 both "1", and a missing value ""."""
     if isinstance(value, float | np.floating) and value.is_integer():
         return str(int(value))
-    return _text(value).strip()
-
-
-def _text(value: object) -> str:
-    """A cell as text; a missing value is ""."""
-    return "" if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
+    return cell_text(value).strip()
 
 
 def _starts_with(label: str, line: str) -> bool:

@@ -55,7 +55,7 @@ class RunProgress(TrainerCallback):
 
     def __init__(self, figures: RunFigures, *, primary_metric: str) -> None:
         self.figures = figures
-        self.shown = (*_SHOWN, f"eval_{primary_metric}")
+        self.shown = tuple(dict.fromkeys((*_SHOWN, f"eval_{primary_metric}")))
         self.bar: tqdm[Any] | None = None
 
     def on_train_begin(

@@ -88,6 +88,7 @@ class DurableTrainer(Trainer):
     processing_class: PreTrainedTokenizerBase
     adapter: ReplicatedParameters
     encoder: Encoder
+    max_new_tokens: int
     run_facts: dict[str, Any]
     probes: list[Probe]
     base_fingerprint: BaseFingerprint
@@ -192,7 +193,7 @@ class DurableTrainer(Trainer):
         # PEFT's form with nothing filled in, which would take the place of a card with contents.
         (folder / "README.md").unlink(missing_ok=True)
         self.processing_class.save_pretrained(folder)
-        save_task(self.encoder, folder)
+        save_task(self.encoder, folder, max_new_tokens=self.max_new_tokens)
         write_json(folder / PROOF_FILE, self._proof(folder, answers, goes_to=goes_to).to_json())
         # As JSON: a pickle would have to be trusted by whoever reads it.
         arguments = json.dumps(self.args.to_dict(), indent=2, default=str)

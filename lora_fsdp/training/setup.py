@@ -17,10 +17,10 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.workload import Work, measure_work
 from lora_fsdp.distributed.launch import FsdpSettings, launch_fingerprint
-from lora_fsdp.errors import ArgumentError, IncompleteTaskError
+from lora_fsdp.errors import ArgumentError
+from lora_fsdp.evaluation.writing import LEAST_NEW_TOKENS
 from lora_fsdp.modeling.adapters import base_model, trainable_parameters
 from lora_fsdp.modeling.streaming import StoredBase
-from lora_fsdp.tasks import Task
 
 
 def check_arguments(
@@ -143,15 +143,17 @@ def _keeping_input_on_host(
         return checkpoint(function, *inputs)
 
 
-def check_task(task: Task) -> None:
-    """Refuse a free-text task with a metric of its own, which nothing would compute."""
-    own_metric = type(task).compute_metrics is not Task.compute_metrics
-    if task.labels is None and (own_metric or task.primary_metric != "exact_match"):
-        raise IncompleteTaskError(
-            f"Task {task.name!r} has no closed label set and a metric of its own "
-            f"({task.primary_metric!r}): free-text tasks are measured by exact_match only. Give it "
-            "labels, or leave compute_metrics and primary_metric as they are."
-        )
+def longest_answer(args: FineTuningArguments, examples: Sequence[EncodedExample]) -> int:
+    """How many tokens a written answer may have: what was asked for, or the longest to be learnt.
+
+    Args:
+        args: the run's.
+        examples: to train on.
+    """
+    if args.max_new_tokens is not None:
+        return args.max_new_tokens
+    longest = max((len(example.target_ids) for example in examples), default=0)
+    return max(LEAST_NEW_TOKENS, longest)
 
 
 def run_fingerprints(

@@ -38,6 +38,7 @@ from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
 from lora_fsdp.evaluation.scoring import Scores, score_rows
+from lora_fsdp.evaluation.writing import write_answers
 from lora_fsdp.modeling.adapters import (
     attach_adapter,
     base_model,
@@ -59,9 +60,9 @@ from lora_fsdp.training.resume import run_facts
 from lora_fsdp.training.setup import (
     check_arguments,
     check_targets,
-    check_task,
     enable_checkpointing,
     fold_accumulation,
+    longest_answer,
     run_fingerprints,
     shares_prefix,
     work_of_run,
@@ -83,7 +84,8 @@ class LoraTrainer(WatchedTrainer):
     * `_clip_grad_norm`, `_get_grad_norm` and the model's `zero_grad`: on the adapter alone; the
       Trainer's walk through every module of the base, which takes longer than a captured step.
     * `log`: the run's speed, cost and GPU load, for every tracker.
-    * `get_eval_dataloader`, `evaluation_loop`: the task's metrics from label likelihoods.
+    * `get_eval_dataloader`, `evaluation_loop`: the task's metrics, from the likelihoods of answers
+      or from what the model writes.
     * saving, loading, resuming and stopping: see `DurableTrainer`; what watches a run: see
       `WatchedTrainer`.
 
@@ -102,7 +104,8 @@ class LoraTrainer(WatchedTrainer):
 
     Attributes:
         confusion_matrices: of every evaluation by the optimizer step it was made at, counts of true
-            by predicted label (loggers take single numbers only); empty for free text.
+            by predicted label (loggers take single numbers only); of classifications only.
+        max_new_tokens: longest answer that is written.
 
     Raises:
         LaunchError: the ranks did not get what the accelerate YAML asked for.
@@ -132,7 +135,6 @@ class LoraTrainer(WatchedTrainer):
         self.fsdp_settings = read_fsdp_settings()
         check_launch(args, self.fsdp_settings, allow_one_process=args.allow_fsdp_on_one_process)
         check_arguments(args, self.fsdp_settings, max_length=max_length)
-        check_task(task)
         self.task = task
         self.confusion_matrices: dict[int, pd.DataFrame] = {}
         self.encoder = Encoder(
@@ -141,6 +143,7 @@ class LoraTrainer(WatchedTrainer):
         train = self.encoder.encode(train_dataset)
         held_out = self.encoder.encode(eval_dataset)
         check_targets(train)
+        self.max_new_tokens = longest_answer(args, train)
         self.longest_example = longest_example([*train, *held_out])
         self.shortened = sum(example.shortened for example in (*train, *held_out))
         if isinstance(model, PeftModel) == (peft_config is not None):
@@ -344,6 +347,23 @@ class LoraTrainer(WatchedTrainer):
         """Scores of every answer to `examples`; a collective call, the same on every rank."""
         return self._score(self.get_eval_dataloader(examples))
 
+    def write(self, examples: Sequence[Example | EncodedExample]) -> list[str]:
+        """What the model writes by greedy decoding after each prompt, as `score` a collective call.
+
+        Returns:
+            the texts without the prompts; `Task.parse` finds the answers in them.
+        """
+        texts = write_answers(
+            self.model,
+            self.processing_class,
+            [example.prompt_ids for example in _encoded(examples, self.encoder)],
+            device=self.args.device,
+            max_new_tokens=self.max_new_tokens,
+            end_token_id=self.encoder.end_token_id,
+        )
+        release_gathered(self.model)
+        return texts
+
     def evaluation_loop(
         self,
         dataloader: DataLoader[ScoringRow],
@@ -352,7 +372,7 @@ class LoraTrainer(WatchedTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """The task's metrics from the likelihoods of its answers, the same on every rank.
+        """The task's metrics, the same on every rank.
 
         Returns:
             `predictions` [N, answers] log-likelihoods, `label_ids` [N] index of the true label (-1:
@@ -360,7 +380,8 @@ class LoraTrainer(WatchedTrainer):
         """
         rows: ScoringRows = dataloader.dataset  # type: ignore[assignment]
         scores = self._score(dataloader)
-        metrics = evaluation_metrics(self.task, rows.examples, scores)
+        written = self.write(rows.examples) if self.task.is_free_text else None
+        metrics = evaluation_metrics(self.task, rows.examples, scores, written=written)
         if isinstance(self.task, ClassificationTask):
             matrix = confusion_matrix(self.task, rows.examples, scores)
             self.confusion_matrices[self.state.global_step] = matrix
@@ -379,8 +400,7 @@ class LoraTrainer(WatchedTrainer):
             scores = score_rows(
                 self.model,
                 dataloader,
-                count=len(rows.examples),
-                answers=len(rows.answers[0]),
+                answers=[len(answers) for answers in rows.answers],
                 device=self.args.device,
                 computation=self.computation,
                 after_row=lambda: self.callback_handler.on_prediction_step(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.sampling import ScoringRows, TrainingSteps, epoch_order
+from lora_fsdp.tasks import Example, Prompt
 
 HEAD = [2, 3, 4]
 
@@ -23,9 +24,9 @@ def make_examples(count, *, closed=True):
         label = number % 3
         target = candidates[label] if closed else [20 + number % 5] * (1 + number % 4) + [0]
         prompt = HEAD + [30 + number] * (1 + number % 5)
-        examples.append(
-            EncodedExample(number, prompt, target, candidates, label if closed else None, False)
-        )
+        label = label if closed else None
+        source = Example(number, Prompt("", "text", ""), " answer")
+        examples.append(EncodedExample(number, prompt, target, candidates, label, False, source))
     return examples
 
 

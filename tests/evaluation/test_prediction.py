@@ -21,7 +21,6 @@ from lora_fsdp import (
 )
 from lora_fsdp.errors import (
     AdapterVerificationError,
-    IncompleteTaskError,
     ModelNotFoundError,
     UnknownTaskError,
 )
@@ -177,7 +176,13 @@ def test_free_text_from_end_to_end(model_folder, tmp_path, capsys):
     assert scores.log_likelihoods.shape == (4, 1)
 
 
-def test_free_text_task_with_its_own_metric_is_refused(model_folder, tmp_path):
-    """Nothing would compute it: generation is not part of evaluation yet."""
-    with pytest.raises(IncompleteTaskError, match=r"same_length.*exact_match only"):
-        run(model_folder, tmp_path / "length", echo_table(), task_object=LengthTask())
+def test_free_text_task_is_measured_by_its_own_metric(model_folder, tmp_path):
+    """Of what the models wrote, which `predictions.csv` keeps."""
+    result = run(model_folder, tmp_path / "length", echo_table(), task_object=LengthTask())
+    metrics = json.loads((result.output_dir / "metrics.json").read_text())
+    answers = pd.read_csv(result.output_dir / "predictions.csv", keep_default_na=False, dtype=str)
+    for column, system in (("base", "untrained"), ("tuned", "tuned")):
+        same = answers[column].str.len() == answers["target"].str.len()
+        assert metrics["metrics"][system]["same_length"] == same.mean()
+    assert metrics["metrics"]["tuned"]["same_length"] > 0
+    assert metrics["primary_metric"] == "same_length"

@@ -208,8 +208,7 @@ def test_rows_may_come_in_any_order():
     backwards = score_rows(
         model,
         (rows[index] for index in reversed(range(len(rows)))),
-        count=len(examples),
-        answers=3,
+        answers=[3] * len(examples),
         device=CPU,
         computation=RowComputation(FP32),
     )

@@ -64,8 +64,9 @@ def save_run(
         values[torch.arange(len(held_out)), places] += strength
         return Scores(values.log_softmax(dim=1), values > 1)
 
+    untrained, tuned = scores(0.0), scores(skill)
     encoded = [
-        EncodedExample(one.row, [1], [2], (), place, shortened=False)
+        EncodedExample(one.row, [1], [2], (), place, shortened=False, example=one)
         for one, place in zip(held_out, places, strict=True)
     ]
     compare(
@@ -73,8 +74,10 @@ def save_run(
         train=train,
         held_out=held_out,
         encoded=encoded,
-        untrained=scores(0.0),
-        tuned=scores(skill),
+        untrained=untrained,
+        tuned=tuned,
+        base_texts=_written(held_out, untrained) if task.is_free_text else None,
+        tuned_texts=_written(held_out, tuned) if task.is_free_text else None,
         facts=_facts(task, len(train), len(held_out)),
     ).save(folder)
     rows = pd.concat([_rows(task, train, "training"), _rows(task, held_out, "held out")])
@@ -82,6 +85,12 @@ def save_run(
     write_json(folder / "run_record.json", _record(task, folder, train, held_out))
     _write_log(folder / "log_history.jsonl")
     return folder
+
+
+def _written(held_out: Sequence[Example], scores: Scores) -> list[str]:
+    """The target where greedy decoding writes it, else nothing."""
+    hits = scores.is_greedy[:, 0].tolist()
+    return [str(one.target) if hit else "" for one, hit in zip(held_out, hits, strict=True)]
 
 
 def _table(labels: Sequence[str], rows: int, texts: Sequence[str], seed: int) -> pd.DataFrame:

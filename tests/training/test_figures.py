@@ -11,13 +11,15 @@ from transformers import TrainerCallback
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.sampling import TrainingSteps
+from lora_fsdp.tasks import Example, Prompt
 from lora_fsdp.training.figures import RunFigures
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_trainer
 
 
 def examples(count):
-    return [EncodedExample(i, [1] * (i + 2), [3, 0], (), None, False) for i in range(count)]
+    source = Example(0, Prompt("", "text", ""), " answer")
+    return [EncodedExample(i, [1] * (i + 2), [3, 0], (), None, False, source) for i in range(count)]
 
 
 def figures(count=10, **more):

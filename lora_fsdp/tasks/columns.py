@@ -1,0 +1,136 @@
+"""Tasks over named columns of a table, each row checked before it is used."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import pandas as pd
+
+from lora_fsdp.errors import (
+    ArgumentError,
+    ColumnNotFoundError,
+    MalformedRowError,
+    NoRowsError,
+)
+from lora_fsdp.tasks.base import Task
+from lora_fsdp.tasks.cells import cell_text
+
+_ROWS_SHOWN = 5
+
+
+class ColumnTask(Task):
+    """A task that says which columns it takes, and what is wrong with a row.
+
+    A subclass sets the class attributes and writes `build_prompt` and, for answers that are no
+    plain texts, `build_target`. One with further columns takes them in its constructor and hands
+    them to `settle`.
+
+    Attributes:
+        instruction: what the model is told to do.
+        text_column: column with the text, the only one that is ever shortened.
+        label_column: column with the right answer.
+    """
+
+    instruction: str = ""
+    text_column: str = "text"
+    label_column: str = "answer"
+
+    def __init__(
+        self,
+        *,
+        instruction: str | None = None,
+        text_column: str | None = None,
+        label_column: str | None = None,
+    ) -> None:
+        self.settle({"instruction": instruction, "text_column": text_column})
+        self.settle({"label_column": label_column})
+
+    def settle(self, given: Mapping[str, object]) -> None:
+        """Take over the constructor's arguments that are given; all are texts.
+
+        Raises:
+            ArgumentError: one is no text, or empty.
+        """
+        for name, value in given.items():
+            if value is None:
+                continue
+            if not isinstance(value, str) or not value.strip():
+                raise ArgumentError(f"{name} must be a text, not {str(value)[:80]!r}.")
+            setattr(self, name, value)
+
+    def input_columns(self) -> Sequence[str]:
+        """The columns that a prompt needs."""
+        return (self.text_column,)
+
+    def answer_columns(self) -> Sequence[str]:
+        """The columns that a target needs beside them."""
+        return (self.label_column,)
+
+    def fault(self, row: Mapping[str, Any], *, with_labels: bool) -> str | None:
+        """What is wrong with `row`, naming the column, or `None`: here, a cell without text."""
+        columns = [*self.input_columns(), *(self.answer_columns() if with_labels else ())]
+        empty = (name for name in columns if not cell_text(row[name]).strip())
+        return next((f"nothing in column {name!r}" for name in empty), None)
+
+    def bind(
+        self, table: pd.DataFrame, *, with_labels: bool = True, for_training: bool = True
+    ) -> Self:
+        """Itself, after every row has been checked.
+
+        Raises:
+            NoRowsError, ColumnNotFoundError, MalformedRowError: the table does not fit.
+        """
+        if len(table) == 0:
+            raise NoRowsError(f"Task {self.name!r} was given a table without rows.")
+        bad = self.bad_rows(table, with_labels=with_labels)
+        if len(bad) > 0:
+            shown = [f"row {number} ({fault})" for number, fault in bad[:_ROWS_SHOWN].items()]
+            listed = ", ".join([*shown, "…"] if len(bad) > len(shown) else shown)
+            raise MalformedRowError(
+                f"{len(bad)} of {len(table)} rows cannot be used: {listed}. Correct them, or leave "
+                "them out with --on_bad_rows drop."
+            )
+        return self
+
+    def split_columns(self) -> tuple[str | None, str | None]:
+        """Rows with the same text stay together."""
+        return self.text_column, None
+
+    def options(self) -> dict[str, Any]:
+        """Everything that the constructor takes."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    def bad_rows(self, table: pd.DataFrame, *, with_labels: bool = True) -> pd.Series:
+        """What is wrong with each row that cannot be used, under its index in `table`."""
+        self._check_columns(table, with_labels=with_labels)
+        names = [str(column) for column in table.columns]
+        rows = (dict(zip(names, values, strict=True)) for values in table.itertuples(index=False))
+        faults = [self.fault(row, with_labels=with_labels) or "" for row in rows]
+        found = pd.Series(faults, index=table.index, name="fault", dtype="str")
+        return found[found != ""]
+
+    def drop_bad_rows(
+        self, table: pd.DataFrame, *, with_labels: bool = True
+    ) -> tuple[pd.DataFrame, int]:
+        """The table without its bad rows, row numbers kept, and how many were left out."""
+        bad = self.bad_rows(table, with_labels=with_labels)
+        return table[~table.index.isin(bad.index)], len(bad)
+
+    def _check_columns(self, table: pd.DataFrame, *, with_labels: bool) -> None:
+        there = [str(column) for column in table.columns]
+        needed = [*self.input_columns(), *(self.answer_columns() if with_labels else ())]
+        missing = [name for name in needed if name not in there]
+        if not missing:
+            return
+        near = {name: difflib.get_close_matches(name, there, n=1) for name in missing}
+        hints = [
+            f"Did you mean {match[0]!r} for {name!r}?" for name, match in near.items() if match
+        ]
+        advice = "Name them with --text_column, --label_column or --task_options."
+        raise ColumnNotFoundError(
+            f"Task {self.name!r} needs {', '.join(map(repr, missing))}, but the columns of the "
+            f"table are {', '.join(map(repr, there))}. {' '.join([*hints, advice])}"
+        )
