@@ -134,7 +134,10 @@ class FusedLayer:
             )
             return result
         cosine, sine = (table[0] for table in position_embeddings)
-        compute = partial(self.compute, mask=attention_mask, cosine=cosine, sine=sine)  # type: ignore[arg-type]
+
+        def compute(hidden: torch.Tensor) -> torch.Tensor:
+            return self.compute(hidden, attention_mask, cosine, sine)  # type: ignore[arg-type]
+
         layer = self.layer
         if isinstance(layer, GradientCheckpointingLayer) and self._must_recompute():
             output = layer._gradient_checkpointing_func(compute, hidden_states[0])  # type: ignore[operator]
