@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -134,9 +134,10 @@ class FusedLayer:
             )
             return result
         cosine, sine = (table[0] for table in position_embeddings)
+        mask = cast(torch.Tensor | BlockMask, attention_mask)
 
         def compute(hidden: torch.Tensor) -> torch.Tensor:
-            return self.compute(hidden, attention_mask, cosine, sine)  # type: ignore[arg-type]
+            return self.compute(hidden, mask, cosine, sine)
 
         layer = self.layer
         if isinstance(layer, GradientCheckpointingLayer) and self._must_recompute():
