@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -134,7 +134,11 @@ class FusedLayer:
             )
             return result
         cosine, sine = (table[0] for table in position_embeddings)
-        compute = partial(self.compute, mask=attention_mask, cosine=cosine, sine=sine)  # type: ignore[arg-type]
+        mask = cast(torch.Tensor | BlockMask, attention_mask)
+
+        def compute(hidden: torch.Tensor) -> torch.Tensor:
+            return self.compute(hidden, mask, cosine, sine)
+
         layer = self.layer
         if isinstance(layer, GradientCheckpointingLayer) and self._must_recompute():
             output = layer._gradient_checkpointing_func(compute, hidden_states[0])  # type: ignore[operator]
