@@ -31,7 +31,7 @@ NOT_RUN = {
     r"python -m (benchmarks|tests)\.": "needs a GPU, or hours",
     r"--resume_from_checkpoint true$": "an option to add",
 }
-SHORT = ["--max_steps", "2", "--max_length", "96"]
+SHORT = ["--max_steps", "2"]
 
 
 def commands_of(page: str) -> list[str]:
@@ -106,6 +106,10 @@ def training_words(command: str) -> list[str]:
         words = [config if word == "accelerate_configs/fsdp2.yaml" else word for word in words]
     if "--eval_steps" in words:
         words += ["--eval_steps", "2", "--save_steps", "2"]
+    if "recipe.yaml" in words:  # the doctor of the same page wants its folder free
+        words += ["--output_dir", "runs/from-recipe"]
+    # A token is a letter here, and a question with its choices is never cut.
+    words += ["--max_length", "900" if "multiple-choice" in command else "96"]
     programs = {"lora-fsdp": "lora_fsdp", "accelerate": "accelerate.commands.accelerate_cli"}
     overwrite = ["--overwrite_output_dir", "true"]
     return [sys.executable, "-m", programs[words[0]], *words[1:], *SHORT, *overwrite]
