@@ -20,6 +20,7 @@ from lora_fsdp.evaluation.metrics import (
 )
 from lora_fsdp.evaluation.report import (
     CHANCE,
+    CHOICES,
     MAJORITY,
     TFIDF,
     TUNED,
@@ -36,8 +37,6 @@ from lora_fsdp.tasks import ClassificationTask, Example, Task
 
 # Metrics in the order in which they are printed, after the task's primary one.
 _SHOWN = ("accuracy", "macro_f1", "exact_match", "loss")
-# The column of `predictions.csv` with a row's own choices.
-CHOICES = "choices"
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,13 @@ class Comparison:
         write_json(folder / "metrics.json", contents)
 
     def __str__(self) -> str:
+        # Of a classification the others go on label by label.
+        own = self.metrics[TUNED] if self.confusion is None else ()
         keys = [
             key
-            for key in dict.fromkeys((self.primary_metric, *_SHOWN))
+            for key in dict.fromkeys(
+                (self.primary_metric, *(name for name in own if name != "loss"), *_SHOWN)
+            )
             if key in self.metrics[TUNED]
         ]
         sample = self.predictions.sample(min(self.shown, len(self.predictions)), random_state=0)

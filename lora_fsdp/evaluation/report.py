@@ -21,6 +21,8 @@ from rich.text import Text
 MAJORITY, TFIDF, UNTRAINED, TUNED = "majority", "TF-IDF + logistic", "untrained", "tuned"
 # The mean share of right answers of one who guesses among each row's choices.
 CHANCE = "chance"
+# The column of `predictions.csv` with a row's own choices.
+CHOICES = "choices"
 # The log of a run, a line an entry.
 LOG_FILE = "log_history.jsonl"
 
@@ -73,8 +75,8 @@ def format_metrics_table(
 def format_predictions_table(rows: Sequence[PredictionRow], *, width: int = 100) -> str:
     """Predictions beside the truth, a line each, as plain text.
 
-    Only the text is shortened to make a line fit into `width` characters; line breaks and control
-    characters in it are shown as escapes.
+    The text is shortened to make a line fit into `width` characters, and of an answer of many words
+    the beginning is shown; line breaks and control characters are shown as escapes.
     """
     table = Table(box=box.SIMPLE_HEAD, expand=True)
     table.add_column("row", justify="right", no_wrap=True)
@@ -84,7 +86,8 @@ def format_predictions_table(rows: Sequence[PredictionRow], *, width: int = 100)
     table.add_column("prob.", justify="right", no_wrap=True)
     for row in rows:
         answers = [answer or _NOTHING for answer in (row.target, row.base, row.tuned)]
-        cells = [Text(_escaped(cell)) for cell in (row.text, *answers)]
+        shown = [_cut(answer, longest=max(12, width * 22 // 100)) for answer in answers]
+        cells = [Text(_escaped(cell)) for cell in (row.text, *shown)]
         table.add_row(str(row.row), *cells, _number(row.probability))
     return _plain_text(table, width)
 
@@ -131,8 +134,7 @@ def save_confusion_matrix_png(matrix: pd.DataFrame, path: str | Path) -> None:
     figure.savefig(path, format="png", dpi=120)
 
 
-def _cut(name: str) -> str:
-    longest = _LONGEST_NAME_IN_PICTURE
+def _cut(name: str, *, longest: int = _LONGEST_NAME_IN_PICTURE) -> str:
     return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from lora_fsdp.evaluation.comparison import CHOICES
+from lora_fsdp.evaluation.report import CHOICES
 from lora_fsdp.reporting.answers import (
     choices_section,
     free_text_section,

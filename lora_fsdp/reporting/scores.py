@@ -55,7 +55,8 @@ def score_table(run: RunFiles) -> dict[str, Any] | None:
     shown = [key for key in dict.fromkeys((primary, *_SHOWN)) if key in metrics[TUNED]]
     if run.predictions is not None and not label_columns(run.predictions):
         # A task with metrics of its own; those of a classification go on label by label.
-        shown = list(dict.fromkeys([*shown[:-1], *metrics[TUNED], *shown[-1:]]))
+        own = [key for key in metrics[TUNED] if key not in shown]
+        shown = [*shown[:1], *own, *shown[1:]]
     bootstrap = bootstrap_of(run.predictions)
     systems = [
         {

@@ -62,6 +62,7 @@ def least_device_memory(case: Case) -> DeviceMemory:
         resident_layers=whole,
         kept_until_backward=bool(settings and not settings.reshard_after_forward),
         offloaded=bool(settings and settings.offload),
+        quantized=case.model_args.load_in_4bit,
         recomputed=recomputes(arguments, settings),
     )
     longest = max(longest_example(encoded), arguments.max_tokens_per_row or USUAL_ROW)

@@ -19,12 +19,24 @@ _ADAPTER_BYTES = 4
 _WITH_OPTIMIZER = 3
 
 
-def host_bytes_to_load(base_bytes: int, *, processes: int) -> int:
+def host_bytes_to_load(
+    base_bytes: int, largest: int, *, processes: int, stays: bool, sharded: bool
+) -> int:
     """Host memory that the processes of a machine need to load the base, in bytes.
 
-    Each process first has the whole base in host memory.
+    Weights are read tensor by tensor to where they stay.
+
+    Args:
+        base_bytes: of the whole base.
+        largest: of its largest tensor.
+        processes: on this machine.
+        stays: whether the weights stay in host memory (on a CPU, or offloaded).
+        sharded: whether the processes share one base.
     """
-    return base_bytes * processes
+    read = largest * processes
+    if not stays:
+        return read
+    return read + base_bytes * (1 if sharded else processes)
 
 
 def checkpoints_on_disk(arguments: FineTuningArguments, *, examples: int, processes: int) -> int:
@@ -70,9 +82,15 @@ def _disk(case: Case) -> Iterator[Problem]:
 
 def _host_memory(case: Case) -> Iterator[Problem]:
     dtype = resolve_dtype(case.model_args.dtype, device=case.device)
-    values = sum(parameter.numel() for parameter in case.skeleton.value.parameters())
-    processes = case.launch.value.processes_here
-    needed = host_bytes_to_load(values * dtype.itemsize, processes=processes)
+    sizes = [parameter.numel() for parameter in case.skeleton.value.parameters()]
+    processes, settings = case.launch.value.processes_here, case.fsdp.value
+    needed = host_bytes_to_load(
+        sum(sizes) * dtype.itemsize,
+        max(sizes) * dtype.itemsize,
+        processes=processes,
+        stays=not case.gpus_used or bool(settings and settings.offload),
+        sharded=settings is not None,
+    )
     if needed > case.machine.host_memory:
         yield Problem(
             f"Loading the base in {str(dtype).removeprefix('torch.')} takes "

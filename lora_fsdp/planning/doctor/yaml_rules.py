@@ -185,12 +185,6 @@ RULES = (
         "Remove it.",
     ),
     _unsupported(
-        "fsdp_activation_checkpointing_offload",
-        "fsdp-checkpointing-offload",
-        "`fsdp_activation_checkpointing_offload: true`.",
-        "Set it to false.",
-    ),
-    _unsupported(
         "parallelism_config",
         "parallelism-config",
         "A `parallelism_config` section.",
