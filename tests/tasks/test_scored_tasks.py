@@ -65,34 +65,6 @@ def write_csv(path: Path, *rows: list[str]) -> Path:
 
 
 class TestScores:
-    def test_other_rows_choices_change_nothing(self, predictor: Predictor) -> None:
-        """Rows with other choices, and other numbers of them, share packed rows with a row."""
-        examples = [question(i, *given) for i, given in enumerate(QUESTIONS, start=1)]
-        first = examples[0]
-        alone = predictor.score([first])
-        assert alone.log_likelihoods.shape == (1, 3)
-        others = [question(2, "Which?", ("the bag", "x")), question(3, "Which?", tuple("abcdef"))]
-        for company in (examples, [first, *others], [first, *reversed(others)]):
-            together = predictor.score(company)
-            torch.testing.assert_close(
-                together.log_likelihoods[0, :3], alone.log_likelihoods[0], rtol=0, atol=2e-5
-            )
-            assert together.log_likelihoods[0, 3:].isneginf().all()
-            assert together.probabilities.sum(dim=1).tolist() == pytest.approx([1.0] * 3)
-
-    def test_a_likelihood_is_that_of_the_text_by_itself(self, predictor: Predictor) -> None:
-        examples = [question(i, *given) for i, given in enumerate(QUESTIONS, start=1)]
-        scores = predictor.score(examples)
-        for place, encoded in enumerate(predictor.encoder.encode(examples)):
-            for answer, ids in enumerate(encoded.candidate_ids):
-                whole = torch.tensor([encoded.prompt_ids + ids])
-                with torch.no_grad():
-                    logits = predictor.model(input_ids=whole, use_cache=False).logits[0]
-                ahead = logits[len(encoded.prompt_ids) - 1 : -1].log_softmax(-1)
-                expected = ahead.gather(1, torch.tensor(ids)[:, None]).sum()
-                found = scores.log_likelihoods[place, answer]
-                torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
-
     def test_accuracy_with_and_without_length(self, predictor: Predictor) -> None:
         """The long choice is less likely as a whole, and likelier per token."""
         examples = [
