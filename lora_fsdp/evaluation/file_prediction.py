@@ -12,18 +12,24 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora_fsdp.data.streams import Chunk, TableStream
-from lora_fsdp.errors import ArgumentError, ColumnNotFoundError, NoRowsError, OutputFileError
+from lora_fsdp.errors import (
+    ArgumentError,
+    ColumnNotFoundError,
+    MalformedRowError,
+    NoRowsError,
+    OutputFileError,
+)
 from lora_fsdp.evaluation.comparison import choices_as_json
 from lora_fsdp.evaluation.metrics import given_answers, predicted_labels
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.evaluation.report import write_json
-from lora_fsdp.tasks import Example, Task
+from lora_fsdp.tasks import ColumnTask, Example, Task
 
 _JOB_FILE = "job.json"
 
@@ -74,6 +80,7 @@ def predict_file(
     Raises:
         OutputFileError: the output is there, or was begun for another input or adapter.
         ColumnNotFoundError, ArgumentError: the text column is missing, or a new one is not new.
+        MalformedRowError: a row's own choices are missing, or fewer than two.
     """
     target = Path(output)
     if chunk_rows < 1:
@@ -142,22 +149,27 @@ def file_digest(path: Path) -> str:
 
 
 def _examples(task: Task, stream: TableStream, chunk: Chunk) -> list[Example]:
+    records = enumerate(stream.records(chunk), start=chunk.first)
     try:
-        return [
-            Example(
-                row=row,
-                prompt=task.build_prompt(record),
-                target=None,
-                choices=task.build_choices(record),
-            )
-            for row, record in enumerate(stream.records(chunk), start=chunk.first)
-        ]
+        return [_example(task, record, row=row, path=stream.path) for row, record in records]
     except KeyError as error:
         there = ", ".join(map(repr, chunk.columns))
         raise ColumnNotFoundError(
             f"{stream.path} has no column {error} (row {chunk.first} and after); there are "
-            f"{there}. Name the column with the text: --text_column."
+            f"{there}. Name the column with the text by --text_column; others must be called as "
+            "in training."
         ) from error
+
+
+def _example(task: Task, record: Mapping[str, Any], *, row: int, path: Path) -> Example:
+    example = Example(row, task.build_prompt(record), None)
+    # A row without text gets no answer, so it needs no choices either.
+    if not task.per_row_choices or not _has_text(example):
+        return example
+    fault = task.fault(record, with_labels=False) if isinstance(task, ColumnTask) else None
+    if fault is not None:
+        raise MalformedRowError(f"{path}, row {row}: {fault}. Correct the row or take it out.")
+    return replace(example, choices=task.checked_choices(row, record))
 
 
 def _has_text(example: Example) -> bool:

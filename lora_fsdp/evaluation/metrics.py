@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
+import torch
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.evaluation.scoring import Scores
@@ -19,6 +20,12 @@ def evaluation_metrics(
     written: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Loss per label token and the task's metrics, over the examples that have a target.
+
+    Where rows bring their own choices, also `accuracy_normalised`: the share of rows in which the
+    right choice has the highest log-likelihood per token. Without that division a longer choice is
+    less likely for its length alone.
+    Source: `acc_norm` of https://github.com/EleutherAI/lm-evaluation-harness, which divides by
+    characters.
 
     Args:
         task: the task.
@@ -35,9 +42,22 @@ def evaluation_metrics(
     metrics = {"loss": -likelihood / sum(len(examples[place].target_ids) for place in known)}
     if task.is_free_text and written is None:
         return metrics
+    if task.per_row_choices:
+        metrics |= _accuracy_normalised([examples[place] for place in known], scores, known)
     sources = [example.example for example in examples]
     given = given_answers(task, sources, scores, written=written)
     return metrics | task.measure([sources[i] for i in known], [given[i] for i in known])
+
+
+def _accuracy_normalised(
+    examples: Sequence[EncodedExample], scores: Scores, places: Sequence[int]
+) -> dict[str, float]:
+    right = 0
+    for example, place in zip(examples, places, strict=True):
+        lengths = torch.tensor([len(ids) for ids in example.candidate_ids])
+        per_token = scores.log_likelihoods[place, : len(lengths)] / lengths
+        right += int(per_token.argmax()) == example.label
+    return {"accuracy_normalised": right / len(examples)}
 
 
 def confusion_matrix(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_fsdp.errors import IncompleteTaskError
+from lora_fsdp.errors import IncompleteTaskError, MalformedRowError
 
 if TYPE_CHECKING:
     import datasets
@@ -149,6 +149,20 @@ class Task:
         """The targets among which the row's answer is; none unless the row brings its own."""
         return ()
 
+    def checked_choices(self, number: int, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """`build_choices` of row `number`.
+
+        Raises:
+            MalformedRowError: the row should bring its own choices, and brings fewer than two.
+        """
+        choices = tuple(self.build_choices(row))
+        if self.per_row_choices and len(choices) < 2:
+            raise MalformedRowError(
+                f"Row {number} brings {len(choices)} choices to task {self.name!r}: it needs two "
+                "or more."
+            )
+        return choices
+
     def build_references(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """All right answers of a free-text row, if there may be more than its target."""
         return ()
@@ -166,7 +180,7 @@ class Task:
                 row=int(number),
                 prompt=self.build_prompt(row),
                 target=self.build_target(row) if with_targets else None,
-                choices=self.build_choices(row),
+                choices=self.checked_choices(int(number), row),
                 references=self.build_references(row) if with_targets else (),
             )
             for number, row in zip(table.index, rows, strict=True)

@@ -17,4 +17,11 @@ class IntentTask(ClassificationTask):
         "Name the intent of the following message. Output exactly one intent, with no punctuation "
         "or extra text:"
     )
-    layouts = (("text", "intent"), ("text", "label"), ("utterance", "intent"))
+    layouts = (
+        ("text", "intent"),
+        ("text", "label"),
+        ("utterance", "intent"),
+        ("query", "intent"),
+        ("message", "intent"),
+        ("text", "category"),
+    )

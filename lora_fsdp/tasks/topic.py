@@ -17,4 +17,12 @@ class TopicTask(ClassificationTask):
         "Name the topic of the following text. Output exactly one topic, with no punctuation or "
         "extra text:"
     )
-    layouts = (("text", "topic"), ("text", "label"), ("title", "topic"))
+    layouts = (
+        ("text", "topic"),
+        ("text", "label"),
+        ("title", "topic"),
+        ("text", "category"),
+        ("content", "category"),
+        ("headline", "category"),
+        ("article", "category"),
+    )
