@@ -9,11 +9,11 @@ import torch
 from lora_fsdp.data.packing import Tree, pack_row
 from lora_fsdp.distributed.launch import FsdpSettings
 from lora_fsdp.distributed.residency import plan_residency
-from lora_fsdp.distributed.sharding import decoder_layers
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.modeling.adapters import base_model
 from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers
 from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
+from lora_fsdp.modeling.layers import decoder_layers
 from lora_fsdp.training.setup import enable_checkpointing
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_run
@@ -86,8 +86,7 @@ def test_offload_of_a_base_that_is_to_be_resident(requested):
             base,
             settings=FsdpSettings(True, True, False, None, True),
             device=torch.device("cpu"),
-            world_size=2,
-            needed_besides=0,
+            fitting_layers=lambda free: 0,
         )
 
 
