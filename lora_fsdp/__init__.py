@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ _HOMES = {
     "list_tasks": "lora_fsdp.tasks",
     "register_task": "lora_fsdp.tasks",
 }
+
+
+# PEFT imports it where it is installed, and on a CPU it then advises every run to install a kernel.
+logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -52,8 +52,6 @@ def configure_output() -> None:
     is_first = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("lora_fsdp").setLevel(logging.INFO if is_first else logging.ERROR)
-    # Imported by PEFT where it is installed, it advises on every run to install a CPU kernel.
-    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     # peft 0.21 asks transformers >= 5.20 by the switch's old name.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
