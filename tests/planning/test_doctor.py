@@ -51,12 +51,6 @@ class CurtTask(Task):
         return ""
 
 
-class OwnMetricTask(CurtTask):
-    """Free text with a metric that nothing would compute."""
-
-    primary_metric = "style"
-
-
 def change(**fields) -> Callable[[ExaminedRun], None]:
     """Settings of the run, a dictionary each, or whole fields."""
 
@@ -234,7 +228,6 @@ BROKEN = [
     ("lora-on-head", change(lora={"lora_target_modules": ["lm_head"]}), "output head"),
     ("rows-unusable", change(data={"label_column": "mood"}), "'mood'"),
     ("rows-unusable", change(data={"data_file": "no.csv"}), "no.csv"),
-    ("rows-unusable", change(task=OwnMetricTask()), "a metric of its own"),
     ("rows-unusable", change(data={"eval_size": 1000}), "--eval_size"),
     ("labels-collide", relabel(neutral="positive good"), "'positive good'"),
     ("rows-not-encoded", change(data={"max_length": 10}), "--max_length 10"),
@@ -415,13 +408,14 @@ def seven_billion(run, *, with_weights):
 def test_a_7b_folder_takes_seconds(run, with_weights):
     seven_billion(run, with_weights=with_weights)
     run.lora = {"lora_target_modules": ["all-linear"], "lora_r": 64}
-    run.machine = machine(A100, A100, host_memory=20 * GB)
+    run.machine = machine(A100, A100, host_memory=GB // 2)
     before = time.process_time()  # the clock of a busy machine says little
     found = run.examine()
     assert time.process_time() - before < 15
     *others, host = found.findings
     assert [finding.rule for finding in others] == ([] if with_weights else ["model-incomplete"])
-    assert "27.6 GB of host memory for 2 process(es)" in host.sentence
+    # The largest tensor, once in each process: weights are read to where they stay.
+    assert re.search(r"takes 1\.\d GB of host memory for 2 process", host.sentence)
 
 
 def test_a_7b_needs_sharding_on_small_gpus(run):
