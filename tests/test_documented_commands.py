@@ -109,7 +109,7 @@ def training_words(command: str) -> list[str]:
     if "recipe.yaml" in words:  # the doctor of the same page wants its folder free
         words += ["--output_dir", "runs/from-recipe"]
     # A token is a letter here, and a question with its choices is never cut.
-    words += ["--max_length", "900" if "multiple-choice" in command else "96"]
+    words += ["--max_length", "512" if "multiple-choice" in command else "96"]
     programs = {"lora-fsdp": "lora_fsdp", "accelerate": "accelerate.commands.accelerate_cli"}
     overwrite = ["--overwrite_output_dir", "true"]
     return [sys.executable, "-m", programs[words[0]], *words[1:], *SHORT, *overwrite]
