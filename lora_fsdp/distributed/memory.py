@@ -6,7 +6,7 @@ backward is counted on the model itself (`lora_fsdp.modeling.shape`); the consta
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from lora_fsdp.data.workload import Work
 from lora_fsdp.modeling.chunked_head import CHUNK
@@ -150,19 +150,13 @@ def largest_row(work: Work, longest: int) -> RowSizes:
     )
 
 
-def layers_that_fit(
-    shape: ModelShape,
-    rows: RowSizes,
-    *,
-    ranks: int,
-    free: int,
-    recomputed: bool,
-    quantized: bool = False,
-) -> int:
-    """How many layers every rank can keep whole within `free` bytes, context not counted."""
+def layers_that_fit(shape: ModelShape, placement: Placement, rows: RowSizes, *, free: int) -> int:
+    """How many layers every rank can keep whole within `free` bytes, context not counted; what else
+    `placement` says stays.
+    """
     for layers in range(shape.layers, 0, -1):
-        placement = Placement(ranks, layers, recomputed=recomputed, quantized=quantized)
-        if device_memory(shape, placement, rows).allocated <= free:
+        kept = replace(placement, resident_layers=layers)
+        if device_memory(shape, kept, rows).allocated <= free:
             return layers
     return 0
 

@@ -106,11 +106,11 @@ def _placements(
     none = Placement(ranks=count, resident_layers=0, quantized=quantized)
     yield "resident", replace(none, resident_layers=shape.layers)
     if count > 1:
-        rows = largest_row(work, work.longest_example)
+        # As a run asks (`lora_fsdp.training.placement`).
+        longest = max(work.longest_example, work.max_tokens_per_row or USUAL_ROW)
+        rows = largest_row(work, longest)
         free = int(gpu.memory * USABLE) - device_memory(shape, none, rows).context
-        layers = layers_that_fit(
-            shape, rows, ranks=count, free=free, recomputed=False, quantized=quantized
-        )
+        layers = layers_that_fit(shape, none, rows, free=free)
         if 0 < layers < shape.layers:
             yield f"{layers} of {shape.layers} resident", replace(none, resident_layers=layers)
         yield "till backward", replace(none, kept_until_backward=True)

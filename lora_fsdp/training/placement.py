@@ -132,7 +132,14 @@ def place_for_training(
     is_fused = not isinstance(fused, str)
     shape = _shape(model, fuse=is_fused) if device.type == "cuda" else None
     recomputed = recomputes(args, settings)
-    quantized = bool(getattr(base, "is_loaded_in_4bit", False))  # set by transformers, or by us
+    placement = Placement(
+        ranks=args.world_size,
+        resident_layers=0,
+        kept_until_backward=bool(settings and not settings.reshard_after_forward),
+        offloaded=bool(settings and settings.offload),
+        quantized=bool(getattr(base, "is_loaded_in_4bit", False)),  # set by transformers, or by us
+        recomputed=recomputed,
+    )
     work = work or _NO_WORK
     longest = max(longest_example, args.max_tokens_per_row or USUAL_ROW)
     residency = plan_residency(
@@ -142,12 +149,7 @@ def place_for_training(
         settings=settings,
         device=device,
         fitting_layers=lambda free: layers_that_fit(
-            cast(ModelShape, shape),
-            largest_row(work, longest),
-            ranks=args.world_size,
-            free=free,
-            recomputed=recomputed,
-            quantized=quantized,
+            cast(ModelShape, shape), placement, largest_row(work, longest), free=free
         ),
     )
     resident = place_model(
@@ -185,14 +187,7 @@ def place_for_training(
             chunked_head=head_can_be_chunked(base),
             last_layer=None if isinstance(fused, str) or recomputed else fused[-1],
         ),
-        placement=Placement(
-            ranks=args.world_size,
-            resident_layers=len(residency.indices),
-            kept_until_backward=bool(settings and not settings.reshard_after_forward),
-            offloaded=bool(settings and settings.offload),
-            quantized=quantized,
-            recomputed=recomputed,
-        ),
+        placement=replace(placement, resident_layers=len(residency.indices)),
         shape=shape,
         rows=largest_row(work, row_length),
     )

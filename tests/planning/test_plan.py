@@ -98,13 +98,17 @@ class TestMemory:
 
     def test_layers_that_fit_do_and_one_more_does_not(self, seven_billion):
         free = int(12e9)
-        layers = layers_that_fit(seven_billion, ROWS, ranks=2, free=free, recomputed=False)
+        layers = layers_that_fit(seven_billion, Placement(2, 0), ROWS, free=free)
         assert 0 < layers < 30
         fits, too_many = (
             device_memory(seven_billion, Placement(2, layers + more), ROWS).allocated
             for more in (0, 1)
         )
         assert fits <= free < too_many
+
+    def test_none_fits_where_all_is_gathered_till_backward_anyway(self, seven_billion):
+        till_backward = Placement(2, 0, kept_until_backward=True)
+        assert layers_that_fit(seven_billion, till_backward, ROWS, free=int(12e9)) == 0
 
     def test_longest_row_fits_half_of_what_is_free(self, seven_billion):
         free = int(40e9)
