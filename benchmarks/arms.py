@@ -84,7 +84,8 @@ def ours(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]
     """This library's trainer."""
     task, examples = task_and_examples(work)
     clock = StepClock()
-    held_out = examples[-1000:] if work.rows == "tweets" and not gradient else []
+    scores = work.scored and work.rows == "tweets" and not gradient
+    held_out = examples[-work.scored :] if scores else []
     trainer = LoraTrainer(
         load_model(work),
         FineTuningArguments(
@@ -121,7 +122,7 @@ def ours(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]
     result |= {
         "examples_hash": examples_hash([e.row for e in seen]),
         "computed_tokens_per_step": sum(map(len, rows)) / 3 * work.processes,
-        "parameters": layer_parameters(work),
+        "parameters": multiplied_parameters(work),
         "plan": str(trainer.plan),
     }
     if torch.cuda.is_available():
@@ -202,7 +203,7 @@ def _peer_result(
     return result | {
         "examples_hash": "packed" if packed else examples_hash([e.row for e in examples]),
         "computed_tokens_per_step": sum(lengths) / work.steps,
-        "parameters": layer_parameters(work),
+        "parameters": multiplied_parameters(work),
     }
 
 
@@ -257,16 +258,20 @@ def article(work: Workload, gradient: str | None) -> dict[str, Any]:
     return clock.result(examples_per_step=per_step, lengths=lengths) | {
         "examples_hash": examples_hash([e.row for e in examples]),
         "computed_tokens_per_step": sum(lengths) / work.steps,
-        "parameters": layer_parameters(work),
+        "parameters": multiplied_parameters(work),
     }
 
 
-def layer_parameters(work: Workload) -> int:
-    """Of the decoder layers: the embeddings are looked up, and the head runs at labels only."""
+def multiplied_parameters(work: Workload) -> int:
+    """That tokens are multiplied with: the decoder layers', and the head's where every token has a
+    label. The embeddings are looked up.
+    """
     config = SHAPES.get(work.model) or AutoConfig.from_pretrained(work.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    outside = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    outside = {model.get_input_embeddings().weight}
+    if work.rows == "tweets":
+        outside |= {model.get_output_embeddings().weight}
     return sum(p.numel() for p in model.parameters() if p not in outside)
 
 

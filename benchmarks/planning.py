@@ -1,10 +1,12 @@
 """The plan's memory and time beside measured ones, over a grid of models and settings.
 
     python -m benchmarks.planning
-    python -m benchmarks.planning --points deepseek-7b-qv llama-1b-long
+    python -m benchmarks.planning --points deepseek-7b-qv llama-1b-long-4bit
+    python -m benchmarks.planning --together 4
 
 Needs a GPU. Every point is a process of its own and prints one line; the table is written to
-`benchmarks/results/`. Errors are those of `docs/planning.md`: (predicted - measured) / measured.
+`benchmarks/results/`. With `--together` several run at once, which is faster and tells their memory
+only. Errors are those of `docs/planning.md`: (predicted - measured) / measured.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +45,18 @@ def _grid() -> dict[str, Point]:
             (8, _ALL, "all"),
             (64, _ALL, "all-r64"),
         ):
-            tweets = Workload(model=model, rank=rank, targets=targets, steps=20)
-            long = Workload(
-                model=model, rank=rank, targets=targets, steps=12, rows="long", examples=1
-            )
-            found[f"{model}-{name}"] = Point(tweets)
-            found[f"{model}-{name}-long"] = Point(long)
-            again = {"gradient_checkpointing": True}
-            found[f"{model}-{name}-long-again"] = Point(long, again)
+            for in_4bit, bits in ((False, ""), (True, "-4bit")):
+                tweets = Workload(
+                    model=model, rank=rank, targets=targets, steps=20, in_4bit=in_4bit, scored=0
+                )
+                long = replace(tweets, steps=12, rows="long", examples=1)
+                again = {"gradient_checkpointing": True}
+                found |= {
+                    f"{model}-{name}{bits}": Point(tweets),
+                    f"{model}-{name}-long{bits}": Point(long),
+                    f"{model}-{name}-again{bits}": Point(tweets, again),
+                    f"{model}-{name}-long-again{bits}": Point(long, again),
+                }
     return found
 
 
@@ -57,42 +64,47 @@ GRID = _grid()
 
 
 def main() -> None:
-    """Run the points one after the other; what was measured is written after each."""
+    """Run the points; what was measured is written after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--points", nargs="+", choices=list(GRID), default=list(GRID))
     parser.add_argument("--seconds", type=float, default=90.0, help="a point may take")
+    parser.add_argument("--together", type=int, default=1, help="points at once: memory only")
     parser.add_argument("--output", default="planning", help="name of the file in results/")
     asked = parser.parse_args()
     report: dict[str, Any] = {"environment": environment(), "points": {}}
-    for name in asked.points:
-        report["points"][name] = result = _measured(GRID[name], seconds=asked.seconds)
-        print(line(name, result), flush=True)
-        RESULTS.mkdir(exist_ok=True)
-        file = RESULTS / f"{asked.output}.json"
-        file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(asked.together) as pool:
+        started = [
+            (name, pool.submit(_measured, name, folder=Path(folder), seconds=asked.seconds))
+            for name in asked.points
+        ]
+        for name, running in started:
+            result = running.result()
+            if asked.together > 1:
+                result = {key: value for key, value in result.items() if not key.endswith("_ms")}
+            report["points"][name] = result
+            print(line(name, result), flush=True)
+            RESULTS.mkdir(exist_ok=True)
+            file = RESULTS / f"{asked.output}.json"
+            file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(summary(report["points"]))
 
 
-def _measured(point: Point, *, seconds: float) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "result.json"
-        options = {"step": "auto", **point.options}
-        asked = {"kind": "ours", "work": asdict(point.work), "options": options}
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.arms",
-            json.dumps({**asked, "output": str(output)}),
-        ]
-        try:
-            done = subprocess.run(
-                command, timeout=seconds, capture_output=True, text=True, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return {"failed": f"not done within {seconds:.0f} s"}
-        if not output.is_file():
-            return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
-        result = json.loads(output.read_text())
+def _measured(name: str, *, folder: Path, seconds: float) -> dict[str, Any]:
+    point, output = GRID[name], folder / f"{name}.json"
+    asked = {
+        "kind": "ours",
+        "work": asdict(point.work),
+        "options": {"step": "auto", **point.options},
+        "output": str(output),
+    }
+    command = [sys.executable, "-m", "benchmarks.arms", json.dumps(asked)]
+    try:
+        done = subprocess.run(command, timeout=seconds, capture_output=True, text=True, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done within {seconds:.0f} s"}
+    if not output.is_file():
+        return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+    result = json.loads(output.read_text())
     foretold = result.get("foretold")
     if not foretold:
         return {"failed": "nothing was foretold: it needs a GPU that the plan knows"}
@@ -112,18 +124,20 @@ def line(name: str, result: dict[str, Any]) -> str:
     """One point of the table."""
     if "failed" in result:
         return f"{name:<32} {result['failed']}"
-    return (
-        f"{name:<32} {result['predicted_gb']:8.2f} {result['measured_gb']:8.2f} GB "
-        f"{result['error_gb']:+6.1%} {result['predicted_ms']:9.1f} {result['measured_ms']:9.1f} ms "
-        f"{result['error_ms']:+6.1%}"
-    )
+    cells = [
+        f"{result[f'predicted_{unit}']:9.2f} {result[f'measured_{unit}']:9.2f} {unit} "
+        f"{result[f'error_{unit}']:+6.1%}"
+        for unit in ("gb", "ms")
+        if f"error_{unit}" in result
+    ]
+    return f"{name:<32} " + "  ".join(cells)
 
 
 def summary(points: dict[str, dict[str, Any]]) -> str:
     """Median and largest error."""
     lines = []
     for kind, what in (("gb", "memory"), ("ms", "time")):
-        errors = [abs(r[f"error_{kind}"]) for r in points.values() if "failed" not in r]
+        errors = [abs(r[f"error_{kind}"]) for r in points.values() if f"error_{kind}" in r]
         if errors:
             lines.append(f"{what}: median {statistics.median(errors):.1%}, most {max(errors):.1%}")
     return "\n".join(lines) or "nothing was measured"

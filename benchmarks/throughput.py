@@ -86,6 +86,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--rows", choices=["tweets", "long"], default="tweets")
+    parser.add_argument("--scored", type=int, default=1000, help="held-out tweets that are scored")
+    parser.add_argument("--in-4bit", action="store_true", help="the base in 4 bits; ours only")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--arms", nargs="+", default=USUAL, choices=list(ARMS), metavar="ARM")
     parser.add_argument("--time-out", type=float, default=240.0, help="seconds an arm may take")
@@ -101,6 +103,8 @@ def main() -> None:
         steps=asked.steps,
         dropout=asked.dropout,
         rows=asked.rows,
+        in_4bit=asked.in_4bit,
+        scored=asked.scored,
     )
     report: dict[str, Any] = {
         "workload": asdict(work),

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +27,7 @@ from transformers import (
 from lora_fsdp import get_task
 from lora_fsdp.data.sampling import epoch_order
 from lora_fsdp.data.tables import read_table, sample_rows
+from lora_fsdp.modeling.packed_layers import PackedLayer
 from lora_fsdp.tasks import Example, Prompt, Task
 
 SEED = 0
@@ -79,6 +81,8 @@ class Workload:
         rows: `tweets` (a label each), or `long` (texts of 4,096 tokens, loss on every token).
         targets: LoRA's target modules.
         rank: LoRA's.
+        in_4bit: the base's linear layers are stored in 4 bits.
+        scored: held-out tweets whose labels this library scores after training.
     """
 
     model: str = "deepseek-7b"
@@ -90,6 +94,8 @@ class Workload:
     rows: str = "tweets"
     targets: list[str] = field(default_factory=lambda: ["q_proj", "v_proj"])
     rank: int = 8
+    in_4bit: bool = False
+    scored: int = 1000
 
     @property
     def processes(self) -> int:
@@ -117,7 +123,20 @@ def load_model(work: Workload) -> PreTrainedModel:
             SHAPES[work.model], attn_implementation="sdpa", dtype=dtype
         )
     torch.set_default_dtype(torch.float32)
+    if work.in_4bit:
+        _pack(model, dtype=dtype)
     return model
+
+
+def _pack(model: PreTrainedModel, *, dtype: torch.dtype) -> None:
+    """Exchange the linear layers for packed ones, as is done with weights read from files."""
+    from lora_fsdp.modeling.four_bit import replace_linear_layers
+
+    plain = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    replace_linear_layers(model, dtype=dtype)
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLayer):
+            module.set_whole(module.quantize(plain.pop(name).weight.detach()))
 
 
 class LongTexts(Task):

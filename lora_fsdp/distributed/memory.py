@@ -14,7 +14,7 @@ from lora_fsdp.modeling.shape import ModelShape
 
 #: Rows longer than this gain nothing: the matrix products are as fast as they get.
 LONGEST_ROW = 8192
-#: Rows at least this long where no memory is known, or where little is free.
+#: Rows this long where no memory is known.
 USUAL_ROW = 2048
 #: What the CUDA context and the libraries' kernels take, outside torch's allocator.
 CONTEXT = 600_000_000
@@ -172,6 +172,6 @@ def longest_row(shape: ModelShape, *, free: int, longest_example: int, recompute
     """
     left = (free - WORKSPACE - 18 * shape.adapter_parameters) // 2
     length = LONGEST_ROW
-    while length > USUAL_ROW and shape.saved_bytes(length, recomputed=recomputed) > left:
+    while length > longest_example and shape.saved_bytes(length, recomputed=recomputed) > left:
         length -= 64
     return max(length, longest_example)

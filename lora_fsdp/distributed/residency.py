@@ -101,7 +101,7 @@ def plan_residency(
         return keep(0, "a rehearsal shards as the YAML says")
     if settings.offload:
         return keep(0, "the YAML offloads the base to host memory")
-    free = _least_free_memory(device)
+    free = least_free_memory(device)
     size = sum(parameter.nbytes for parameter in base.parameters())
     return keep(
         fitting_layers(free), f"{size / 1e9:.1f} GB of base, {free / 1e9:.1f} GB of GPU memory free"
@@ -124,8 +124,8 @@ def _spread(count: int, total: int) -> frozenset[int]:
     return frozenset(index * total // count for index in range(count))
 
 
-def _least_free_memory(device: torch.device) -> int:
-    """Free bytes of the rank that has the least."""
+def least_free_memory(device: torch.device) -> int:
+    """Free bytes of the rank that has the least; a collective call."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -26,6 +26,7 @@ from lora_fsdp.modeling.fused_functions import (
     silu_multiply,
     split_and_rotate,
 )
+from lora_fsdp.modeling.packed_layers import unpacked
 from lora_fsdp.modeling.projections import Projections, can_project
 
 
@@ -241,17 +242,18 @@ def _candidates(
     layers: Sequence[nn.Module], filled_copy: Callable[[nn.Module], nn.Module] | None
 ) -> Iterator[nn.Module]:
     """What is compared: all layers, as some models have layers of two kinds, and before them the
-    first without its dtype's rounding.
+    first without its dtype's rounding. Packed weights are unpacked: how a layer computes is in
+    question here, and not with which numbers.
     """
-    first = layers[0] if filled_copy is None else filled_copy(layers[0])
+    first = unpacked(layers[0]) if filled_copy is None else filled_copy(layers[0])
     yield deepcopy(first).float()
     for layer in layers:
         if filled_copy is None:
-            yield layer
+            yield unpacked(layer)
             continue
-        copied, weights = deepcopy(layer), dict(first.named_parameters())
+        copied, weights = deepcopy(unpacked(layer)), dict(first.named_parameters())
         if {n: p.shape for n, p in weights.items()} != {
-            n: p.shape for n, p in layer.named_parameters()
+            n: p.shape for n, p in copied.named_parameters()
         }:
             yield filled_copy(layer)
             continue

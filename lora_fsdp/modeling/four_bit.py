@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import torch
 from bitsandbytes import matmul_4bit
-from bitsandbytes.functional import QuantState, quantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
 from transformers import PreTrainedModel
 
 from lora_fsdp.errors import UnsupportedModelError
+from lora_fsdp.modeling.packed_layers import PackedLayer
 from lora_fsdp.modeling.proof import QUANTIZED_WHILE_READ
-from lora_fsdp.modeling.streaming import PackedLayer
 
 _BLOCK = 64
 
@@ -36,7 +36,7 @@ class FourBitLinear(Linear4bit, PackedLayer):
         dtype: in which it computes, and of the packed tensor's elements.
     """
 
-    compute_dtype: torch.dtype
+    quant_state: QuantState
 
     def __init__(self, like: nn.Linear, *, dtype: torch.dtype) -> None:
         super().__init__(
@@ -79,6 +79,26 @@ class FourBitLinear(Linear4bit, PackedLayer):
     def set_whole(self, packed: torch.Tensor) -> None:
         """Make what `quantize` gave the weight, on a rank that holds all of it."""
         self.weight = self._as_weight(packed, self.quant_state)
+
+    @torch.no_grad()
+    def unpack(self, out: torch.Tensor) -> torch.Tensor:
+        """Write the weight's numbers into `out` [out, in], contiguous."""
+        if not out.is_cuda:
+            return out.copy_(dequantize_4bit(self.weight, self.quant_state))
+        from lora_fsdp.modeling import kernels
+
+        scales = self.quant_state
+        outer = scales.state2
+        kernels.unpack_nf4(
+            self.weight.detach().view(torch.uint8),
+            out,
+            values=scales.code,
+            scales=scales.absmax,
+            scale_values=outer.code,
+            scales_of_scales=outer.absmax,
+            offset=scales.offset,
+        )
+        return out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T + bias, in the layer's dtype."""

@@ -110,7 +110,48 @@ def rotate(
     )
 
 
+def unpack_nf4(
+    packed: torch.Tensor,
+    result: torch.Tensor,
+    *,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    scale_values: torch.Tensor,
+    scales_of_scales: torch.Tensor,
+    offset: torch.Tensor,
+) -> None:
+    """Turn 4-bit values with doubly quantised scales into numbers, bit for bit as bitsandbytes.
+
+    Args:
+        packed: uint8, two values each, the first in the upper half.
+        result: as many numbers, contiguous; a multiple of 64.
+        values: the 16 numbers that 4 bits stand for, float32.
+        scales: uint8, one for 64 numbers.
+        scale_values: the 256 numbers that a scale stands for, float32.
+        scales_of_scales: float32, one for 256 scales.
+        offset: float32, a single number that is added to each scale.
+    """
+    blocks = result.numel() // _NF4_BLOCK
+    _unpack_nf4[(triton.cdiv(blocks, _NF4_BLOCKS),)](
+        packed,
+        result,
+        values,
+        scales,
+        scale_values,
+        scales_of_scales,
+        offset,
+        blocks,
+        BLOCKS=_NF4_BLOCKS,
+        BYTES=_NF4_BLOCK // 2,
+        # A fused multiply and add would round the scales otherwise than bitsandbytes does.
+        enable_fp_fusion=False,
+    )
+
+
 _SILU_BLOCK = 2048
+# Values that share a scale, and how many of their scales a program takes.
+_NF4_BLOCK = 64
+_NF4_BLOCKS = 64
 
 
 def _warps(block: int) -> int:
@@ -221,3 +262,30 @@ def _rotate(
     to = target + head.to(tl.int64)[:, None] * target_head + token * target_token + column[None, :]
     tl.store(to, (wide * cos - high * sin).to(low.dtype), inside)
     tl.store(to + HALF, (high * cos + wide * sin).to(low.dtype), inside)
+
+
+@triton.jit
+def _unpack_nf4(
+    packed,
+    result,
+    values,
+    scales,
+    scale_values,
+    scales_of_scales,
+    offset,
+    blocks,
+    BLOCKS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < blocks
+    scale = tl.load(scale_values + tl.load(scales + block, inside, 0).to(tl.int32))
+    scale = scale * tl.load(scales_of_scales + block // 256, inside, 0.0) + tl.load(offset)
+    first = block.to(tl.int64)[:, None] * BYTES
+    at = first + tl.arange(0, BYTES)[None, :]
+    byte = tl.load(packed + at, inside[:, None], 0).to(tl.int32)
+    upper = tl.load(values + (byte >> 4)) * scale[:, None]
+    lower = tl.load(values + (byte & 15)) * scale[:, None]
+    numbers = tl.interleave(upper, lower)
+    to = 2 * first + tl.arange(0, 2 * BYTES)[None, :]
+    tl.store(result + to, numbers.to(result.dtype.element_ty), inside[:, None])

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+
+from lora_fsdp.modeling.packed_layers import PackedLayer
+
+# PEFT's, around a plain linear layer and around a packed one (which it can import with bitsandbytes
+# only).
+_LORA_LINEARS = ("Linear", "Linear4bit")
 
 
 class Projection:
@@ -21,10 +27,12 @@ class Projection:
 
     def __init__(self, module: nn.Module, *, columns: slice, first_rank: int) -> None:
         self.module = module
-        self.linear: nn.Linear = module.base_layer if isinstance(module, LoraLinear) else module  # type: ignore[assignment]
+        self.linear: nn.Linear | PackedLayer = (
+            module.base_layer if isinstance(module, LoraLayer) else module  # type: ignore[assignment]
+        )
         self.columns = columns
         self.rank = 0
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer):
             self.name = str(module.active_adapters[0])
             self.rank = int(module.r[self.name])
         self.ranks = slice(first_rank, first_rank + self.rank)
@@ -40,6 +48,12 @@ class Projection:
         """A [r, in] and B [out, r], float32."""
         a, b = self.module.lora_A[self.name], self.module.lora_B[self.name]  # type: ignore[index]
         return a.weight, b.weight  # type: ignore[union-attr]
+
+    def weight(self) -> torch.Tensor:
+        """The frozen weight [out, in]; a packed one unpacked, in memory of its own."""
+        if not isinstance(self.linear, PackedLayer):
+            return self.linear.weight
+        return self.linear.unpack(_empty_block([self.linear]))
 
     def scaling(self) -> float:
         """What the update is multiplied with."""
@@ -94,9 +108,10 @@ class Projections:
     def join(self) -> None:
         """Lay the weights in one block, of which each layer's weight becomes a slice.
 
-        Takes no memory in the end. Not for sharded weights, whose storage FSDP owns.
+        Takes no memory in the end. Not for sharded weights, whose storage FSDP owns; packed ones
+        are unpacked into one block whenever they are used.
         """
-        if len(self.members) == 1:
+        if len(self.members) == 1 or any(isinstance(m.linear, PackedLayer) for m in self.members):
             return
         weights = [member.linear.weight for member in self.members]
         self.joined = torch.cat([weight.detach() for weight in weights])
@@ -113,19 +128,17 @@ class Projections:
 
     def base_forward(self, inputs: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         """x W^T + bias (+ residual), [T, sum of widths], in memory of its own."""
-        first = self.members[0].linear
-        if residual is not None and len(self.members) == 1:
-            output = torch.addmm(residual, inputs, first.weight.t())
-            return output if first.bias is None else output.add_(first.bias)
-        if len(self.members) == 1:
-            output = inputs @ first.weight.t()
-        elif self._is_joined():
-            output = inputs @ self.joined.t()  # type: ignore[union-attr]
-        else:
+        first, block = self.members[0], self._block()
+        if block is not None:
+            output = inputs @ block.t()
+        elif len(self.members) > 1:
             output = inputs.new_empty(inputs.shape[0], self.members[-1].columns.stop)
             for member in self.members:
-                part = output[:, member.columns]
-                torch.mm(inputs, member.linear.weight.t(), out=part)
+                torch.mm(inputs, member.weight().t(), out=output[:, member.columns])
+        elif residual is not None:
+            output, residual = torch.addmm(residual, inputs, first.weight().t()), None
+        else:
+            output = inputs @ first.weight().t()
         for member in self.members:
             if member.linear.bias is not None:
                 output[:, member.columns] += member.linear.bias
@@ -133,13 +146,26 @@ class Projections:
 
     def base_backward(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient for the input through the frozen weights, [T, in]."""
-        if self._is_joined():
-            return gradient @ self.joined  # type: ignore[operator]
+        block = self._block()
+        if block is not None:
+            return gradient @ block
         first, *others = self.members
-        result = gradient[:, first.columns] @ first.linear.weight
+        result = gradient[:, first.columns] @ first.weight()
         for member in others:
-            result.addmm_(gradient[:, member.columns], member.linear.weight)
+            result.addmm_(gradient[:, member.columns], member.weight())
         return result
+
+    def _block(self) -> torch.Tensor | None:
+        """All weights in one block [sum of widths, in], if they are joined or to be unpacked."""
+        if self._is_joined():
+            return self.joined
+        packed = [m.linear for m in self.members if isinstance(m.linear, PackedLayer)]
+        if len(self.members) == 1 or len(packed) < len(self.members):
+            return None
+        block = _empty_block(packed)
+        for member, linear in zip(self.members, packed, strict=True):
+            linear.unpack(block[member.columns])
+        return block
 
     def _is_joined(self) -> bool:
         """Whether the block still is what the layers hold (moving a model gives it new storage)."""
@@ -149,15 +175,24 @@ class Projections:
         return all(m.linear.weight.untyped_storage().data_ptr() == storage for m in self.members)
 
 
+def _empty_block(layers: Sequence[PackedLayer]) -> torch.Tensor:
+    """Where the numbers of `layers` have room one below the other."""
+    rows, first = sum(layer.out_features for layer in layers), layers[0]
+    return torch.empty(
+        rows, first.in_features, dtype=first.compute_dtype, device=first.weight.device
+    )
+
+
 def can_project(module: nn.Module) -> bool:
     """Whether `Projections` computes `module`: a frozen linear layer, perhaps with plain LoRA."""
-    if type(module) is nn.Linear:
+    if _is_linear(module):
         return not any(parameter.requires_grad for parameter in module.parameters())
-    if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear:
+    if not isinstance(module, LoraLayer) or type(module).__name__ not in _LORA_LINEARS:
         return False
     names = module.active_adapters
     return (
-        len(names) == 1
+        _is_linear(module.base_layer)
+        and len(names) == 1
         and list(module.lora_A) == names  # one adapter, and it is the active one
         and not module.merged
         and not module.fan_in_fan_out
@@ -167,3 +202,7 @@ def can_project(module: nn.Module) -> bool:
         and type(module.lora_dropout[names[0]]) in (nn.Dropout, nn.Identity)
         and not any(p.requires_grad for p in module.base_layer.parameters())
     )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or isinstance(module, PackedLayer)

@@ -41,7 +41,8 @@ class ModelShape:
         layers: decoder layers.
         layer_parameters: of the largest layer.
         linear_parameters: of the linear layers of one decoder layer, which 4-bit storage shrinks.
-        largest_linear: of the largest linear layer.
+        largest_linear: of the largest linear layer, or of those that fused layers compute as one:
+            what is unpacked at once where weights are packed.
         embedding_parameters: input embeddings; of the head too where they are tied.
         head_parameters: output head; 0 where it is tied.
         parameters: of the whole base.
@@ -122,7 +123,7 @@ def shape_of(skeleton: PreTrainedModel, adapter: LoraConfig, *, fuse: bool = Tru
         layers=len(layers),
         layer_parameters=max(_frozen(layer) for layer in layers),
         linear_parameters=max(sum(sizes) for sizes in linears),
-        largest_linear=max(size for sizes in linears for size in sizes),
+        largest_linear=max(_largest_linear(layer, is_fused=is_fused) for layer in layers),
         embedding_parameters=_frozen(embedding),
         head_parameters=0 if tied else _frozen(head),
         parameters=_frozen(model),
@@ -244,6 +245,16 @@ def _linear_sizes(layer: nn.Module) -> list[int]:
         for module in layer.modules()
         if isinstance(module, nn.Linear) and not module.weight.requires_grad
     ] or [0]
+
+
+def _largest_linear(layer: nn.Module, *, is_fused: bool) -> int:
+    """Weights of the largest product, in numbers."""
+    if not is_fused:
+        return max(_linear_sizes(layer))
+    return max(
+        sum(member.linear.weight.numel() for member in projections.members)
+        for projections in FusedLayer(layer).projections
+    )
 
 
 def _frozen(module: nn.Module) -> int:

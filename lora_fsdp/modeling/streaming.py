@@ -29,6 +29,7 @@ from lora_fsdp.errors import MissingPackageError, UnsupportedModelError
 from lora_fsdp.modeling.base_weights import BaseWeights, fingerprint_stored
 from lora_fsdp.modeling.fingerprints import BaseFingerprint, base_parameters
 from lora_fsdp.modeling.loading import load_base, resolve_dtype
+from lora_fsdp.modeling.packed_layers import PackedLayer, unpacked
 from lora_fsdp.modeling.skeletons import CannotStreamError, empty_base
 
 logger = logging.getLogger(__name__)
@@ -36,18 +37,6 @@ logger = logging.getLogger(__name__)
 
 #: Modules that hold a parameter, and its name there: several, if it is shared.
 _Places = list[tuple[nn.Module, str]]
-
-
-class PackedLayer(nn.Module):
-    """A layer that packs its weight when it is read (`lora_fsdp.modeling.four_bit`)."""
-
-    def quantize(self, values: torch.Tensor) -> torch.Tensor:
-        """What becomes the weight: `values`, which are the whole weight, packed."""
-        raise NotImplementedError
-
-    def set_whole(self, packed: torch.Tensor) -> None:
-        """Make what `quantize` gave the weight, on a rank that holds all of it."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -117,9 +106,9 @@ class StoredBase:
             self._fill_one(places, stored, device=device, keep_on=keep_on)
 
     def filled_copy(self, layer: nn.Module) -> nn.Module:
-        """A copy of a layer of the model with its weights, in host memory."""
+        """A copy of a layer of the model with its weights, unpacked and in host memory."""
         names = self._names_by_id()
-        copied, host = deepcopy(layer), torch.device("cpu")
+        copied, host = deepcopy(unpacked(layer)), torch.device("cpu")
         for original, places in zip(layer.parameters(), _places(copied), strict=True):
             if original.is_meta:
                 self._fill_one(places, names[id(original)], device=host, keep_on=host)

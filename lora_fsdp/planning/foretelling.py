@@ -23,5 +23,5 @@ def foretold(plan: TrainingPlan, work: Work | None, gpu: Gpu | None) -> dict[str
         step = step_seconds(
             plan.shape, plan.placement, work, gpu, row_tokens=plan.max_tokens_per_row
         )
-        found["training_seconds"] = round(step * work.steps(plan.placement.ranks), 1)
+        found["training_seconds"] = round(step * work.steps(plan.placement.ranks), 3)
     return found

@@ -36,7 +36,7 @@ def step_seconds(
         computing += rows * shape.layers * _GRAPH_SECONDS
         launching = 0.0
     else:
-        launching = rows * shape.layers * _LAUNCH_SECONDS[_is_fused(shape, placement)]
+        launching = rows * shape.layers * _LAUNCH_SECONDS[shape.is_fused]
     receiving = rows * _receiving(shape, placement, gpu)
     return max(computing, launching, receiving) + _STEP_SECONDS
 
@@ -48,15 +48,14 @@ def run_seconds(
     steps = work.steps(placement.ranks)
     training = steps * step_seconds(shape, placement, work, gpu, row_tokens=row_tokens)
     tokens = work.scored_tokens / placement.ranks
-    rate = gpu.flops * _PRODUCT_SHARE * _STEP_SHARE[_is_fused(shape, placement)]
+    rate = gpu.flops * _PRODUCT_SHARE * _STEP_SHARE[shape.is_fused]
     return training + 2.0 * shape.active_parameters * tokens / rate
 
 
 def _is_captured(shape: ModelShape, placement: Placement) -> bool:
-    """Whether a step is a CUDA graph: nothing is gathered, unpacked or recomputed within."""
+    """Whether a step is a CUDA graph: nothing is gathered or recomputed within."""
     return (
-        not placement.quantized
-        and placement.resident_layers >= shape.layers
+        placement.resident_layers >= shape.layers
         and not placement.offloaded
         and not placement.recomputed
     )
@@ -81,7 +80,7 @@ def _computing(
     # Causal attention: half a square of tokens, two products in forward and five in backward; its
     # kernels reach about half of a large product's rate.
     attention = (passes - 1.0 + 2.5) * 2.0 * length * tokens * shape.hidden_size * shape.layers
-    rate = gpu.flops * _PRODUCT_SHARE * _STEP_SHARE[_is_fused(shape, placement)]
+    rate = gpu.flops * _PRODUCT_SHARE * _STEP_SHARE[shape.is_fused]
     products = (layers + head) / (rate * length / (length + _HALF_AT_TOKENS))
     reading = rows * passes * 2.0 * shape.active_parameters / gpu.bandwidth
     # 4-bit weights are read, written as bfloat16, and read again.
@@ -91,11 +90,6 @@ def _computing(
         else 0.0
     )
     return max(products, reading) + 2.0 * attention / rate + unpacking
-
-
-def _is_fused(shape: ModelShape, placement: Placement) -> bool:
-    """Whether the fused layers compute: they do not know 4-bit weights."""
-    return shape.is_fused and not placement.quantized
 
 
 def _receiving(shape: ModelShape, placement: Placement, gpu: Gpu) -> float:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel
 from torch import nn
 
@@ -31,7 +30,7 @@ from lora_fsdp.distributed.memory import (
     longest_row,
 )
 from lora_fsdp.distributed.replication import ReplicatedParameters
-from lora_fsdp.distributed.residency import Residency, plan_residency
+from lora_fsdp.distributed.residency import Residency, least_free_memory, plan_residency
 from lora_fsdp.distributed.sharding import check_placement, layers_to_shard, place_model
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.modeling.adapters import base_model
@@ -58,6 +57,7 @@ class TrainingPlan:
         placement: how the base lies, for the memory and time that are foretold.
         shape: the model's sizes; `None` on a CPU, whose memory nothing is planned by.
         rows: the largest row of a step.
+        recomputing: why activations are recomputed though nobody asked for it; empty if not.
     """
 
     residency: Residency
@@ -68,6 +68,7 @@ class TrainingPlan:
     placement: Placement
     shape: ModelShape | None
     rows: RowSizes
+    recomputing: str = ""
 
     @property
     def memory(self) -> DeviceMemory | None:
@@ -87,6 +88,8 @@ class TrainingPlan:
             f"  step      {self.step}: {self.step_reason}",
             f"  rows      up to {self.max_tokens_per_row} tokens",
         ]
+        if self.recomputing:
+            lines.append(f"  backward  recomputes activations: {self.recomputing}")
         if self.shape is not None and self.memory is not None:
             lines.append(f"  memory    {self.memory.allocated / 1e9:.1f} GB at the peak, foretold")
             if not self.residency.is_whole:
@@ -131,16 +134,19 @@ def place_for_training(
         raise ArgumentError(f"--step fused: {fused}. Use --step auto.")
     is_fused = not isinstance(fused, str)
     shape = _shape(model, fuse=is_fused) if device.type == "cuda" else None
-    recomputed = recomputes(args, settings)
-    placement = Placement(
-        ranks=args.world_size,
-        resident_layers=0,
-        kept_until_backward=bool(settings and not settings.reshard_after_forward),
-        offloaded=bool(settings and settings.offload),
-        quantized=bool(getattr(base, "is_loaded_in_4bit", False)),  # set by transformers, or by us
-        recomputed=recomputed,
-    )
     work = work or _NO_WORK
+    placement = least_placement(
+        args,
+        settings,
+        layers=len(layers),
+        ranks=args.world_size,
+        quantized=bool(getattr(base, "is_loaded_in_4bit", False)),  # set by transformers, or by us
+    )
+    recomputing = ""
+    if shape is not None and not placement.recomputed:
+        needed = device_memory(shape, placement, largest_row(work, longest_example)).allocated
+        recomputing = _why_recompute(needed, longest_example, base=base, device=device)
+        placement = replace(placement, recomputed=bool(recomputing))
     longest = max(longest_example, args.max_tokens_per_row or USUAL_ROW)
     residency = plan_residency(
         args.resident_layers,
@@ -163,7 +169,9 @@ def place_for_training(
     check_placement(model, resident=resident)
     # At a third of what an H100 can do.
     seconds = 4.0 * model.num_parameters() * work.step_tokens * work.steps(args.world_size) / 3e14
-    step, reason = _choose_step(args, residency, fused=fused, settings=settings, seconds=seconds)
+    step, reason = _choose_step(
+        args, residency, fused=fused, recomputed=placement.recomputed, seconds=seconds
+    )
     if not isinstance(fused, str) and residency.is_whole:
         for replacement in fused:
             replacement.join_weights()
@@ -174,7 +182,7 @@ def place_for_training(
         shape if is_fused else None,
         device=device,
         longest_example=longest_example,
-        recomputed=recomputed,
+        recomputed=placement.recomputed,
     )
     return TrainingPlan(
         residency=residency,
@@ -185,11 +193,64 @@ def place_for_training(
             dtype=base.dtype,
             by_blocks=is_fused,
             chunked_head=head_can_be_chunked(base),
-            last_layer=None if isinstance(fused, str) or recomputed else fused[-1],
+            last_layer=None if isinstance(fused, str) or placement.recomputed else fused[-1],
         ),
         placement=replace(placement, resident_layers=len(residency.indices)),
         shape=shape,
         rows=largest_row(work, row_length),
+        recomputing=recomputing,
+    )
+
+
+def least_placement(
+    args: FineTuningArguments,
+    settings: FsdpSettings | None,
+    *,
+    layers: int,
+    ranks: int,
+    quantized: bool,
+) -> Placement:
+    """How the base lies where as few layers are resident as the arguments allow.
+
+    Args:
+        args: the run's.
+        settings: the YAML's FSDP settings.
+        layers: of the model.
+        ranks: that share it.
+        quantized: its linear layers are stored in 4 bits.
+    """
+    asked = args.resident_layers
+    resident = min(layers, int(asked)) if asked.isdecimal() else 0
+    return Placement(
+        ranks=ranks,
+        resident_layers=layers if settings is None or asked == "all" else resident,
+        kept_until_backward=bool(settings and not settings.reshard_after_forward),
+        offloaded=bool(settings and settings.offload),
+        quantized=quantized,
+        recomputed=recomputes(args, settings),
+    )
+
+
+def _why_recompute(needed: int, tokens: int, *, base: nn.Module, device: torch.device) -> str:
+    """Why activations must be recomputed; empty if they need not. A collective call.
+
+    Not before nothing else fits: recomputing costs half of a step's products once more, which is
+    more than gathering layers does.
+
+    Args:
+        needed: bytes a GPU needs without, for a row of the longest example, with as few resident
+            layers as can be.
+        tokens: of that example.
+        base: the base; what of it is on the device already is in `needed`.
+        device: where the run computes.
+    """
+    on_device = sum(p.nbytes for p in base.parameters() if p.device == device)
+    free = least_free_memory(device) + on_device
+    if needed <= free:
+        return ""
+    return (
+        f"with an example of {tokens} tokens a step would need {needed / 1e9:.1f} GB, and "
+        f"{free / 1e9:.1f} GB are free"
     )
 
 
@@ -226,11 +287,11 @@ def _choose_step(
     residency: Residency,
     *,
     fused: list[FusedLayer] | str,
-    settings: FsdpSettings | None,
+    recomputed: bool,
     seconds: float,
 ) -> tuple[str, str]:
     """Name and reason."""
-    if why := _why_not_captured(args, residency, settings):
+    if why := _why_not_captured(args, residency, recomputed=recomputed):
         if args.step in ("graph", "compiled"):
             raise ArgumentError(f"--step {args.step}: {why}. Use --step auto.")
         if isinstance(fused, str):
@@ -249,19 +310,19 @@ def _choose_step(
 
 
 def _why_not_captured(
-    args: FineTuningArguments, residency: Residency, settings: FsdpSettings | None
+    args: FineTuningArguments, residency: Residency, *, recomputed: bool
 ) -> str | None:
     if args.device.type != "cuda":
         return "CUDA graphs need a GPU"
     if not residency.is_whole:
         return "layers are gathered within the step"
-    if recomputes(args, settings):
+    if recomputed:
         return "activations are recomputed"
     return None
 
 
 def recomputes(args: FineTuningArguments, settings: FsdpSettings | None) -> bool:
-    """Whether activations are recomputed in backward."""
+    """Whether activations are to be recomputed in backward."""
     return args.gradient_checkpointing or bool(settings and settings.activation_checkpointing)
 
 
@@ -271,12 +332,8 @@ def _row_length(
     """The longest row that memory allows, the same on every rank; a collective call on GPUs."""
     if shape is None:
         return max(USUAL_ROW, longest_example)
-    free = torch.tensor(torch.cuda.mem_get_info(device)[0], device=device)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(free, op=dist.ReduceOp.MIN)
-    return longest_row(
-        shape, free=int(free.item()), longest_example=longest_example, recomputed=recomputed
-    )
+    free = least_free_memory(device)
+    return longest_row(shape, free=free, longest_example=longest_example, recomputed=recomputed)
 
 
 def _shape(model: PeftModel, *, fuse: bool) -> ModelShape:

@@ -112,19 +112,17 @@ def shares_prefix(args: FineTuningArguments, model: PeftModel) -> bool:
 def enable_checkpointing(
     model: PeftModel, settings: FsdpSettings | None, *, device: torch.device
 ) -> None:
-    """Recompute activations layer by layer if the YAML asks for it.
+    """Recompute activations layer by layer, as the YAML asks for or memory.
 
     By transformers' own switch and not by wrapper modules, which would rename the adapter's
     parameters; `--gradient_checkpointing` is switched on by the Trainer itself. Offloaded, what a
     layer's recomputing starts from (its input) waits in host memory from forward to backward.
     """
-    if settings is None or not settings.activation_checkpointing:
-        return
     base = base_model(model)
     # transformers < 5.20 knows the switch by its old name only.
     enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
     enable()
-    if not settings.activation_offload:
+    if settings is None or not settings.activation_offload:
         return
     # transformers' own way to offload pins memory on CPUs too, which fails there.
     for module in base.modules():

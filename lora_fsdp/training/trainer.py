@@ -204,7 +204,6 @@ class LoraTrainer(WatchedTrainer):
             super().create_accelerator_and_postprocess()
         avoid_kernels_planned_by_shape()
         self.parameter_count = self.model.num_parameters()
-        enable_checkpointing(self.model, self.fsdp_settings, device=self.args.device)
         self.plan = place_for_training(
             self.model,
             args=self.args,
@@ -215,6 +214,9 @@ class LoraTrainer(WatchedTrainer):
             stored=self.stored,
         )
         self.stored = None  # its files are closed
+        # What the arguments ask for, the Trainer itself switches on.
+        if self.plan.placement.recomputed and not self.args.gradient_checkpointing:
+            enable_checkpointing(self.model, self.fsdp_settings, device=self.args.device)
         self.adapter = ReplicatedParameters(trainable_parameters(self.model))
         self.adapter.broadcast()
         self.adapter.check_equal()

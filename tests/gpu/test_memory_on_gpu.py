@@ -5,26 +5,34 @@ The 7B test writes 14 GB of random weights. 4 bits need bitsandbytes.
 Run: python -m pytest -s tests/gpu/test_memory_on_gpu.py
 """
 
+import gc
 import importlib.util
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors import safe_open
+from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from lora_fsdp import FineTuningArguments, LoraTrainer
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.data.packing import Tree, pack_row
+from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.modeling.adapters import base_model, trainable_parameters
+from lora_fsdp.modeling.decoder_layer import fuse_layers
 from lora_fsdp.modeling.fingerprints import base_parameters
 from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
 from lora_fsdp.modeling.loading import load_base
 from lora_fsdp.modeling.merging import merge_adapter
 from lora_fsdp.modeling.streaming import StoredBase, load_on_device, open_base
 from lora_fsdp.modeling.verification import verify_adapter_folder
+from lora_fsdp.tasks import Prompt
+from lora_fsdp.training.step import CapturedStep, EagerStep
 from tests.gpu.test_recipe_on_gpu import DEEPSEEK_7B
 from tests.modeling.test_four_bit import adapted, assert_close, outputs, reference
 from tests.support.adapters import save_base
@@ -63,6 +71,93 @@ def test_4_bits_against_their_numbers(dtype, tolerance, tmp_path):
     expected = outputs(reference(tmp_path, dtype), getattr(torch, dtype))
     found = outputs_on_gpu(model.to(GPU), getattr(torch, dtype))
     assert_close(found, expected, tolerance)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_4_bits_are_unpacked_as_by_bitsandbytes(dtype):
+    """Bit for bit, whatever the scales; not a multiple of the blocks that a program takes."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    from lora_fsdp.modeling.four_bit import FourBitLinear
+
+    layer = FourBitLinear(nn.Linear(1088, 1000, bias=False, device="meta"), dtype=dtype)
+    sizes = torch.logspace(-6, 3, 1000, device=GPU)[:, None]
+    torch.manual_seed(0)
+    layer.set_whole(layer.quantize(torch.randn(1000, 1088, device=GPU) * sizes))
+    found = layer.unpack(torch.empty(1000, 1088, dtype=dtype, device=GPU))
+    assert torch.equal(found, dequantize_4bit(layer.weight, layer.quant_state))
+
+
+@needs_bitsandbytes
+def test_4_bits_in_a_captured_step(tmp_path):
+    """Fused layers in a CUDA graph: the gradients of bitsandbytes' own layers, run eagerly."""
+    save_base(tmp_path)
+    texts = torch.arange(5, 29).view(2, 12).tolist()
+    some = [pack_row([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True)]
+    losses, gradients = [], []
+    for captured in (False, True):
+        model, stored = adapted(tmp_path, dtype="float32")
+        decoder = base_model(model).base_model
+        if captured:
+            fused = fuse_layers(decoder, decoder.layers, filled_copy=stored.filled_copy)
+            assert isinstance(fused, list), fused
+        stored.fill([stored.model], device=GPU, keep_on=GPU)
+        step = (CapturedStep if captured else EagerStep)(
+            model.to(GPU),
+            computation=RowComputation(torch.float32, by_blocks=captured),
+            adapter=ReplicatedParameters(trainable_parameters(model)),
+            device=GPU,
+            autocast=nullcontext,
+        )
+        for _ in range(2):
+            losses.append(step(some, label_tokens=12).item())
+            gradients.append(step.adapter.copy_gradients())
+        assert not captured or step.failed is None
+    for loss, gradient in zip(losses, gradients, strict=True):
+        assert loss == pytest.approx(losses[0], rel=1e-5)
+        assert (gradient - gradients[0]).norm() <= 1e-4 * gradients[0].norm()
+
+
+def test_activations_are_recomputed_where_nothing_else_fits(tmp_path):
+    """One example of 3,000 tokens on a GPU that is full but for half of its activations."""
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+        num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=4096,
+    )  # fmt: skip
+    task = ToyTask().bind(toy_table(80))
+    prompt = Prompt("", " good" * 2900, "")
+    long = [replace(example, prompt=prompt) for example in task.examples(toy_table(4))]
+    losses, plans = [], []
+    for left in (0, 1):
+        gc.collect()
+        torch.cuda.empty_cache()
+        if left:
+            left = plans[0].memory.allocated - plans[0].memory.activations // 2
+        free = torch.cuda.mem_get_info()[0]
+        ballast = torch.empty(free - left if left else 0, dtype=torch.uint8, device=GPU)
+        torch.manual_seed(0)
+        trainer = LoraTrainer(
+            model=LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False),
+            args=FineTuningArguments(
+                output_dir=str(tmp_path / str(left)), per_device_train_batch_size=2, max_steps=3,
+                learning_rate=1e-3, logging_steps=1, save_strategy="no", disable_tqdm=True,
+            ),
+            task=task,
+            processing_class=tiny_tokenizer(),
+            train_dataset=long,
+            peft_config=LoraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+            max_length=4096,
+        )  # fmt: skip
+        trainer.train()
+        losses.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+        plans.append(trainer.plan)
+        print(f"\n{ballast.numel() / 1e9:.1f} GB of the GPU taken:\n{trainer.plan}")
+        del trainer, ballast
+    assert not plans[0].recomputing
+    assert "free" in plans[1].recomputing
+    assert plans[1].step == "fused"
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
 def outputs_on_gpu(model, dtype):

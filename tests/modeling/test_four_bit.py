@@ -36,6 +36,7 @@ from lora_fsdp.errors import (
 )
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.modeling.adapters import attach_adapter, base_model, trainable_parameters
+from lora_fsdp.modeling.decoder_layer import fuse_layers
 from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
 from lora_fsdp.modeling.loading import load_base
 from lora_fsdp.modeling.merging import merge_adapter
@@ -124,6 +125,29 @@ class TestOneRank:
         computed = getattr(torch, dtype)
         expected = outputs(reference(tmp_path, dtype), computed)
         assert_close(outputs(model, computed), expected, tolerance)
+
+    @pytest.mark.parametrize(
+        ("kind", "dtype", "tolerance"),
+        [("llama", "float32", 1e-5), ("qwen3", "float32", 1e-5), ("llama", "bfloat16", 0.05)],
+    )
+    def test_fused_layers(self, kind, dtype, tolerance, tmp_path):
+        """Fused before the weights are read, and afterwards, the same as the numbers in full."""
+        save_base(tmp_path, kind)
+        expected = outputs(reference(tmp_path, dtype), getattr(torch, dtype))
+        for read_first in (False, True):
+            model, stored = adapted(tmp_path, dtype=dtype)
+            copies = None if read_first else stored.filled_copy
+            if read_first:
+                stored.fill([stored.model], device=CPU, keep_on=CPU)
+            decoder = base_model(model).base_model
+            fused = fuse_layers(decoder, decoder.layers, filled_copy=copies)
+            assert isinstance(fused, list), fused
+            stored.fill([stored.model], device=CPU, keep_on=CPU)
+            for layer in fused:
+                layer.join_weights()  # nothing to join: packed weights stay as they are
+            assert_close(outputs(model, getattr(torch, dtype)), expected, tolerance)
+            weight = decoder.layers[0].mlp.up_proj.base_layer.weight
+            assert weight.numel() * 2 * weight.element_size() == 64 * 128
 
     def test_what_is_kept_in_4_bits(self, base):
         model = load_on_device(arguments(base, dtype="bfloat16"), device=CPU)

@@ -12,14 +12,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 TIMEOUT_SECONDS = 240
 
-# The server imports once what every rank needs; ranks are forked from it.
+# The server imports once what every rank needs; ranks are forked from it. Not on a GPU:
+# bitsandbytes, which PEFT imports, talks to it at once, and no process can do so after a fork.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["lora_fsdp", "tests.support.runs"])
+if not torch.cuda.is_available():
+    _context.set_forkserver_preload(["lora_fsdp", "tests.support.runs"])
 
 
 class RankError(AssertionError):
@@ -115,7 +118,6 @@ def _collect(pipes: list[Connection]) -> list[Any]:
 def _rank_main(
     pipe: Connection, variables: Mapping[str, str], function: Callable[..., Any], arguments: Any
 ) -> None:
-    import torch
     import torch.distributed as dist
 
     os.environ.update(variables)

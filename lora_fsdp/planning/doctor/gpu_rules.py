@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from lora_fsdp.data.workload import longest_example
-from lora_fsdp.distributed.memory import (
-    USUAL_ROW,
-    DeviceMemory,
-    Placement,
-    device_memory,
-    largest_row,
-)
+from lora_fsdp.distributed.memory import DeviceMemory, device_memory, largest_row
 from lora_fsdp.errors import ModelError
 from lora_fsdp.modeling.loading import resolve_dtype
 from lora_fsdp.modeling.shape import build_on_meta, shape_of
@@ -21,14 +16,15 @@ from lora_fsdp.planning.doctor.case import Case
 from lora_fsdp.planning.doctor.fact import UnknownFactError
 from lora_fsdp.planning.doctor.finding import Problem, Rule, Severity
 from lora_fsdp.planning.doctor.numbers import impossible_numbers
-from lora_fsdp.training.placement import recomputes, why_run_not_fused
+from lora_fsdp.training.placement import least_placement, why_run_not_fused
 from lora_fsdp.training.setup import shares_prefix, work_of_run
 
 _GB = 1e9
 
 
 def least_device_memory(case: Case) -> DeviceMemory:
-    """What the run takes of each GPU where it keeps no more layers whole than it was told to.
+    """What the run takes of each GPU at the least: it keeps no more layers whole than it was told
+    to, recomputes activations, and takes one example at a time.
 
     Raises:
         UnknownFactError: the base is not in bfloat16, which is what the plan counts in, or nothing
@@ -53,20 +49,16 @@ def least_device_memory(case: Case) -> DeviceMemory:
         shape = shape_of(build_on_meta(case.skeleton.value.config), case.lora.value, fuse=fuse)
     except ModelError as error:  # other rules say what is wrong with the model
         raise UnknownFactError from error
-    whole = shape.layers if settings is None else 0
-    if settings is not None and arguments.resident_layers not in ("auto", "none"):
-        named = arguments.resident_layers
-        whole = min(shape.layers, int(named)) if named.isdecimal() else shape.layers
-    placement = Placement(
+    placement = least_placement(
+        arguments,
+        settings,
+        layers=shape.layers,
         ranks=case.launch.value.processes,
-        resident_layers=whole,
-        kept_until_backward=bool(settings and not settings.reshard_after_forward),
-        offloaded=bool(settings and settings.offload),
         quantized=case.model_args.load_in_4bit,
-        recomputed=recomputes(arguments, settings),
     )
-    longest = max(longest_example(encoded), arguments.max_tokens_per_row or USUAL_ROW)
-    return device_memory(shape, placement, largest_row(work, longest))
+    # As training does where memory is short.
+    row = max(longest_example(encoded), arguments.max_tokens_per_row or 0)
+    return device_memory(shape, replace(placement, recomputed=True), largest_row(work, row))
 
 
 def _gpu_memory(case: Case) -> Iterator[Problem]:
@@ -90,8 +82,8 @@ RULES = (
         "gpu-memory-too-small",
         Severity.ERROR,
         "The run does not fit the GPUs, by the count that `lora-fsdp plan` makes.",
-        "Ask lora-fsdp plan: FSDP over more GPUs, fsdp_activation_checkpointing, "
-        "fsdp_offload_params or a smaller --max_tokens_per_row take less.",
+        "Ask lora-fsdp plan: FSDP over more GPUs, --load_in_4bit, fsdp_offload_params or a smaller "
+        "--max_length take less.",
         _gpu_memory,
     ),
 )
