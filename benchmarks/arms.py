@@ -30,6 +30,7 @@ from benchmarks.workload import (
     in_step_order,
     load_model,
     load_tokenizer,
+    longest_length,
     task_and_examples,
 )
 from lora_fsdp import FineTuningArguments, LoraTrainer
@@ -105,7 +106,7 @@ def ours(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]
         train_dataset=examples,
         eval_dataset=held_out,
         peft_config=lora(work),
-        max_length=4352 if work.rows == "long" else 512,
+        max_length=longest_length(work),
         callbacks=[clock, KeepGradient(gradient)],
     )
     if gradient:
@@ -124,6 +125,7 @@ def ours(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]
         "computed_tokens_per_step": sum(map(len, rows)) / 3 * work.processes,
         "parameters": multiplied_parameters(work),
         "plan": str(trainer.plan),
+        "row_tokens": trainer.plan.max_tokens_per_row,
     }
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(trainer.args.device)
@@ -162,7 +164,7 @@ def trl(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
-        "max_length": 4352 if work.rows == "long" else 512,
+        "max_length": longest_length(work),
         "train_sampling_strategy": "sequential",
         "bf16": work.dtype == "bfloat16" and torch.cuda.is_available(),
         "seed": SEED,

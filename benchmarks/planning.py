@@ -3,10 +3,12 @@
     python -m benchmarks.planning
     python -m benchmarks.planning --points deepseek-7b-qv llama-1b-long-4bit
     python -m benchmarks.planning --together 4
+    python -m benchmarks.planning --foretell benchmarks/results/planning-h100.json
 
 Needs a GPU. Every point is a process of its own and prints one line; the table is written to
 `benchmarks/results/`. With `--together` several run at once, which is faster and tells their memory
-only. Errors are those of `docs/planning.md`: (predicted - measured) / measured.
+only. `--foretell` measures nothing: it sets a file's measurements beside what the plan says now.
+Errors are those of `docs/planning.md`: (predicted - measured) / measured.
 """
 
 from __future__ import annotations
@@ -22,8 +24,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arms import lora
 from benchmarks.throughput import RESULTS, environment
-from benchmarks.workload import Workload
+from benchmarks.workload import SHAPES, Workload, load_tokenizer, longest_length, task_and_examples
+from lora_fsdp.arguments import FineTuningArguments
+from lora_fsdp.data.encoding import Encoder
+from lora_fsdp.distributed.memory import Placement, device_memory, largest_row
+from lora_fsdp.modeling.shape import build_on_meta, shape_of
+from lora_fsdp.planning.gpus import parse_gpus
+from lora_fsdp.planning.timing import step_seconds
+from lora_fsdp.training.setup import work_of_run
 
 _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -70,7 +80,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90.0, help="a point may take")
     parser.add_argument("--together", type=int, default=1, help="points at once: memory only")
     parser.add_argument("--output", default="planning", help="name of the file in results/")
+    parser.add_argument("--foretell", type=Path, metavar="FILE", help="measured before")
     asked = parser.parse_args()
+    if asked.foretell:
+        _foretell(asked.foretell)
+        return
     report: dict[str, Any] = {"environment": environment(), "points": {}}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(asked.together) as pool:
         started = [
@@ -109,15 +123,58 @@ def _measured(name: str, *, folder: Path, seconds: float) -> dict[str, Any]:
     if not foretold:
         return {"failed": "nothing was foretold: it needs a GPU that the plan knows"}
     found = {
-        "predicted_gb": foretold["peak_memory_gb"],
         "measured_gb": result["peak_gb"],
-        "predicted_ms": round(1e3 * foretold["training_seconds"] / point.work.steps, 2),
         "measured_ms": result["step_ms"],
+        "row_tokens": result["row_tokens"],
         "plan": result["plan"],
     }
-    for kind in ("gb", "ms"):
-        found[f"error_{kind}"] = found[f"predicted_{kind}"] / found[f"measured_{kind}"] - 1
+    step = foretold["training_seconds"] / point.work.steps
+    return _beside(found, gigabytes=foretold["peak_memory_gb"], milliseconds=1e3 * step)
+
+
+def _beside(measured: dict[str, Any], *, gigabytes: float, milliseconds: float) -> dict[str, Any]:
+    """What was measured, with predictions and relative errors."""
+    found = dict(measured)
+    for unit, predicted in (("gb", gigabytes), ("ms", milliseconds)):
+        if f"measured_{unit}" in measured:
+            found[f"predicted_{unit}"] = round(predicted, 2)
+            found[f"error_{unit}"] = round(predicted / measured[f"measured_{unit}"] - 1, 4)
     return found
+
+
+def _foretell(file: Path) -> None:
+    """Write the predictions of today beside a file's measurements."""
+    report = json.loads(file.read_text(encoding="utf-8"))
+    for name, result in report["points"].items():
+        if "failed" not in result:
+            now = _predicted(GRID[name], device=report["environment"]["device"], measured=result)
+            report["points"][name] = result = now
+        print(line(name, result), flush=True)
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(summary(report["points"]))
+
+
+def _predicted(point: Point, *, device: str, measured: dict[str, Any]) -> dict[str, Any]:
+    """As the trainer foretells it, from the same examples."""
+    work = point.work
+    task, examples = task_and_examples(work)
+    encoder = Encoder(load_tokenizer(work), task=task, max_length=longest_length(work))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = FineTuningArguments(
+            output_dir=folder, per_device_train_batch_size=work.examples, max_steps=work.steps,
+            **point.options,
+        )  # fmt: skip
+        asked = work_of_run(arguments, encoder.encode(examples), [], share_prefix=True)
+    shape = shape_of(build_on_meta(SHAPES[work.model]), lora(work))
+    placement = Placement(
+        1, shape.layers, quantized=work.in_4bit, recomputed=arguments.gradient_checkpointing
+    )
+    rows = largest_row(asked, measured["row_tokens"])
+    step = step_seconds(
+        shape, placement, asked, parse_gpus(device.split()[1])[1], row_tokens=measured["row_tokens"]
+    )
+    memory = device_memory(shape, placement, rows).allocated
+    return _beside(measured, gigabytes=memory / 1e9, milliseconds=1e3 * step)
 
 
 def line(name: str, result: dict[str, Any]) -> str:

@@ -164,6 +164,11 @@ def task_and_examples(work: Workload) -> tuple[Task, list[Example]]:
     ]
 
 
+def longest_length(work: Workload) -> int:
+    """Of an example, in tokens."""
+    return 4352 if work.rows == "long" else 512
+
+
 def in_step_order(examples: list[Any], *, count: int) -> list[Any]:
     """The first `count` examples as this library's trainer takes them, over the epochs."""
     ordered: list[Any] = []

@@ -112,8 +112,9 @@ def options_of_accelerate() -> set[str]:
 
 
 def options_in_examples() -> set[str]:
-    """Of the examples, and the fault campaign, that have a parser of their own."""
-    paths = [*(ROOT / "examples").glob("*.py"), ROOT / "tests" / "faults" / "campaign.py"]
+    """Of the examples, benchmarks, and the fault campaign, that have a parser of their own."""
+    paths = [path for folder in ("examples", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    paths.append(ROOT / "tests" / "faults" / "campaign.py")
     sources = [path.read_text(encoding="utf-8") for path in paths]
     return {
         option

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from lora_fsdp.data.workload import Work
+from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS, CAPTURE_UP_TO_TOKENS
 from lora_fsdp.modeling.chunked_head import CHUNK
 from lora_fsdp.modeling.shape import ModelShape
 
@@ -18,9 +19,10 @@ LONGEST_ROW = 8192
 USUAL_ROW = 2048
 #: What the CUDA context and the libraries' kernels take, outside torch's allocator.
 CONTEXT = 600_000_000
-#: cuBLAS's and cuDNN's workspaces, temporary tensors of a layer, and graphs: what a captured step
-#: of a 7B allocated at its peak beyond the parts counted here (15.32 GB on an H100).
-WORKSPACE = 400_000_000
+#: cuBLAS's and cuDNN's workspaces and temporary tensors of a layer: what steps of a 7B and a 1B
+#: allocated at their peak beyond the parts counted here; captured ones have pools of their own.
+WORKSPACE = 100_000_000
+CAPTURED_WORKSPACE = 350_000_000
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class DeviceMemory:
         in_flight: layers that are gathered while they compute.
         communication: buffers that gathers write into.
         adapter: its float32 parameters, and their copies in the base's dtype.
-        gradients, optimizer: of the adapter, float32; AdamW's two moments.
+        gradients: of the adapter, float32, and their copy while rows of a new length are captured
+            (short rows only: long ones are of few lengths, captured before there are moments).
+        optimizer: AdamW's two moments, float32.
         activations: what a row keeps for backward, and its mask.
         logits: of the label tokens, with their gradients.
         workspace: temporary tensors and libraries' buffers.
@@ -116,23 +120,29 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
         in_flight = base - resident
     else:
         in_flight = 2 * layer + head
-    dequantized = 2 * shape.largest_linear if placement.quantized else 0
-    mask = 2 * rows.tokens**2 if rows.tokens < USUAL_ROW else 0
+    captured = whole and not placement.recomputed and rows.tokens <= CAPTURE_UP_TO_TOKENS
+    short = rows.tokens < BLOCKS_FROM_TOKENS
+    mask = 2 * rows.tokens**2 if short else 0
     trained = mask + shape.saved_bytes(rows.tokens, recomputed=placement.recomputed)
     # Scoring keeps nothing: one layer's tensors, and the next one's while they are freed.
     scored = shape.saved_bytes(rows.scored, recomputed=False) // shape.layers
+    # bfloat16 and float32 logits, and the float32 ones of the chunk before.
+    logits = 10 * min(rows.labels, CHUNK) * shape.vocabulary_size
+    if placement.recomputed:  # a layer's activations come after the logits are gone
+        logits -= min(logits, shape.saved_bytes(rows.tokens, recomputed=False) // shape.layers)
+    unpacked = 2 * shape.largest_linear if placement.quantized else 0
     return DeviceMemory(
         base_shard=0 if placement.offloaded else sharded,
         resident=resident,
         in_flight=in_flight,
         communication=0 if whole else layer,
         adapter=6 * shape.adapter_parameters,
-        gradients=4 * shape.adapter_parameters,
+        gradients=(8 if captured and short else 4) * shape.adapter_parameters,
         optimizer=8 * shape.adapter_parameters,
         activations=max(trained, scored),
-        # bfloat16 logits, float32 ones, their softmax and its gradient.
-        logits=14 * min(rows.labels, CHUNK) * shape.vocabulary_size,
-        workspace=WORKSPACE + dequantized,
+        logits=logits,
+        # The head's weight is not packed: weights are unpacked before and after it.
+        workspace=(CAPTURED_WORKSPACE if captured else WORKSPACE) + max(0, unpacked - logits),
     )
 
 
@@ -170,7 +180,7 @@ def longest_row(shape: ModelShape, *, free: int, longest_example: int, recompute
         longest_example: in tokens; a row holds at least one example.
         recomputed: whether activations are recomputed in backward.
     """
-    left = (free - WORKSPACE - 18 * shape.adapter_parameters) // 2
+    left = (free - CAPTURED_WORKSPACE - 22 * shape.adapter_parameters) // 2
     length = LONGEST_ROW
     while length > longest_example and shape.saved_bytes(length, recomputed=recomputed) > left:
         length -= 64

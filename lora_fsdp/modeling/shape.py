@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lora_fsdp.errors import UnsupportedModelError
 from lora_fsdp.modeling.adapters import attach_adapter, base_model, trainable_parameters
+from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS
 from lora_fsdp.modeling.decoder_layer import FusedLayer, exchange_forwards, why_not_fused
 from lora_fsdp.modeling.layers import decoder_layers
 from lora_fsdp.modeling.loading import LOADING_ERRORS
@@ -49,6 +50,8 @@ class ModelShape:
         hidden_size, vocabulary_size: widths.
         adapter_parameters: that are trained.
         saved_per_token: bytes that a token's forward keeps for backward, all layers, in bfloat16.
+        repeated_per_token: of that, keys and values that are repeated for every query head, which
+            rows of `BLOCKS_FROM_TOKENS` tokens and more do without.
         saved_per_pair: the same of a pair of tokens: 0 unless attention keeps its matrix.
         is_fused: whether the layers have the shape of the fused layer.
         note: what could not be counted, and what stands in for it; empty if all was.
@@ -66,13 +69,15 @@ class ModelShape:
     vocabulary_size: int
     adapter_parameters: int
     saved_per_token: int
+    repeated_per_token: int
     saved_per_pair: int
     is_fused: bool
     note: str = ""
 
     def saved_bytes(self, tokens: int, *, recomputed: bool) -> int:
         """What a row keeps for backward; recomputed: its layers' inputs, and one layer."""
-        whole = self.saved_per_token * tokens + self.saved_per_pair * tokens**2
+        repeated = self.repeated_per_token if tokens >= BLOCKS_FROM_TOKENS else 0
+        whole = (self.saved_per_token - repeated) * tokens + self.saved_per_pair * tokens**2
         if not recomputed:
             return whole
         return 2 * self.hidden_size * self.layers * tokens + whole // self.layers
@@ -131,6 +136,7 @@ def shape_of(skeleton: PreTrainedModel, adapter: LoraConfig, *, fuse: bool = Tru
         vocabulary_size=int(widths.vocab_size),
         adapter_parameters=sum(p.numel() for p in trainable_parameters(model).values()),
         saved_per_token=per_token,
+        repeated_per_token=sum(map(_repeated_bytes, layers)) if is_fused else 0,
         saved_per_pair=per_pair,
         is_fused=is_fused,
         note=note,
@@ -255,6 +261,14 @@ def _largest_linear(layer: nn.Module, *, is_fused: bool) -> int:
         sum(member.linear.weight.numel() for member in projections.members)
         for projections in FusedLayer(layer).projections
     )
+
+
+def _repeated_bytes(layer: nn.Module) -> int:
+    """A token's keys and values once for every query head, where these share them; bfloat16."""
+    fused = FusedLayer(layer)
+    queries, keys, _ = fused.heads
+    columns = fused.query_key_value.members[0].columns
+    return 2 * 2 * (columns.stop - columns.start) if queries != keys else 0
 
 
 def _frozen(module: nn.Module) -> int:

