@@ -2,10 +2,10 @@
 
     python -m benchmarks.loading FOLDER [--dtype float32] [--load_in_4bit]
 
-Each way runs three times in turn, in a process of its own, after the files were dropped from the
-page cache (`posix_fadvise`, Linux); where that is not allowed, all read from the cache alike. One
-JSON line a way: median seconds, gigabytes a second of the files, growth of the peak of host memory
-(which counts the files' own pages).
+Each way (`--ways`) runs three times (`--times`) in turn, in a process of its own, after the files
+were dropped from the page cache (`posix_fadvise`, Linux); where that is not allowed, all read from
+the cache alike. One JSON line a way: median seconds, gigabytes a second of the files, growth of the
+peak of host memory (which counts the files' own pages).
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--load_in_4bit", action="store_true")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--way", choices=WAYS, help="measure this one once, in this process")
     asked = parser.parse_args()
     if asked.way:
@@ -85,9 +87,9 @@ def main() -> None:
         print(json.dumps(found))
         return
     size = sum(file.stat().st_size for file in weight_files(asked.folder))
-    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for _ in range(3):
-        for way in WAYS:
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in asked.ways}
+    for _ in range(asked.times):
+        for way in asked.ways:
             command = [sys.executable, "-m", "benchmarks.loading", *sys.argv[1:], "--way", way]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             runs[way].append(json.loads(done.stdout.strip().splitlines()[-1]))

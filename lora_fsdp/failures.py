@@ -17,6 +17,7 @@ WRONG_INPUT = 2  # a sentence said what to change
 NOT_VERIFIED = 3  # an adapter is not what it should be
 FOUND_ERRORS = 5  # `doctor`: the run would fail, or be another one than was asked for
 NOT_REACHED = 4  # a server did not answer: the same command may work later
+STALLED = 70  # it made no progress (`errors.StalledRankError`)
 STOPPED = 75  # on request, with a checkpoint (`errors.TrainingInterrupted`)
 INTERRUPTED = 130  # as shells count a process that ended by SIGINT
 

@@ -38,6 +38,7 @@ OF_OTHERS = {
     "--strict",  # mkdocs
     *("--arms", "--examples", "--model"),  # benchmarks.throughput
     *("--host", "--port"),  # transformers serve
+    "--logdir",  # tensorboard
     *("--enable-lora", "--max-lora-rank", "--lora-modules", "--generation-config"),  # vllm serve
     "--help",
     "--inputs",  # tests/fuzz/campaign.py

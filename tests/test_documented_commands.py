@@ -1,124 +1,105 @@
-"""Every command of README and docs runs, as it stands there, in a folder like a user's.
+"""Every `lora-fsdp` command and training of README, docs and help runs, in a folder like a user's.
 
-The model behind every name is a toy, the tables have some dozens of rows, and trainings stop after
-two steps. What cannot run here is listed with the reason. The Chinese README has the English one's
-commands (`test_documentation.py`); `docs/rented-gpu.md` and `docs/serving.md` have tests of their
-own.
+The model behind every name is a toy, the tables have some dozens of rows, trainings stop after two
+steps, and downloads come from a server on this machine. Trainings of README and of
+`docs/from-1-to-8-gpus.md`, and all of `accelerate launch`, are launched as they stand. Of the
+others the launch is asked for its command line, and what that starts in every process runs here,
+in one.
+
+`make`, set-up and measurements: test_documented_setup.py. The Chinese README has the English one's
+commands (test_documentation.py). What nothing runs is listed with its reason, and what has a test
+of its own by that test's name, in support/documented.py.
 
 Run: python -m pytest tests/test_documented_commands.py
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
-import pandas as pd
+import huggingface_hub.constants
 import pytest
+import torch
 
+from lora_fsdp.cli import training_process
 from lora_fsdp.cli.main import main
-from tests.test_documentation import ROOT, blocks
+from lora_fsdp.failures import FOUND_ERRORS
+from lora_fsdp.tasks import registry
+from tests.support.checkout import make_checkout, set_up
+from tests.support.documented import ROOT, all_commands, commands_of, kind_of, of_kind, words_of
+from tests.support.hub import FakeHub, serve
+from tests.support.short_trainings import ANEW, changed, launched_words, make_words
 
-PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
-OWN_TESTS = {"docs/rented-gpu.md", "docs/serving.md", "docs/commands.md"}
-NOT_RUN = {
-    r"lora-fsdp download ": "needs the Hub; tests/cli/test_download.py has a server of its own",
-    r"export PIP_INDEX_URL|PIP_INDEX_URL=|PYTHON=|source |make (sentiment|test)$": "sets up",
-    r"python -m (benchmarks|tests)\.": "needs a GPU, or hours",
-    r"--resume_from_checkpoint true$": "an option to add",
+LAUNCHED_OF = {c for page in ("README.md", "docs/from-1-to-8-gpus.md") for c in commands_of(page)}
+SAVED = ["--save_strategy", "steps", "--save_steps", "1"]
+RESUME = ["--resume_from_checkpoint", "true"]
+# What a command of `doctor` ends with here, where there is no GPU.
+ENDS_WITH = {
+    "lora-fsdp doctor --config recipe.yaml --accelerate_config fsdp2 --strict": FOUND_ERRORS
 }
-SHORT = ["--max_steps", "2"]
 
 
-def commands_of(page: str) -> list[str]:
-    """The page's commands, each on one line."""
-    text = "\n".join(block for kind in ("bash", "sh") for block in blocks(ROOT / page, kind))
-    lines = text.replace("\\\n", " ").splitlines()
-    return [" ".join(line.split()) for line in lines if line.strip() and line[0] != "#"]
+def is_launched(command: str) -> bool:
+    return command in LAUNCHED_OF or command.startswith("accelerate launch")
 
 
-def all_commands() -> list[str]:
-    """Of all pages, each once, in order: later ones use what earlier ones made."""
-    found = [command for page in PAGES if page not in OWN_TESTS for command in commands_of(page)]
-    found = [c for c in dict.fromkeys(found) if not any(re.match(r, c) for r in NOT_RUN)]
-    # Of the trainings into one folder, last the one whose adapter the pages go on with.
-    return sorted(found, key=lambda c: (not is_training(c), "custom_task" not in c))
+def is_doctor(command: str) -> bool:
+    return command.startswith("lora-fsdp doctor")
 
 
-def is_training(command: str) -> bool:
-    return command.startswith(("accelerate launch", "lora-fsdp train", "make sentiment"))
-
-
-COMMANDS = all_commands()
+TRAININGS = of_kind("training")
+LAUNCHED = [c for c in TRAININGS if is_launched(c)]
+RESUMED = [c for c in TRAININGS if " ".join(RESUME) in c]
+HERE = [c for c in TRAININGS if c not in LAUNCHED and c not in RESUMED]
 
 
 @pytest.fixture(scope="module")
-def folder(model_folder, tmp_path_factory):
-    """A checkout as the commands want it."""
+def folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout as the commands want it; later ones use what earlier ones made."""
     made = tmp_path_factory.mktemp("checkout")
-    for name in ("examples", "accelerate_configs", "lora_fsdp"):
-        (made / name).symlink_to(ROOT / name)
-    for name in (
-        ".cache/default/smollm2-135m-instruct",
-        "models/SmolLM2-135M-Instruct",
-        "models/deepseek-llm-7b-base",
-    ):
-        (made / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(model_folder, made / name)
-    tweets = pd.DataFrame(
-        {
-            "text": [f"flight {n} was {'late and bad' if n % 2 else 'good'}" for n in range(60)],
-            "sentiment": ["negative" if n % 2 else "positive" for n in range(60)],
-        }
-    )
-    teams = ["billing", "delivery", "technical"]
-    tickets = pd.DataFrame(
-        {
-            "message": [f"help with the {teams[n % 3]} of order {n}" for n in range(60)],
-            "team": [teams[n % 3] for n in range(60)],
-        }
-    )
-    for name, table in (("tweets", tweets), ("tickets", tickets)):
-        table.to_csv(made / f"{name}.csv", index=False)
-    tweets.head(5).to_csv(made / "new.csv", index=False)
-    tickets.head(5).to_csv(made / "new_tickets.csv", index=False)
-    tweets.to_csv(made / ".cache" / "default" / "airline_tweets.csv", index=False)
-    (made / "recipe.yaml").write_text(
-        "model_name_or_path: models/SmolLM2-135M-Instruct\ntask: sentiment\ndata_file: tweets.csv\n"
-    )
+    make_checkout(made, model_folder)
+    set_up(made)
     return made
 
 
-def training_words(command: str) -> list[str]:
-    """The words of a training, cut short; each into a folder of its own unless it names one."""
-    words = shlex.split(command)
-    if words[0] == "make":  # what the Makefile does with ARGS
-        arguments = shlex.split(words[2].removeprefix("ARGS="))
-        words = ["lora-fsdp", "train", "--config", "examples/recipes/sentiment-default.yaml"]
-        words += arguments
-    if "deepseek-7b" in command:  # the recipe names the Hub's model, and this machine has no GPU
-        words += ["--model_name_or_path", "models/deepseek-llm-7b-base"]
-        config = "accelerate_configs/fsdp2_cpu.yaml"
-        words = [config if word == "accelerate_configs/fsdp2.yaml" else word for word in words]
-    if "--eval_steps" in words:
-        words += ["--eval_steps", "2", "--save_steps", "2"]
-    if "recipe.yaml" in words:  # the doctor of the same page wants its folder free
-        words += ["--output_dir", "runs/from-recipe"]
-    # A token is a letter here, and a question with its choices is never cut.
-    words += ["--max_length", "512" if "multiple-choice" in command else "96"]
-    programs = {"lora-fsdp": "lora_fsdp", "accelerate": "accelerate.commands.accelerate_cli"}
-    overwrite = ["--overwrite_output_dir", "true"]
-    return [sys.executable, "-m", programs[words[0]], *words[1:], *SHORT, *overwrite]
+@pytest.fixture
+def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """In that folder, with the process as it was when the test is over."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of a toy's work the threads of a busy machine make ten times as much
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", ["lora-fsdp"])
+    yield folder
+    torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if is_training(c)])
-def test_training(command, folder):
+# ---- before a training --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [c for c in of_kind("command") if is_doctor(c)])
+def test_doctor(command: str, at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words_of(command)[1:]) == ENDS_WITH.get(command, 0), capsys.readouterr().out
+
+
+# ---- trainings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_launched(command: str, folder: Path) -> None:
     done = subprocess.run(
-        training_words(command),
+        launched_words(command),
         cwd=folder,
         capture_output=True,
         text=True,
@@ -130,15 +111,91 @@ def test_training(command, folder):
     assert "Adapter, metrics and predictions:" in done.stdout
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if not is_training(c)])
-def test_others(command, folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    (folder / "answers.csv").unlink(missing_ok=True)  # of the page before
-    program, *words = shlex.split(command)
-    assert program == "lora-fsdp", "a command that nothing runs: give it a test or a reason"
-    assert main(words) == 0, capsys.readouterr().err
+@pytest.mark.parametrize("command", HERE)
+def test_in_one_process(command: str, at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(command, [*changed(command), *ANEW], capsys)
+    assert "Ask it: lora-fsdp predict --adapter" in capsys.readouterr().out
 
 
-def test_there_are_commands():
-    assert sum(map(is_training, COMMANDS)) >= 5
-    assert len(COMMANDS) >= 12
+@pytest.mark.parametrize("command", RESUMED)
+def test_resumed(
+    command: str,
+    at_home: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """After a run by the same command without that option, which then loses its last step."""
+    caplog.set_level(logging.INFO, logger="lora_fsdp")
+    saved = [*SAVED, *(["--eval_steps", "1"] if "--eval_steps" in command else [])]
+    train(command, [*changed(command), *saved, "--resume_from_checkpoint", "false", *ANEW], capsys)
+    [run] = re.findall(r"Ask it: lora-fsdp predict --adapter (\S+)", capsys.readouterr().out)
+    shutil.rmtree(Path(run) / "checkpoint-2")
+    train(command, [*changed(command), *saved], capsys)
+    assert f"Resuming from {run}/checkpoint-1" in caplog.text
+    assert (Path(run) / "checkpoint-2").is_dir()
+
+
+def train(command: str, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Ask the launch for its command line, and do what it starts in every process."""
+    words = words_of(re.sub(r"^nohup (.*?) >>? train\.log 2>&1 &$", r"\1", command))
+    if words[0] == "make":
+        words = make_words(words)
+    assert main([*words[1:], *more, "--dry_run"]) == 0, capsys.readouterr().err
+    launch = words_of(capsys.readouterr().out)
+    assert Path(launch[launch.index("--config_file") + 1]).is_file()
+    module = launch.index(training_process.__name__)
+    sys.argv = launch[module:]
+    training_process.main()
+
+
+# ---- everything else ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [c for c in of_kind("command") if not is_doctor(c)])
+def test_others(command: str, at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for answers in at_home.glob("answers.*"):  # of the page before
+        answers.unlink()
+    if "runs/other" in command and not Path("runs/other").exists():
+        shutil.copytree("runs/mine", "runs/other")
+    assert main(words_of(command)[1:]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", of_kind("download"))
+def test_downloads(
+    command: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a server on this machine in the place of the one that is named, or of the Hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    words = words_of(command)[1:]
+    files = {path.name: path.read_bytes() for path in model_folder.iterdir()}
+    with serve(FakeHub(files, name=words[1])) as hub:
+        assert main([*words, "--endpoint", hub.address]) == 0
+    here = words[-1] if "--output_dir" in words else f"models/{words[1].partition('/')[2]}"
+    assert {path.name: path.read_bytes() for path in Path(here).iterdir()} == files
+
+
+@pytest.mark.parametrize("command", of_kind("shell"))
+def test_in_a_shell(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the command prints goes to where the line says, in a home that fish has been in."""
+    words = words_of(command)
+    assert main(words[1 : words.index(">")]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / ".config" / "fish" / "completions").mkdir(parents=True)
+    shell = f'lora-fsdp() {{ printf %s "$PRINTED"; }}\n{command}'
+    home = {**os.environ, "HOME": str(tmp_path), "PRINTED": printed}
+    subprocess.run(["bash", "-c", shell], env=home, check=True, timeout=60)
+    [script] = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert script.read_text() == printed
+    assert "max_hours" in printed
+
+
+def test_every_command_has_a_test_or_a_reason() -> None:
+    kinds = [kind_of(command) for command in all_commands()]
+    assert {kind for kind in kinds if kind and kind.startswith("tests/")} == {
+        "tests/test_rented_gpu.py",
+        "tests/test_serving.py",
+    }
+    assert kinds.count(None) <= 7
+    assert kinds.count("command") >= 40
+    assert len(TRAININGS) >= 18

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -84,6 +85,9 @@ def test_before_renting(place: Path) -> None:
 def test_what_is_kept_is_what_the_page_lists_and_all_of_it(place: Path, tmp_path: Path) -> None:
     [pack] = commands("tar -czf adapter.tar.gz")
     run_in(place, pack)
+    [compare] = commands("sha256sum")
+    digest = hashlib.sha256((place / "adapter.tar.gz").read_bytes()).hexdigest()
+    assert run_in(place, compare).split() == [digest, "adapter.tar.gz"]
     names = run_in(place, "tar -tzf adapter.tar.gz").split()
     kept = {Path(name).relative_to(RUN.name).parts[0] for name in names if name != f"{RUN.name}/"}
     table, _, _ = PAGE.partition("What is in it")[2].partition("hold texts of your rows")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
+from lora_fsdp.arguments.trackers import check_trackers
 from lora_fsdp.errors import ArgumentError
 
 # What `TrainingArguments` offers and packed rows cannot honour.
@@ -172,6 +173,7 @@ class FineTuningArguments(TrainingArguments):
                 raise ArgumentError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}.")
         if self.deepspeed:
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
+        check_trackers(self.report_to)  # type: ignore[arg-type] # a list by now
 
 
 def _default_of(name: str) -> Any:

@@ -95,7 +95,7 @@ COMMANDS = (
         name="completion",
         summary="Print a script for shell completion.",
         examples=(
-            "completion bash > ~/.local/share/bash-completion/completions/lora-fsdp",
+            "completion bash > ~/.lora-fsdp.bash   # and source it in ~/.bashrc",
             "completion zsh > ~/.lora-fsdp.zsh   # and source it in ~/.zshrc",
             "completion fish > ~/.config/fish/completions/lora-fsdp.fish",
         ),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
 from lora_fsdp.cli.command import Command
 from lora_fsdp.cli.configs import find_config, suggested_config
-from lora_fsdp.failures import CRASHED, INTERRUPTED, STOPPED, WRONG_INPUT
+from lora_fsdp.failures import CRASHED, INTERRUPTED, STALLED, STOPPED, WRONG_INPUT
 from lora_fsdp.options import OptionParser
 
 if TYPE_CHECKING:
@@ -160,8 +160,13 @@ def _explain_code(code: int, who: str) -> int:
         reason = f"{who} was killed (SIGKILL), most often because host memory ran out"
     elif code < 0:
         reason = f"{who} was ended by {signal.Signals(-code).name}"
+    elif code == STALLED:  # no traceback: the thread that ends such a process prints its stacks
+        reason = (
+            f"{who} was ended because a process made no progress (exit code {code}); where each "
+            "one was last seen, and the file with its stacks, stand in the StalledRankError above"
+        )
     else:
-        reason = f"{who} failed with exit code {code}; its traceback is above"
+        reason = f"{who} failed with exit code {code}; its traceback is above, if it left one"
     print(f"lora-fsdp train: {reason}.", file=sys.stderr)
     return CRASHED
 

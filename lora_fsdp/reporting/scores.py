@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -70,7 +71,7 @@ def score_table(run: RunFiles) -> dict[str, Any] | None:
         for system, values in metrics.items()
     ]
     differences = {
-        system: difference(run, bootstrap, system=system, metric=primary)
+        system: difference(metrics, run.predictions, bootstrap, system=system, metric=primary)
         for system in metrics
         if system != TUNED and primary in metrics[system]
     }
@@ -128,17 +129,28 @@ def score(
 
 
 def difference(
-    run: RunFiles, bootstrap: PairedBootstrap | None, *, system: str, metric: str
+    scores: Mapping[str, Mapping[str, float]],
+    predictions: pd.DataFrame | None,
+    bootstrap: PairedBootstrap | None,
+    *,
+    system: str,
+    metric: str,
 ) -> dict[str, float | None]:
-    """By how much the tuned model scores above `system`, with a paired interval if there is one."""
-    assert run.metrics is not None
-    metrics = run.metrics["metrics"]
-    value = float(metrics[TUNED][metric]) - float(metrics[system][metric])
+    """By how much the tuned model scores above `system`, with a paired interval if there is one.
+
+    Args:
+        scores: of every system, by the metric's name.
+        predictions: the held-out rows with every system's answers, if they were kept.
+        bootstrap: of these predictions.
+        system: which one the tuned model is compared with.
+        metric: by which.
+    """
+    value = float(scores[TUNED][metric]) - float(scores[system][metric])
     found: Interval | None = None
     known = (
         metric in _RESAMPLED
-        and run.predictions is not None
-        and system in answers_by_system(run.predictions)
+        and predictions is not None
+        and system in answers_by_system(predictions)
     )
     if bootstrap is not None and known and (metric != "macro_f1" or bootstrap.labels):
         found = bootstrap.difference(TUNED, system, _RESAMPLED[metric])

@@ -31,20 +31,27 @@ class ShuffleEachEpoch(TrainerCallback):
 
 
 class CheckAdapterMoves(TrainerCallback):
-    """Stops a run whose adapter does not move in the first step that has a learning rate."""
+    """Stops a run whose adapter does not move in the first step that has a learning rate.
+
+    Attributes:
+        moved: whether the live adapter has had such a step. The first step of a warm-up has none,
+            and an adapter that is loaded may have been saved after it.
+    """
 
     def __init__(self, adapter: ReplicatedParameters) -> None:
         self.adapter = adapter
         self.done = False
+        self.moved = False
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check once."""
-        learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
-        if not self.done and learning_rate > 0:
-            self.adapter.check_moved()
-            self.done = True
+        if kwargs["optimizer"].param_groups[0]["lr"] > 0:
+            if not self.done:
+                self.adapter.check_moved()
+                self.done = True
+            self.moved = True
 
 
 class RunProgress(TrainerCallback):

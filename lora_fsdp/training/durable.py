@@ -38,7 +38,7 @@ from lora_fsdp.modeling.fingerprints import BaseFingerprint, fingerprint_tokeniz
 from lora_fsdp.modeling.folders import sha256_of_file
 from lora_fsdp.modeling.label_head import RowComputation
 from lora_fsdp.modeling.probes import Probe, probe_log_likelihoods
-from lora_fsdp.modeling.proof import PROOF_FILE, Proof, beside
+from lora_fsdp.modeling.proof import PROOF_FILE, Proof, beside, read_proof
 from lora_fsdp.training.callbacks import CheckAdapterMoves
 from lora_fsdp.training.checkpoints import (
     check_named_checkpoint,
@@ -189,7 +189,7 @@ class DurableTrainer(Trainer):
             self._write_adapter(partial, answers, goes_to=folder)
 
     def _write_adapter(self, folder: Path, answers: list[list[float]], *, goes_to: Path) -> None:
-        save_adapter(self.model, folder, trained=self.moves.done)
+        save_adapter(self.model, folder, trained=self.moves.moved)
         # PEFT's form with nothing filled in, which would take the place of a card with contents.
         (folder / "README.md").unlink(missing_ok=True)
         self.processing_class.save_pretrained(folder)
@@ -214,7 +214,7 @@ class DurableTrainer(Trainer):
         quantization = getattr(config, "quantization_config", None)
         return Proof(
             adapter_sha256=sha256_of_file(folder / ADAPTER_FILE),
-            trained=self.moves.done,
+            trained=self.moves.moved,
             base=self.base_fingerprint,
             base_name=str(config.name_or_path),
             base_beside=beside(str(config.name_or_path), goes_to),
@@ -315,14 +315,27 @@ class DurableTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         """Load a checkpoint's adapter."""
-        load_adapter(self.model, resume_from_checkpoint)
+        self._put_adapter(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Load the adapter with the best metric."""
         best = str(self.state.best_model_checkpoint)
         logger.info("Loading the best adapter, %s (%s).", best, self.state.best_metric)
         on_first_rank(lambda: check_named_checkpoint(Path(best)))
-        load_adapter(self.model, best)
+        self._put_adapter(Path(best))
+        if not self.moves.moved:
+            logger.warning(
+                "The best adapter, %s, was saved before the first step with a learning rate above "
+                "0: it changes nothing, and the answers are the base's. No later evaluation was "
+                "better: look at --learning_rate, --warmup_steps and --metric_for_best_model.",
+                best,
+            )
+
+    def _put_adapter(self, checkpoint: Path) -> None:
+        """Make a checkpoint's adapter the live one."""
+        load_adapter(self.model, checkpoint)
+        proof = read_proof(checkpoint)
+        self.moves.moved = proof is None or proof.trained
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Continue optimizer and schedule."""

@@ -21,6 +21,7 @@ class FakeHub:
     """What it serves, and how badly.
 
     Attributes:
+        name: the model, owner/name.
         files: contents by name; those ending in .safetensors or .bin are LFS files.
         cuts: for a file, after how many bytes of each coming answer the connection is closed.
         status: answers every request with this status and error code instead.
@@ -34,6 +35,7 @@ class FakeHub:
     sent_as: dict[str, bytes] = field(default_factory=dict)
     announced: dict[str, int] = field(default_factory=dict)
     requests: list[tuple[str, str | None]] = field(default_factory=list)
+    name: str = NAME
     address: str = ""
 
     def model_info(self) -> dict[str, Any]:
@@ -46,7 +48,7 @@ class FakeHub:
                 digest = hashlib.sha256(data).hexdigest()
                 entry["lfs"] = {"sha256": digest, "size": size, "pointerSize": 130}
             siblings.append(entry)
-        return {"id": NAME, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+        return {"id": self.name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
 
     def modelscope_files(self) -> dict[str, Any]:
         listed: list[dict[str, Any]] = [
@@ -76,15 +78,15 @@ def serve(hub: FakeHub) -> Iterator[FakeHub]:
             query = parse_qs(url.query)
             if hub.status is not None:
                 self._answer(hub.status[0], b"{}", {"X-Error-Code": hub.status[1]})
-            elif url.path == f"/api/models/{NAME}/revision/main":
+            elif url.path == f"/api/models/{hub.name}/revision/main":
                 self._answer(200, json.dumps(hub.model_info()).encode())
-            elif url.path.startswith(f"/api/models/{NAME}/revision/"):
+            elif url.path.startswith(f"/api/models/{hub.name}/revision/"):
                 self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            elif url.path == f"/api/v1/models/{NAME}/repo/files":
+            elif url.path == f"/api/v1/models/{hub.name}/repo/files":
                 self._answer(200, json.dumps(hub.modelscope_files()).encode())
-            elif url.path == f"/api/v1/models/{NAME}/repo":
+            elif url.path == f"/api/v1/models/{hub.name}/repo":
                 self._send_file(query["FilePath"][0])
-            elif url.path.startswith(f"/{NAME}/resolve/{COMMIT}/"):
+            elif url.path.startswith(f"/{hub.name}/resolve/{COMMIT}/"):
                 self._send_file(unquote(url.path.rpartition("/")[2]))
             else:
                 self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})

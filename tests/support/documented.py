@@ -1,0 +1,89 @@
+"""The commands that README and docs name, and what runs each of them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+# The first that a command begins with says what it is.
+_KINDS = {
+    r"lora-fsdp download ": "download",
+    r"lora-fsdp completion ": "shell",
+    r"(nohup )?lora-fsdp train |accelerate launch |make sentiment( ARGS=|$)": "training",
+    r"lora-fsdp ": "command",
+    r"(\w+=\S+ )?make |export |python3 -m venv |source |python -c ": "set-up",
+    r"python -m (benchmarks|tests)\.": "measurement",
+    r"tar |sha256sum |mkdir |newest=": "tests/test_rented_gpu.py",
+    r"transformers serve |curl ": "tests/test_serving.py",
+}
+NOT_RUN = {
+    r"pip install ": "downloads packages; `make` installs the same way, from bare checkouts in CI",
+    r"nvidia-smi$": "a GPU's driver prints this, and it is not ours",
+    r"tail -f ": "prints until it is interrupted",
+    r"vllm serve ": "needs a GPU and vLLM; the page says that it is untested",
+}
+_HELP = re.compile(
+    r"^(?:examples|from a table of your own to answers):\n((?: .*\n)+)", re.MULTILINE
+)
+_FENCE = re.compile(r"^```(?:bash|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def commands_of(page: str) -> list[str]:
+    """The page's commands, each on one line: of its shell blocks, and of the help's examples."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found: list[str] = []
+    open_line = ""
+    for line in "".join([*_FENCE.findall(text), *_HELP.findall(text)]).splitlines():
+        open_line += line
+        if line.endswith("\\"):
+            open_line = open_line[:-1]
+        elif not _is_whole(open_line):  # a text goes on in the next line
+            open_line += "\n"
+        elif open_line.startswith("--"):  # an option with which a command is repeated
+            option, open_line = open_line, ""
+            found.append(re.sub(r'"$', f' {option}"', found[-1]))
+        else:
+            found.append(" ".join(open_line.split()))
+            open_line = ""
+    return [command for command in found if command and command[0] != "#"]
+
+
+def all_commands() -> list[str]:
+    """Of all pages, each once, in order."""
+    return list(dict.fromkeys(command for page in PAGES for command in commands_of(page)))
+
+
+def kind_of(command: str) -> str | None:
+    """What runs it; `None` = nothing, for a reason in `NOT_RUN`.
+
+    Raises:
+        LookupError: neither.
+    """
+    if any(re.match(pattern, command) for pattern in NOT_RUN):
+        return None
+    for pattern, kind in _KINDS.items():
+        if re.match(pattern, command):
+            return kind
+    raise LookupError(f"Nothing runs {command!r}: give it a test, or a reason in NOT_RUN.")
+
+
+def of_kind(kind: str) -> list[str]:
+    """The commands that are of it."""
+    return [command for command in all_commands() if kind_of(command) == kind]
+
+
+def words_of(command: str) -> list[str]:
+    """Its words, as a shell reads them."""
+    return shlex.split(command, comments=True)
+
+
+def _is_whole(command: str) -> bool:
+    try:
+        shlex.split(command, comments=True)
+    except ValueError:
+        return False
+    return True

