@@ -40,8 +40,12 @@ sentiment: $(PREPARED)  ## fine-tune the embedded default on airline tweets (ARG
 
 test: $(PREPARED)  ## run the tests with coverage (ARGS="-k name")
 	@echo "==> Testing"
-	@# On the CPU also where there is a GPU: tests/gpu is run by name (CONTRIBUTING).
-	@HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest --quiet --cov --cov-report=term $(ARGS)
+	@# On the CPU also where there is a GPU: tests/gpu is run by name (CONTRIBUTING). Nothing is
+	@# compiled on a CPU, and without dynamo no process imports a compiler. Two workers of one thread
+	@# take a file each; a file keeps to one worker, because its tests share what they set up.
+	@HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest --quiet --numprocesses=2 --dist=loadfile \
+		--cov --cov-report=term $(ARGS)
 
 lint: $(INSTALLED_LINT)  ## ruff: rules and format
 	@echo "==> Linting"

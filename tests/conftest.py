@@ -5,12 +5,23 @@ import os
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import gc
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from tests.support.tiny import tiny_model, tiny_tokenizer
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later garbage collection.
+
+    A training ends with one, which would walk through all of torch and transformers: most of a toy
+    training's time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

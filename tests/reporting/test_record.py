@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -54,8 +55,21 @@ def tune(model_folder: Path, output: Path, **training: object) -> FineTuningResu
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def script(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The script that seems to run, with words that a shell would take apart.
+
+    Where several workers share the tests, the command of their own process is none to repeat.
+    """
+    path = tmp_path_factory.mktemp("scripts") / "train.py"
+    path.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), "--instruction", 'it\'s $HOME: "a b"'])
+        yield path
+
+
 @pytest.fixture(scope="module")
-def run(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(script: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "it's a run"
     return tune(model_folder, output, save_strategy="steps", save_steps=3).output_dir
 
@@ -225,10 +239,10 @@ def test_secrets_are_masked() -> None:
     ]
 
 
-def test_the_command_is_the_running_one() -> None:
+def test_the_command_is_the_running_one(script: Path) -> None:
     command = launch_command()
-    assert command is not None
-    assert sys.argv[0] in command
+    assert command == [sys.executable, *sys.argv]
+    assert command[1] == str(script)
 
 
 def test_only_an_own_checkout_has_a_commit(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -18,11 +19,20 @@ import yaml
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 TIMEOUT_SECONDS = 240
 
-# The server imports once what every rank needs; ranks are forked from it. Not on a GPU:
-# bitsandbytes, which PEFT imports, talks to it at once, and no process can do so after a fork.
+# The server imports once what every rank needs; ranks are forked from it. The later ones are what a
+# run imports where it first needs it: half of a toy run's time, were it left to every rank. Nothing
+# on a GPU: bitsandbytes, which PEFT imports, talks to it at once, and no process can after a fork.
+_PRELOADED = [
+    "lora_fsdp",
+    "tests.support.runs",
+    "peft.tuners.lora.bnb",
+    "rich.progress",
+    "sklearn.metrics",
+    "sklearn.model_selection",
+    "transformers.models.llama.modeling_llama",
+]
 _context = multiprocessing.get_context("forkserver")
-if not torch.cuda.is_available():
-    _context.set_forkserver_preload(["lora_fsdp", "tests.support.runs"])
+_context.set_forkserver_preload([] if torch.cuda.is_available() else _PRELOADED)
 
 
 class RankError(AssertionError):
@@ -122,6 +132,7 @@ def _rank_main(
 
     os.environ.update(variables)
     torch.set_num_threads(1)
+    gc.freeze()  # what the server imported is in no collection, as in the tests' own process
     try:
         pipe.send(("result", function(*arguments)))
     except BaseException as error:

@@ -61,22 +61,35 @@ def test_saved_is_live_and_small(tmp_path, state_dict_type):
     assert not list(tmp_path.rglob("pytorch_model*"))
 
 
-def test_peft_alone_loads_it(tmp_path):
-    result = run_ranks(run, tmp_path, {}, environment=FSDP)[0]
-    loaded = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "final"))
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run without checkpoints: its folder and its result."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, run_ranks(run, folder, {}, environment=FSDP)[0]
+
+
+def test_peft_alone_loads_it(plain):
+    folder, result = plain
+    loaded = PeftModel.from_pretrained(tiny_model(), str(folder / "final"))
     for name, tensor in adapter_state(loaded).items():
         np.testing.assert_array_equal(tensor.numpy(), result["adapter"][name])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.fixture(scope="module", params=[0.0, 0.3], ids=lambda dropout: f"dropout {dropout}")
+def uninterrupted(request, tmp_path_factory):
+    """Three epochs of three steps, saved at every step; the options and the result."""
+    options = {"save_strategy": "steps", "save_steps": 1, "dropout": request.param}
+    folder = tmp_path_factory.mktemp("whole")
+    return options, run_ranks(run, folder, options, environment=FSDP)[0]
+
+
 @pytest.mark.parametrize("stop", [3, 4, 5], ids=["mid-epoch", "later", "second-epoch"])
-def test_resumed_run_equals_uninterrupted_run(tmp_path, stop, dropout):
-    """Three epochs of three steps, saved at every step, interrupted after `stop`."""
-    options = {"save_strategy": "steps", "save_steps": 1, "dropout": dropout}
-    whole = run_ranks(run, tmp_path / "whole", options, environment=FSDP)[0]
+def test_resumed_run_equals_uninterrupted_run(tmp_path, uninterrupted, stop):
+    """Interrupted after `stop`."""
+    options, whole = uninterrupted
     run_ranks(stopped_run, tmp_path / "cut", options, stop, environment=FSDP)
-    options["resume"] = True
-    resumed = run_ranks(run, tmp_path / "cut", options, environment=FSDP)[0]
+    resume = options | {"resume": True}
+    resumed = run_ranks(run, tmp_path / "cut", resume, environment=FSDP)[0]
     assert resumed["steps"] == whole["steps"] == 9
     assert resumed["losses"] == whole["losses"]
     assert resumed["fingerprint"] == whole["fingerprint"]
@@ -112,13 +125,14 @@ def test_best_checkpoint_by_the_tasks_metric(tmp_path):
             np.testing.assert_array_equal(rank["adapter"][name], tensor)
 
 
-def test_evaluation_reports_every_label(tmp_path):
-    metrics = run_ranks(run, tmp_path, {}, environment=FSDP)[0]["metrics"]
+def test_evaluation_reports_every_label(plain):
+    folder, result = plain
+    metrics = result["metrics"]
     for name in ("eval_loss", "eval_accuracy", "eval_macro_f1", "eval_f1/positive"):
         assert name in metrics
-    arguments = json.loads((tmp_path / "final" / "training_args.json").read_text())
+    arguments = json.loads((folder / "final" / "training_args.json").read_text())
     assert arguments["per_device_train_batch_size"] == 4
-    assert not list(tmp_path.rglob("training_args.bin"))
+    assert not list(folder.rglob("training_args.bin"))
 
 
 def frozen_run(output_dir):
