@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
-import sys
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
@@ -40,4 +40,6 @@ def _help(words: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(reference_page(), encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, help="where the page goes")
+    parser.parse_args().file.write_text(reference_page(), encoding="utf-8")

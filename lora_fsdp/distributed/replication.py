@@ -108,8 +108,8 @@ class ReplicatedParameters:
         if still:
             raise AdapterVerificationError(
                 f"{len(still)} of {len(self._b_at_start)} lora_B did not move in the first "
-                f"optimizer step on this rank (for example {still[0]}): the learning rate is 0 or "
-                "their gradients do not arrive."
+                f"optimizer step with a learning rate on this rank (for example {still[0]}): their "
+                "gradients do not arrive."
             )
 
     def checksums(self) -> torch.Tensor:

@@ -78,15 +78,10 @@ def make_plan(
         raise ArgumentError(f"--price_per_hour must be 0 or more, not {price_per_hour}.")
     chosen = [parse_gpus(text) for text in gpus]
     shape = shape_of(build_on_meta(config, trust_remote_code=trust_remote_code), adapter)
-    # The fused layers are not for 4-bit weights.
-    unfused = build_on_meta(config, trust_remote_code=trust_remote_code)
-    plain = shape_of(unfused, adapter, fuse=False)
     found = [
         candidate
         for count, gpu in chosen
-        for candidate in candidates(
-            {False: shape, True: plain}, work, gpu, count, price_per_hour=price_per_hour
-        )
+        for candidate in candidates(shape, work, gpu, count, price_per_hour=price_per_hour)
     ]
     notes = [shape.note] if shape.note else []
     if any(count > _ONE_MACHINE for count, _ in chosen):
@@ -94,11 +89,10 @@ def make_plan(
             f"more than {_ONE_MACHINE} GPUs are several machines: memory holds for them, time does "
             "not, as their network is not known"
         )
-    shapes = {False: shape, True: plain}
     for count, gpu in chosen:
         here = [c for c in found if c.fits and c.count == count and c.gpu == gpu]
         if not here:
-            notes.append(_gpu_that_would(shapes, work, count, gpu))
+            notes.append(_gpu_that_would(shape, work, count, gpu))
         elif all(_is_compromise(candidate) for candidate in here):
             notes.append(_count_that_would(shape, work, count, gpu))
     for bytes_ in sorted({one.host_bytes for one in found if one.fits and one.host_bytes}):
@@ -114,7 +108,7 @@ def _is_compromise(candidate: Candidate) -> bool:
 def _count_that_would(shape: ModelShape, work: Work, count: int, gpu: Gpu) -> str:
     """How many of these GPUs hold the base in bfloat16 by themselves."""
     for more in (n for n in _COUNTS if n > count):
-        tried = candidates({False: shape}, work, gpu, more, price_per_hour=None)
+        tried = candidates(shape, work, gpu, more, price_per_hour=None)
         if any(candidate.fits and not _is_compromise(candidate) for candidate in tried):
             return (
                 f"{count} x {gpu.name} hold it only in 4 bits or by offload; {more} would in "
@@ -123,10 +117,10 @@ def _count_that_would(shape: ModelShape, work: Work, count: int, gpu: Gpu) -> st
     return f"{count} x {gpu.name} hold it only in 4 bits or by offload, and so do {_COUNTS[-1]}"
 
 
-def _gpu_that_would(shapes: dict[bool, ModelShape], work: Work, count: int, gpu: Gpu) -> str:
+def _gpu_that_would(shape: ModelShape, work: Work, count: int, gpu: Gpu) -> str:
     """The smallest GPU that holds it; more of the same do not, as offload needs one alone."""
     for larger in sorted(GPUS.values(), key=lambda known: known.memory):
-        tried = candidates(shapes, work, larger, count, price_per_hour=None)
+        tried = candidates(shape, work, larger, count, price_per_hour=None)
         if any(candidate.fits for candidate in tried):
             return f"nothing fits {count} x {gpu.name}; {count} x {larger.name} would hold it"
     return f"nothing fits {count} x {gpu.name}, nor any GPU that is known here"

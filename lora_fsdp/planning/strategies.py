@@ -68,7 +68,7 @@ class Candidate:
 
 
 def candidates(
-    shapes: dict[bool, ModelShape],
+    shape: ModelShape,
     work: Work,
     gpu: Gpu,
     count: int,
@@ -78,13 +78,13 @@ def candidates(
     """Every strategy on `count` GPUs, in bfloat16 and in 4 bits.
 
     Args:
-        shapes: of the base, by whether it is 4-bit (its layers then compute otherwise).
+        shape: of the base.
         work: what the run computes.
         gpu, count: the GPUs.
         price_per_hour: of one GPU; `None` = no cost.
     """
     found = []
-    for quantized, shape in shapes.items():
+    for quantized in (False, True):
         for name, placement in _placements(shape, work, gpu, count, quantized=quantized):
             tried = [
                 _candidate(name, replace(placement, recomputed=again), shape, work, gpu)
@@ -122,7 +122,8 @@ def _candidate(
     name: str, placement: Placement, shape: ModelShape, work: Work, gpu: Gpu
 ) -> Candidate:
     """With the longest rows that fit, as the run will choose them."""
-    for longest in (work.max_tokens_per_row or LONGEST_ROW, USUAL_ROW, work.longest_example):
+    shorter = (USUAL_ROW >> halvings for halvings in range(USUAL_ROW.bit_length()))
+    for longest in (work.max_tokens_per_row or LONGEST_ROW, *shorter):
         rows = largest_row(work, max(longest, work.longest_example))
         made = Candidate(
             gpu=gpu,
