@@ -7,7 +7,7 @@ chosen and why.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import cast
@@ -127,11 +127,7 @@ def place_for_training(
     """
     base, device = base_model(model), args.device
     layers = layers_to_shard(base, names=settings.layer_classes if settings else None)
-    fused = why_run_not_fused(model, args, autocast=autocast) or fuse_layers(
-        base.base_model, layers, filled_copy=stored.filled_copy if stored else None
-    )
-    if args.step == "fused" and isinstance(fused, str):
-        raise ArgumentError(f"--step fused: {fused}. Use --step auto.")
+    fused = _fused_or_why_not(model, layers, args=args, autocast=autocast, stored=stored)
     is_fused = not isinstance(fused, str)
     shape = _shape(model, fuse=is_fused) if device.type == "cuda" else None
     work = work or _NO_WORK
@@ -142,11 +138,10 @@ def place_for_training(
         ranks=args.world_size,
         quantized=bool(getattr(base, "is_loaded_in_4bit", False)),  # set by transformers, or by us
     )
-    recomputing = ""
-    if shape is not None and not placement.recomputed:
-        needed = device_memory(shape, placement, largest_row(work, longest_example)).allocated
-        recomputing = _why_recompute(needed, longest_example, base=base, device=device)
-        placement = replace(placement, recomputed=bool(recomputing))
+    recomputing = _why_recompute(
+        shape, placement, largest_row(work, longest_example), base=base, device=device
+    )
+    placement = replace(placement, recomputed=placement.recomputed or bool(recomputing))
     longest = max(longest_example, args.max_tokens_per_row or USUAL_ROW)
     residency = plan_residency(
         args.resident_layers,
@@ -175,9 +170,8 @@ def place_for_training(
     if not isinstance(fused, str) and residency.is_whole:
         for replacement in fused:
             replacement.join_weights()
-    if step == "compiled":
-        for layer in layers:
-            layer.compile(dynamic=True)
+    for layer in layers if step == "compiled" else ():
+        layer.compile(dynamic=True)
     row_length = args.max_tokens_per_row or _row_length(
         shape if is_fused else None,
         device=device,
@@ -231,25 +225,52 @@ def least_placement(
     )
 
 
-def _why_recompute(needed: int, tokens: int, *, base: nn.Module, device: torch.device) -> str:
-    """Why activations must be recomputed; empty if they need not. A collective call.
+def _fused_or_why_not(
+    model: PeftModel,
+    layers: Sequence[nn.Module],
+    *,
+    args: FineTuningArguments,
+    autocast: bool,
+    stored: StoredBase | None,
+) -> list[FusedLayer] | str:
+    """The layers, fused, or why they are not."""
+    fused = why_run_not_fused(model, args, autocast=autocast) or fuse_layers(
+        base_model(model).base_model, layers, filled_copy=stored.filled_copy if stored else None
+    )
+    if args.step == "fused" and isinstance(fused, str):
+        raise ArgumentError(f"--step fused: {fused}. Use --step auto.")
+    return fused
+
+
+def _why_recompute(
+    shape: ModelShape | None,
+    least: Placement,
+    rows: RowSizes,
+    *,
+    base: nn.Module,
+    device: torch.device,
+) -> str:
+    """Why activations must be recomputed; empty if they need not, or are anyway. A collective call.
 
     Not before nothing else fits: recomputing costs half of a step's products once more, which is
     more than gathering layers does.
 
     Args:
-        needed: bytes a GPU needs without, for a row of the longest example, with as few resident
-            layers as can be.
-        tokens: of that example.
-        base: the base; what of it is on the device already is in `needed`.
+        shape: of the model; `None` on a CPU.
+        least: where as few layers are resident as can be.
+        rows: of the longest example.
+        base: the base, perhaps on the device already.
         device: where the run computes.
     """
+    if shape is None or least.recomputed:
+        return ""
+    needed = device_memory(shape, least, rows).allocated
     on_device = sum(p.nbytes for p in base.parameters() if p.device == device)
     free = least_free_memory(device) + on_device
     if needed <= free:
         return ""
     return (
-        f"with an example of {tokens} tokens a step would need {needed / 1e9:.1f} GB, and "
+        f"with an example of {rows.tokens} tokens a step would need {needed / 1e9:.1f} GB, and "
         f"{free / 1e9:.1f} GB are free"
     )
 
