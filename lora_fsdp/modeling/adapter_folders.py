@@ -6,7 +6,8 @@ import copy
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -134,19 +135,11 @@ def skeleton_like(base: PreTrainedModel) -> PreTrainedModel:
 def load_on_skeleton(adapter: AdapterFolder, skeleton: PreTrainedModel) -> PeftModel:
     """See `load_with_peft`; `skeleton` is changed in place."""
     config = copy.deepcopy(adapter.config)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about fan_in_fan_out, which PEFT then sets itself
-            model = PeftModel(skeleton, config, low_cpu_mem_usage=True)
-            result: Any = set_peft_model_state_dict(
-                model, dict(adapter.tensors), low_cpu_mem_usage=True
-            )
-    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()
-        raise AdapterVerificationError(
-            f"PEFT cannot load {adapter.path} into {type(skeleton).__name__}: "
-            f"{' '.join(reason[:3]) or type(error).__name__}"
-        ) from error
+    with _peft_at_work(adapter, skeleton):
+        model = PeftModel(skeleton, config, low_cpu_mem_usage=True)
+        result: Any = set_peft_model_state_dict(
+            model, dict(adapter.tensors), low_cpu_mem_usage=True
+        )
     missing = [name for name in result.missing_keys if ".lora_" in name]
     if stray := sorted([*result.unexpected_keys, *missing]):
         raise AdapterVerificationError(
@@ -157,12 +150,33 @@ def load_on_skeleton(adapter: AdapterFolder, skeleton: PreTrainedModel) -> PeftM
 
 
 def attach_saved(adapter: AdapterFolder, base: PreTrainedModel) -> PeftModel:
-    """`base` with the adapter of a folder, for use; `load_with_peft` must have accepted it."""
+    """`base` with the adapter of a folder, for use; `load_with_peft` must have accepted it.
+
+    Raises:
+        AdapterVerificationError: PEFT refuses it now: some variants of LoRA read their settings
+            only where a base has weights.
+    """
     config = copy.deepcopy(adapter.config)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about fan_in_fan_out, as above
+    with _peft_at_work(adapter, base):
         model = PeftModel.from_pretrained(base, str(adapter.path), config=config)
     return model.eval()
+
+
+@contextmanager
+def _peft_at_work(adapter: AdapterFolder, base: PreTrainedModel) -> Iterator[None]:
+    """Turn what PEFT raises of settings that make no sense into one sentence."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about fan_in_fan_out, which PEFT then sets itself
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()
+        raise AdapterVerificationError(
+            f"PEFT cannot load {adapter.path} into {type(base).__name__}: "
+            f"{' '.join(reason[:3]) or type(error).__name__}"
+        ) from error
 
 
 def find_base(adapter: AdapterFolder, *, beside: str | None = None) -> tuple[str, str]:

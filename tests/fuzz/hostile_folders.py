@@ -110,6 +110,8 @@ def _containers(value: Any) -> list[Any]:
 
 def _json_value(random_: random.Random, file: Path, marker: Path) -> None:
     contents = json.loads(file.read_text())
+    if not isinstance(contents, dict | list):
+        return
     top = random_.random() < 0.6 or not _containers(contents)
     place = contents if top else random_.choice(_containers(contents))
     keys = list(place) if isinstance(place, dict) else range(len(place))
@@ -120,6 +122,8 @@ def _json_value(random_: random.Random, file: Path, marker: Path) -> None:
 
 def _json_key(random_: random.Random, file: Path, marker: Path) -> None:
     contents = json.loads(file.read_text())
+    if not isinstance(contents, dict):
+        return  # an earlier damage left a bare string or number
     if contents and random_.random() < 0.5:
         del contents[random_.choice(sorted(contents))]
     else:

@@ -22,7 +22,13 @@ from lora_fsdp.errors import (
     UnsupportedAdapterError,
 )
 from lora_fsdp.evaluation.prediction import Predictor
-from lora_fsdp.modeling.adapter_folders import ADAPTER_FILE, CONFIG_FILE, read_adapter_folder
+from lora_fsdp.modeling.adapter_folders import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    attach_saved,
+    load_with_peft,
+    read_adapter_folder,
+)
 from lora_fsdp.modeling.adapters import save_adapter
 from lora_fsdp.modeling.base_weights import BaseWeights, base_skeleton, fingerprint_stored
 from lora_fsdp.modeling.fingerprints import fingerprint_base
@@ -377,6 +383,14 @@ class TestHostileFolder:
         assert outcomes(verify_adapter_folder(run / "adapter"))["answers"] in ("passed", "failed")
         edit_json(run / "adapter" / CONFIG_FILE, alora_invocation_tokens=[[1], "x"])
         assert outcomes(verify_adapter_folder(run / "adapter")) == {"files": "failed"}
+
+    def test_variant_whose_settings_only_a_real_base_meets(self, run):
+        edit_json(run / "adapter" / CONFIG_FILE, monteclora_config=True)
+        adapter = read_adapter_folder(run / "adapter")
+        base = load_base(ModelArguments(str(run / "base")), device=torch.device("cpu"))
+        load_with_peft(adapter, base)  # on the meta device PEFT does not look at it
+        with pytest.raises(AdapterVerificationError, match="PEFT cannot load"):
+            attach_saved(adapter, base)
 
     def test_name_that_would_fill_the_screen(self, run):
         file = run / "adapter" / ADAPTER_FILE
