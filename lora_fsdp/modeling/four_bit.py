@@ -83,7 +83,7 @@ class FourBitLinear(Linear4bit, PackedLayer):
     @torch.no_grad()
     def unpack(self, out: torch.Tensor) -> torch.Tensor:
         """Write the weight's numbers into `out` [out, in], contiguous."""
-        if not out.is_cuda:
+        if not out.is_cuda or out.numel() % _BLOCK:  # the kernel takes whole blocks
             return out.copy_(dequantize_4bit(self.weight, self.quant_state))
         from lora_fsdp.modeling import kernels
 
