@@ -147,14 +147,14 @@ def _foretell(file: Path) -> None:
     report = json.loads(file.read_text(encoding="utf-8"))
     for name, result in report["points"].items():
         if "failed" not in result:
-            now = _predicted(GRID[name], device=report["environment"]["device"], measured=result)
+            now = predicted(GRID[name], device=report["environment"]["device"], measured=result)
             report["points"][name] = result = now
         print(line(name, result), flush=True)
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(summary(report["points"]))
 
 
-def _predicted(point: Point, *, device: str, measured: dict[str, Any]) -> dict[str, Any]:
+def predicted(point: Point, *, device: str, measured: dict[str, Any]) -> dict[str, Any]:
     """As the trainer foretells it, from the same examples."""
     work = point.work
     task, examples = task_and_examples(work)
