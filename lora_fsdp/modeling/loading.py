@@ -27,6 +27,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 #: What a config.json that is no causal language model's, or a damaged .bin file, makes
 #: transformers and torch raise.
 LOADING_ERRORS = (
+    ArithmeticError,
     AttributeError,
     EOFError,
     ImportError,

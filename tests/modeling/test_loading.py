@@ -16,6 +16,7 @@ from lora_fsdp.errors import (
     TokenizerNotFoundError,
     UnsupportedModelError,
 )
+from lora_fsdp.modeling.base_weights import base_skeleton
 from lora_fsdp.modeling.loading import load_base, load_tokenizer, resolve_dtype
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -134,3 +135,10 @@ def test_encoder_without_a_language_model_head(tmp_path):
     BertModel(config).save_pretrained(tmp_path)
     with pytest.raises((UnsupportedModelError, ModelNotFoundError)):
         load_base(arguments(tmp_path), device=CPU)
+
+
+def test_sizes_that_divide_by_zero(tmp_path, model_folder):
+    config = json.loads((model_folder / "config.json").read_text()) | {"head_dim": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match="describes no causal language model"):
+        base_skeleton(tmp_path)
