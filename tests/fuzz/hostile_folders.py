@@ -152,6 +152,8 @@ def _json_number(random_: random.Random, file: Path, marker: Path) -> None:
 def _header(random_: random.Random, file: Path, marker: Path) -> None:
     """A well-formed safetensors file whose header lies."""
     content = file.read_bytes()
+    if len(content) < 8:
+        return  # an earlier damage cut it off
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + length])
     name = random_.choice([key for key in header if key != "__metadata__"])
