@@ -120,7 +120,7 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
         in_flight = base - resident
     else:
         in_flight = 2 * layer + head
-    captured = whole and not placement.recomputed and rows.tokens <= CAPTURE_UP_TO_TOKENS
+    captured = is_captured(shape, placement, tokens=rows.tokens)
     short = rows.tokens < BLOCKS_FROM_TOKENS
     mask = 2 * rows.tokens**2 if short else 0
     trained = mask + shape.saved_bytes(rows.tokens, recomputed=placement.recomputed)
@@ -143,6 +143,16 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
         logits=logits,
         # The head's weight is not packed: weights are unpacked before and after it.
         workspace=(CAPTURED_WORKSPACE if captured else WORKSPACE) + max(0, unpacked - logits),
+    )
+
+
+def is_captured(shape: ModelShape, placement: Placement, *, tokens: float) -> bool:
+    """Whether rows of `tokens` are CUDA graphs: nothing is gathered or recomputed within."""
+    return (
+        placement.resident_layers >= shape.layers
+        and not placement.offloaded
+        and not placement.recomputed
+        and tokens <= CAPTURE_UP_TO_TOKENS
     )
 
 
@@ -171,7 +181,9 @@ def layers_that_fit(shape: ModelShape, placement: Placement, rows: RowSizes, *, 
     return 0
 
 
-def longest_row(shape: ModelShape, *, free: int, longest_example: int, recomputed: bool) -> int:
+def longest_row(
+    shape: ModelShape, *, free: int, longest_example: int, recomputed: bool, most: int = LONGEST_ROW
+) -> int:
     """Row length in tokens that fits half of `free` bytes.
 
     Args:
@@ -179,9 +191,10 @@ def longest_row(shape: ModelShape, *, free: int, longest_example: int, recompute
         free: bytes left beside the base.
         longest_example: in tokens; a row holds at least one example.
         recomputed: whether activations are recomputed in backward.
+        most: tokens that a row has at most, whatever fits.
     """
     left = (free - CAPTURED_WORKSPACE - 22 * shape.adapter_parameters) // 2
-    length = LONGEST_ROW
+    length = most
     while length > longest_example and shape.saved_bytes(length, recomputed=recomputed) > left:
         length -= 64
     return max(length, longest_example)

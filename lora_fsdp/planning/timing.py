@@ -8,7 +8,7 @@ shares of their data sheets.
 from __future__ import annotations
 
 from lora_fsdp.data.workload import Work
-from lora_fsdp.distributed.memory import Placement
+from lora_fsdp.distributed.memory import Placement, is_captured
 from lora_fsdp.modeling.shape import ModelShape
 from lora_fsdp.planning.gpus import Gpu
 
@@ -34,7 +34,7 @@ def step_seconds(
     """One optimizer step, the slowest of what happens at once."""
     rows = max(1.0, work.step_tokens / row_tokens)
     computing = _computing(shape, placement, gpu, work=work, rows=rows)
-    if _is_captured(shape, placement):
+    if is_captured(shape, placement, tokens=work.step_tokens / rows):
         computing += rows * shape.layers * _GRAPH_SECONDS
         launching = 0.0
     else:
@@ -52,15 +52,6 @@ def run_seconds(
     tokens = work.scored_tokens / placement.ranks
     rate = gpu.flops * _PRODUCT_SHARE * _STEP_SHARE[shape.is_fused]
     return training + 2.0 * shape.active_parameters * tokens / rate
-
-
-def _is_captured(shape: ModelShape, placement: Placement) -> bool:
-    """Whether a step is a CUDA graph: nothing is gathered or recomputed within."""
-    return (
-        placement.resident_layers >= shape.layers
-        and not placement.offloaded
-        and not placement.recomputed
-    )
 
 
 def _computing(

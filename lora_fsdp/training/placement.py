@@ -20,6 +20,7 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.workload import Work
 from lora_fsdp.distributed.launch import FsdpSettings
 from lora_fsdp.distributed.memory import (
+    LONGEST_ROW,
     USUAL_ROW,
     DeviceMemory,
     Placement,
@@ -138,11 +139,12 @@ def place_for_training(
         ranks=args.world_size,
         quantized=bool(getattr(base, "is_loaded_in_4bit", False)),  # set by transformers, or by us
     )
+    shortest = max(longest_example, args.max_tokens_per_row or 0)  # that rows can be limited to
     recomputing = _why_recompute(
-        shape, placement, largest_row(work, longest_example), base=base, device=device
+        shape, placement, largest_row(work, shortest), base=base, device=device
     )
     placement = replace(placement, recomputed=placement.recomputed or bool(recomputing))
-    longest = max(longest_example, args.max_tokens_per_row or USUAL_ROW)
+    usual = largest_row(work, max(longest_example, args.max_tokens_per_row or USUAL_ROW))
     residency = plan_residency(
         args.resident_layers,
         layers,
@@ -150,7 +152,7 @@ def place_for_training(
         settings=settings,
         device=device,
         fitting_layers=lambda free: layers_that_fit(
-            cast(ModelShape, shape), placement, largest_row(work, longest), free=free
+            cast(ModelShape, shape), placement, usual, free=free
         ),
     )
     resident = place_model(
@@ -173,10 +175,12 @@ def place_for_training(
     for layer in layers if step == "compiled" else ():
         layer.compile(dynamic=True)
     row_length = args.max_tokens_per_row or _row_length(
-        shape if is_fused else None,
+        shape,
         device=device,
         longest_example=longest_example,
         recomputed=placement.recomputed,
+        # Only fused layers compute long rows by blocks.
+        most=LONGEST_ROW if is_fused else USUAL_ROW,
     )
     return TrainingPlan(
         residency=residency,
@@ -258,7 +262,7 @@ def _why_recompute(
     Args:
         shape: of the model; `None` on a CPU.
         least: where as few layers are resident as can be.
-        rows: of the longest example.
+        rows: the shortest that rows can be limited to.
         base: the base, perhaps on the device already.
         device: where the run computes.
     """
@@ -270,7 +274,7 @@ def _why_recompute(
     if needed <= free:
         return ""
     return (
-        f"with an example of {rows.tokens} tokens a step would need {needed / 1e9:.1f} GB, and "
+        f"with a row of {rows.tokens} tokens a step would need {needed / 1e9:.1f} GB, and "
         f"{free / 1e9:.1f} GB are free"
     )
 
@@ -348,13 +352,20 @@ def recomputes(args: FineTuningArguments, settings: FsdpSettings | None) -> bool
 
 
 def _row_length(
-    shape: ModelShape | None, *, device: torch.device, longest_example: int, recomputed: bool
+    shape: ModelShape | None,
+    *,
+    device: torch.device,
+    longest_example: int,
+    recomputed: bool,
+    most: int,
 ) -> int:
     """The longest row that memory allows, the same on every rank; a collective call on GPUs."""
     if shape is None:
         return max(USUAL_ROW, longest_example)
     free = least_free_memory(device)
-    return longest_row(shape, free=free, longest_example=longest_example, recomputed=recomputed)
+    return longest_row(
+        shape, free=free, longest_example=longest_example, recomputed=recomputed, most=most
+    )
 
 
 def _shape(model: PeftModel, *, fuse: bool) -> ModelShape:

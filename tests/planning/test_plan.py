@@ -116,6 +116,9 @@ class TestMemory:
         assert seven_billion.saved_bytes(length, recomputed=False) <= free / 2
         assert longest_row(seven_billion, free=0, longest_example=60, recomputed=False) == 60
         assert longest_row(seven_billion, free=0, longest_example=9000, recomputed=False) == 9000
+        options = {"longest_example": 60, "recomputed": False, "most": 2048}
+        assert longest_row(seven_billion, free=free, **options) == 2048
+        assert longest_row(seven_billion, free=int(5e9), **options) < 2048
 
 
 class TestTime:
