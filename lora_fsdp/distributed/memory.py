@@ -15,7 +15,7 @@ from lora_fsdp.modeling.shape import ModelShape
 
 #: Rows longer than this gain nothing: the matrix products are as fast as they get.
 LONGEST_ROW = 8192
-#: Rows this long where no memory is known.
+#: Rows this long where no memory is known, and at most where layers are not fused.
 USUAL_ROW = 2048
 #: What the CUDA context and the libraries' kernels take, outside torch's allocator.
 CONTEXT = 600_000_000

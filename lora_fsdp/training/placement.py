@@ -225,7 +225,8 @@ def least_placement(
         kept_until_backward=bool(settings and not settings.reshard_after_forward),
         offloaded=bool(settings and settings.offload),
         quantized=quantized,
-        recomputed=recomputes(args, settings),
+        recomputed=args.gradient_checkpointing
+        or bool(settings and settings.activation_checkpointing),
     )
 
 
@@ -344,11 +345,6 @@ def _why_not_captured(
     if recomputed:
         return "activations are recomputed"
     return None
-
-
-def recomputes(args: FineTuningArguments, settings: FsdpSettings | None) -> bool:
-    """Whether activations are to be recomputed in backward."""
-    return args.gradient_checkpointing or bool(settings and settings.activation_checkpointing)
 
 
 def _row_length(
