@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
 
 from lora_fsdp.errors import DamagedRunError
 from lora_fsdp.evaluation.report import write_json, write_text
-from lora_fsdp.reporting.figures import Picture
 from lora_fsdp.reporting.scores import name_of
+
+if TYPE_CHECKING:
+    from lora_fsdp.reporting.figures import Picture
 
 _NOTHING = "—"
 

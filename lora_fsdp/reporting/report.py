@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_fsdp.reporting.contents import report_contents
-from lora_fsdp.reporting.figures import run_pictures
 from lora_fsdp.reporting.rendering import write_page
 from lora_fsdp.reporting.run_files import read_run
 
@@ -22,6 +21,9 @@ def write_report(run_folder: str | Path) -> Path:
         RunNotFoundError: there is no run in `run_folder`.
         DamagedRunError: one of its files is damaged; the message names it.
     """
+    # Matplotlib takes a second to import, and of a run's processes one alone draws, at its end.
+    from lora_fsdp.reporting.figures import run_pictures
+
     run = read_run(run_folder)
     contents = report_contents(run)
     page = run.folder / "report.html"

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.report import TUNED
-from lora_fsdp.reporting.figures import Picture, curve_picture
 from lora_fsdp.reporting.intervals import (
     CONFIDENCE,
     DRAWS,
@@ -31,6 +30,9 @@ from lora_fsdp.reporting.run_files import (
 )
 from lora_fsdp.reporting.scores import score_table
 from lora_fsdp.reporting.texts import setting_text
+
+if TYPE_CHECKING:
+    from lora_fsdp.reporting.figures import Picture
 
 # Where a run is written says nothing about how it was made.
 _NO_SETTINGS = {
@@ -191,6 +193,8 @@ def _paired(first: RunFiles, other: RunFiles, metrics: Sequence[str]) -> dict[st
 
 
 def _pictures(contents: dict[str, Any]) -> list[Picture]:
+    from lora_fsdp.reporting.figures import curve_picture  # matplotlib, as for one run's report
+
     pictures = []
     for key, title in _CURVES.items():
         # Of every run, so that each has the same colour in every picture.
