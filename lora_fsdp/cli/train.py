@@ -11,7 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -137,7 +137,7 @@ def _launch(command: Sequence[str]) -> int:
     try:
         launch_command(launch_command_parser().parse_args(list(command)))
     except ChildFailedError as error:
-        return _explain(*error.get_first_failure())
+        return _explain(*_cause(error.failures))
     except subprocess.CalledProcessError as error:
         return _explain_code(error.returncode, "the training process")
     except (KeyboardInterrupt, SignalException) as stop:
@@ -146,6 +146,20 @@ def _launch(command: Sequence[str]) -> int:
         on_request = isinstance(stop, SignalException) and stop.sigval == signal.SIGTERM
         return STOPPED if on_request else INTERRUPTED
     return 0
+
+
+def _cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """Rank and end of the process that failed first.
+
+    The launcher ends the others by SIGTERM, and counts their times in whole seconds too: within one
+    second any of them may come first.
+    """
+
+    def came_later(rank: int) -> tuple[bool, int]:
+        return failures[rank].exitcode == -signal.SIGTERM, failures[rank].timestamp
+
+    first = min(failures, key=came_later)
+    return first, failures[first]
 
 
 def _explain(rank: int, failure: ProcessFailure) -> int:
