@@ -17,6 +17,13 @@ from transformers import PreTrainedTokenizerFast
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Tests that are asked for by name."""
+    parser.addoption(
+        "--installs", action="store_true", help="run the documentation's pip lines too"
+    )
+
+
 def pytest_collection_finish() -> None:
     """Leave what was imported out of every later garbage collection.
 

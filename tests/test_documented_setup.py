@@ -1,8 +1,9 @@
 """The pages' set-up lines, and their measurements in a small form.
 
 `make` says what it would run and runs none of it (`--dry-run`): really run, it downloads gigabytes,
-which CI does. A measurement is called in this process by the program that the page names, with the
-page's words where they are not its size; `benchmarks.planning`, which needs a GPU, is in no block.
+which CI does. So does pip, which is run where `--installs` says so, as in CI. A measurement is
+called in this process by the program that the page names, with the page's words where they are not
+its size; `benchmarks.planning`, which needs a GPU, is in no block.
 
 Run: python -m pytest tests/test_documented_setup.py
 """
@@ -13,6 +14,7 @@ import importlib
 import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -100,6 +102,31 @@ def test_environment(tmp_path: Path) -> None:
     assert found == str(tmp_path / ".venv" / "bin" / "python")
     printed = in_bash(look, tmp_path, Path(sys.executable).parent)
     assert printed.split() == [str(torch.cuda.is_available()), str(torch.cuda.device_count())]
+
+
+@pytest.mark.slow
+def test_packages(request: pytest.FixtureRequest, bare: Path) -> None:
+    """Into an environment of their own, in the pages' order; then what they bring is there."""
+    if not request.config.getoption("--installs"):
+        pytest.skip("downloads packages: --installs")
+    shutil.copytree(ROOT / "lora_fsdp", bare / "lora_fsdp")
+    shutil.copy(ROOT / "README.md", bare)
+    lines = [
+        "set -e",
+        f"{shlex.quote(sys.executable)} -m venv .venv",
+        "source .venv/bin/activate",
+        *of_kind("packages"),
+        "lora-fsdp tasks list",
+        "transformers serve --help",
+    ]
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)],
+        cwd=bare, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "Successfully installed" in done.stdout
+    assert "sentiment" in done.stdout
+    assert "Usage: transformers serve" in done.stdout
 
 
 # ---- measurements -------------------------------------------------------------------------------

@@ -81,6 +81,27 @@ def test_before_renting(place: Path) -> None:
     assert "costs" in run_in(place, plan)
 
 
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs a GPU's driver")
+def test_the_driver_answers(tmp_path: Path) -> None:
+    [look] = commands("nvidia-smi")
+    assert "CUDA Version" in run_in(tmp_path, look)
+
+
+def test_the_log_is_watched_while_it_grows(tmp_path: Path) -> None:
+    [watch] = commands("tail -f")
+    log = tmp_path / "train.log"
+    log.write_text("step 1\n")
+    with subprocess.Popen(watch.split(), cwd=tmp_path, stdout=subprocess.PIPE, text=True) as shown:
+        assert shown.stdout is not None
+        try:
+            assert shown.stdout.readline() == "step 1\n"
+            with log.open("a") as file:
+                file.write("step 2\n")
+            assert shown.stdout.readline() == "step 2\n"
+        finally:
+            shown.terminate()
+
+
 @pytest.mark.slow
 def test_what_is_kept_is_what_the_page_lists_and_all_of_it(place: Path, tmp_path: Path) -> None:
     [pack] = commands("tar -czf adapter.tar.gz")

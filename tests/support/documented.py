@@ -17,13 +17,11 @@ _KINDS = {
     r"lora-fsdp ": "command",
     r"(\w+=\S+ )?make |export |python3 -m venv |source |python -c ": "set-up",
     r"python -m (benchmarks|tests)\.": "measurement",
-    r"tar |sha256sum |mkdir |newest=": "tests/test_rented_gpu.py",
+    r"pip install ": "packages",
+    r"tar |sha256sum |mkdir |newest=|tail -f |nvidia-smi$": "tests/test_rented_gpu.py",
     r"transformers serve |curl ": "tests/test_serving.py",
 }
 NOT_RUN = {
-    r"pip install ": "downloads packages; `make` installs the same way, from bare checkouts in CI",
-    r"nvidia-smi$": "a GPU's driver prints this, and it is not ours",
-    r"tail -f ": "prints until it is interrupted",
     r"vllm serve ": "needs a GPU and vLLM; the page says that it is untested",
 }
 _HELP = re.compile(
