@@ -1,7 +1,12 @@
-"""The ways to train that are compared, one a process: `python -m benchmarks.arms '{...}'`."""
+"""The ways to train that are compared, one a process: `python -m benchmarks.arms '{...}'`.
+
+Processes started side by side with one lock file as their `turn` import together, and use the GPU
+one after the other.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -15,8 +20,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
+from filelock import FileLock
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -231,6 +238,8 @@ def article(work: Workload, gradient: str | None) -> dict[str, Any]:
         plugin = FullyShardedDataParallelPlugin(auto_wrap_policy=policy, use_orig_params=True)
     accelerator = Accelerator(fsdp_plugin=plugin)
     model = accelerator.prepare(model)
+    if plugin and not isinstance(model, FullyShardedDataParallel):
+        raise RuntimeError("Accelerate dropped FSDP: it wants a launcher, on one process too.")
     optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=2e-4))
     clock, batch = StepClock(), 2
     mine = examples[accelerator.process_index :: accelerator.num_processes]
@@ -305,7 +314,9 @@ def main() -> None:
         arm(tiny, asked["gradient"], **asked["options"])
         torch.manual_seed(SEED)
         return
-    result = arm(work, None, **asked["options"])
+    turn = asked.get("turn")
+    with FileLock(turn) if turn else contextlib.nullcontext():
+        result = arm(work, None, **asked["options"])
     if os.environ.get("RANK", "0") == "0":
         Path(asked["output"]).write_text(json.dumps(result))
 

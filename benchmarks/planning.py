@@ -2,12 +2,11 @@
 
     python -m benchmarks.planning
     python -m benchmarks.planning --points deepseek-7b-qv llama-1b-long-4bit
-    python -m benchmarks.planning --together 4
     python -m benchmarks.planning --foretell benchmarks/results/planning-h100.json
 
 Needs a GPU. Every point is a process of its own and prints one line; the table is written to
-`benchmarks/results/`. With `--together` several run at once, which is faster and tells their memory
-only. `--foretell` measures nothing: it sets a file's measurements beside what the plan says now.
+`benchmarks/results/`. While one has the GPU, the next ones import. `--foretell` measures nothing:
+it sets a file's measurements beside what the plan says now.
 Errors are those of `docs/planning.md`: (predicted - measured) / measured.
 """
 
@@ -77,8 +76,8 @@ def main() -> None:
     """Run the points; what was measured is written after each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--points", nargs="+", choices=list(GRID), default=list(GRID))
-    parser.add_argument("--seconds", type=float, default=90.0, help="a point may take")
-    parser.add_argument("--together", type=int, default=1, help="points at once: memory only")
+    parser.add_argument("--seconds", type=float, default=180.0, help="a point may take")
+    parser.add_argument("--started", type=int, default=3, help="points started at once")
     parser.add_argument("--output", default="planning", help="name of the file in results/")
     parser.add_argument("--foretell", type=Path, metavar="FILE", help="measured before")
     asked = parser.parse_args()
@@ -86,15 +85,13 @@ def main() -> None:
         _foretell(asked.foretell)
         return
     report: dict[str, Any] = {"environment": environment(), "points": {}}
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(asked.together) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(asked.started) as pool:
         started = [
             (name, pool.submit(_measured, name, folder=Path(folder), seconds=asked.seconds))
             for name in asked.points
         ]
         for name, running in started:
             result = running.result()
-            if asked.together > 1:
-                result = {key: value for key, value in result.items() if not key.endswith("_ms")}
             report["points"][name] = result
             print(line(name, result), flush=True)
             RESULTS.mkdir(exist_ok=True)
@@ -110,6 +107,7 @@ def _measured(name: str, *, folder: Path, seconds: float) -> dict[str, Any]:
         "work": asdict(point.work),
         "options": {"step": "auto", **point.options},
         "output": str(output),
+        "turn": str(folder / "turn.lock"),
     }
     command = [sys.executable, "-m", "benchmarks.arms", json.dumps(asked)]
     try:

@@ -252,7 +252,12 @@ def _launch(
     asked |= {"output": str(output), "gradient": str(gradient) if gradient else None}
     launcher = [sys.executable, "-m", "benchmarks.arms"]
     environment = {**os.environ, "ARM_STARTED": str(time.time())}
-    if gradient is None and (arm.yaml or processes > 1 or arm.kind == "article"):
+    if arm.kind == "article":  # as its author starts it; without a launcher there is no FSDP
+        launcher = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc_per_node", str(processes), "-m", "benchmarks.arms"),
+        ]
+    elif gradient is None and (arm.yaml or processes > 1):
         launcher = [
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--config_file", str(CONFIGS / (arm.yaml or "single.yaml"))),
