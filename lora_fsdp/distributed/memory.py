@@ -147,11 +147,13 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
 
 
 def is_captured(shape: ModelShape, placement: Placement, *, tokens: float) -> bool:
-    """Whether rows of `tokens` are CUDA graphs: nothing is gathered or recomputed within."""
+    """Whether rows of `tokens` are CUDA graphs: nothing is gathered within, and nothing recomputed
+    but by fused layers that draw no random numbers.
+    """
     return (
         placement.resident_layers >= shape.layers
         and not placement.offloaded
-        and not placement.recomputed
+        and (not placement.recomputed or (shape.is_fused and not shape.drops))
         and tokens <= CAPTURE_UP_TO_TOKENS
     )
 

@@ -98,6 +98,12 @@ def base_model(model: PeftModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model())
 
 
+def has_dropout(model: PeftModel) -> bool:
+    """Whether the adapter drops part of its input while it trains."""
+    config = model.peft_config[str(model.active_adapter)]
+    return bool(getattr(config, "lora_dropout", 0.0))
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapter's parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -54,6 +54,7 @@ class ModelShape:
             rows of `BLOCKS_FROM_TOKENS` tokens and more do without.
         saved_per_pair: the same of a pair of tokens: 0 unless attention keeps its matrix.
         is_fused: whether the layers have the shape of the fused layer.
+        drops: whether LoRA drops part of its input while it trains.
         note: what could not be counted, and what stands in for it; empty if all was.
     """
 
@@ -72,6 +73,7 @@ class ModelShape:
     repeated_per_token: int
     saved_per_pair: int
     is_fused: bool
+    drops: bool = False
     note: str = ""
 
     def saved_bytes(self, tokens: int, *, recomputed: bool) -> int:
@@ -139,6 +141,7 @@ def shape_of(skeleton: PreTrainedModel, adapter: LoraConfig, *, fuse: bool = Tru
         repeated_per_token=sum(map(_repeated_bytes, layers)) if is_fused else 0,
         saved_per_pair=per_pair,
         is_fused=is_fused,
+        drops=bool(adapter.lora_dropout),
         note=note,
     )
 

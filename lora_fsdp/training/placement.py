@@ -34,7 +34,7 @@ from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.residency import Residency, least_free_memory, plan_residency
 from lora_fsdp.distributed.sharding import check_placement, layers_to_shard, place_model
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.modeling.adapters import base_model
+from lora_fsdp.modeling.adapters import base_model, has_dropout
 from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers
 from lora_fsdp.modeling.label_head import RowComputation, head_can_be_chunked
 from lora_fsdp.modeling.shape import ModelShape, shape_of
@@ -167,7 +167,10 @@ def place_for_training(
     # At a third of what an H100 can do.
     seconds = 4.0 * model.num_parameters() * work.step_tokens * work.steps(args.world_size) / 3e14
     step, reason = _choose_step(
-        args, residency, fused=fused, recomputed=placement.recomputed, seconds=seconds
+        args,
+        fused=fused,
+        why_not_captured=_why_not_captured(model, args, residency, placement, is_fused=is_fused),
+        seconds=seconds,
     )
     if not isinstance(fused, str) and residency.is_whole:
         for replacement in fused:
@@ -310,19 +313,18 @@ def why_run_not_fused(model: PeftModel, args: FineTuningArguments, *, autocast: 
 
 def _choose_step(
     args: FineTuningArguments,
-    residency: Residency,
     *,
     fused: list[FusedLayer] | str,
-    recomputed: bool,
+    why_not_captured: str | None,
     seconds: float,
 ) -> tuple[str, str]:
     """Name and reason."""
-    if why := _why_not_captured(args, residency, recomputed=recomputed):
+    if why_not_captured:
         if args.step in ("graph", "compiled"):
-            raise ArgumentError(f"--step {args.step}: {why}. Use --step auto.")
+            raise ArgumentError(f"--step {args.step}: {why_not_captured}. Use --step auto.")
         if isinstance(fused, str):
-            return "eager", f"the model's own layers ({fused}); {why}"
-        return "fused", f"fused layers; {why}"
+            return "eager", f"the model's own layers ({fused}); {why_not_captured}"
+        return "fused", f"fused layers; {why_not_captured}"
     if args.step != "auto":
         return args.step, f"--step {args.step}"
     if not isinstance(fused, str):
@@ -336,14 +338,25 @@ def _choose_step(
 
 
 def _why_not_captured(
-    args: FineTuningArguments, residency: Residency, *, recomputed: bool
+    model: PeftModel,
+    args: FineTuningArguments,
+    residency: Residency,
+    placement: Placement,
+    *,
+    is_fused: bool,
 ) -> str | None:
     if args.device.type != "cuda":
         return "CUDA graphs need a GPU"
     if not residency.is_whole:
         return "layers are gathered within the step"
-    if recomputed:
-        return "activations are recomputed"
+    if not placement.recomputed:
+        return None
+    if args.gradient_checkpointing_kwargs:
+        return "activations are recomputed as gradient_checkpointing_kwargs say"
+    if not is_fused:
+        return "activations are recomputed by the model's own layers"
+    if has_dropout(model):
+        return "activations are recomputed, with LoRA's dropout as it was drawn"
     return None
 
 

@@ -19,7 +19,7 @@ from lora_fsdp.data.workload import Work, measure_work
 from lora_fsdp.distributed.launch import FsdpSettings, launch_fingerprint
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.writing import LEAST_NEW_TOKENS
-from lora_fsdp.modeling.adapters import base_model, trainable_parameters
+from lora_fsdp.modeling.adapters import base_model, has_dropout, trainable_parameters
 from lora_fsdp.modeling.streaming import StoredBase
 
 
@@ -104,13 +104,12 @@ def fold_accumulation(args: FineTuningArguments) -> FineTuningArguments:
 def shares_prefix(args: FineTuningArguments, model: PeftModel) -> bool:
     """Whether training rows compute their prompts' common prefix once."""
     if args.share_prefix == "auto":
-        config = model.peft_config[str(model.active_adapter)]
-        return getattr(config, "lora_dropout", 0.0) == 0.0
+        return not has_dropout(model)
     return args.share_prefix == "always"
 
 
 def enable_checkpointing(
-    model: PeftModel, settings: FsdpSettings | None, *, device: torch.device
+    model: PeftModel, args: FineTuningArguments, settings: FsdpSettings | None
 ) -> None:
     """Recompute activations layer by layer, as the YAML asks for or memory.
 
@@ -121,7 +120,7 @@ def enable_checkpointing(
     base = base_model(model)
     # transformers < 5.20 knows the switch by its old name only.
     enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-    enable()
+    enable(args.gradient_checkpointing_kwargs)
     if settings is None or not settings.activation_offload:
         return
     # transformers' own way to offload pins memory on CPUs too, which fails there.
@@ -130,7 +129,7 @@ def enable_checkpointing(
             module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
                 _keeping_input_on_host,
                 module._gradient_checkpointing_func,  # type: ignore[arg-type]
-                device=device,
+                device=args.device,
             )
 
 

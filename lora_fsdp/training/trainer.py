@@ -214,9 +214,15 @@ class LoraTrainer(WatchedTrainer):
             stored=self.stored,
         )
         self.stored = None  # its files are closed
+        if self.plan.placement.recomputed and self.plan.is_captured:
+            # A graph cannot read the random numbers' state, and nothing in it draws any.
+            self.args.gradient_checkpointing_kwargs = {
+                "use_reentrant": False,
+                "preserve_rng_state": False,
+            }
         # What the arguments ask for, the Trainer itself switches on.
         if self.plan.placement.recomputed and not self.args.gradient_checkpointing:
-            enable_checkpointing(self.model, self.fsdp_settings, device=self.args.device)
+            enable_checkpointing(self.model, self.args, self.fsdp_settings)
         self.adapter = ReplicatedParameters(trainable_parameters(self.model))
         self.adapter.broadcast()
         self.adapter.check_equal()

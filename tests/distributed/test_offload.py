@@ -6,6 +6,7 @@ Run: python -m pytest tests/distributed/test_offload.py
 import pytest
 import torch
 
+from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.packing import Tree, pack_row
 from lora_fsdp.distributed.launch import FsdpSettings
 from lora_fsdp.distributed.residency import plan_residency
@@ -35,7 +36,8 @@ def gradients(setting, *, fused, monkeypatch=None):
     if fused:
         assert isinstance(fuse_layers(base_model(model).base_model, layers), list)
     if SETTINGS[setting].activation_checkpointing:
-        enable_checkpointing(model, SETTINGS[setting], device=torch.device("cpu"))
+        arguments = FineTuningArguments(output_dir="unused", use_cpu=True)
+        enable_checkpointing(model, arguments, SETTINGS[setting])
     model.train()
     original = FusedLayer.compute if fused else type(layers[0].mlp).forward
 

@@ -109,13 +109,18 @@ class TestKernels:
         )
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
-def test_captured_step_gives_the_plain_gradients(kind):
+def test_captured_step_gives_the_plain_gradients(kind, recomputed):
     some = rows(6)
     expected = gradients(
         step_of(EagerStep, adapted(kind).to(GPU), computation=RowComputation(torch.float32)), some
     )
-    captured = step_of(CapturedStep, fused(kind))
+    model = fused(kind)
+    if recomputed:  # as the trainer does it
+        base = model.train().get_base_model()
+        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    captured = step_of(CapturedStep, model)
     for _ in range(3):
         loss, found = gradients(captured, some)
         assert captured.failed is None
