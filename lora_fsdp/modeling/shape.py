@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
@@ -49,6 +50,8 @@ class ModelShape:
         parameters: of the whole base.
         hidden_size, vocabulary_size: widths.
         adapter_parameters: that are trained.
+        adapted_linears: linear layers with an adapter.
+        adapted_width: their inputs and outputs, added up.
         saved_per_token: bytes that a token's forward keeps for backward, all layers, in bfloat16.
         repeated_per_token: of that, keys and values that are repeated for every query head, which
             rows of `BLOCKS_FROM_TOKENS` tokens and more do without.
@@ -69,6 +72,8 @@ class ModelShape:
     hidden_size: int
     vocabulary_size: int
     adapter_parameters: int
+    adapted_linears: int
+    adapted_width: int
     saved_per_token: int
     repeated_per_token: int
     saved_per_pair: int
@@ -123,6 +128,7 @@ def shape_of(skeleton: PreTrainedModel, adapter: LoraConfig, *, fuse: bool = Tru
     (per_token, per_pair), note = _saved_or_estimated(model, layers, is_fused=is_fused)
     widths = base.config.get_text_config()
     linears = [_linear_sizes(layer) for layer in layers]
+    adapted: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     tied = head is None or head.weight is embedding.weight
     return ModelShape(
@@ -137,6 +143,8 @@ def shape_of(skeleton: PreTrainedModel, adapter: LoraConfig, *, fuse: bool = Tru
         hidden_size=int(widths.hidden_size),
         vocabulary_size=int(widths.vocab_size),
         adapter_parameters=sum(p.numel() for p in trainable_parameters(model).values()),
+        adapted_linears=len(adapted),
+        adapted_width=sum(int(m.in_features) + int(m.out_features) for m in adapted),
         saved_per_token=per_token,
         repeated_per_token=sum(map(_repeated_bytes, layers)) if is_fused else 0,
         saved_per_pair=per_pair,

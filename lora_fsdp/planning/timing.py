@@ -12,18 +12,24 @@ from lora_fsdp.distributed.memory import Placement, is_captured
 from lora_fsdp.modeling.shape import ModelShape
 from lora_fsdp.planning.gpus import Gpu
 
-# Share of the data sheet's operations that a large matrix product reaches.
-_PRODUCT_SHARE = 0.78
-# Tokens at which a product reaches half of that, as its tiles and weights weigh on short rows.
-_HALF_AT_TOKENS = 120
-# Share of a product's rate that a whole step reaches: norms, rotations, attention, the adapter.
-_STEP_SHARE = {True: 0.80, False: 0.62}
+# Share of the data sheet's operations that a long row's products reach, with the norms, rotations
+# and activations between them; fused layers or not.
+_SHARE = {True: 0.74, False: 0.57}
+# Tokens at which products reach half of that, as their tiles and weights weigh on short rows.
+_HALF_AT_TOKENS = 164
+# How many times longer than a product's an operation of attention takes.
+_ATTENTION_FACTOR = 2.8
 # Share of the data sheet's bandwidth at which weights are unpacked.
-_COPY_SHARE = 0.8
+_COPY_SHARE = 0.71
+# An adapter's part in a layer: its few small kernels; or how often it reads or writes the layer's
+# inputs and outputs, and the share of the data sheet's operations that products this thin reach.
+_ADAPTER_SECONDS = 3e-5
+_ADAPTER_COPIES = 5.3
+_ADAPTER_SHARE = 0.28
 # What the CPU needs to launch a layer's forward and backward where no graph was captured.
 _LAUNCH_SECONDS = {True: 3.4e-3, False: 4.7e-3}
 # What a layer's kernels wait for one another in a captured graph.
-_GRAPH_SECONDS = 8e-5
+_GRAPH_SECONDS = 4e-5
 # Outside forward and backward: the optimizer, the logs.
 _STEP_SECONDS = 1.5e-3
 
@@ -34,11 +40,12 @@ def step_seconds(
     """One optimizer step, the slowest of what happens at once."""
     rows = max(1.0, work.step_tokens / row_tokens)
     computing = _computing(shape, placement, gpu, work=work, rows=rows)
+    layers = rows * shape.layers * _passes(placement) / 2
     if is_captured(shape, placement, tokens=work.step_tokens / rows):
-        computing += rows * shape.layers * _GRAPH_SECONDS
+        computing += layers * _GRAPH_SECONDS
         launching = 0.0
     else:
-        launching = rows * shape.layers * _LAUNCH_SECONDS[shape.is_fused]
+        launching = layers * _LAUNCH_SECONDS[shape.is_fused]
     receiving = rows * _receiving(shape, placement, gpu)
     return max(computing, launching, receiving) + _STEP_SECONDS
 
@@ -50,8 +57,13 @@ def run_seconds(
     steps = work.steps(placement.ranks)
     training = steps * step_seconds(shape, placement, work, gpu, row_tokens=row_tokens)
     tokens = work.scored_tokens / placement.ranks
-    rate = gpu.flops * _PRODUCT_SHARE * _STEP_SHARE[shape.is_fused]
+    rate = gpu.flops * _SHARE[shape.is_fused]
     return training + 2.0 * shape.active_parameters * tokens / rate
+
+
+def _passes(placement: Placement) -> float:
+    """Times that a step goes through every layer."""
+    return 3.0 if placement.recomputed else 2.0
 
 
 def _computing(
@@ -65,15 +77,14 @@ def _computing(
     """Seconds of the GPU. The frozen weights have no gradient, so a product costs 2 operations a
     weight and token in forward and 2 in backward, and 2 more where it is recomputed.
     """
-    passes = 3.0 if placement.recomputed else 2.0
+    passes = _passes(placement)
     tokens, length = work.step_tokens, work.step_tokens / rows
     layers = passes * 2.0 * shape.active_parameters * tokens
     # The head gives its gradient at once: 3 products.
     head = 6.0 * shape.hidden_size * shape.vocabulary_size * work.step_labels
-    # Causal attention: half a square of tokens, two products in forward and five in backward; its
-    # kernels reach about half of a large product's rate.
+    # Causal attention: half a square of tokens, two products in forward and five in backward.
     attention = (passes - 1.0 + 2.5) * 2.0 * length * tokens * shape.hidden_size * shape.layers
-    rate = gpu.flops * _PRODUCT_SHARE * _STEP_SHARE[shape.is_fused]
+    rate = gpu.flops * _SHARE[shape.is_fused]
     products = (layers + head) / (rate * length / (length + _HALF_AT_TOKENS))
     reading = rows * passes * 2.0 * shape.active_parameters / gpu.bandwidth
     # 4-bit weights are read and written as bfloat16, before they are read as any weight.
@@ -82,7 +93,16 @@ def _computing(
         if placement.quantized
         else 0.0
     )
-    return max(products, reading) + 2.0 * attention / rate + unpacking
+    adapting = passes / 2.0 * _adapting(shape, gpu, tokens=tokens, rows=rows)
+    return max(products, reading) + _ATTENTION_FACTOR * attention / rate + unpacking + adapting
+
+
+def _adapting(shape: ModelShape, gpu: Gpu, *, tokens: float, rows: float) -> float:
+    """Seconds of the adapter's products, forward and backward."""
+    launching = rows * shape.adapted_linears * _ADAPTER_SECONDS
+    copying = _ADAPTER_COPIES * 2.0 * tokens * shape.adapted_width / gpu.bandwidth
+    multiplying = 6.0 * tokens * shape.adapter_parameters / (gpu.flops * _ADAPTER_SHARE)
+    return max(launching, copying + multiplying)
 
 
 def _receiving(shape: ModelShape, placement: Placement, gpu: Gpu) -> float:
