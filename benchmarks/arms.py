@@ -1,7 +1,7 @@
 """The ways to train that are compared, one a process: `python -m benchmarks.arms '{...}'`.
 
-Processes started side by side with one lock file as their `turn` import together, and use the GPU
-one after the other.
+Processes started side by side with one lock file as their `turn` get ready together, and use the
+GPU one after the other.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import sys
@@ -299,6 +300,15 @@ def _padded_batch(examples: list[Any], tokenizer: Any, device: torch.device) -> 
     return {key: value.to(device) for key, value in {**batch, "labels": labels}.items()}
 
 
+def get_ready(work: Workload) -> None:
+    """Do what hardly uses the GPU and is usually done at first use."""
+    importlib.import_module("torch._inductor.compile_fx")
+    importlib.import_module("lora_fsdp.modeling.kernels")
+    if work.in_4bit:
+        importlib.import_module("bitsandbytes")
+    torch.zeros(1, device="cuda")
+
+
 ARMS = {"ours": ours, "trl": trl, "article": article}
 
 
@@ -315,6 +325,8 @@ def main() -> None:
         torch.manual_seed(SEED)
         return
     turn = asked.get("turn")
+    if turn:
+        get_ready(work)
     with FileLock(turn) if turn else contextlib.nullcontext():
         result = arm(work, None, **asked["options"])
     if os.environ.get("RANK", "0") == "0":

@@ -6,7 +6,7 @@
 
 Needs a GPU. Every point is a process of its own and prints one line; the table is written to
 `benchmarks/results/`. While one has the GPU, the next ones import. `--foretell` measures nothing:
-it sets a file's measurements beside what the plan says now.
+it sets a file's measurements beside what the plan says now, and writes docs/planning.md's tables.
 Errors are those of `docs/planning.md`: (predicted - measured) / measured.
 """
 
@@ -34,6 +34,8 @@ from lora_fsdp.planning.gpus import parse_gpus
 from lora_fsdp.planning.timing import step_seconds
 from lora_fsdp.training.setup import work_of_run
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
+_MARK, _END = "<!-- measured: {} -->", "<!-- end -->"
 _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -77,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--points", nargs="+", choices=list(GRID), default=list(GRID))
     parser.add_argument("--seconds", type=float, default=180.0, help="a point may take")
-    parser.add_argument("--started", type=int, default=3, help="points started at once")
+    parser.add_argument("--started", type=int, default=4, help="points started at once")
     parser.add_argument("--output", default="planning", help="name of the file in results/")
     parser.add_argument("--foretell", type=Path, metavar="FILE", help="measured before")
     asked = parser.parse_args()
@@ -149,6 +151,11 @@ def _foretell(file: Path) -> None:
             report["points"][name] = result = now
         print(line(name, result), flush=True)
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(_MARK.format(file.name))
+    _, end, after = rest.partition(_END)
+    if end:
+        text = f"{before}{_MARK.format(file.name)}\n{tables(report['points'])}{_END}{after}"
+        PAGE.write_text(text, encoding="utf-8")
     print(summary(report["points"]))
 
 
@@ -188,13 +195,52 @@ def line(name: str, result: dict[str, Any]) -> str:
     return f"{name:<32} " + "  ".join(cells)
 
 
+def tables(points: dict[str, dict[str, Any]]) -> str:
+    """What docs/planning.md shows of a file's points."""
+    parts = []
+    for model, title in (("deepseek-7b", "7B"), ("llama-1b", "1B")):
+        names = [name for name in GRID if name.startswith(model) and not name.endswith("-4bit")]
+        lines = [
+            f"| {title} | bf16: GB | ms | 4-bit: GB | ms |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for name in names:
+            cells = [
+                _cell(points.get(point, {}), unit)
+                for point in (name, f"{name}-4bit")
+                for unit in ("gb", "ms")
+            ]
+            if any(cells):
+                lines.append(f"| {_setting(GRID[name])} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n" + "\n\n".join(parts) + f"\n\n{summary(points)}\n\n"
+
+
+def _cell(result: dict[str, Any], unit: str) -> str:
+    """Predicted, measured and the error."""
+    if f"error_{unit}" not in result:
+        return ""
+    places = 2 if unit == "gb" else 1
+    predicted, measured = (result[f"{kind}_{unit}"] for kind in ("predicted", "measured"))
+    return f"{predicted:.{places}f}, {measured:.{places}f} ({result[f'error_{unit}']:+.1%})"
+
+
+def _setting(point: Point) -> str:
+    work = point.work
+    targets = "all linear" if len(work.targets) > 2 else "q, v"
+    return f"{targets}, r {work.rank}, {work.rows}" + ", recomputed" * bool(point.options)
+
+
 def summary(points: dict[str, dict[str, Any]]) -> str:
     """Median and largest error."""
     lines = []
     for kind, what in (("gb", "memory"), ("ms", "time")):
         errors = [abs(r[f"error_{kind}"]) for r in points.values() if f"error_{kind}" in r]
         if errors:
-            lines.append(f"{what}: median {statistics.median(errors):.1%}, most {max(errors):.1%}")
+            lines.append(
+                f"{what} of {len(errors)} points: median {statistics.median(errors):.1%}, "
+                f"at most {max(errors):.1%}"
+            )
     return "\n".join(lines) or "nothing was measured"
 
 

@@ -10,6 +10,9 @@ Needs bitsandbytes (`pip install "lora-fsdp[4bit]"`), which is imported here and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
@@ -85,18 +88,31 @@ class FourBitLinear(Linear4bit, PackedLayer):
         """Write the weight's numbers into `out` [out, in], contiguous."""
         if not out.is_cuda or out.numel() % _BLOCK:  # the kernel takes whole blocks
             return out.copy_(dequantize_4bit(self.weight, self.quant_state))
+        return self.unpack_all([self], out)
+
+    @classmethod
+    @torch.no_grad()
+    def unpack_all(cls, layers: Sequence[PackedLayer], out: torch.Tensor) -> torch.Tensor:
+        """Write the numbers of several layers' weights into `out`, one below the other."""
+        whole = all(layer.in_features * layer.out_features % _BLOCK == 0 for layer in layers)
+        if not out.is_cuda or not whole:
+            return super().unpack_all(layers, out)
         from lora_fsdp.modeling import kernels
 
-        scales = self.quant_state
-        outer = scales.state2
+        states = [cast(FourBitLinear, layer).quant_state for layer in layers]
         kernels.unpack_nf4(
-            self.weight.detach().view(torch.uint8),
+            [
+                kernels.Nf4(
+                    layer.weight.detach().view(torch.uint8),
+                    scales=state.absmax,
+                    scales_of_scales=state.state2.absmax,
+                    offset=state.offset,
+                )
+                for layer, state in zip(layers, states, strict=True)
+            ],
             out,
-            values=scales.code,
-            scales=scales.absmax,
-            scale_values=outer.code,
-            scales_of_scales=outer.absmax,
-            offset=scales.offset,
+            values=states[0].code,  # the same in all: NF4's, and bitsandbytes' own for scales
+            scale_values=states[0].state2.code,
         )
         return out
 

@@ -6,6 +6,7 @@ back into numbers, and how a module is made that has the numbers instead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
@@ -33,6 +34,15 @@ class PackedLayer(nn.Module):
     def unpack(self, out: torch.Tensor) -> torch.Tensor:
         """Write the weight's numbers into `out` [out_features, in_features], contiguous."""
         raise NotImplementedError
+
+    @classmethod
+    def unpack_all(cls, layers: Sequence[PackedLayer], out: torch.Tensor) -> torch.Tensor:
+        """Write the numbers of several layers' weights into `out`, one below the other."""
+        for layer, rows in zip(
+            layers, out.split([layer.out_features for layer in layers]), strict=True
+        ):
+            layer.unpack(rows)
+        return out
 
 
 def unpacked(module: nn.Module) -> nn.Module:

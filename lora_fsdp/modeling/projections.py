@@ -162,10 +162,7 @@ class Projections:
         packed = [m.linear for m in self.members if isinstance(m.linear, PackedLayer)]
         if len(self.members) == 1 or len(packed) < len(self.members):
             return None
-        block = _empty_block(packed)
-        for member, linear in zip(self.members, packed, strict=True):
-            linear.unpack(block[member.columns])
-        return block
+        return packed[0].unpack_all(packed, _empty_block(packed))
 
     def _is_joined(self) -> bool:
         """Whether the block still is what the layers hold (moving a model gives it new storage)."""

@@ -81,12 +81,26 @@ def test_4_bits_are_unpacked_as_by_bitsandbytes(dtype):
 
     from lora_fsdp.modeling.four_bit import FourBitLinear
 
-    layer = FourBitLinear(nn.Linear(1088, 1000, bias=False, device="meta"), dtype=dtype)
-    sizes = torch.logspace(-6, 3, 1000, device=GPU)[:, None]
+    def layer_of(rows):
+        layer = FourBitLinear(nn.Linear(1088, rows, bias=False, device="meta"), dtype=dtype)
+        sizes = torch.logspace(-6, 3, rows, device=GPU)[:, None]
+        layer.set_whole(layer.quantize(torch.randn(rows, 1088, device=GPU) * sizes))
+        return layer
+
     torch.manual_seed(0)
-    layer.set_whole(layer.quantize(torch.randn(1000, 1088, device=GPU) * sizes))
-    found = layer.unpack(torch.empty(1000, 1088, dtype=dtype, device=GPU))
-    assert torch.equal(found, dequantize_4bit(layer.weight, layer.quant_state))
+    layers = [layer_of(rows) for rows in (1000, 40, 300)]
+    expected = [dequantize_4bit(layer.weight, layer.quant_state) for layer in layers]
+    found = layers[0].unpack(torch.empty(1000, 1088, dtype=dtype, device=GPU))
+    assert torch.equal(found, expected[0])
+    for some in (layers[:2], layers):
+        rows = sum(layer.out_features for layer in some)
+        block = torch.empty(rows, 1088, dtype=dtype, device=GPU)
+        assert torch.equal(layers[0].unpack_all(some, block), torch.cat(expected[: len(some)]))
+    # As FSDP gives them: anywhere in a larger tensor.
+    whole = torch.empty(layers[0].weight.numel() + 1, dtype=dtype, device=GPU)
+    whole[1:] = layers[0].weight.detach()[:, 0]
+    layers[0].set_whole(whole[1:, None])
+    assert torch.equal(layers[0].unpack(torch.empty_like(found)), expected[0])
 
 
 @needs_bitsandbytes
