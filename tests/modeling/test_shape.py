@@ -86,6 +86,8 @@ def test_adapter_parameters():
     shape = shape_of(build_on_meta(LLAMA), ADAPTER)
     of_layer = 4 * (128 + 128) + 4 * (128 + 64)  # q is 128 to 128, v 128 to 64
     assert shape.adapter_parameters == 3 * of_layer
+    assert shape.adapted_linears == 3 * 2
+    assert shape.adapted_width == 3 * (128 + 128 + 128 + 64)
 
 
 def test_four_bits_shrink_the_layers_only():

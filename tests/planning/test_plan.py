@@ -4,6 +4,7 @@ Run: python -m pytest tests/planning/test_plan.py
 """
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -17,6 +18,7 @@ from lora_fsdp.distributed.memory import (
     Placement,
     RowSizes,
     device_memory,
+    is_captured,
     largest_row,
     layers_that_fit,
     longest_row,
@@ -95,6 +97,15 @@ class TestMemory:
         kept = device_memory(seven_billion, Placement(1, 30), rows)
         again = device_memory(seven_billion, Placement(1, 30, recomputed=True), rows)
         assert again.activations < kept.activations / 8
+
+    def test_what_is_recomputed_in_a_graph_draws_nothing(self, seven_billion):
+        again = Placement(1, 30, recomputed=True)
+        dropping = shape_of(build_on_meta(DEEPSEEK_7B), replace(ADAPTER, lora_dropout=0.1))
+        plain = replace(seven_billion, is_fused=False)
+        assert is_captured(seven_billion, again, tokens=300)
+        assert not is_captured(dropping, again, tokens=300)
+        assert not is_captured(plain, again, tokens=300)
+        assert is_captured(dropping, Placement(1, 30), tokens=300)
 
     def test_layers_that_fit_do_and_one_more_does_not(self, seven_billion):
         free = int(12e9)
