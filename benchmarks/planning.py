@@ -28,7 +28,7 @@ from benchmarks.throughput import RESULTS, environment
 from benchmarks.workload import SHAPES, Workload, load_tokenizer, longest_length, task_and_examples
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import Encoder
-from lora_fsdp.distributed.memory import Placement, device_memory, largest_row
+from lora_fsdp.distributed.memory import Placement, largest_row, peak_allocated
 from lora_fsdp.modeling.shape import build_on_meta, shape_of
 from lora_fsdp.planning.gpus import parse_gpus
 from lora_fsdp.planning.timing import step_seconds
@@ -178,7 +178,7 @@ def predicted(point: Point, *, device: str, measured: dict[str, Any]) -> dict[st
     step = step_seconds(
         shape, placement, asked, parse_gpus(device.split()[1])[1], row_tokens=measured["row_tokens"]
     )
-    memory = device_memory(shape, placement, rows).allocated
+    memory = peak_allocated(shape, placement, rows)
     return _beside(measured, gigabytes=memory / 1e9, milliseconds=1e3 * step)
 
 

@@ -20,9 +20,11 @@ USUAL_ROW = 2048
 #: What the CUDA context and the libraries' kernels take, outside torch's allocator.
 CONTEXT = 600_000_000
 #: cuBLAS's and cuDNN's workspaces and temporary tensors of a layer: what steps of a 7B and a 1B
-#: allocated at their peak beyond the parts counted here; captured ones have pools of their own.
+#: allocated at their peak beyond the parts counted here. Captured ones have pools of their own, one
+#: for each of the many lengths of short rows.
 WORKSPACE = 100_000_000
 CAPTURED_WORKSPACE = 350_000_000
+CAPTURED_WORKSPACE_OF_LONG_ROWS = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class DeviceMemory:
         communication: buffers that gathers write into.
         adapter: its float32 parameters, and their copies in the base's dtype.
         gradients: of the adapter, float32, and their copy while rows of a new length are captured
-            (short rows only: long ones are of few lengths, captured before there are moments).
+            (of short rows: long ones are of few lengths, captured before there are moments).
         optimizer: AdamW's two moments, float32.
         activations: what a row keeps for backward, and its mask.
         logits: of the label tokens, with their gradients.
@@ -100,8 +102,20 @@ class DeviceMemory:
 
     @property
     def allocated(self) -> int:
-        """What `torch.cuda.max_memory_allocated` will say."""
+        """What torch's allocator must have."""
         return self.total - self.context
+
+
+def peak_allocated(shape: ModelShape, placement: Placement, rows: RowSizes) -> int:
+    """What `torch.cuda.max_memory_allocated` will say after training, in bytes.
+
+    A graph's tensors count when it is captured and not when it is replayed. Long rows are captured
+    before there are moments, beside a copy of the gradients; what they need later is not seen.
+    """
+    needed = device_memory(shape, placement, rows).allocated
+    if is_captured(shape, placement, tokens=rows.tokens) and rows.tokens >= BLOCKS_FROM_TOKENS:
+        return needed + (4 - 8) * shape.adapter_parameters
+    return needed
 
 
 def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> DeviceMemory:
@@ -131,6 +145,9 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
     if placement.recomputed:  # a layer's activations come after the logits are gone
         logits -= min(logits, shape.saved_bytes(rows.tokens, recomputed=False) // shape.layers)
     unpacked = 2 * shape.largest_linear if placement.quantized else 0
+    workspace = WORKSPACE
+    if captured:
+        workspace = CAPTURED_WORKSPACE if short else CAPTURED_WORKSPACE_OF_LONG_ROWS
     return DeviceMemory(
         base_shard=0 if placement.offloaded else sharded,
         resident=resident,
@@ -142,7 +159,7 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
         activations=max(trained, scored),
         logits=logits,
         # The head's weight is not packed: weights are unpacked before and after it.
-        workspace=(CAPTURED_WORKSPACE if captured else WORKSPACE) + max(0, unpacked - logits),
+        workspace=workspace + max(0, unpacked - logits),
     )
 
 

@@ -16,9 +16,9 @@ def foretold(plan: TrainingPlan, work: Work | None, gpu: Gpu | None) -> dict[str
         work: what it computes.
         gpu: its GPUs' kind; `None` = unknown.
     """
-    if plan.shape is None or plan.memory is None:
+    if plan.shape is None or plan.peak_memory is None:
         return {}
-    found = {"peak_memory_gb": round(plan.memory.allocated / 1e9, 3)}
+    found = {"peak_memory_gb": round(plan.peak_memory / 1e9, 3)}
     if work is not None and gpu is not None:
         step = step_seconds(
             plan.shape, plan.placement, work, gpu, row_tokens=plan.max_tokens_per_row

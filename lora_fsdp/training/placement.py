@@ -29,6 +29,7 @@ from lora_fsdp.distributed.memory import (
     largest_row,
     layers_that_fit,
     longest_row,
+    peak_allocated,
 )
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.residency import Residency, least_free_memory, plan_residency
@@ -79,6 +80,13 @@ class TrainingPlan:
         return device_memory(self.shape, self.placement, self.rows)
 
     @property
+    def peak_memory(self) -> int | None:
+        """The bytes that torch is foretold to name as its peak on each GPU."""
+        if self.shape is None:
+            return None
+        return peak_allocated(self.shape, self.placement, self.rows)
+
+    @property
     def is_captured(self) -> bool:
         """Whether steps are CUDA graphs."""
         return self.step in ("graph", "compiled")
@@ -91,8 +99,8 @@ class TrainingPlan:
         ]
         if self.recomputing:
             lines.append(f"  backward  recomputes activations: {self.recomputing}")
-        if self.shape is not None and self.memory is not None:
-            lines.append(f"  memory    {self.memory.allocated / 1e9:.1f} GB at the peak, foretold")
+        if self.shape is not None and self.peak_memory is not None:
+            lines.append(f"  memory    {self.peak_memory / 1e9:.1f} GB at the peak, foretold")
             if not self.residency.is_whole:
                 whole = replace(self.placement, resident_layers=self.shape.layers, offloaded=False)
                 needed = device_memory(self.shape, whole, self.rows).total / 1e9

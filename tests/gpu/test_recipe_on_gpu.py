@@ -34,8 +34,8 @@ pytestmark = [
     ),
 ]
 
-# A lead in log-likelihood that rounding does not make up for.
-CLEAR = 0.1
+# By which two computations in bfloat16 may differ in a log-likelihood; training moves them by ten.
+ROUNDING = 0.3
 DEEPSEEK_7B = {
     "vocab_size": 102400,
     "hidden_size": 4096,
@@ -119,18 +119,12 @@ def recipe_run(name, output_dir, dropout, steps):
     again = score_examples(
         reloaded, encoded, device=torch.device("cuda"), computation=RowComputation(torch.bfloat16)
     )
-    first, second = scores.log_likelihoods.topk(2, dim=1).values.T
-    lead = first - second
     return {
         "losses": losses,
         "examples_per_second": rate,
         "peak_gb": peak,
         "sharded": sharded,
         "same_answers": sum(a == b for a, b in zip(scores.best, again.best, strict=True)),
-        "differing_clearly": sum(
-            a != b and ahead > CLEAR
-            for a, b, ahead in zip(scores.best, again.best, lead.tolist(), strict=True)
-        ),
         "largest_difference": (scores.log_likelihoods - again.log_likelihoods).abs().max().item(),
     }
 
@@ -160,6 +154,6 @@ def test_recipe(name, config, dropout, tmp_path):
     )
     assert run["sharded"] == (config is not None)
     assert sum(run["losses"][-5:]) < sum(run["losses"][:5])
-    # Answers may change places where bfloat16's rounding decides between them.
-    assert not run["differing_clearly"]
+    assert run["largest_difference"] < ROUNDING
+    # Rounding decides where two labels are as good as equally likely.
     assert run["same_answers"] >= 22

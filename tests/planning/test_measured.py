@@ -4,6 +4,7 @@ Run: python -m pytest tests/planning/test_measured.py
 """
 
 import json
+from statistics import median
 
 import pytest
 
@@ -17,32 +18,46 @@ MEASURED = {
     for file in sorted(RESULTS.glob("planning-*.json"))
 }
 
+
+def points_of(gpu):
+    return MEASURED[gpu]["points"]
+
+
 pytestmark = pytest.mark.skipif(
     not DATA.exists(), reason="needs the prepared default: python examples/prepare_default.py"
 )
 
 
-@pytest.mark.parametrize("gpu", MEASURED)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "deepseek-7b-qv",
-        "deepseek-7b-qv-long-4bit",
-        "deepseek-7b-all-r64-long-again",
-        "llama-1b-all-r64",
-        "llama-1b-all-r64-long-4bit",
-    ],
+SOME = (
+    "deepseek-7b-qv",
+    "deepseek-7b-qv-long-4bit",
+    "deepseek-7b-all-r64-long-again-4bit",
+    "llama-1b-all-r64",
+    "llama-1b-all-again",
 )
-def test_the_plan_is_as_good_as_the_documentation_says(gpu, name, monkeypatch):
+
+
+@pytest.mark.parametrize(
+    ("gpu", "name"), [(gpu, name) for gpu in MEASURED for name in SOME if name in points_of(gpu)]
+)
+def test_the_plan_says_what_is_stored(gpu, name, monkeypatch):
     monkeypatch.chdir(ROOT)  # where the benchmarks find their data
-    point = MEASURED[gpu]["points"][name]
+    point = points_of(gpu)[name]
     now = predicted(GRID[name], device=MEASURED[gpu]["environment"]["device"], measured=point)
-    assert abs(now["error_gb"]) < 0.08
-    assert abs(now.get("error_ms", 0.0)) < 0.2
     # Otherwise: python -m benchmarks.planning --foretell, which also writes the page's tables.
     assert now == point
 
 
 @pytest.mark.parametrize("gpu", MEASURED)
+def test_the_plan_is_as_good_as_it_is_said_to_be(gpu):
+    points = points_of(gpu).values()
+    memory = [abs(point["error_gb"]) for point in points]
+    time = [abs(point["error_ms"]) for point in points if "error_ms" in point]
+    assert max(memory) < 0.08
+    assert median(memory) < 0.04
+    assert max(time) < 0.2
+
+
+@pytest.mark.parametrize("gpu", MEASURED)
 def test_the_documentation_has_every_point(gpu):
-    assert tables(MEASURED[gpu]["points"]) in PAGE.read_text(encoding="utf-8")
+    assert tables(points_of(gpu)) in PAGE.read_text(encoding="utf-8")
