@@ -234,12 +234,12 @@ def _setting(point: Point) -> str:
 def summary(points: dict[str, dict[str, Any]]) -> str:
     """Median and largest error."""
     lines = []
-    for kind, what in (("gb", "memory"), ("ms", "time")):
+    for kind, what in (("gb", "Memory"), ("ms", "Time")):
         errors = [abs(r[f"error_{kind}"]) for r in points.values() if f"error_{kind}" in r]
         if errors:
             lines.append(
                 f"{what} of {len(errors)} points: median {statistics.median(errors):.1%}, "
-                f"at most {max(errors):.1%}"
+                f"at most {max(errors):.1%}."
             )
     return "\n".join(lines) or "nothing was measured"
 
