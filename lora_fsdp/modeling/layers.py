@@ -1,6 +1,8 @@
-"""Where the decoder layers of a causal language model are."""
+"""Where the decoder layers of a causal language model are, and their compilation."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -35,3 +37,9 @@ def decoder_layers(base: nn.Module) -> list[nn.Module]:
 
 def _parameter_count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Let torch compile each layer at its first forward, once for all row lengths."""
+    for layer in layers:
+        layer.compile(dynamic=True)

@@ -38,6 +38,7 @@ from lora_fsdp.errors import ArgumentError
 from lora_fsdp.modeling.adapters import base_model, has_dropout
 from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers
 from lora_fsdp.modeling.label_head import RowComputation, head_can_be_chunked
+from lora_fsdp.modeling.layers import compile_layers
 from lora_fsdp.modeling.shape import ModelShape, shape_of
 from lora_fsdp.modeling.streaming import StoredBase
 from lora_fsdp.training.step import CapturedStep, EagerStep
@@ -183,8 +184,8 @@ def place_for_training(
     if not isinstance(fused, str) and residency.is_whole:
         for replacement in fused:
             replacement.join_weights()
-    for layer in layers if step == "compiled" else ():
-        layer.compile(dynamic=True)
+    if step == "compiled":
+        compile_layers(layers)
     row_length = args.max_tokens_per_row or _row_length(
         shape,
         device=device,

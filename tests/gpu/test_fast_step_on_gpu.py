@@ -12,10 +12,11 @@ from transformers import TrainerCallback
 from lora_fsdp.data.packing import Tree, pack_row
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.modeling import fused_functions
-from lora_fsdp.modeling.adapters import trainable_parameters
+from lora_fsdp.modeling.adapters import base_model, trainable_parameters
 from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS
 from lora_fsdp.modeling.decoder_layer import fuse_layers
 from lora_fsdp.modeling.label_head import RowComputation
+from lora_fsdp.modeling.layers import compile_layers, decoder_layers
 from lora_fsdp.training.step import CapturedStep, EagerStep
 from tests.modeling.test_decoder_layer import adapted
 from tests.support.runs import toy_trainer
@@ -129,14 +130,16 @@ def test_captured_step_gives_the_plain_gradients(kind, recomputed):
     assert 1 < len(captured._graphs) < len(some) + 1
 
 
-def test_other_architectures_are_captured_too():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_other_architectures_are_captured_too(compiled):
     some = rows(3)
     expected = gradients(
         step_of(EagerStep, adapted("gpt2").to(GPU), computation=RowComputation(torch.float32)), some
     )
-    captured = step_of(
-        CapturedStep, adapted("gpt2").to(GPU), computation=RowComputation(torch.float32)
-    )
+    model = adapted("gpt2").to(GPU)
+    if compiled:
+        compile_layers(decoder_layers(base_model(model)))
+    captured = step_of(CapturedStep, model, computation=RowComputation(torch.float32))
     loss, found = gradients(captured, some)
     assert captured.failed is None
     assert loss == pytest.approx(expected[0], rel=1e-5)
