@@ -22,7 +22,6 @@ from lora_fsdp.distributed.launch import FsdpSettings
 from lora_fsdp.distributed.memory import (
     LONGEST_ROW,
     USUAL_ROW,
-    DeviceMemory,
     Placement,
     RowSizes,
     device_memory,
@@ -72,13 +71,6 @@ class TrainingPlan:
     shape: ModelShape | None
     rows: RowSizes
     recomputing: str = ""
-
-    @property
-    def memory(self) -> DeviceMemory | None:
-        """The bytes that a step is foretold to need on each GPU."""
-        if self.shape is None:
-            return None
-        return device_memory(self.shape, self.placement, self.rows)
 
     @property
     def peak_memory(self) -> int | None:
@@ -141,18 +133,16 @@ def place_for_training(
     is_fused = not isinstance(fused, str)
     shape = _shape(model, fuse=is_fused) if device.type == "cuda" else None
     work = work or _NO_WORK
-    placement = least_placement(
+    least = least_placement(
         args,
         settings,
         layers=len(layers),
         ranks=args.world_size,
         quantized=bool(getattr(base, "is_loaded_in_4bit", False)),  # set by transformers, or by us
     )
-    shortest = max(longest_example, args.max_tokens_per_row or 0)  # that rows can be limited to
-    recomputing = _why_recompute(
-        shape, placement, largest_row(work, shortest), base=base, device=device
-    )
-    placement = replace(placement, recomputed=placement.recomputed or bool(recomputing))
+    shortest = largest_row(work, max(longest_example, args.max_tokens_per_row or 0))
+    recomputing = _why_recompute(shape, least, shortest, base=base, device=device)
+    placement = replace(least, recomputed=least.recomputed or bool(recomputing))
     usual = largest_row(work, max(longest_example, args.max_tokens_per_row or USUAL_ROW))
     residency = plan_residency(
         args.resident_layers,

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from lora_fsdp import FineTuningArguments, LoraTrainer
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.data.packing import Tree, pack_row
+from lora_fsdp.distributed.memory import device_memory
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.modeling.adapters import base_model, trainable_parameters
 from lora_fsdp.modeling.decoder_layer import fuse_layers
@@ -147,7 +148,8 @@ def test_activations_are_recomputed_where_nothing_else_fits(tmp_path):
         gc.collect()
         torch.cuda.empty_cache()
         if left:
-            left = plans[0].memory.allocated - plans[0].memory.activations // 2
+            memory = device_memory(plans[0].shape, plans[0].placement, plans[0].rows)
+            left = memory.allocated - memory.activations // 2
         free = torch.cuda.mem_get_info()[0]
         ballast = torch.empty(free - left if left else 0, dtype=torch.uint8, device=GPU)
         torch.manual_seed(0)
