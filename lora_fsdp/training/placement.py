@@ -168,7 +168,14 @@ def place_for_training(
     step, reason = _choose_step(
         args,
         fused=fused,
-        why_not_captured=_why_not_captured(model, args, residency, placement, is_fused=is_fused),
+        why_not_captured=why_not_captured(
+            model,
+            args,
+            settings,
+            is_whole=residency.is_whole,
+            is_fused=is_fused,
+            recomputed=placement.recomputed,
+        ),
         seconds=seconds,
     )
     if not isinstance(fused, str) and residency.is_whole:
@@ -336,20 +343,33 @@ def _choose_step(
     return "graph", f"the model's own layers ({fused}), captured as CUDA graphs"
 
 
-def _why_not_captured(
+def why_not_captured(
     model: PeftModel,
     args: FineTuningArguments,
-    residency: Residency,
-    placement: Placement,
+    settings: FsdpSettings | None,
     *,
+    is_whole: bool,
     is_fused: bool,
+    recomputed: bool,
 ) -> str | None:
+    """Why no CUDA graph can hold a step, in words; `None` = one can.
+
+    Args:
+        model: base and adapter.
+        args: the run's arguments.
+        settings: the YAML's FSDP settings.
+        is_whole: every rank keeps the whole base.
+        is_fused: fused layers compute.
+        recomputed: activations are recomputed in backward.
+    """
     if args.device.type != "cuda":
         return "CUDA graphs need a GPU"
-    if not residency.is_whole:
+    if not is_whole:
         return "layers are gathered within the step"
-    if not placement.recomputed:
+    if not recomputed:
         return None
+    if settings is not None and settings.activation_offload:
+        return "what activations are recomputed from waits in host memory"
     if args.gradient_checkpointing_kwargs:
         return "activations are recomputed as gradient_checkpointing_kwargs say"
     if not is_fused:

@@ -1,0 +1,49 @@
+"""Which steps a CUDA graph may hold. Run: python -m pytest tests/training/test_step_choice.py"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lora_fsdp.distributed.launch import FsdpSettings
+from lora_fsdp.training.placement import why_not_captured
+from tests.support.tiny import adapted_model
+
+SHARDED = FsdpSettings(True, False, True, None, True)
+OFFLOADED = FsdpSettings(True, False, True, None, True, activation_offload=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"device": "cpu"}, "need a GPU"),
+        ({"is_whole": False}, "gathered"),
+        ({"recomputed": True}, None),
+        ({"recomputed": True, "settings": SHARDED}, None),
+        ({"recomputed": True, "settings": OFFLOADED}, "waits in host memory"),
+        ({"recomputed": True, "kwargs": {"use_reentrant": True}}, "gradient_checkpointing_kwargs"),
+        ({"recomputed": True, "is_fused": False}, "the model's own layers"),
+        ({"recomputed": True, "dropout": 0.1}, "dropout"),
+        ({"dropout": 0.1}, None),
+        ({"is_fused": False}, None),
+    ],
+)
+def test_what_is_captured(changed, reason):
+    case = {"device": "cuda", "settings": None, "kwargs": None, "dropout": 0.0} | changed
+    model = adapted_model("llama")
+    model.peft_config["default"].lora_dropout = case["dropout"]
+    # The arguments' own device is this machine's.
+    arguments = SimpleNamespace(
+        device=torch.device(case["device"]), gradient_checkpointing_kwargs=case["kwargs"]
+    )
+    found = why_not_captured(
+        model,
+        arguments,
+        case["settings"],
+        is_whole=case.get("is_whole", True),
+        is_fused=case.get("is_fused", True),
+        recomputed=case.get("recomputed", False),
+    )
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in found
