@@ -91,7 +91,9 @@ def test_the_log_is_watched_while_it_grows(tmp_path: Path) -> None:
     [watch] = commands("tail -f")
     log = tmp_path / "train.log"
     log.write_text("step 1\n")
-    with subprocess.Popen(watch.split(), cwd=tmp_path, stdout=subprocess.PIPE, text=True) as shown:
+    with subprocess.Popen(
+        ["timeout", "60", *watch.split()], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    ) as shown:
         assert shown.stdout is not None
         try:
             assert shown.stdout.readline() == "step 1\n"

@@ -151,14 +151,15 @@ def _launch(command: Sequence[str]) -> int:
 def _cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
     """Rank and end of the process that failed first.
 
-    The launcher ends the others by SIGTERM, and counts their times in whole seconds too: within one
-    second any of them may come first.
+    The launcher ends the others by SIGTERM, and counts times in whole seconds: within one second
+    any of them may come first.
     """
-
-    def came_later(rank: int) -> tuple[bool, int]:
-        return failures[rank].exitcode == -signal.SIGTERM, failures[rank].timestamp
-
-    first = min(failures, key=came_later)
+    earliest = min(failure.timestamp for failure in failures.values())
+    at_once = {rank: one for rank, one in failures.items() if one.timestamp <= earliest + 1}
+    first = min(
+        at_once,
+        key=lambda rank: (at_once[rank].exitcode == -signal.SIGTERM, at_once[rank].timestamp),
+    )
     return first, failures[first]
 
 

@@ -20,11 +20,11 @@ USUAL_ROW = 2048
 #: What the CUDA context and the libraries' kernels take, outside torch's allocator.
 CONTEXT = 600_000_000
 #: cuBLAS's and cuDNN's workspaces and temporary tensors of a layer: what steps of a 7B and a 1B
-#: allocated at their peak beyond the parts counted here. Captured ones have pools of their own, one
-#: for each of the many lengths of short rows.
+#: allocated at their peak beyond the parts counted here; captured ones have pools of their own.
 WORKSPACE = 100_000_000
 CAPTURED_WORKSPACE = 350_000_000
-CAPTURED_WORKSPACE_OF_LONG_ROWS = 200_000_000
+#: Of that, what a graph that is captured first, of long rows of one length, did without.
+_LATER_WORKSPACE = 150_000_000
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ class DeviceMemory:
         in_flight: layers that are gathered while they compute.
         communication: buffers that gathers write into.
         adapter: its float32 parameters, and their copies in the base's dtype.
-        gradients: of the adapter, float32, and their copy while rows of a new length are captured
-            (of short rows: long ones are of few lengths, captured before there are moments).
+        gradients: of the adapter, float32, and their copy while rows of a new length are captured.
         optimizer: AdamW's two moments, float32.
         activations: what a row keeps for backward, and its mask.
         logits: of the label tokens, with their gradients.
@@ -109,13 +108,16 @@ class DeviceMemory:
 def peak_allocated(shape: ModelShape, placement: Placement, rows: RowSizes) -> int:
     """What `torch.cuda.max_memory_allocated` will say after training, in bytes.
 
-    A graph's tensors count when it is captured and not when it is replayed. Long rows are captured
-    before there are moments, beside a copy of the gradients; what they need later is not seen.
+    A graph's tensors count when it is captured and not when it is replayed. Long rows, taken to be
+    of one length, are captured before there are moments; what they need later is not seen.
     """
-    needed = device_memory(shape, placement, rows).allocated
-    if is_captured(shape, placement, tokens=rows.tokens) and rows.tokens >= BLOCKS_FROM_TOKENS:
-        return needed + (4 - 8) * shape.adapter_parameters
-    return needed
+    needed = device_memory(shape, placement, rows)
+    if not is_captured(shape, placement, tokens=rows.tokens) or rows.tokens < BLOCKS_FROM_TOKENS:
+        return needed.allocated
+    training = device_memory(shape, placement, replace(rows, scored=0))
+    seen = training.allocated - training.optimizer - _LATER_WORKSPACE
+    # Scoring is not captured.
+    return max(seen, needed.allocated if needed.activations > training.activations else 0)
 
 
 def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> DeviceMemory:
@@ -135,8 +137,7 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
     else:
         in_flight = 2 * layer + head
     captured = is_captured(shape, placement, tokens=rows.tokens)
-    short = rows.tokens < BLOCKS_FROM_TOKENS
-    mask = 2 * rows.tokens**2 if short else 0
+    mask = 2 * rows.tokens**2 if rows.tokens < BLOCKS_FROM_TOKENS else 0
     trained = mask + shape.saved_bytes(rows.tokens, recomputed=placement.recomputed)
     # Scoring keeps nothing: one layer's tensors, and the next one's while they are freed.
     scored = shape.saved_bytes(rows.scored, recomputed=False) // shape.layers
@@ -145,21 +146,18 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
     if placement.recomputed:  # a layer's activations come after the logits are gone
         logits -= min(logits, shape.saved_bytes(rows.tokens, recomputed=False) // shape.layers)
     unpacked = 2 * shape.largest_linear if placement.quantized else 0
-    workspace = WORKSPACE
-    if captured:
-        workspace = CAPTURED_WORKSPACE if short else CAPTURED_WORKSPACE_OF_LONG_ROWS
     return DeviceMemory(
         base_shard=0 if placement.offloaded else sharded,
         resident=resident,
         in_flight=in_flight,
         communication=0 if whole else layer,
         adapter=6 * shape.adapter_parameters,
-        gradients=(8 if captured and short else 4) * shape.adapter_parameters,
+        gradients=(8 if captured else 4) * shape.adapter_parameters,
         optimizer=8 * shape.adapter_parameters,
         activations=max(trained, scored),
         logits=logits,
         # The head's weight is not packed: weights are unpacked before and after it.
-        workspace=workspace + max(0, unpacked - logits),
+        workspace=(CAPTURED_WORKSPACE if captured else WORKSPACE) + max(0, unpacked - logits),
     )
 
 

@@ -146,6 +146,8 @@ def unpack_nf4(
         values: the 16 numbers that 4 bits stand for, float32.
         scale_values: the 256 numbers that a scale stands for, float32.
     """
+    if not 1 <= len(weights) <= _NF4_WEIGHTS:
+        raise ValueError(f"One launch takes 1 to {_NF4_WEIGHTS} weights, and not {len(weights)}.")
     counts = [weight.packed.numel() * 2 // _NF4_BLOCK for weight in weights]
     programs = [triton.cdiv(count, _NF4_BLOCKS) for count in counts]
     none = _NF4_WEIGHTS - len(weights)

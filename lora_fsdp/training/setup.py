@@ -120,7 +120,10 @@ def enable_checkpointing(
     base = base_model(model)
     # transformers < 5.20 knows the switch by its old name only.
     enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-    enable(args.gradient_checkpointing_kwargs)
+    kwargs: dict[str, Any] = dict(args.gradient_checkpointing_kwargs or {})  # type: ignore[arg-type]
+    # As the Trainer does: these are the switch's own, the others are torch's.
+    own = {name: kwargs.pop(name) for name in ("every_n_layers", "offload") if name in kwargs}
+    enable(kwargs or None, **own)
     if settings is None or not settings.activation_offload:
         return
     # transformers' own way to offload pins memory on CPUs too, which fails there.
@@ -131,6 +134,14 @@ def enable_checkpointing(
                 module._gradient_checkpointing_func,  # type: ignore[arg-type]
                 device=args.device,
             )
+
+
+def recompute_without_random_state(args: FineTuningArguments) -> None:
+    """For recomputing in a CUDA graph: it cannot read the state, and holds nothing that draws."""
+    kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+    args.gradient_checkpointing_kwargs = kwargs
+    if hasattr(args, "activation_checkpointing_kwargs"):  # its name since transformers 5.20
+        args.activation_checkpointing_kwargs = kwargs
 
 
 def _keeping_input_on_host(

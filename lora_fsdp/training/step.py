@@ -112,6 +112,7 @@ class CapturedStep(EagerStep):
                 graph = self._capture(size)
             except RuntimeError as error:
                 self.failed = str(error).splitlines()[0]
+                self._graphs.clear()  # their memory is free for the eager step
                 logger.warning("The step cannot be captured and runs eagerly: %s", self.failed)
                 return super().run(row, label_tokens=label_tokens)
             self._graphs[size] = graph

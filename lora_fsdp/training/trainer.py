@@ -63,6 +63,7 @@ from lora_fsdp.training.setup import (
     enable_checkpointing,
     fold_accumulation,
     longest_answer,
+    recompute_without_random_state,
     run_fingerprints,
     shares_prefix,
     work_of_run,
@@ -215,11 +216,7 @@ class LoraTrainer(WatchedTrainer):
         )
         self.stored = None  # its files are closed
         if self.plan.placement.recomputed and self.plan.is_captured:
-            # A graph cannot read the random numbers' state, and nothing in it draws any.
-            self.args.gradient_checkpointing_kwargs = {
-                "use_reentrant": False,
-                "preserve_rng_state": False,
-            }
+            recompute_without_random_state(self.args)
         # What the arguments ask for, the Trainer itself switches on.
         if self.plan.placement.recomputed and not self.args.gradient_checkpointing:
             enable_checkpointing(self.model, self.args, self.fsdp_settings)

@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from lora_fsdp.arguments import DataArguments
-from lora_fsdp.cli.train import LaunchOptions, _explain_code, launch_command_line
+from lora_fsdp.cli.train import LaunchOptions, _cause, _explain_code, launch_command_line
 from lora_fsdp.data.rows import load_task_data
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.training.run_lock import LOCK_FILE
@@ -184,3 +185,21 @@ def test_small_table_with_the_recipe_of_make_sentiment(tmp_path):
         )
         data = load_task_data(arguments, seed=0)
         assert (len(data.train), len(data.held_out)) == rows
+
+
+@pytest.mark.parametrize(
+    ("ends", "first"),
+    [
+        ({0: (-15, 100), 1: (1, 100)}, 1),  # the launcher ended process 0
+        ({0: (-15, 100), 1: (1, 101)}, 1),
+        ({0: (1, 100), 1: (-15, 100)}, 0),
+        ({0: (1, 101), 1: (-9, 100)}, 1),
+        ({0: (-15, 100), 1: (-9, 130)}, 0),  # ended from outside; the launcher killed the other
+        ({0: (1, 130), 1: (-9, 100)}, 1),
+    ],
+)
+def test_the_cause_is_what_failed_first(ends, first):
+    failures = {
+        rank: SimpleNamespace(exitcode=code, timestamp=time) for rank, (code, time) in ends.items()
+    }
+    assert _cause(failures) == (first, failures[first])

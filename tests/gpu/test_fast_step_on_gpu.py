@@ -9,14 +9,16 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.packing import Tree, pack_row
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.modeling import fused_functions
 from lora_fsdp.modeling.adapters import base_model, trainable_parameters
 from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS
-from lora_fsdp.modeling.decoder_layer import fuse_layers
+from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers
 from lora_fsdp.modeling.label_head import RowComputation
 from lora_fsdp.modeling.layers import compile_layers, decoder_layers
+from lora_fsdp.training.setup import enable_checkpointing, recompute_without_random_state
 from lora_fsdp.training.step import CapturedStep, EagerStep
 from tests.modeling.test_decoder_layer import adapted
 from tests.support.runs import toy_trainer
@@ -112,15 +114,26 @@ class TestKernels:
 
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
-def test_captured_step_gives_the_plain_gradients(kind, recomputed):
+def test_captured_step_gives_the_plain_gradients(kind, recomputed, monkeypatch):
     some = rows(6)
     expected = gradients(
         step_of(EagerStep, adapted(kind).to(GPU), computation=RowComputation(torch.float32)), some
     )
-    model = fused(kind)
-    if recomputed:  # as the trainer does it
-        base = model.train().get_base_model()
-        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    model = fused(kind).train()
+    if recomputed:
+        arguments = FineTuningArguments(output_dir="unused")
+        recompute_without_random_state(arguments)
+        enable_checkpointing(model, arguments, None)
+    counts = {"model": 0, "layers": 0}
+    decoder = model.get_base_model().base_model
+    decoder.register_forward_pre_hook(lambda *_: counts.update(model=counts["model"] + 1))
+    compute = FusedLayer.compute
+
+    def counted(self, *tensors):
+        counts["layers"] += 1
+        return compute(self, *tensors)
+
+    monkeypatch.setattr(FusedLayer, "compute", counted)
     captured = step_of(CapturedStep, model)
     for _ in range(3):
         loss, found = gradients(captured, some)
@@ -128,6 +141,7 @@ def test_captured_step_gives_the_plain_gradients(kind, recomputed):
         assert loss == pytest.approx(expected[0], rel=1e-5)
         assert (found - expected[1]).norm() <= 1e-5 * expected[1].norm()
     assert 1 < len(captured._graphs) < len(some) + 1
+    assert counts["layers"] == counts["model"] * len(decoder.layers) * (1 + recomputed)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -53,9 +53,9 @@ def test_the_plan_is_as_good_as_it_is_said_to_be(gpu):
     points = points_of(gpu).values()
     memory = [abs(point["error_gb"]) for point in points]
     time = [abs(point["error_ms"]) for point in points if "error_ms" in point]
-    assert max(memory) < 0.08
-    assert median(memory) < 0.04
-    assert max(time) < 0.2
+    assert max(memory) < 0.026
+    assert median(memory) < 0.004
+    assert max(time) < 0.11
 
 
 @pytest.mark.parametrize("gpu", MEASURED)

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_fsdp.distributed.launch import FsdpSettings
-from lora_fsdp.training.placement import why_not_captured
+from lora_fsdp.training.placement import TrainingPlan, why_not_captured
+from tests.support.runs import toy_trainer
 from tests.support.tiny import adapted_model
 
 SHARDED = FsdpSettings(True, False, True, None, True)
@@ -47,3 +49,20 @@ def test_what_is_captured(changed, reason):
     )
     assert (found is None) == (reason is None)
     assert reason is None or reason in found
+
+
+def checkpointing_options(trainer):
+    trainer.train()
+    layers = [m for m in trainer.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    assert layers
+    [options] = {tuple(layer._gradient_checkpointing_func.keywords.items()) for layer in layers}
+    return dict(options)
+
+
+def test_what_is_recomputed_in_a_graph_keeps_no_random_state(tmp_path, monkeypatch):
+    """As the Trainer itself switches it on. Nothing is captured on a CPU; the plan says so here."""
+    plain = toy_trainer(tmp_path / "plain", gradient_checkpointing=True, max_steps=1)
+    assert checkpointing_options(plain).get("preserve_rng_state", True)
+    monkeypatch.setattr(TrainingPlan, "is_captured", True)
+    trainer = toy_trainer(tmp_path / "graph", gradient_checkpointing=True, max_steps=1)
+    assert checkpointing_options(trainer) == {"use_reentrant": False, "preserve_rng_state": False}
