@@ -27,11 +27,15 @@ NOT_RUN = {
 _HELP = re.compile(
     r"^(?:examples|from a table of your own to answers):\n((?: .*\n)+)", re.MULTILINE
 )
+# In a sentence: with an option or a path; a name alone is no command.
+_IN_A_SENTENCE = re.compile(r"`((?:lora-fsdp [a-z\s]+|make sentiment )\S*[=/-][^`]*)`")
 _FENCE = re.compile(r"^```(?:bash|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def commands_of(page: str) -> list[str]:
-    """The page's commands, each on one line: of its shell blocks, and of the help's examples."""
+    """The page's commands, each on one line: of its shell blocks, of the help's examples, and of
+    this library's and `make` those in sentences.
+    """
     text = (ROOT / page).read_text(encoding="utf-8")
     found: list[str] = []
     open_line = ""
@@ -47,6 +51,8 @@ def commands_of(page: str) -> list[str]:
         else:
             found.append(" ".join(open_line.split()))
             open_line = ""
+    prose = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    found += [" ".join(c.split()) for c in _IN_A_SENTENCE.findall(prose) if "NAME" not in c]
     return [command for command in found if command and command[0] != "#"]
 
 
