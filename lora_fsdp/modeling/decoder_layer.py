@@ -28,6 +28,7 @@ from lora_fsdp.modeling.fused_functions import (
 )
 from lora_fsdp.modeling.packed_layers import unpacked
 from lora_fsdp.modeling.projections import Projections, can_project
+from lora_fsdp.modeling.unpacking import PackedBlock, UnpackAhead
 
 
 class FusedLayer:
@@ -97,6 +98,11 @@ class FusedLayer:
         """Lay projections of one input in one block each. Not for sharded layers."""
         self.query_key_value.join()
         self.gate_up.join()
+
+    def packed_blocks(self) -> list[PackedBlock]:
+        """Of the products, in their order; empty unless all weights are packed."""
+        blocks = [projections.packed for projections in self.projections]
+        return [block for block in blocks if block] if all(blocks) else []
 
     @contextmanager
     def gives_only(self, positions: torch.Tensor) -> Iterator[None]:
@@ -228,6 +234,21 @@ def fuse_layers(
             return f"{name} {max(index, 0)} computes something else (by {difference:.2g})"
     exchange_forwards(decoder, fused)
     return fused
+
+
+def unpack_ahead(fused: Sequence[FusedLayer], *, recomputed: bool) -> None:
+    """Let packed weights, if all are, be unpacked ahead of their use. For whole ones on a GPU.
+
+    Args:
+        fused: all decoder layers, in their order.
+        recomputed: backward computes each layer's forward again.
+    """
+    blocks = [layer.packed_blocks() for layer in fused]
+    if all(blocks):
+        ahead = UnpackAhead(blocks, recomputed=recomputed)
+        for layer in fused:
+            for projections in layer.projections:
+                projections.unpacking = ahead
 
 
 def exchange_forwards(decoder: nn.Module, fused: Sequence[FusedLayer]) -> None:

@@ -191,7 +191,7 @@ class _Project(Function):
 
     @staticmethod
     def forward(ctx: Any, projections, inputs, residual, *adapters):
-        output = projections.base_forward(inputs, residual)
+        output = projections.base_forward(inputs, residual, has_backward=ctx.needs_input_grad[1])
         ctx.projections, ctx.has_residual = projections, residual is not None
         ctx.count = len(adapters)
         if not adapters:

@@ -9,6 +9,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from lora_fsdp.modeling.packed_layers import PackedLayer
+from lora_fsdp.modeling.unpacking import PackedBlock, UnpackAtUse
 
 # PEFT's, around a plain linear layer and around a packed one (which it can import with bitsandbytes
 # only).
@@ -53,7 +54,7 @@ class Projection:
         """The frozen weight [out, in]; a packed one unpacked, in memory of its own."""
         if not isinstance(self.linear, PackedLayer):
             return self.linear.weight
-        return self.linear.unpack(_empty_block([self.linear]))
+        return PackedBlock([self.linear]).unpack()
 
     def scaling(self) -> float:
         """What the update is multiplied with."""
@@ -81,6 +82,9 @@ class Projections:
             self.members.append(Projection(module, columns=columns, first_rank=first_rank))
             first_column += width
             first_rank += self.members[-1].rank
+        packed = [m.linear for m in self.members if isinstance(m.linear, PackedLayer)]
+        self.packed = PackedBlock(packed) if len(packed) == len(self.members) else None
+        self.unpacking = UnpackAtUse()
         self.joined: torch.Tensor | None = None
         self.downs = torch.empty(0)
         self.ups: list[torch.Tensor] = []
@@ -126,19 +130,27 @@ class Projections:
         """A and B of every adapted member, in turn."""
         return [parameter for member in self.adapted() for parameter in member.adapters()]
 
-    def base_forward(self, inputs: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        """x W^T + bias (+ residual), [T, sum of widths], in memory of its own."""
-        first, block = self.members[0], self._block()
-        if block is not None:
-            output = inputs @ block.t()
-        elif len(self.members) > 1:
+    def base_forward(
+        self, inputs: torch.Tensor, residual: torch.Tensor | None, *, has_backward: bool
+    ) -> torch.Tensor:
+        """x W^T + bias (+ residual), [T, sum of widths], in memory of its own.
+
+        Args:
+            inputs: [T, in].
+            residual: [T, sum of widths].
+            has_backward: `base_backward` will follow.
+        """
+        block = self._block()
+        if self.packed is not None:
+            block = self.unpacking.in_forward(self.packed, has_backward=has_backward)
+        if block is None:
             output = inputs.new_empty(inputs.shape[0], self.members[-1].columns.stop)
             for member in self.members:
                 torch.mm(inputs, member.weight().t(), out=output[:, member.columns])
         elif residual is not None:
-            output, residual = torch.addmm(residual, inputs, first.weight().t()), None
+            output, residual = torch.addmm(residual, inputs, block.t()), None
         else:
-            output = inputs @ first.weight().t()
+            output = inputs @ block.t()
         for member in self.members:
             if member.linear.bias is not None:
                 output[:, member.columns] += member.linear.bias
@@ -147,6 +159,8 @@ class Projections:
     def base_backward(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient for the input through the frozen weights, [T, in]."""
         block = self._block()
+        if self.packed is not None:
+            block = self.unpacking.in_backward(self.packed)
         if block is not None:
             return gradient @ block
         first, *others = self.members
@@ -156,13 +170,12 @@ class Projections:
         return result
 
     def _block(self) -> torch.Tensor | None:
-        """All weights in one block [sum of widths, in], if they are joined or to be unpacked."""
-        if self._is_joined():
-            return self.joined
-        packed = [m.linear for m in self.members if isinstance(m.linear, PackedLayer)]
-        if len(self.members) == 1 or len(packed) < len(self.members):
+        """All weights in one block [sum of widths, in], if there is one that is not packed."""
+        if self.packed is not None:
             return None
-        return packed[0].unpack_all(packed, _empty_block(packed))
+        if len(self.members) == 1:
+            return self.members[0].weight()
+        return self.joined if self._is_joined() else None
 
     def _is_joined(self) -> bool:
         """Whether the block still is what the layers hold (moving a model gives it new storage)."""
@@ -170,14 +183,6 @@ class Projections:
             return False
         storage = self.joined.untyped_storage().data_ptr()
         return all(m.linear.weight.untyped_storage().data_ptr() == storage for m in self.members)
-
-
-def _empty_block(layers: Sequence[PackedLayer]) -> torch.Tensor:
-    """Where the numbers of `layers` have room one below the other."""
-    rows, first = sum(layer.out_features for layer in layers), layers[0]
-    return torch.empty(
-        rows, first.in_features, dtype=first.compute_dtype, device=first.weight.device
-    )
 
 
 def can_project(module: nn.Module) -> bool:

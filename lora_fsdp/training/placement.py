@@ -35,7 +35,7 @@ from lora_fsdp.distributed.residency import Residency, least_free_memory, plan_r
 from lora_fsdp.distributed.sharding import check_placement, layers_to_shard, place_model
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.modeling.adapters import base_model, has_dropout
-from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers
+from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers, unpack_ahead
 from lora_fsdp.modeling.label_head import RowComputation, head_can_be_chunked
 from lora_fsdp.modeling.layers import compile_layers
 from lora_fsdp.modeling.shape import ModelShape, shape_of
@@ -181,6 +181,8 @@ def place_for_training(
     if not isinstance(fused, str) and residency.is_whole:
         for replacement in fused:
             replacement.join_weights()
+        if device.type == "cuda":
+            unpack_ahead(fused, recomputed=placement.recomputed)
     if step == "compiled":
         compile_layers(layers)
     row_length = args.max_tokens_per_row or _row_length(

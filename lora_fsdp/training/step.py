@@ -125,7 +125,8 @@ class CapturedStep(EagerStep):
         static = _RowGraph(size, device=self.device)
         gradients = self.adapter.copy_gradients()
         random_state = torch.cuda.get_rng_state(self.device)
-        stream = torch.cuda.Stream()
+        # What the step does on other streams meanwhile (unpacking weights) takes what this leaves.
+        stream = torch.cuda.Stream(priority=-1)
         stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(stream), sdpa_kernel(_ATTENTION, set_priority=True):

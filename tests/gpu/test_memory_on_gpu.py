@@ -25,7 +25,7 @@ from lora_fsdp.data.packing import Tree, pack_row
 from lora_fsdp.distributed.memory import device_memory
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.modeling.adapters import base_model, trainable_parameters
-from lora_fsdp.modeling.decoder_layer import fuse_layers
+from lora_fsdp.modeling.decoder_layer import fuse_layers, unpack_ahead
 from lora_fsdp.modeling.fingerprints import base_parameters
 from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
 from lora_fsdp.modeling.loading import load_base
@@ -33,6 +33,7 @@ from lora_fsdp.modeling.merging import merge_adapter
 from lora_fsdp.modeling.streaming import StoredBase, load_on_device, open_base
 from lora_fsdp.modeling.verification import verify_adapter_folder
 from lora_fsdp.tasks import Prompt
+from lora_fsdp.training.setup import enable_checkpointing, recompute_without_random_state
 from lora_fsdp.training.step import CapturedStep, EagerStep
 from tests.gpu.test_recipe_on_gpu import DEEPSEEK_7B
 from tests.modeling.test_four_bit import adapted, assert_close, outputs, reference
@@ -132,6 +133,62 @@ def test_4_bits_in_a_captured_step(tmp_path):
     for loss, gradient in zip(losses, gradients, strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-5)
         assert (gradient - gradients[0]).norm() <= 1e-4 * gradients[0].norm()
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_4_bits_unpacked_ahead_beside_the_products(recomputed, tmp_path):
+    """The same bits as unpacked at use, run eagerly and replayed, whatever overtakes what."""
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=2048, intermediate_size=5632, num_hidden_layers=6,
+        num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=1024,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    model, stored = adapted(tmp_path, dtype="bfloat16")
+    decoder = base_model(model).base_model
+    fused = fuse_layers(decoder, decoder.layers, filled_copy=stored.filled_copy)
+    assert isinstance(fused, list), fused
+    stored.fill([stored.model], device=GPU, keep_on=GPU)
+    model.to(GPU).train()
+    if recomputed:
+        arguments = FineTuningArguments(output_dir="unused")
+        recompute_without_random_state(arguments)
+        enable_checkpointing(model, arguments, None)
+
+    def step_of(kind):
+        return kind(
+            model,
+            computation=RowComputation(torch.bfloat16, by_blocks=True),
+            adapter=ReplicatedParameters(trainable_parameters(model)),
+            device=GPU,
+            autocast=nullcontext,
+        )
+
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for length in (40, 300, 170):
+        text = torch.randint(4, 500, (length,), generator=generator).tolist()
+        rows.append([pack_row([Tree(text[:-8], [text[-8:]])], share_prefix=True)])
+    at_use = step_of(CapturedStep)
+    expected = []
+    for row in rows:
+        at_use(row, label_tokens=8)
+        expected.append(at_use.adapter.copy_gradients())
+    assert at_use.failed is None
+    unpack_ahead(fused, recomputed=recomputed)
+    captured = step_of(CapturedStep)
+    for _ in range(20):
+        for row, gradient in zip(rows, expected, strict=True):
+            captured(row, label_tokens=8)
+            assert torch.equal(captured.adapter.copy_gradients(), gradient)
+    assert captured.failed is None
+    eager = step_of(EagerStep)
+    for row, gradient in zip(rows, expected, strict=True):
+        eager(row, label_tokens=8)
+        found = eager.adapter.copy_gradients()
+        assert (found - gradient).norm() < 0.05 * gradient.norm()  # rows that are not padded
 
 
 def test_activations_are_recomputed_where_nothing_else_fits(tmp_path):
