@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from lora_fsdp.data.workload import Work
-from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS, CAPTURE_UP_TO_TOKENS
+from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS
+from lora_fsdp.modeling.captured_rows import CAPTURE_UP_TO_TOKENS, padded_labels, padded_tokens
 from lora_fsdp.modeling.chunked_head import CHUNK
 from lora_fsdp.modeling.shape import ModelShape
 
@@ -22,9 +23,9 @@ CONTEXT = 600_000_000
 #: cuBLAS's and cuDNN's workspaces and temporary tensors of a layer: what steps of a 7B and a 1B
 #: allocated at their peak beyond the parts counted here; captured ones have pools of their own.
 WORKSPACE = 100_000_000
-CAPTURED_WORKSPACE = 350_000_000
+CAPTURED_WORKSPACE = 310_000_000
 #: Of that, what a graph that is captured first, of long rows of one length, did without.
-_LATER_WORKSPACE = 150_000_000
+_LATER_WORKSPACE = 110_000_000
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Placement:
         offloaded: shards lie in host memory.
         quantized: linear layers are stored in 4 bits.
         recomputed: activations are recomputed in backward.
+        captured: steps are CUDA graphs, provided that nothing is gathered within them.
     """
 
     ranks: int
@@ -47,6 +49,7 @@ class Placement:
     offloaded: bool = False
     quantized: bool = False
     recomputed: bool = False
+    captured: bool = True
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,9 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
     else:
         in_flight = 2 * layer + head
     captured = is_captured(shape, placement, tokens=rows.tokens)
+    if captured:
+        tokens, labels = padded_tokens(rows.tokens), padded_labels(rows.labels)
+        rows = replace(rows, tokens=tokens, labels=labels)
     mask = 2 * rows.tokens**2 if rows.tokens < BLOCKS_FROM_TOKENS else 0
     trained = mask + shape.saved_bytes(rows.tokens, recomputed=placement.recomputed)
     # Scoring keeps nothing: one layer's tensors, and the next one's while they are freed.
@@ -162,15 +168,20 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
 
 
 def is_captured(shape: ModelShape, placement: Placement, *, tokens: float) -> bool:
-    """Whether rows of `tokens` are CUDA graphs: nothing is gathered within, and nothing recomputed
-    but by fused layers that draw no random numbers.
-    """
+    """Whether rows of `tokens` are computed by CUDA graphs."""
     return (
-        placement.resident_layers >= shape.layers
+        placement.captured
+        and placement.resident_layers >= shape.layers
         and not placement.offloaded
-        and (not placement.recomputed or (shape.is_fused and not shape.drops))
         and tokens <= CAPTURE_UP_TO_TOKENS
     )
+
+
+def can_capture(shape: ModelShape, *, recomputed: bool) -> bool:
+    """Whether a graph can hold the model's step: what recomputes must draw no random numbers, and
+    only fused layers do without keeping their state.
+    """
+    return not recomputed or (shape.is_fused and not shape.drops)
 
 
 def largest_row(work: Work, longest: int) -> RowSizes:

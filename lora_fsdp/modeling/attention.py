@@ -13,8 +13,6 @@ from lora_fsdp.data.packing import SHARED, Row
 
 #: From this length on a row's attention is computed by blocks instead of by one dense mask.
 BLOCKS_FROM_TOKENS = 2048
-#: Rows longer than this are not captured: their kernels take longer than their launches.
-CAPTURE_UP_TO_TOKENS = 4096
 
 
 def avoid_kernels_planned_by_shape() -> None:

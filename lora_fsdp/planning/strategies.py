@@ -12,6 +12,7 @@ from lora_fsdp.distributed.memory import (
     DeviceMemory,
     Placement,
     RowSizes,
+    can_capture,
     device_memory,
     largest_row,
     layers_that_fit,
@@ -87,7 +88,17 @@ def candidates(
     for quantized in (False, True):
         for name, placement in _placements(shape, work, gpu, count, quantized=quantized):
             tried = [
-                _candidate(name, replace(placement, recomputed=again), shape, work, gpu)
+                _candidate(
+                    name,
+                    replace(
+                        placement,
+                        recomputed=again,
+                        captured=can_capture(shape, recomputed=again),
+                    ),
+                    shape,
+                    work,
+                    gpu,
+                )
                 for again in (False, True)
             ]
             # Recomputing costs time: it is for what does not fit without.

@@ -7,8 +7,7 @@ chosen and why.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -30,20 +29,21 @@ from lora_fsdp.distributed.memory import (
     longest_row,
     peak_allocated,
 )
-from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.residency import Residency, least_free_memory, plan_residency
 from lora_fsdp.distributed.sharding import check_placement, layers_to_shard, place_model
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.modeling.adapters import base_model, has_dropout
+from lora_fsdp.modeling.adapters import base_model
 from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers, unpack_ahead
 from lora_fsdp.modeling.label_head import RowComputation, head_can_be_chunked
 from lora_fsdp.modeling.layers import compile_layers
 from lora_fsdp.modeling.shape import ModelShape, shape_of
 from lora_fsdp.modeling.streaming import StoredBase
-from lora_fsdp.training.step import CapturedStep, EagerStep
-
-#: Seconds of training from which on compiling the layers (some 10 to 60 s) is worth it.
-_COMPILATION_PAYS_FROM = 300.0
+from lora_fsdp.training.step_choice import (
+    CAPTURED,
+    choose_step,
+    why_not_captured,
+    why_run_not_fused,
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class TrainingPlan:
     @property
     def is_captured(self) -> bool:
         """Whether steps are CUDA graphs."""
-        return self.step in ("graph", "compiled")
+        return self.step in CAPTURED
 
     def __str__(self) -> str:
         lines = [
@@ -133,16 +133,15 @@ def place_for_training(
     is_fused = not isinstance(fused, str)
     shape = _shape(model, fuse=is_fused) if device.type == "cuda" else None
     work = work or _NO_WORK
-    least = least_placement(
+    placement, recomputing = _choose_placement(
+        model,
         args,
         settings,
         layers=len(layers),
-        ranks=args.world_size,
-        quantized=bool(getattr(base, "is_loaded_in_4bit", False)),  # set by transformers, or by us
+        shape=shape,
+        is_fused=is_fused,
+        shortest=largest_row(work, max(longest_example, args.max_tokens_per_row or 0)),
     )
-    shortest = largest_row(work, max(longest_example, args.max_tokens_per_row or 0))
-    recomputing = _why_recompute(shape, least, shortest, base=base, device=device)
-    placement = replace(least, recomputed=least.recomputed or bool(recomputing))
     usual = largest_row(work, max(longest_example, args.max_tokens_per_row or USUAL_ROW))
     residency = plan_residency(
         args.resident_layers,
@@ -163,19 +162,17 @@ def place_for_training(
         stored=stored,
     )
     check_placement(model, resident=resident)
+    uncaptured = why_not_captured(
+        model, args, settings, is_fused=is_fused, recomputed=placement.recomputed
+    )
     # At a third of what an H100 can do.
     seconds = 4.0 * model.num_parameters() * work.step_tokens * work.steps(args.world_size) / 3e14
-    step, reason = _choose_step(
+    step, reason = choose_step(
         args,
         fused=fused,
-        why_not_captured=why_not_captured(
-            model,
-            args,
-            settings,
-            is_whole=residency.is_whole,
-            is_fused=is_fused,
-            recomputed=placement.recomputed,
-        ),
+        why_not_captured=uncaptured
+        if residency.is_whole
+        else "layers are gathered within the step",
         seconds=seconds,
     )
     if not isinstance(fused, str) and residency.is_whole:
@@ -209,6 +206,48 @@ def place_for_training(
         rows=largest_row(work, row_length),
         recomputing=recomputing,
     )
+
+
+def _choose_placement(
+    model: PeftModel,
+    args: FineTuningArguments,
+    settings: FsdpSettings | None,
+    *,
+    layers: int,
+    shape: ModelShape | None,
+    is_fused: bool,
+    shortest: RowSizes,
+) -> tuple[Placement, str]:
+    """How the base lies where as few layers are resident as can be, and why activations are
+    recomputed though nobody asked for it (empty if they are not). A collective call.
+
+    Args:
+        model: base and adapter, the base perhaps on the device already.
+        args: the run's arguments.
+        settings: the YAML's FSDP settings.
+        layers: of the model.
+        shape: of the model; `None` on a CPU.
+        is_fused: fused layers compute.
+        shortest: the shortest that rows can be limited to.
+    """
+    base = base_model(model)
+
+    def is_captured(*, recomputed: bool) -> bool:
+        reason = why_not_captured(model, args, settings, is_fused=is_fused, recomputed=recomputed)
+        return reason is None
+
+    least = least_placement(
+        args,
+        settings,
+        layers=layers,
+        ranks=args.world_size,
+        quantized=bool(getattr(base, "is_loaded_in_4bit", False)),  # set by transformers, or by us
+    )
+    least = replace(least, captured=is_captured(recomputed=least.recomputed))
+    recomputing = _why_recompute(shape, least, shortest, base=base, device=args.device)
+    if recomputing:
+        least = replace(least, recomputed=True, captured=is_captured(recomputed=True))
+    return least, recomputing
 
 
 def least_placement(
@@ -291,96 +330,6 @@ def _why_recompute(
     )
 
 
-def build_step(
-    plan: TrainingPlan,
-    model: nn.Module,
-    *,
-    computation: RowComputation,
-    adapter: ReplicatedParameters,
-    device: torch.device,
-    autocast: Callable[[], AbstractContextManager[object]],
-) -> EagerStep:
-    """The step that `plan` chose."""
-    kind = CapturedStep if plan.is_captured and device.type == "cuda" else EagerStep
-    return kind(model, computation=computation, adapter=adapter, device=device, autocast=autocast)
-
-
-def why_run_not_fused(model: PeftModel, args: FineTuningArguments, *, autocast: bool) -> str | None:
-    """Why the model's own layers are to compute, in words; `None` = fused ones may."""
-    config = base_model(model).config
-    if args.step in ("eager", "compiled"):
-        return f"--step {args.step}"
-    if autocast:
-        return "mixed_precision in the accelerate YAML"
-    if config._attn_implementation != "sdpa":
-        return f"{config._attn_implementation} attention was chosen"
-    if getattr(config.get_text_config(), "attention_dropout", 0.0):
-        return "the model drops attention weights"
-    return None
-
-
-def _choose_step(
-    args: FineTuningArguments,
-    *,
-    fused: list[FusedLayer] | str,
-    why_not_captured: str | None,
-    seconds: float,
-) -> tuple[str, str]:
-    """Name and reason."""
-    if why_not_captured:
-        if args.step in ("graph", "compiled"):
-            raise ArgumentError(f"--step {args.step}: {why_not_captured}. Use --step auto.")
-        if isinstance(fused, str):
-            return "eager", f"the model's own layers ({fused}); {why_not_captured}"
-        return "fused", f"fused layers; {why_not_captured}"
-    if args.step != "auto":
-        return args.step, f"--step {args.step}"
-    if not isinstance(fused, str):
-        return "graph", "fused layers, captured as CUDA graphs"
-    if seconds > _COMPILATION_PAYS_FROM:
-        return (
-            "compiled",
-            f"a run of some {seconds / 60:.0f} minutes pays for compilation ({fused})",
-        )
-    return "graph", f"the model's own layers ({fused}), captured as CUDA graphs"
-
-
-def why_not_captured(
-    model: PeftModel,
-    args: FineTuningArguments,
-    settings: FsdpSettings | None,
-    *,
-    is_whole: bool,
-    is_fused: bool,
-    recomputed: bool,
-) -> str | None:
-    """Why no CUDA graph can hold a step, in words; `None` = one can.
-
-    Args:
-        model: base and adapter.
-        args: the run's arguments.
-        settings: the YAML's FSDP settings.
-        is_whole: every rank keeps the whole base.
-        is_fused: fused layers compute.
-        recomputed: activations are recomputed in backward.
-    """
-    if args.device.type != "cuda":
-        return "CUDA graphs need a GPU"
-    if not is_whole:
-        return "layers are gathered within the step"
-    if not recomputed:
-        return None
-    if settings is not None and settings.activation_offload:
-        return "what activations are recomputed from waits in host memory"
-    if args.gradient_checkpointing_kwargs:
-        return "activations are recomputed as gradient_checkpointing_kwargs say"
-    if not is_fused:
-        return "activations are recomputed by the model's own layers"
-    if has_dropout(model):
-        return "activations are recomputed, with LoRA's dropout as it was drawn"
-    return None
-
-
 def _row_length(
     shape: ModelShape | None,
     *,
@@ -408,6 +357,7 @@ def _shape(model: PeftModel, *, fuse: bool) -> ModelShape:
     return shape_of(skeleton, adapter, fuse=fuse)
 
 
+_GATHERED = "layers are gathered within the step"
 # For a model that is only evaluated.
 _NO_WORK = Work(
     examples=0,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fsdp.data.packing import PADDING, Row
 from lora_fsdp.distributed.replication import ReplicatedParameters
-from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS, CAPTURE_UP_TO_TOKENS
+from lora_fsdp.modeling.captured_rows import RowSize, captured_size
 from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
 
 logger = logging.getLogger(__name__)
@@ -167,29 +166,3 @@ class _RowGraph:
         self.row.tokens.copy_(padded.tokens, non_blocking=True)
         self.row.labels.copy_(padded.labels, non_blocking=True)
         self.scale.fill_(scale)
-
-
-class RowSize(NamedTuple):
-    """What a graph is captured for."""
-
-    tokens: int
-    labels: int
-    is_one_sequence: bool
-
-
-def captured_size(row: Row) -> RowSize | None:
-    """The size that `row` is padded to, or `None` if it is too long."""
-    if len(row) > CAPTURE_UP_TO_TOKENS:
-        return None
-    tokens, labels = len(row), row.labels.shape[1]
-    unit = 32 if tokens <= 512 else 128 if tokens <= 1024 else 256
-    return RowSize(
-        tokens=_round_up(tokens, unit),
-        labels=_round_up(max(labels, 1), 32 if labels <= 256 else 256),
-        # A dense mask serves both kinds.
-        is_one_sequence=row.is_one_sequence and tokens >= BLOCKS_FROM_TOKENS,
-    )
-
-
-def _round_up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit

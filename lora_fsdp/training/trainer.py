@@ -55,7 +55,7 @@ from lora_fsdp.modeling.streaming import StoredBase
 from lora_fsdp.tasks import ClassificationTask, Example, Task
 from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
 from lora_fsdp.training.figures import RunFigures
-from lora_fsdp.training.placement import build_step, place_for_training
+from lora_fsdp.training.placement import place_for_training
 from lora_fsdp.training.resume import run_facts
 from lora_fsdp.training.setup import (
     check_arguments,
@@ -68,6 +68,7 @@ from lora_fsdp.training.setup import (
     shares_prefix,
     work_of_run,
 )
+from lora_fsdp.training.step_choice import build_step
 from lora_fsdp.training.watched import WatchedTrainer
 
 
@@ -228,7 +229,7 @@ class LoraTrainer(WatchedTrainer):
         )
         release_gathered(self.model)
         self.step = build_step(
-            self.plan,
+            self.plan.step,
             self.model,
             computation=self.computation,
             adapter=self.adapter,

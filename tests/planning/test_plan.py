@@ -17,6 +17,7 @@ from lora_fsdp.data.workload import given_work
 from lora_fsdp.distributed.memory import (
     Placement,
     RowSizes,
+    can_capture,
     device_memory,
     is_captured,
     largest_row,
@@ -99,13 +100,29 @@ class TestMemory:
         assert again.activations < kept.activations / 8
 
     def test_what_is_recomputed_in_a_graph_draws_nothing(self, seven_billion):
-        again = Placement(1, 30, recomputed=True)
         dropping = shape_of(build_on_meta(DEEPSEEK_7B), replace(ADAPTER, lora_dropout=0.1))
         plain = replace(seven_billion, is_fused=False)
-        assert is_captured(seven_billion, again, tokens=300)
-        assert not is_captured(dropping, again, tokens=300)
-        assert not is_captured(plain, again, tokens=300)
-        assert is_captured(dropping, Placement(1, 30), tokens=300)
+        assert can_capture(seven_billion, recomputed=True)
+        assert not can_capture(dropping, recomputed=True)
+        assert not can_capture(plain, recomputed=True)
+        assert can_capture(dropping, recomputed=False)
+
+    def test_captured_is_what_gathers_nothing_within_a_step(self, seven_billion):
+        assert is_captured(seven_billion, Placement(2, 30), tokens=4096)
+        assert not is_captured(seven_billion, Placement(2, 30), tokens=4097)
+        assert not is_captured(seven_billion, Placement(2, 30, captured=False), tokens=300)
+        assert not is_captured(seven_billion, Placement(2, 29), tokens=300)
+        assert not is_captured(seven_billion, Placement(2, 30, offloaded=True), tokens=300)
+
+    def test_captured_rows_are_padded(self, seven_billion):
+        placement, eager = Placement(1, 30), Placement(1, 30, captured=False)
+        rows, padded = RowSizes(tokens=522, labels=8), RowSizes(tokens=640, labels=32)
+        captured = device_memory(seven_billion, placement, rows)
+        assert captured == device_memory(seven_billion, placement, padded)
+        assert (
+            captured.activations - device_memory(seven_billion, eager, rows).activations
+            >= 118 * seven_billion.saved_per_token
+        )
 
     def test_layers_that_fit_do_and_one_more_does_not(self, seven_billion):
         free = int(12e9)

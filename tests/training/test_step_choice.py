@@ -7,7 +7,8 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_fsdp.distributed.launch import FsdpSettings
-from lora_fsdp.training.placement import TrainingPlan, why_not_captured
+from lora_fsdp.training.placement import TrainingPlan
+from lora_fsdp.training.step_choice import why_not_captured
 from tests.support.runs import toy_trainer
 from tests.support.tiny import adapted_model
 
@@ -20,7 +21,9 @@ OFFLOADED = FsdpSettings(True, False, True, None, True, activation_offload=True)
     [
         ({}, None),
         ({"device": "cpu"}, "need a GPU"),
-        ({"is_whole": False}, "gathered"),
+        ({"step": "eager"}, "--step eager"),
+        ({"step": "fused"}, "--step fused"),
+        ({"step": "graph"}, None),
         ({"recomputed": True}, None),
         ({"recomputed": True, "settings": SHARDED}, None),
         ({"recomputed": True, "settings": OFFLOADED}, "waits in host memory"),
@@ -32,18 +35,20 @@ OFFLOADED = FsdpSettings(True, False, True, None, True, activation_offload=True)
     ],
 )
 def test_what_is_captured(changed, reason):
-    case = {"device": "cuda", "settings": None, "kwargs": None, "dropout": 0.0} | changed
+    case = {"device": "cuda", "settings": None, "kwargs": None, "dropout": 0.0, "step": "auto"}
+    case |= changed
     model = adapted_model("llama")
     model.peft_config["default"].lora_dropout = case["dropout"]
     # The arguments' own device is this machine's.
     arguments = SimpleNamespace(
-        device=torch.device(case["device"]), gradient_checkpointing_kwargs=case["kwargs"]
+        device=torch.device(case["device"]),
+        gradient_checkpointing_kwargs=case["kwargs"],
+        step=case["step"],
     )
     found = why_not_captured(
         model,
         arguments,
         case["settings"],
-        is_whole=case.get("is_whole", True),
         is_fused=case.get("is_fused", True),
         recomputed=case.get("recomputed", False),
     )

@@ -16,8 +16,9 @@ from lora_fsdp.planning.doctor.case import Case
 from lora_fsdp.planning.doctor.fact import UnknownFactError
 from lora_fsdp.planning.doctor.finding import Problem, Rule, Severity
 from lora_fsdp.planning.doctor.numbers import impossible_numbers
-from lora_fsdp.training.placement import least_placement, why_run_not_fused
+from lora_fsdp.training.placement import least_placement
 from lora_fsdp.training.setup import shares_prefix, work_of_run
+from lora_fsdp.training.step_choice import why_run_not_fused
 
 _GB = 1e9
 
@@ -58,7 +59,8 @@ def least_device_memory(case: Case) -> DeviceMemory:
     )
     # As training does where memory is short.
     row = max(longest_example(encoded), arguments.max_tokens_per_row or 0)
-    return device_memory(shape, replace(placement, recomputed=True), largest_row(work, row))
+    placement = replace(placement, recomputed=True, captured=False)
+    return device_memory(shape, placement, largest_row(work, row))
 
 
 def _gpu_memory(case: Case) -> Iterator[Problem]:

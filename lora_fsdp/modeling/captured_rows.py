@@ -1,0 +1,45 @@
+"""What rows are padded to where a step is a CUDA graph, which has fixed shapes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lora_fsdp.data.packing import Row
+from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS
+
+#: Rows longer than this are not captured: their kernels take longer than their launches.
+CAPTURE_UP_TO_TOKENS = 4096
+
+
+class RowSize(NamedTuple):
+    """What a graph is captured for."""
+
+    tokens: int
+    labels: int
+    is_one_sequence: bool
+
+
+def captured_size(row: Row) -> RowSize | None:
+    """The size that `row` is padded to, or `None` if it is too long."""
+    if len(row) > CAPTURE_UP_TO_TOKENS:
+        return None
+    return RowSize(
+        tokens=padded_tokens(len(row)),
+        labels=padded_labels(row.labels.shape[1]),
+        # A dense mask serves both kinds.
+        is_one_sequence=row.is_one_sequence and len(row) >= BLOCKS_FROM_TOKENS,
+    )
+
+
+def padded_tokens(tokens: int) -> int:
+    """Of a row: few sizes, and little padding."""
+    return _round_up(tokens, 32 if tokens <= 512 else 128 if tokens <= 1024 else 256)
+
+
+def padded_labels(labels: int) -> int:
+    """Of a row's labels."""
+    return _round_up(max(labels, 1), 32 if labels <= 256 else 256)
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
