@@ -19,15 +19,21 @@ class RowSize(NamedTuple):
     is_one_sequence: bool
 
 
-def captured_size(row: Row) -> RowSize | None:
-    """The size that `row` is padded to, or `None` if it is too long."""
+def captured_size(row: Row, *, tokens: int = 0, labels: int = 0) -> RowSize | None:
+    """The size that `row` is padded to, or `None` if it is too long.
+
+    Args:
+        row: the row.
+        tokens, labels: that a row like it has at the least.
+    """
     if len(row) > CAPTURE_UP_TO_TOKENS:
         return None
+    tokens = min(max(tokens, len(row)), CAPTURE_UP_TO_TOKENS)
     return RowSize(
-        tokens=padded_tokens(len(row)),
-        labels=padded_labels(row.labels.shape[1]),
+        tokens=padded_tokens(tokens),
+        labels=padded_labels(max(labels, row.labels.shape[1])),
         # A dense mask serves both kinds.
-        is_one_sequence=row.is_one_sequence and len(row) >= BLOCKS_FROM_TOKENS,
+        is_one_sequence=row.is_one_sequence and tokens >= BLOCKS_FROM_TOKENS,
     )
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fsdp.data.packing import PADDING, Row
+from lora_fsdp.distributed.memory import RowSizes
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.modeling.captured_rows import RowSize, captured_size
 from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
@@ -24,6 +25,7 @@ from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
 logger = logging.getLogger(__name__)
 
 _MOST_GRAPHS = 32
+_UNKNOWN = RowSizes(tokens=0, labels=0)
 # cuDNN's attention is the fastest, and a captured size is planned only once.
 _ATTENTION = [
     SDPBackend.CUDNN_ATTENTION,
@@ -89,52 +91,74 @@ class EagerStep:
 class CapturedStep(EagerStep):
     """Computes rows by CUDA graphs, one a size; eagerly where a row is too long or capture fails.
 
-    For models whose forward and backward contain no collective.
+    For models whose forward and backward contain no collective. All graphs share their memory: one
+    runs at a time.
+
+    Args:
+        model: the model with its adapter.
+        largest: what the largest row is expected to have. That is captured first, so that the
+            others' tensors find room in its memory, and what does not fit fails at the first step.
+        settings: of `EagerStep`.
     """
 
-    def __init__(self, model: nn.Module, **settings: object) -> None:
+    def __init__(
+        self, model: nn.Module, *, largest: RowSizes = _UNKNOWN, **settings: object
+    ) -> None:
         super().__init__(model, **settings)  # type: ignore[arg-type]
+        self.failed: str | None = None
+        self._largest = largest
         self._graphs: dict[RowSize, _RowGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        self.failed: str | None = None
+        # One for all captures: memory is used again by the stream that it was allocated for only.
+        # Of a high priority: what the step does on other streams meanwhile (unpacking weights)
+        # takes what this one leaves.
+        self._stream = torch.cuda.Stream(priority=-1)
 
     def run(self, row: Row, *, label_tokens: int) -> torch.Tensor:
         """Add one row's gradients; its loss."""
-        size = captured_size(row)
-        if self.failed or size is None:
-            return super().run(row, label_tokens=label_tokens)
-        graph = self._graphs.get(size)
+        graph = None if self.failed else self._graph_for(row)
         if graph is None:
-            if len(self._graphs) == _MOST_GRAPHS:
-                return super().run(row, label_tokens=label_tokens)
-            try:
-                graph = self._capture(size)
-            except RuntimeError as error:
-                self.failed = str(error).splitlines()[0]
-                self._graphs.clear()  # their memory is free for the eager step
-                logger.warning("The step cannot be captured and runs eagerly: %s", self.failed)
-                return super().run(row, label_tokens=label_tokens)
-            self._graphs[size] = graph
+            return super().run(row, label_tokens=label_tokens)
         graph.load(row, scale=1.0 / label_tokens)
         graph.graph.replay()
         return graph.loss
+
+    def _graph_for(self, row: Row) -> _RowGraph | None:
+        """The graph of the row's size, captured if there is none yet; `None` if none can be."""
+        size = captured_size(row)
+        if size is None or size in self._graphs:
+            return self._graphs.get(size) if size else None
+        wanted = [size]
+        if not self._graphs:
+            largest = self._largest
+            first = captured_size(row, tokens=largest.tokens, labels=largest.labels)
+            wanted = [first, size] if first and first != size else [size]
+        elif len(self._graphs) == _MOST_GRAPHS:
+            return None
+        try:
+            for new in wanted:
+                self._graphs[new] = self._capture(new)
+        except RuntimeError as error:
+            self.failed = str(error).splitlines()[0]
+            self._graphs.clear()  # their memory is free for the eager step
+            logger.warning("The step cannot be captured and runs eagerly: %s", self.failed)
+            return None
+        return self._graphs[size]
 
     def _capture(self, size: RowSize) -> _RowGraph:
         """Capture rows of `size`; gradients and random numbers are left as they were."""
         static = _RowGraph(size, device=self.device)
         gradients = self.adapter.copy_gradients()
         random_state = torch.cuda.get_rng_state(self.device)
-        # What the step does on other streams meanwhile (unpacking weights) takes what this leaves.
-        stream = torch.cuda.Stream(priority=-1)
-        stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(stream), sdpa_kernel(_ATTENTION, set_priority=True):
+            with torch.cuda.stream(self._stream), sdpa_kernel(_ATTENTION, set_priority=True):
                 # Kernels are compiled and workspaces allocated before the capture.
                 for _ in range(1 if self._graphs else 2):
                     self._forward_backward(static.row, scale=static.scale)
-            torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(self._stream)
             with (
-                torch.cuda.graph(static.graph, pool=self._pool, stream=stream),
+                torch.cuda.graph(static.graph, pool=self._pool, stream=self._stream),
                 sdpa_kernel(_ATTENTION, set_priority=True),
             ):
                 static.loss = self._forward_backward(static.row, scale=static.scale)

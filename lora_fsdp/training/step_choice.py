@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -14,6 +15,7 @@ from torch import nn
 
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.distributed.launch import FsdpSettings
+from lora_fsdp.distributed.memory import RowSizes
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.modeling.adapters import base_model, has_dropout
@@ -117,6 +119,7 @@ def build_step(
     name: str,
     model: nn.Module,
     *,
+    largest: RowSizes,
     computation: RowComputation,
     adapter: ReplicatedParameters,
     device: torch.device,
@@ -127,10 +130,13 @@ def build_step(
     Args:
         name: as `choose_step` gives it.
         model: the model with its adapter.
+        largest: what the largest row is expected to have.
         computation: how it computes rows.
         adapter: where the gradients go.
         device: where rows are computed.
         autocast: the context of the forward.
     """
-    kind = CapturedStep if name in CAPTURED else EagerStep
+    kind: Callable[..., EagerStep] = EagerStep
+    if name in CAPTURED:
+        kind = partial(CapturedStep, largest=largest)
     return kind(model, computation=computation, adapter=adapter, device=device, autocast=autocast)

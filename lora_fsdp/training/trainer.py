@@ -231,6 +231,7 @@ class LoraTrainer(WatchedTrainer):
         self.step = build_step(
             self.plan.step,
             self.model,
+            largest=self.plan.rows,
             computation=self.computation,
             adapter=self.adapter,
             device=self.args.device,

@@ -7,13 +7,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from peft import LoraConfig
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.packing import Tree, pack_row
+from lora_fsdp.distributed.memory import RowSizes
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.modeling import fused_functions
-from lora_fsdp.modeling.adapters import base_model, trainable_parameters
+from lora_fsdp.modeling.adapters import attach_adapter, base_model, trainable_parameters
 from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS
 from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers
 from lora_fsdp.modeling.label_head import RowComputation
@@ -45,9 +47,10 @@ def rows(count, *, longest=40, seed=0):
     return [one() for _ in range(count)]
 
 
-def step_of(kind, model, *, computation=FP32):
+def step_of(kind, model, *, computation=FP32, **options):
     adapter = ReplicatedParameters(trainable_parameters(model))
-    return kind(model, computation=computation, adapter=adapter, device=GPU, autocast=nullcontext)
+    options |= {"computation": computation, "device": GPU, "autocast": nullcontext}
+    return kind(model, adapter=adapter, **options)
 
 
 def gradients(step, some_rows):
@@ -158,6 +161,29 @@ def test_other_architectures_are_captured_too(compiled):
     assert captured.failed is None
     assert loss == pytest.approx(expected[0], rel=1e-5)
     assert (found - expected[1]).norm() <= 1e-5 * expected[1].norm()
+
+
+def test_later_graphs_find_room_in_the_memory_of_the_largest():
+    """Rows that grow longer take no more memory, once the largest was captured."""
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
+        num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = attach_adapter(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"])).to(GPU)
+    decoder = base_model(model).base_model
+    assert isinstance(fuse_layers(decoder, decoder.layers), list)
+    captured = step_of(CapturedStep, model, largest=RowSizes(tokens=1500, labels=8))
+    reserved = []
+    for length in (100, 300, 600, 900, 1200, 1490):
+        ids = torch.arange(length).remainder(500).tolist()
+        captured([pack_row([Tree(ids, [[7] * 8])], share_prefix=True)], label_tokens=8)
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert captured.failed is None
+    assert len(captured._graphs) == 6
+    taken = reserved[0] - torch.cuda.memory_allocated()
+    assert taken > 0
+    assert reserved[-1] - reserved[0] < 0.05 * taken
 
 
 def test_long_rows_by_blocks():

@@ -17,6 +17,7 @@ from peft import LoraConfig
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from lora_fsdp import FineTuningArguments, LoraTrainer
@@ -137,8 +138,10 @@ def test_4_bits_in_a_captured_step(tmp_path):
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_4_bits_unpacked_ahead_beside_the_products(recomputed, tmp_path):
-    """The same bits as unpacked at use, run eagerly and replayed, whatever overtakes what."""
+def test_4_bits_unpacked_ahead_beside_the_products(recomputed, tmp_path, monkeypatch):
+    """The same bits as unpacked at use, at every replay, whatever overtakes what."""
+    # Faster kernels of attention's backward add up in any order.
+    monkeypatch.setattr("lora_fsdp.training.step._ATTENTION", [SDPBackend.MATH])
     config = LlamaConfig(
         vocab_size=512, hidden_size=2048, intermediate_size=5632, num_hidden_layers=6,
         num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=1024,
@@ -173,19 +176,20 @@ def test_4_bits_unpacked_ahead_beside_the_products(recomputed, tmp_path):
         rows.append([pack_row([Tree(text[:-8], [text[-8:]])], share_prefix=True)])
     at_use = step_of(CapturedStep)
     expected = []
-    for row in rows:
+    for row in [*rows, *rows]:
         at_use(row, label_tokens=8)
         expected.append(at_use.adapter.copy_gradients())
+    assert all(map(torch.equal, expected[:3], expected[3:]))
     assert at_use.failed is None
     unpack_ahead(fused, recomputed=recomputed)
     captured = step_of(CapturedStep)
     for _ in range(20):
-        for row, gradient in zip(rows, expected, strict=True):
+        for row, gradient in zip(rows, expected[:3], strict=True):
             captured(row, label_tokens=8)
             assert torch.equal(captured.adapter.copy_gradients(), gradient)
     assert captured.failed is None
     eager = step_of(EagerStep)
-    for row, gradient in zip(rows, expected, strict=True):
+    for row, gradient in zip(rows, expected[:3], strict=True):
         eager(row, label_tokens=8)
         found = eager.adapter.copy_gradients()
         assert (found - gradient).norm() < 0.05 * gradient.norm()  # rows that are not padded
