@@ -13,7 +13,6 @@ import importlib
 import json
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,9 @@ def some_adapter(model: torch.nn.Module) -> None:
                 parameter.copy_(values.to(parameter))
 
 
-def ours(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]:
+def ours(
+    work: Workload, gradient: str | None, *, output_dir: str, **options: Any
+) -> dict[str, Any]:
     """This library's trainer."""
     task, examples = task_and_examples(work)
     clock = StepClock()
@@ -98,7 +99,7 @@ def ours(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]
     trainer = LoraTrainer(
         load_model(work),
         FineTuningArguments(
-            output_dir=tempfile.mkdtemp(),
+            output_dir=output_dir,
             per_device_train_batch_size=work.examples,
             max_steps=work.steps,
             learning_rate=2e-4,
@@ -154,7 +155,7 @@ def _scoring(trainer: LoraTrainer, examples: list[Any]) -> dict[str, Any]:
     return {"scored_per_second": round(len(examples) / (time.perf_counter() - began), 1)}
 
 
-def trl(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]:
+def trl(work: Workload, gradient: str | None, *, output_dir: str, **options: Any) -> dict[str, Any]:
     """TRL's SFTTrainer with `options` of SFTConfig."""
     accumulation = options.get("gradient_accumulation_steps", 1)
     batch = options.get("per_device_train_batch_size", work.examples)
@@ -182,7 +183,7 @@ def trl(work: Workload, gradient: str | None, **options: Any) -> dict[str, Any]:
         settings["max_length"] = None  # TRL wants it so; no row is longer
     trainer = SFTTrainer(
         load_model(work),
-        SFTConfig(output_dir=tempfile.mkdtemp(), **settings),
+        SFTConfig(output_dir=output_dir, **settings),
         train_dataset=rows,
         processing_class=load_tokenizer(work),
         peft_config=lora(work),
@@ -217,11 +218,11 @@ def _peer_result(
     }
 
 
-def article(work: Workload, gradient: str | None) -> dict[str, Any]:
+def article(work: Workload, gradient: str | None, *, output_dir: str) -> dict[str, Any]:
     """The tutorial's loop: FSDP1, padded to 512, batches of 2 accumulated, all logits.
 
     Its labels are every token that is no padding; here they are the answer's, so that every arm has
-    the same loss. The work is the same.
+    the same loss. The work is the same. It writes nothing to `output_dir`.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     count = work.examples * processes * work.steps
@@ -316,7 +317,7 @@ def main() -> None:
     """One arm, as the driver asked for it."""
     asked = json.loads(sys.argv[1])
     work = Workload(**asked["work"])
-    arm = ARMS[asked["kind"]]
+    arm = functools.partial(ARMS[asked["kind"]], output_dir=asked["folder"])
     if asked.get("gradient"):
         tiny = dataclasses.replace(
             work, model="tiny", dtype="float32", steps=1, dropout=0.0, rows="tweets"

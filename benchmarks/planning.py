@@ -109,6 +109,7 @@ def _measured(name: str, *, folder: Path, seconds: float) -> dict[str, Any]:
         "work": asdict(point.work),
         "options": {"step": "auto", **point.options},
         "output": str(output),
+        "folder": str(output.with_suffix(".run")),
         "turn": str(folder / "turn.lock"),
     }
     command = [sys.executable, "-m", "benchmarks.arms", json.dumps(asked)]

@@ -94,6 +94,9 @@ def main() -> None:
     parser.add_argument(
         "--without-gradients", action="store_true", help="do not compare gradients: no ratios"
     )
+    parser.add_argument(
+        "--without-ceiling", action="store_true", help="do not measure the products' rate"
+    )
     parser.add_argument("--name", help="of the results' file")
     asked = parser.parse_args()
     work = Workload(
@@ -123,7 +126,8 @@ def main() -> None:
             report["arms"][arm] = result
             _write(report, name)  # what was measured is kept, whatever comes after
             print(_line(arm, result), flush=True)
-    report["ceiling_tflops"] = _ceiling(work, report["arms"], processes=asked.processes)
+    if not asked.without_ceiling:
+        report["ceiling_tflops"] = _ceiling(work, report["arms"], processes=asked.processes)
     _write(report, name)
     print(table(report))
 
@@ -250,6 +254,8 @@ def _launch(
     arm = ARMS[name]
     asked = {"kind": arm.kind, "work": asdict(work), "options": arm.options}
     asked |= {"output": str(output), "gradient": str(gradient) if gradient else None}
+    # The same for all ranks.
+    asked["folder"] = str((output or gradient or Path()).with_suffix(".run"))
     launcher = [sys.executable, "-m", "benchmarks.arms"]
     environment = {**os.environ, "ARM_STARTED": str(time.time())}
     if arm.kind == "article":  # as its author starts it; without a launcher there is no FSDP

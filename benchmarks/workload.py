@@ -238,6 +238,7 @@ class StepClock(TrainerCallback):
             "tokens_per_second": round(examples_per_step * sum(lengths) / len(lengths) / step),
             "step_ms": round(step * 1e3, 2),
             "host_ms": round(median(self.host[10:] or self.host) * 1e3, 2),
+            "training_s": round(sum(seconds), 2),
             "first_step_s": round(self.first_step, 1),
             "first_loss": self.logs[0]["loss"],
             "last_loss": self.logs[-1]["loss"],

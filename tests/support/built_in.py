@@ -79,19 +79,20 @@ def trainer_of(recipe: str, base: Path, output: Path) -> tuple[LoraTrainer, Task
 
 def train_all(base: Path, output: Path) -> dict[str, Any]:
     """Train, evaluate and save every recipe's task; the metrics and texts of each."""
-    found = {}
-    for recipe in RECIPES:
-        trainer, data = trainer_of(recipe, base, output / recipe)
-        trainer.train()
-        metrics = trainer.evaluate()
-        trainer.save_model()
-        found[recipe] = {
-            "metrics": {key: value for key, value in metrics.items() if "per_second" not in key},
-            "written": trainer.write(data.held_out) if data.task.is_free_text else None,
-        }
-        for key in ("eval_runtime", "epoch"):
-            found[recipe]["metrics"].pop(key, None)
-    return found
+    return {recipe: train_recipe(recipe, base, output / recipe) for recipe in RECIPES}
+
+
+def train_recipe(recipe: str, base: Path, output: Path) -> dict[str, Any]:
+    """Train, evaluate and save a recipe's task; its metrics and texts."""
+    trainer, data = trainer_of(recipe, base, output)
+    trainer.train()
+    metrics = trainer.evaluate()
+    trainer.save_model()
+    timing = ("eval_runtime", "epoch")
+    return {
+        "metrics": {k: v for k, v in metrics.items() if "per_second" not in k and k not in timing},
+        "written": trainer.write(data.held_out) if data.task.is_free_text else None,
+    }
 
 
 def predict_all(output: Path) -> dict[str, Any]:

@@ -1,0 +1,103 @@
+"""Two GPUs under NCCL beside one: the same run, sharded or not, in bfloat16 and in 4 bits.
+
+Run: python -m pytest -s tests/gpu/test_two_gpus.py
+"""
+
+import importlib.util
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.adapters import save_base
+from tests.support.built_in import save_chat_model, train_recipe
+from tests.support.ranks import launch_environment, run_ranks
+from tests.support.runs import toy_run
+from tests.training.test_resume import first_part, middle_part, part
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.distributed,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+]
+FSDP = launch_environment("fsdp2.yaml")
+ALONE, SHARED = {"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 4}
+RESIDENT = ("none", "2", "all")
+RUNS = [
+    *itertools.product(["float32", "bfloat16"], RESIDENT),
+    *([("4bit", "none"), ("4bit", "all")] if importlib.util.find_spec("bitsandbytes") else []),
+]
+# Rows are packed otherwise on two GPUs: bfloat16 rounds otherwise.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03, "4bit": 1e-3}
+
+
+def base_of(kind, base):
+    if kind == "4bit":
+        return {"base": base, "streamed": True, "load_in_4bit": True}
+    return {"dtype": getattr(torch, kind)}
+
+
+def alone(folder, base, chat):
+    """One GPU, without FSDP."""
+    runs = {kind: toy_run(folder / kind, **ALONE, **base_of(kind, base)) for kind in dict(RUNS)}
+    return {
+        "runs": runs,
+        "whole": first_part(folder / "whole", ALONE, None),
+        "written": train_recipe("summarisation", chat, folder / "written"),
+    }
+
+
+def together(folder, base, chat):
+    """A rank of two."""
+    runs = {}
+    for kind, resident in RUNS:
+        options = {**SHARED, **base_of(kind, base), "resident_layers": resident}
+        runs[kind, resident] = toy_run(folder / f"{kind}-{resident}", **options)
+    return {
+        "runs": runs,
+        "written": train_recipe("summarisation", chat, folder / "written"),
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What one GPU found, and what each of two."""
+    folder = tmp_path_factory.mktemp("two_gpus")
+    base, chat = save_base(folder / "base"), save_chat_model(folder / "chat")
+    [one] = run_ranks(alone, folder / "one", base, chat, world_size=1)
+    return one, run_ranks(together, folder / "two", base, chat, environment=FSDP)
+
+
+@pytest.mark.parametrize(("kind", "resident"), RUNS)
+def test_the_same_run(found, kind, resident):
+    """Losses and metrics of one GPU; adapters equal on both ranks, bit for bit."""
+    one, two = found[0]["runs"][kind], [rank["runs"][kind, resident] for rank in found[1]]
+    tolerance = TOLERANCE[kind]
+    assert two[0]["losses"] == pytest.approx(one["losses"], rel=tolerance)
+    assert two[0]["losses"][-1] < two[0]["losses"][0]
+    assert two[0]["metrics"] == two[1]["metrics"]
+    assert two[0]["metrics"]["eval_loss"] == pytest.approx(
+        one["metrics"]["eval_loss"], rel=tolerance
+    )
+    assert two[0]["adapter"].keys() == one["adapter"].keys()
+    for name, values in two[0]["adapter"].items():
+        assert np.array_equal(values, two[1]["adapter"][name]), name
+    if kind == "float32":
+        assert two[0]["metrics"] == pytest.approx(one["metrics"], rel=tolerance)
+    print(f"\n{kind}, {resident} resident: {one['losses']} on one GPU, {two[0]['losses']} on two")
+
+
+def test_texts_are_written_under_fsdp(found):
+    """And are those of one GPU."""
+    for rank in found[1]:
+        assert rank["written"]["written"] == found[0]["written"]["written"]
+        assert rank["written"]["metrics"] == pytest.approx(found[0]["written"]["metrics"], abs=1e-4)
+
+
+def test_resumed_on_another_number_of_gpus(found, tmp_path):
+    """2, 1 and 2 GPUs, changed within epochs."""
+    run_ranks(first_part, tmp_path, SHARED, 4, environment=FSDP)
+    run_ranks(middle_part, tmp_path, ALONE, 8, world_size=1)
+    last = run_ranks(part, tmp_path, SHARED, environment=FSDP)[0]["losses"]
+    assert last == pytest.approx(found[0]["whole"]["losses"], rel=1e-4)
