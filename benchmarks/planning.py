@@ -25,7 +25,14 @@ from typing import Any
 
 from benchmarks.arms import lora
 from benchmarks.throughput import RESULTS, environment
-from benchmarks.workload import SHAPES, Workload, load_tokenizer, longest_length, task_and_examples
+from benchmarks.workload import (
+    SEED,
+    SHAPES,
+    Workload,
+    load_tokenizer,
+    longest_length,
+    task_and_examples,
+)
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.distributed.memory import Placement, largest_row, peak_allocated
@@ -168,7 +175,7 @@ def predicted(point: Point, *, device: str, measured: dict[str, Any]) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         arguments = FineTuningArguments(
             output_dir=folder, per_device_train_batch_size=work.examples, max_steps=work.steps,
-            **point.options,
+            seed=SEED, **point.options,
         )  # fmt: skip
         asked = work_of_run(arguments, encoder.encode(examples), [], share_prefix=True)
     shape = shape_of(build_on_meta(SHAPES[work.model]), lora(work))

@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.data.packing import PADDING
-from lora_fsdp.data.sampling import TrainingSteps
+from lora_fsdp.data.packing import PADDING, Tree, common_prefix
+from lora_fsdp.data.sampling import TrainingStep, TrainingSteps, epoch_order
 
 _STEPS_LOOKED_AT = 20
 
@@ -23,7 +25,7 @@ class Work:
         step_tokens: tokens that a rank computes in an optimizer step; a prefix that examples share
             counts once a row.
         step_labels: at how many of them the head runs.
-        largest_step: tokens of the largest step that was looked at.
+        largest_step: tokens of the largest step on any rank.
         longest_example: a prompt with its longest answer, in tokens.
         scored_tokens: of held-out rows, all evaluations together.
         max_tokens_per_row: longest row; `None` = by memory.
@@ -51,8 +53,10 @@ def measure_work(
     epochs: float,
     share_prefix: bool,
     max_tokens_per_row: int | None,
+    ranks: int = 1,
+    seed: int = 0,
 ) -> Work:
-    """Pack the first optimizer steps as training will, and count.
+    """Pack some optimizer steps as training will, and count: the first ones, and the largest.
 
     Args:
         train, held_out: the rows as tokens.
@@ -60,30 +64,66 @@ def measure_work(
         epochs: how many times the rows are seen.
         share_prefix: compute the prompts' common prefix once a row.
         max_tokens_per_row: longest row; `None` = by memory.
+        ranks: that share a step.
+        seed: of the order of the examples.
     """
-    steps = TrainingSteps(
-        train,
-        examples_per_step=min(examples_per_rank, len(train)),
-        rank=0,
-        world_size=1,
-        seed=0,
-        share_prefix=share_prefix,
-        max_tokens=max_tokens_per_row or 2**31,
-    )
-    seen = [steps[index] for index in range(min(len(steps), _STEPS_LOOKED_AT))]
+
+    def steps_of(rank: int, *, epoch: int) -> TrainingSteps:
+        steps = TrainingSteps(
+            train,
+            examples_per_step=min(examples_per_rank * ranks, len(train)),
+            rank=rank,
+            world_size=ranks,
+            seed=seed,
+            share_prefix=share_prefix,
+            max_tokens=max_tokens_per_row or 2**31,
+        )
+        steps.set_epoch(epoch)
+        return steps
+
+    first = steps_of(0, epoch=0)
+    looked_at = min(len(first), max(1, math.ceil(epochs * len(first))), _STEPS_LOOKED_AT)
+    seen = [first[index] for index in range(looked_at)]
+    sizes = [_tokens(step) for step in seen]
     labels = [int((row.label_answers != PADDING).sum()) for step in seen for row in step.rows]
-    sizes = [sum(map(len, step.rows)) for step in seen]
+    epoch, index, rank = _largest_step(first, epochs=epochs)
     return Work(
         examples=len(train) * epochs,
         examples_per_rank=examples_per_rank,
         step_tokens=sum(sizes) / len(seen),
         step_labels=sum(labels) / len(seen),
-        largest_step=max(sizes),
+        largest_step=max(*sizes, _tokens(steps_of(rank, epoch=epoch)[index])),
         longest_example=longest_example([*train, *held_out]),
         # Before and after training.
         scored_tokens=2.0 * sum(len(e.prompt_ids) + len(e.target_ids) for e in held_out),
         max_tokens_per_row=max_tokens_per_row,
     )
+
+
+def _tokens(step: TrainingStep) -> int:
+    return sum(map(len, step.rows))
+
+
+def _largest_step(steps: TrainingSteps, *, epochs: float) -> tuple[int, int, int]:
+    """Epoch, place in it and rank of the step with the most tokens, by the examples' lengths."""
+    examples = steps.examples
+    lengths = np.array([len(example.prompt_ids) + len(example.target_ids) for example in examples])
+    if steps.share_prefix:  # how often it counts does not depend on the step
+        lengths -= len(common_prefix([Tree(example.prompt_ids, []) for example in examples]))
+    most, found = -1, (0, 0, 0)
+    for epoch in range(max(1, math.ceil(epochs))):
+        count = len(steps)
+        if epochs - epoch < 1:
+            count = max(1, math.ceil((epochs - epoch) * count))
+        order = epoch_order(len(examples), seed=steps.seed, epoch=epoch)
+        shares = np.zeros(len(steps) * steps.examples_per_step, dtype=lengths.dtype)
+        shares[: len(examples)] = lengths[order]
+        by_step = shares.reshape(len(steps), steps.examples_per_step)[:count]
+        for rank in range(steps.world_size):
+            tokens = by_step[:, rank :: steps.world_size].sum(axis=1)
+            if tokens.max() > most:
+                most, found = int(tokens.max()), (epoch, int(tokens.argmax()), rank)
+    return found
 
 
 def given_work(

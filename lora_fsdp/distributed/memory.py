@@ -10,7 +10,12 @@ from dataclasses import dataclass, fields, replace
 
 from lora_fsdp.data.workload import Work
 from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS
-from lora_fsdp.modeling.captured_rows import CAPTURE_UP_TO_TOKENS, padded_labels, padded_tokens
+from lora_fsdp.modeling.captured_rows import (
+    CAPTURE_UP_TO_TOKENS,
+    next_smaller,
+    padded_labels,
+    padded_tokens,
+)
 from lora_fsdp.modeling.chunked_head import CHUNK
 from lora_fsdp.modeling.shape import ModelShape
 
@@ -20,12 +25,12 @@ LONGEST_ROW = 8192
 USUAL_ROW = 2048
 #: What the CUDA context and the libraries' kernels take, outside torch's allocator.
 CONTEXT = 600_000_000
-#: cuBLAS's and cuDNN's workspaces and temporary tensors of a layer: what steps of a 7B and a 1B
-#: allocated at their peak beyond the parts counted here; captured ones have pools of their own.
+#: cuBLAS's and cuDNN's workspaces, and small things: what steps of a 7B and a 1B allocated at their
+#: peak beyond the parts counted here.
 WORKSPACE = 100_000_000
-CAPTURED_WORKSPACE = 310_000_000
-#: Of that, what a graph that is captured first, of long rows of one length, did without.
-_LATER_WORKSPACE = 110_000_000
+#: Tensors of the hidden states' width that a layer's backward holds for a while, in the same steps;
+#: by whether its forward is recomputed there.
+_HIDDEN_STATES_HELD = {False: 3, True: 5}
 
 
 @dataclass(frozen=True)
@@ -111,16 +116,21 @@ class DeviceMemory:
 def peak_allocated(shape: ModelShape, placement: Placement, rows: RowSizes) -> int:
     """What `torch.cuda.max_memory_allocated` will say after training, in bytes.
 
-    A graph's tensors count when it is captured and not when it is replayed. Long rows, taken to be
-    of one length, are captured before there are moments; what they need later is not seen.
+    A graph's tensors count when it is captured and not when it is replayed. The largest row is
+    captured first, before there are moments. Then, where rows differ in length as short ones do,
+    come smaller ones.
     """
     needed = device_memory(shape, placement, rows)
-    if not is_captured(shape, placement, tokens=rows.tokens) or rows.tokens < BLOCKS_FROM_TOKENS:
+    if not is_captured(shape, placement, tokens=rows.tokens):
         return needed.allocated
     training = device_memory(shape, placement, replace(rows, scored=0))
-    seen = training.allocated - training.optimizer - _LATER_WORKSPACE
-    # Scoring is not captured.
-    return max(seen, needed.allocated if needed.activations > training.activations else 0)
+    seen = [training.allocated - training.optimizer]
+    if rows.tokens < BLOCKS_FROM_TOKENS:
+        smaller = RowSizes(tokens=next_smaller(rows.tokens), labels=rows.labels)
+        seen.append(device_memory(shape, placement, smaller).allocated)
+    if needed.activations > training.activations:  # of scoring, which is not captured
+        seen.append(needed.allocated)
+    return max(seen)
 
 
 def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> DeviceMemory:
@@ -130,15 +140,10 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
     whole = placement.resident_layers >= shape.layers and not placement.offloaded
     resident = base if whole else placement.resident_layers * layer
     sharded = 0 if whole else -(-(base - resident) // placement.ranks)
-    # Two layers: one computes while the next is gathered. Tied embeddings are in the root group,
-    # which stays gathered; others are groups of their own, and the head is there with a layer.
-    head = 2 * (shape.head_parameters or shape.embedding_parameters)
-    if whole:
-        in_flight = 0
-    elif placement.kept_until_backward:
-        in_flight = base - resident
-    else:
-        in_flight = 2 * layer + head
+    unpacked = 2 * shape.largest_linear if placement.quantized else 0
+    in_flight, communication, unpacked = _gathered(
+        shape, placement, layer=layer, rest=base - resident, whole=whole, unpacked=unpacked
+    )
     captured = is_captured(shape, placement, tokens=rows.tokens)
     if captured:
         tokens, labels = padded_tokens(rows.tokens), padded_labels(rows.labels)
@@ -151,20 +156,48 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
     logits = 10 * min(rows.labels, CHUNK) * shape.vocabulary_size
     if placement.recomputed:  # a layer's activations come after the logits are gone
         logits -= min(logits, shape.saved_bytes(rows.tokens, recomputed=False) // shape.layers)
-    unpacked = 2 * shape.largest_linear if placement.quantized else 0
     return DeviceMemory(
         base_shard=0 if placement.offloaded else sharded,
         resident=resident,
         in_flight=in_flight,
-        communication=0 if whole else layer,
+        communication=communication,
         adapter=6 * shape.adapter_parameters,
         gradients=(8 if captured else 4) * shape.adapter_parameters,
         optimizer=8 * shape.adapter_parameters,
         activations=max(trained, scored),
         logits=logits,
+        workspace=WORKSPACE
+        + 2 * _HIDDEN_STATES_HELD[placement.recomputed] * shape.hidden_size * rows.tokens
         # The head's weight is not packed: weights are unpacked before and after it.
-        workspace=(CAPTURED_WORKSPACE if captured else WORKSPACE) + max(0, unpacked - logits),
+        + max(0, unpacked - logits),
     )
+
+
+def _gathered(
+    shape: ModelShape, placement: Placement, *, layer: int, rest: int, whole: bool, unpacked: int
+) -> tuple[int, int, int]:
+    """Bytes of what is gathered, of the buffer it is gathered into, and of what is unpacked then,
+    at the moment when they are the most.
+
+    Args:
+        shape, placement: of the base.
+        layer: bytes of one layer.
+        rest: of all that is not resident.
+        whole: nothing is sharded.
+        unpacked: of the largest product's weight, where weights are packed.
+    """
+    if whole:
+        return 0, 0, unpacked
+    # A head of its own is a group of its own; a tied one is in the root group, which stays.
+    head = 2 * (shape.head_parameters or shape.embedding_parameters)
+    tied = not shape.head_parameters
+    if placement.kept_until_backward:
+        return rest, layer if tied else max(layer, head), unpacked
+    # One layer computes while the next is gathered.
+    moments = [(2 * layer + head * tied, layer, unpacked)]
+    if not tied:  # the head computes, and the last layer is still there
+        moments.append((layer + head, head, 0))
+    return max(moments, key=sum)
 
 
 def is_captured(shape: ModelShape, placement: Placement, *, tokens: float) -> bool:
@@ -221,7 +254,7 @@ def longest_row(
         recomputed: whether activations are recomputed in backward.
         most: tokens that a row has at most, whatever fits.
     """
-    left = (free - CAPTURED_WORKSPACE - 22 * shape.adapter_parameters) // 2
+    left = (free - WORKSPACE - 22 * shape.adapter_parameters) // 2
     length = most
     while length > longest_example and shape.saved_bytes(length, recomputed=recomputed) > left:
         length -= 64

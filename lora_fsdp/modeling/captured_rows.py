@@ -39,12 +39,22 @@ def captured_size(row: Row, *, tokens: int = 0, labels: int = 0) -> RowSize | No
 
 def padded_tokens(tokens: int) -> int:
     """Of a row: few sizes, and little padding."""
-    return _round_up(tokens, 32 if tokens <= 512 else 128 if tokens <= 1024 else 256)
+    return _round_up(tokens, _unit(tokens))
+
+
+def next_smaller(tokens: int) -> int:
+    """The size of rows that are just too short for the size of `tokens`."""
+    padded = padded_tokens(tokens)
+    return padded - _unit(padded)
 
 
 def padded_labels(labels: int) -> int:
     """Of a row's labels."""
     return _round_up(max(labels, 1), 32 if labels <= 256 else 256)
+
+
+def _unit(tokens: int) -> int:
+    return 32 if tokens <= 512 else 128 if tokens <= 1024 else 256
 
 
 def _round_up(value: int, unit: int) -> int:

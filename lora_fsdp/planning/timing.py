@@ -19,8 +19,9 @@ _SHARE = {True: 0.74, False: 0.57}
 _HALF_AT_TOKENS = 164
 # How many times longer than a product's an operation of attention takes.
 _ATTENTION_FACTOR = 2.8
-# Share of the data sheet's bandwidth at which weights are unpacked.
-_COPY_SHARE = 0.71
+# Share of the data sheet's bandwidth at which weights seem to be unpacked: the kernel reaches 0.71,
+# and a part of it runs beside the products.
+_COPY_SHARE = 0.81
 # An adapter's part in a layer: its few small kernels; or how often it reads or writes the layer's
 # inputs and outputs, and the share of the data sheet's operations that products this thin reach.
 _ADAPTER_SECONDS = 3e-5
@@ -28,6 +29,9 @@ _ADAPTER_COPIES = 5.3
 _ADAPTER_SHARE = 0.28
 # What the CPU needs to launch a layer's forward and backward where no graph was captured.
 _LAUNCH_SECONDS = {True: 3.4e-3, False: 4.7e-3}
+# What FSDP adds to that for each time that a layer is gathered, on two H200 of a host whose CPU was
+# rather slow.
+_GATHER_SECONDS = 2.7e-3
 # What a layer's kernels wait for one another in a captured graph.
 _GRAPH_SECONDS = 4e-5
 # Outside forward and backward: the optimizer, the logs.
@@ -45,7 +49,9 @@ def step_seconds(
         computing += layers * _GRAPH_SECONDS
         launching = 0.0
     else:
-        launching = layers * _LAUNCH_SECONDS[shape.is_fused]
+        launching = layers * _LAUNCH_SECONDS[shape.is_fused] + _GATHER_SECONDS * _gathers(
+            shape, placement, rows=rows
+        )
     receiving = rows * _receiving(shape, placement, gpu)
     return max(computing, launching, receiving) + _STEP_SECONDS
 
@@ -105,6 +111,17 @@ def _adapting(shape: ModelShape, gpu: Gpu, *, tokens: float, rows: float) -> flo
     return max(launching, copying + multiplying)
 
 
+def _gathers(shape: ModelShape, placement: Placement, *, rows: float) -> float:
+    """How often a step gathers layers."""
+    gathered = shape.layers if placement.offloaded else shape.layers - placement.resident_layers
+    return rows * _gathers_of_a_layer(placement) * gathered
+
+
+def _gathers_of_a_layer(placement: Placement) -> float:
+    """For one row, if it is sharded."""
+    return 1.0 if placement.kept_until_backward else 2.0
+
+
 def _receiving(shape: ModelShape, placement: Placement, gpu: Gpu) -> float:
     """Seconds in which a rank receives what it lacks for one row, from host memory and others."""
     if placement.resident_layers >= shape.layers and not placement.offloaded:
@@ -112,7 +129,7 @@ def _receiving(shape: ModelShape, placement: Placement, gpu: Gpu) -> float:
     sharded = shape.base_bytes(quantized=placement.quantized) - (
         placement.resident_layers * shape.layer_bytes(quantized=placement.quantized)
     )
-    passes = 1.0 if placement.kept_until_backward else 2.0
+    passes = _gathers_of_a_layer(placement)
     own = 1 / placement.ranks
     seconds = (1 - own) / gpu.link + (own / gpu.host_link if placement.offloaded else 0.0)
     return passes * sharded * seconds

@@ -89,6 +89,8 @@ def work_of_run(
         epochs=epochs,
         share_prefix=share_prefix,
         max_tokens_per_row=args.max_tokens_per_row,
+        ranks=args.world_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
     )
 
 

@@ -53,6 +53,14 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def memory_is_given_back():
+    """Other processes, which some tests start, have the GPU's memory too."""
+    yield
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def test_streamed_is_what_transformers_loads(tmp_path):
     save_base(tmp_path)
     arguments = ModelArguments(str(tmp_path), dtype="bfloat16")

@@ -44,7 +44,7 @@ def alone(folder, base, chat):
     return {
         "runs": runs,
         "whole": first_part(folder / "whole", ALONE, None),
-        "written": train_recipe("summarisation", chat, folder / "written"),
+        "written": train_recipe("generation", chat, folder / "written"),
     }
 
 
@@ -56,7 +56,7 @@ def together(folder, base, chat):
         runs[kind, resident] = toy_run(folder / f"{kind}-{resident}", **options)
     return {
         "runs": runs,
-        "written": train_recipe("summarisation", chat, folder / "written"),
+        "written": train_recipe("generation", chat, folder / "written"),
     }
 
 

@@ -51,11 +51,11 @@ def test_the_plan_says_what_is_stored(gpu, name, monkeypatch):
 @pytest.mark.parametrize("gpu", MEASURED)
 def test_the_plan_is_as_good_as_it_is_said_to_be(gpu):
     points = points_of(gpu).values()
-    memory = [abs(point["error_gb"]) for point in points]
+    memory = [abs(point["error_gb"]) for point in points if "error_gb" in point]
     time = [abs(point["error_ms"]) for point in points if "error_ms" in point]
-    assert max(memory) < 0.026
-    assert median(memory) < 0.004
-    assert max(time) < 0.11
+    assert max(memory) < 0.01
+    assert median(memory) < 0.002
+    assert max(time) < 0.1
 
 
 @pytest.mark.parametrize("gpu", MEASURED)

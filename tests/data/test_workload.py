@@ -1,0 +1,46 @@
+"""What a run is said to compute, beside its steps themselves.
+
+Run: python -m pytest tests/data/test_workload.py
+"""
+
+import math
+
+import pytest
+
+from lora_fsdp.data.sampling import TrainingSteps
+from lora_fsdp.data.workload import measure_work
+from tests.support.runs import toy_trainer
+
+
+def examples_of(tmp_path, rows):
+    """Of one length nearly all, and some long ones that few steps see."""
+    trainer = toy_trainer(tmp_path, rows=rows)
+    examples = trainer.train_dataset
+    for index in (3, 50, 77):
+        examples[index].prompt_ids.extend([7] * index)
+    return examples
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+@pytest.mark.parametrize(
+    ("ranks", "per_rank", "epochs", "seed"),
+    [(1, 2, 1.0, 0), (2, 2, 3.0, 5), (2, 3, 1.4, 1), (4, 1, 0.2, 2), (1, 200, 2.0, 3)],
+)
+def test_the_largest_step_is_found(tmp_path, share_prefix, ranks, per_rank, epochs, seed):
+    examples = examples_of(tmp_path, 120)
+    work = measure_work(
+        examples, [], examples_per_rank=per_rank, epochs=epochs, share_prefix=share_prefix,
+        max_tokens_per_row=None, ranks=ranks, seed=seed,
+    )  # fmt: skip
+    largest = 0
+    for rank in range(ranks):
+        steps = TrainingSteps(
+            examples, examples_per_step=min(per_rank * ranks, len(examples)), rank=rank,
+            world_size=ranks, seed=seed, share_prefix=share_prefix, max_tokens=2**31,
+        )  # fmt: skip
+        for epoch in range(math.ceil(epochs)):
+            steps.set_epoch(epoch)
+            count = math.ceil(min(1.0, epochs - epoch) * len(steps))
+            for index in range(count):
+                largest = max(largest, sum(map(len, steps[index].rows)))
+    assert work.largest_step == largest
