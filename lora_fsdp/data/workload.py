@@ -108,7 +108,7 @@ def _largest_step(steps: TrainingSteps, *, epochs: float) -> tuple[int, int, int
     """Epoch, place in it and rank of the step with the most tokens, by the examples' lengths."""
     examples = steps.examples
     lengths = np.array([len(example.prompt_ids) + len(example.target_ids) for example in examples])
-    if steps.share_prefix:  # how often it counts does not depend on the step
+    if steps.share_prefix:  # as if a step were one row
         lengths -= len(common_prefix([Tree(example.prompt_ids, []) for example in examples]))
     most, found = -1, (0, 0, 0)
     for epoch in range(max(1, math.ceil(epochs))):

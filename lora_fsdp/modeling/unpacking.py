@@ -64,8 +64,8 @@ class UnpackAtUse:
 class UnpackAhead(UnpackAtUse):
     """Unpacks a block while the one before it is used. For whole weights; a gain on a GPU.
 
-    What comes next is only a guess, from the layers' order in forward and from the forward in
-    backward: where another block is asked for, that one is unpacked at once.
+    What comes next is a guess, from the layers' order: where another block is asked for, that one
+    is unpacked at once.
 
     Args:
         layers: the blocks of every decoder layer, in the order of their use.
@@ -73,47 +73,57 @@ class UnpackAhead(UnpackAtUse):
     """
 
     def __init__(self, layers: Sequence[Sequence[PackedBlock]], *, recomputed: bool) -> None:
+        # Where a layer is recomputed, what comes after its last product is not always the same.
         chains = layers if recomputed else [[block for layer in layers for block in layer]]
         self._following = {now: then for chain in chains for now, then in pairwise(chain)}
+        self._preceding = {
+            now: then
+            for chain in chains
+            for then, now in pairwise(chain[:-1] if recomputed else chain)
+        }
         self._first = layers[0][0]
         # Where layers are recomputed, there are no activations to come.
         narrow = layers if recomputed else layers[-_NARROW_LAYERS:]
         self._narrow = {block for layer in narrow for block in layer}
         self._largest = max(block.bytes_unpacked for layer in layers for block in layer)
-        self._backward: list[PackedBlock] = []
+        self._has_backward: set[PackedBlock] = set()
         self._begun: tuple[PackedBlock, torch.Tensor] | None = None
 
     def in_forward(self, block: PackedBlock, *, has_backward: bool) -> torch.Tensor:
         """The numbers for a product; `has_backward`: its backward will need them again."""
         if block is self._first:
-            self._backward.clear()  # of a forward that had none
+            self._drop()  # what a computation that was broken off had begun
         if has_backward:
-            self._backward.append(block)
-        return self._take(block, then=self._following.get(block))
+            self._has_backward.add(block)
+        else:
+            self._has_backward.discard(block)
+        # A forward without backward keeps no activations that could make up for a second block.
+        return self._take(block, self._following.get(block), is_wide=has_backward)
 
     def in_backward(self, block: PackedBlock) -> torch.Tensor:
         """The numbers for a product's gradient."""
-        if block in self._backward[-1:]:
-            self._backward.pop()
-        else:
-            self._backward.clear()
-        return self._take(block, then=self._backward[-1] if self._backward else None)
+        then = self._preceding.get(block)
+        return self._take(block, then if then in self._has_backward else None, is_wide=True)
 
-    def _take(self, block: PackedBlock, *, then: PackedBlock | None) -> torch.Tensor:
-        begun, self._begun = self._begun, None
-        if begun is not None:
-            # A block that was not asked for must not be freed before, either.
-            _wait_for_unpacking(begun[1].device)
+    def _take(self, block: PackedBlock, then: PackedBlock | None, *, is_wide: bool) -> torch.Tensor:
+        begun = self._drop()
         numbers = begun[1] if begun is not None and begun[0] is block else block.unpack()
-        if then is not None and self._has_room(block, then):
+        if then is not None and self._has_room(block, then, is_wide=is_wide):
             # In memory of the computing stream, which waits before it uses or frees it.
             self._begun = (then, then.empty())
             with _beside_computation(numbers.device):
                 then.unpack(self._begun[1])
         return numbers
 
-    def _has_room(self, now: PackedBlock, then: PackedBlock) -> bool:
-        if now not in self._narrow and then not in self._narrow:
+    def _drop(self) -> tuple[PackedBlock, torch.Tensor] | None:
+        """What was begun, finished; asked for or not, it must not be freed before."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            _wait_for_unpacking(begun[1].device)
+        return begun
+
+    def _has_room(self, now: PackedBlock, then: PackedBlock, *, is_wide: bool) -> bool:
+        if is_wide and not {now, then} & self._narrow:
             return True
         return now.bytes_unpacked + then.bytes_unpacked <= self._largest
 

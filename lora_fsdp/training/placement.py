@@ -170,9 +170,7 @@ def place_for_training(
     step, reason = choose_step(
         args,
         fused=fused,
-        why_not_captured=uncaptured
-        if residency.is_whole
-        else "layers are gathered within the step",
+        why_not_captured=uncaptured if residency.is_whole else _GATHERED,
         seconds=seconds,
     )
     if not isinstance(fused, str) and residency.is_whole:

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_fsdp.data.packing import PADDING, Row
 from lora_fsdp.distributed.memory import RowSizes
 from lora_fsdp.distributed.replication import ReplicatedParameters
-from lora_fsdp.modeling.captured_rows import RowSize, captured_size
+from lora_fsdp.modeling.captured_rows import CAPTURE_UP_TO_TOKENS, RowSize, captured_size
 from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
 
 logger = logging.getLogger(__name__)
@@ -96,8 +96,8 @@ class CapturedStep(EagerStep):
 
     Args:
         model: the model with its adapter.
-        largest: what the largest row is expected to have. That is captured first, so that the
-            others' tensors find room in its memory, and what does not fit fails at the first step.
+        largest: what the largest row is expected to have. That is captured first, if it can be, so
+            that the others' tensors find room in its memory, and what does not fit fails at once.
         settings: of `EagerStep`.
     """
 
@@ -128,18 +128,23 @@ class CapturedStep(EagerStep):
         size = captured_size(row)
         if size is None or size in self._graphs:
             return self._graphs.get(size) if size else None
+        if len(self._graphs) == _MOST_GRAPHS:
+            return None
         wanted = [size]
-        if not self._graphs:
-            largest = self._largest
+        largest = self._largest
+        if not self._graphs and largest.tokens <= CAPTURE_UP_TO_TOKENS:
             first = captured_size(row, tokens=largest.tokens, labels=largest.labels)
             wanted = [first, size] if first and first != size else [size]
-        elif len(self._graphs) == _MOST_GRAPHS:
-            return None
         try:
             for new in wanted:
                 self._graphs[new] = self._capture(new)
         except RuntimeError as error:
-            self.failed = str(error).splitlines()[0]
+            # Ending a capture that was broken off is an error of its own.
+            broken_off_by = error.__context__
+            if broken_off_by is not None and not isinstance(broken_off_by, Exception):
+                raise
+            cause = broken_off_by if isinstance(broken_off_by, RuntimeError) else error
+            self.failed = str(cause).splitlines()[0]
             self._graphs.clear()  # their memory is free for the eager step
             logger.warning("The step cannot be captured and runs eagerly: %s", self.failed)
             return None

@@ -186,6 +186,16 @@ def test_later_graphs_find_room_in_the_memory_of_the_largest():
     assert reserved[-1] - reserved[0] < 0.05 * taken
 
 
+def test_nothing_is_captured_for_rows_that_are_too_long():
+    """Where the largest row is computed eagerly, short ones are captured as they come."""
+    captured, some = (
+        step_of(CapturedStep, fused(), largest=RowSizes(tokens=5000, labels=8)),
+        rows(1),
+    )
+    gradients(captured, some)
+    assert [size.tokens for size in captured._graphs] == [-(-len(some[0]) // 32) * 32]
+
+
 def test_long_rows_by_blocks():
     some = [row for row in rows(9, longest=990, seed=3) if len(row) > BLOCKS_FROM_TOKENS]
     one = pack_row([Tree(list(range(2, 390)) * 6, [[7] * 40])], share_prefix=True)

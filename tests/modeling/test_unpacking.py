@@ -85,7 +85,14 @@ def test_the_same_gradients_and_no_block_more_often(targets, recomputed, tmp_pat
         for name, gradient in expected.items():
             assert torch.equal(found[name], gradient), name
         assert [block for block, _ in unpacked] == [block for block, _ in at_use]
-    assert any(ahead for _, ahead in unpacked)
+    blocks = [layer.packed_blocks() for layer in layers]
+    order = {block: index for layer in blocks for index, block in enumerate(layer)}
+    # Near the end, as these layers are, queries, keys and values with what follows attention only.
+    ahead = [order[block] for block, is_ahead in unpacked if is_ahead]
+    in_backward = 0 if targets == "mlp" else len(layers) - (targets == "q, v")
+    in_forward = len(layers) * (2 if recomputed else 1)
+    assert ahead.count(1) == in_forward
+    assert ahead.count(0) >= in_backward
 
 
 def test_two_blocks_take_more_than_the_largest_only_where_activations_are_to_come(

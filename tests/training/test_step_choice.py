@@ -7,8 +7,9 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_fsdp.distributed.launch import FsdpSettings
+from lora_fsdp.errors import ArgumentError
 from lora_fsdp.training.placement import TrainingPlan
-from lora_fsdp.training.step_choice import why_not_captured
+from lora_fsdp.training.step_choice import choose_step, why_not_captured
 from tests.support.runs import toy_trainer
 from tests.support.tiny import adapted_model
 
@@ -71,3 +72,38 @@ def test_what_is_recomputed_in_a_graph_keeps_no_random_state(tmp_path, monkeypat
     monkeypatch.setattr(TrainingPlan, "is_captured", True)
     trainer = toy_trainer(tmp_path / "graph", gradient_checkpointing=True, max_steps=1)
     assert checkpointing_options(trainer) == {"use_reentrant": False, "preserve_rng_state": False}
+
+
+@pytest.mark.parametrize(
+    ("asked", "fused", "why_not", "seconds", "step"),
+    [
+        ("auto", True, None, 1.0, "graph"),
+        ("auto", True, "layers are gathered within the step", 1.0, "fused"),
+        ("auto", False, "layers are gathered within the step", 1e4, "eager"),
+        ("auto", False, None, 1.0, "graph"),
+        ("auto", False, None, 1e4, "compiled"),
+        ("eager", False, None, 1e4, "eager"),
+        ("fused", True, None, 1.0, "fused"),
+        ("graph", False, None, 1.0, "graph"),
+    ],
+)
+def test_the_step_and_its_reason(asked, fused, why_not, seconds, step):
+    found, reason = choose_step(
+        SimpleNamespace(step=asked),
+        fused=[] if fused else "its layers are of another shape",
+        why_not_captured=why_not,
+        seconds=seconds,
+    )
+    assert found == step
+    assert (f"--step {asked}" in reason) == (asked != "auto")
+    assert why_not is None or why_not in reason
+
+
+def test_a_graph_that_cannot_be_is_refused():
+    with pytest.raises(ArgumentError, match=r"gathered within the step\. Use --step auto"):
+        choose_step(
+            SimpleNamespace(step="graph"),
+            fused=[],
+            why_not_captured="layers are gathered within the step",
+            seconds=1.0,
+        )
