@@ -24,11 +24,11 @@ def captured_size(row: Row, *, tokens: int = 0, labels: int = 0) -> RowSize | No
 
     Args:
         row: the row.
-        tokens, labels: that a row like it has at the least; no more than are captured.
+        tokens, labels: that a row like it has at the least.
     """
-    if len(row) > CAPTURE_UP_TO_TOKENS:
-        return None
     tokens = max(tokens, len(row))
+    if tokens > CAPTURE_UP_TO_TOKENS:
+        return None
     return RowSize(
         tokens=padded_tokens(tokens),
         labels=padded_labels(max(labels, row.labels.shape[1])),

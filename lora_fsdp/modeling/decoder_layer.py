@@ -237,7 +237,7 @@ def fuse_layers(
 
 
 def unpack_ahead(fused: Sequence[FusedLayer], *, recomputed: bool) -> None:
-    """Let packed weights, if all are, be unpacked ahead of their use. For whole ones on a GPU.
+    """Let packed weights, if all are, be unpacked ahead of their use. For whole ones in a graph.
 
     Args:
         fused: all decoder layers, in their order.

@@ -176,7 +176,7 @@ def place_for_training(
     if not isinstance(fused, str) and residency.is_whole:
         for replacement in fused:
             replacement.join_weights()
-        if device.type == "cuda":
+        if step in CAPTURED:  # launched one by one, products leave no room to unpack beside them
             unpack_ahead(fused, recomputed=placement.recomputed)
     if step == "compiled":
         compile_layers(layers)

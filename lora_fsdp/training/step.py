@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_fsdp.data.packing import PADDING, Row
 from lora_fsdp.distributed.memory import RowSizes
 from lora_fsdp.distributed.replication import ReplicatedParameters
-from lora_fsdp.modeling.captured_rows import CAPTURE_UP_TO_TOKENS, RowSize, captured_size
+from lora_fsdp.modeling.captured_rows import RowSize, captured_size
 from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
 
 logger = logging.getLogger(__name__)
@@ -126,17 +126,18 @@ class CapturedStep(EagerStep):
     def _graph_for(self, row: Row) -> _RowGraph | None:
         """The graph of the row's size, captured if there is none yet; `None` if none can be."""
         size = captured_size(row)
-        if size is None or size in self._graphs:
-            return self._graphs.get(size) if size else None
+        if size is None:
+            return None
+        if size in self._graphs:
+            return self._graphs[size]
         if len(self._graphs) == _MOST_GRAPHS:
             return None
-        wanted = [size]
-        largest = self._largest
-        if not self._graphs and largest.tokens <= CAPTURE_UP_TO_TOKENS:
+        first = None
+        if not self._graphs:
+            largest = self._largest
             first = captured_size(row, tokens=largest.tokens, labels=largest.labels)
-            wanted = [first, size] if first and first != size else [size]
         try:
-            for new in wanted:
+            for new in dict.fromkeys((first or size, size)):
                 self._graphs[new] = self._capture(new)
         except RuntimeError as error:
             # Ending a capture that was broken off is an error of its own.

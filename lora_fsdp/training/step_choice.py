@@ -25,7 +25,7 @@ from lora_fsdp.training.step import CapturedStep, EagerStep
 
 #: The steps that are CUDA graphs.
 CAPTURED = ("graph", "compiled")
-#: Seconds of training from which on compiling the layers (some 10 to 60 s) is worth it.
+#: Seconds of training from which on compiling the layers (10 s to over a minute) is worth it.
 _COMPILATION_PAYS_FROM = 300.0
 
 

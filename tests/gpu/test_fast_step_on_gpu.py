@@ -188,10 +188,8 @@ def test_later_graphs_find_room_in_the_memory_of_the_largest():
 
 def test_nothing_is_captured_for_rows_that_are_too_long():
     """Where the largest row is computed eagerly, short ones are captured as they come."""
-    captured, some = (
-        step_of(CapturedStep, fused(), largest=RowSizes(tokens=5000, labels=8)),
-        rows(1),
-    )
+    some = rows(1)
+    captured = step_of(CapturedStep, fused(), largest=RowSizes(tokens=5000, labels=8))
     gradients(captured, some)
     assert [size.tokens for size in captured._graphs] == [-(-len(some[0]) // 32) * 32]
 
