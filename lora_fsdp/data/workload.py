@@ -13,6 +13,8 @@ from lora_fsdp.data.packing import PADDING, Tree, common_prefix
 from lora_fsdp.data.sampling import TrainingStep, TrainingSteps, epoch_order
 
 _STEPS_LOOKED_AT = 20
+# For the largest step: longer runs see the same examples over and over.
+_EXAMPLES_LOOKED_AT = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Work:
         step_tokens: tokens that a rank computes in an optimizer step; a prefix that examples share
             counts once a row.
         step_labels: at how many of them the head runs.
-        largest_step: tokens of the largest step on any rank.
+        largest_step: tokens of the largest step on any rank, of those with the first two million
+            examples (in any case of the first epoch).
         longest_example: a prompt with its longest answer, in tokens.
         scored_tokens: of held-out rows, all evaluations together.
         max_tokens_per_row: longest row; `None` = by memory.
@@ -111,7 +114,8 @@ def _largest_step(steps: TrainingSteps, *, epochs: float) -> tuple[int, int, int
     if steps.share_prefix:  # as if a step were one row
         lengths -= len(common_prefix([Tree(example.prompt_ids, []) for example in examples]))
     most, found = -1, (0, 0, 0)
-    for epoch in range(max(1, math.ceil(epochs))):
+    most_epochs = max(1, _EXAMPLES_LOOKED_AT // len(examples))
+    for epoch in range(min(max(1, math.ceil(epochs)), most_epochs)):
         count = len(steps)
         if epochs - epoch < 1:
             count = max(1, math.ceil((epochs - epoch) * count))

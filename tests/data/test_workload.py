@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from lora_fsdp.data.sampling import TrainingSteps
+from lora_fsdp.data import workload
+from lora_fsdp.data.sampling import TrainingSteps, epoch_order
 from lora_fsdp.data.workload import measure_work
 from tests.support.runs import toy_trainer
 
@@ -44,3 +45,17 @@ def test_the_largest_step_is_found(tmp_path, share_prefix, ranks, per_rank, epoc
             for index in range(count):
                 largest = max(largest, sum(map(len, steps[index].rows)))
     assert work.largest_step == largest
+
+
+def test_many_epochs_are_not_all_looked_at(tmp_path, monkeypatch):
+    examples = examples_of(tmp_path, 120)
+    options = {"examples_per_rank": 2, "share_prefix": True, "max_tokens_per_row": None}
+    first = measure_work(examples, [], epochs=2.0, **options)
+    monkeypatch.setattr(workload, "_EXAMPLES_LOOKED_AT", 240)
+    orders = []
+    monkeypatch.setattr(
+        workload, "epoch_order", lambda *a, **k: orders.append(k["epoch"]) or epoch_order(*a, **k)
+    )
+    work = measure_work(examples, [], epochs=1e9, **options)
+    assert orders == [0, 1]
+    assert work.largest_step == first.largest_step
