@@ -13,11 +13,13 @@ Errors are those of `docs/planning.md`: (predicted - measured) / measured.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,13 +35,12 @@ from benchmarks.workload import (
     longest_length,
     task_and_examples,
 )
-from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import Encoder
+from lora_fsdp.data.workload import measure_work
 from lora_fsdp.distributed.memory import Placement, largest_row, peak_allocated
 from lora_fsdp.modeling.shape import build_on_meta, shape_of
 from lora_fsdp.planning.gpus import parse_gpus
 from lora_fsdp.planning.timing import step_seconds
-from lora_fsdp.training.setup import work_of_run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 _MARK, _END = "<!-- measured: {} -->", "<!-- end -->"
@@ -153,34 +154,52 @@ def _beside(measured: dict[str, Any], *, gigabytes: float, milliseconds: float) 
 def _foretell(file: Path) -> None:
     """Write the predictions of today beside a file's measurements."""
     report = json.loads(file.read_text(encoding="utf-8"))
+    if "runs" in report:
+        _write_into_page(file, table_of_ranks(report["runs"]))
+        return
     for name, result in report["points"].items():
         if "failed" not in result:
             now = predicted(GRID[name], device=report["environment"]["device"], measured=result)
             report["points"][name] = result = now
         print(line(name, result), flush=True)
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(_MARK.format(file.name))
-    _, end, after = rest.partition(_END)
-    if end:
-        text = f"{before}{_MARK.format(file.name)}\n{tables(report['points'])}{_END}{after}"
-        PAGE.write_text(text, encoding="utf-8")
+    _write_into_page(file, tables(report["points"]))
     print(summary(report["points"]))
 
 
-def predicted(point: Point, *, device: str, measured: dict[str, Any]) -> dict[str, Any]:
-    """As the trainer foretells it, from the same examples."""
+def _write_into_page(file: Path, table: str) -> None:
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(_MARK.format(file.name))
+    _, end, after = rest.partition(_END)
+    if end:
+        text = f"{before}{_MARK.format(file.name)}\n{table}{_END}{after}"
+        PAGE.write_text(text, encoding="utf-8")
+
+
+def predicted(
+    point: Point,
+    *,
+    device: str,
+    measured: dict[str, Any],
+    ranks: int = 1,
+    placed: Callable[[Placement], Placement] = lambda placement: placement,
+) -> dict[str, Any]:
+    """As the trainer foretells it, from the same examples; `placed` changes where the base lies."""
     work = point.work
     task, examples = task_and_examples(work)
     encoder = Encoder(load_tokenizer(work), task=task, max_length=longest_length(work))
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = FineTuningArguments(
-            output_dir=folder, per_device_train_batch_size=work.examples, max_steps=work.steps,
-            seed=SEED, **point.options,
-        )  # fmt: skip
-        asked = work_of_run(arguments, encoder.encode(examples), [], share_prefix=True)
+    asked = measure_work(
+        encoder.encode(examples), [], examples_per_rank=work.examples,
+        epochs=work.steps * work.examples * ranks / len(examples), share_prefix=True,
+        max_tokens_per_row=None, ranks=ranks, seed=SEED,
+    )  # fmt: skip
     shape = shape_of(build_on_meta(SHAPES[work.model]), lora(work))
-    placement = Placement(
-        1, shape.layers, quantized=work.in_4bit, recomputed=arguments.gradient_checkpointing
+    placement = placed(
+        Placement(
+            ranks,
+            shape.layers,
+            quantized=work.in_4bit,
+            recomputed=point.options.get("gradient_checkpointing", False),
+        )
     )
     rows = largest_row(asked, measured["row_tokens"])
     step = step_seconds(
@@ -188,6 +207,36 @@ def predicted(point: Point, *, device: str, measured: dict[str, Any]) -> dict[st
     )
     memory = peak_allocated(shape, placement, rows)
     return _beside(measured, gigabytes=memory / 1e9, milliseconds=1e3 * step)
+
+
+PLACED = {
+    "ours-full-shard": ("full shard", {"resident_layers": 0}),
+    "ours-half-resident": ("15 of 30 layers resident", {"resident_layers": 15}),
+    "ours-till-backward": ("till backward", {"resident_layers": 0, "kept_until_backward": True}),
+    "ours-resident": ("resident", {}),
+}
+
+
+def table_of_ranks(runs: list[dict[str, Any]]) -> str:
+    """What docs/planning.md shows of runs of `benchmarks.throughput` on several GPUs."""
+    lines = ["| 7B, q, v, r 8 | GB of a GPU | ms |", "| --- | --- | --- |"]
+    for run in runs:
+        work, ranks = Workload(**run["workload"]), run["processes"]
+        for name, arm in run["arms"].items():
+            if name not in PLACED or ranks == 1:
+                continue
+            title, changes = PLACED[name]
+            found = predicted(
+                Point(work), device=run["environment"]["device"], ranks=ranks,
+                placed=functools.partial(replace, **changes),
+                measured={
+                    "measured_gb": arm["peak_gb"], "measured_ms": arm["step_ms"],
+                    "row_tokens": arm["row_tokens"],
+                },
+            )  # fmt: skip
+            setting = f"{title}{' in 4 bits' * work.in_4bit}, {work.rows}"
+            lines.append(f"| {setting} | {_cell(found, 'gb')} | {_cell(found, 'ms')} |")
+    return "\n" + "\n".join(lines) + "\n\n"
 
 
 def line(name: str, result: dict[str, Any]) -> str:

@@ -19,9 +19,9 @@ _SHARE = {True: 0.74, False: 0.57}
 _HALF_AT_TOKENS = 164
 # How many times longer than a product's an operation of attention takes.
 _ATTENTION_FACTOR = 2.8
-# Share of the data sheet's bandwidth at which weights seem to be unpacked: the kernel reaches 0.71,
-# and a part of it runs beside the products.
-_COPY_SHARE = 0.81
+# Share of the data sheet's bandwidth at which weights are unpacked; in a captured step, where a
+# part of it runs beside the products, at which they seem to be.
+_COPY_SHARE = {True: 0.81, False: 0.71}
 # An adapter's part in a layer: its few small kernels; or how often it reads or writes the layer's
 # inputs and outputs, and the share of the data sheet's operations that products this thin reach.
 _ADAPTER_SECONDS = 3e-5
@@ -94,11 +94,11 @@ def _computing(
     products = (layers + head) / (rate * length / (length + _HALF_AT_TOKENS))
     reading = rows * passes * 2.0 * shape.active_parameters / gpu.bandwidth
     # 4-bit weights are read and written as bfloat16, before they are read as any weight.
-    unpacking = (
-        rows * passes * 2.5 * shape.linear_parameters * shape.layers / (gpu.bandwidth * _COPY_SHARE)
-        if placement.quantized
-        else 0.0
-    )
+    unpacking = 0.0
+    if placement.quantized:
+        share = _COPY_SHARE[is_captured(shape, placement, tokens=length)]
+        unpacked = 2.5 * shape.linear_parameters * shape.layers
+        unpacking = rows * passes * unpacked / (gpu.bandwidth * share)
     adapting = passes / 2.0 * _adapting(shape, gpu, tokens=tokens, rows=rows)
     return max(products, reading) + _ATTENTION_FACTOR * attention / rate + unpacking + adapting
 

@@ -4,11 +4,12 @@ Run: python -m pytest tests/planning/test_measured.py
 """
 
 import json
+import re
 from statistics import median
 
 import pytest
 
-from benchmarks.planning import GRID, PAGE, predicted, tables
+from benchmarks.planning import GRID, PAGE, predicted, table_of_ranks, tables
 from benchmarks.throughput import RESULTS
 from tests.test_documentation import ROOT
 
@@ -61,3 +62,18 @@ def test_the_plan_is_as_good_as_it_is_said_to_be(gpu):
 @pytest.mark.parametrize("gpu", MEASURED)
 def test_the_documentation_has_every_point(gpu):
     assert tables(points_of(gpu)) in PAGE.read_text(encoding="utf-8")
+
+
+def test_two_gpus(monkeypatch):
+    """As the documentation says, and within what README says."""
+    monkeypatch.chdir(ROOT)
+    runs = json.loads((RESULTS / "h200-x2.json").read_text(encoding="utf-8"))["runs"]
+    table = table_of_ranks(runs)
+    assert table in PAGE.read_text(encoding="utf-8")
+    errors = [
+        [float(e) for e in re.findall(r"\(([+-][\d.]+)%\)", row)] for row in table.split("\n")
+    ]
+    errors = [found for found in errors if found]
+    assert len(errors) == 6
+    assert max(abs(memory) for memory, _ in errors) < 2
+    assert max(abs(time) for _, time in errors) < 8
