@@ -26,7 +26,6 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
-from trl import SFTConfig, SFTTrainer
 
 from benchmarks.workload import (
     SEED,
@@ -157,6 +156,8 @@ def _scoring(trainer: LoraTrainer, examples: list[Any]) -> dict[str, Any]:
 
 def trl(work: Workload, gradient: str | None, *, output_dir: str, **options: Any) -> dict[str, Any]:
     """TRL's SFTTrainer with `options` of SFTConfig."""
+    from trl import SFTConfig, SFTTrainer  # not among what other arms wait for
+
     accumulation = options.get("gradient_accumulation_steps", 1)
     batch = options.get("per_device_train_batch_size", work.examples)
     count = batch * accumulation * work.processes * work.steps

@@ -58,6 +58,7 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   ├── NonFiniteError(FloatingPointError)
     │   ├── RankDriftError
     │   └── StalledRankError(TimeoutError)
+    ├── CaptureError(RuntimeError)      a step as a CUDA graph, with the gathers in it
     └── TrainingInterrupted(SystemExit) stopped on request, with a checkpoint; exit code 75
 """
 
@@ -272,6 +273,10 @@ class RankDriftError(WatchdogError):
 
 class StalledRankError(WatchdogError, TimeoutError):
     """A rank makes no progress; it ends the process with 70, since its main thread cannot."""
+
+
+class CaptureError(LoraFsdpError, RuntimeError):
+    """A step that gathers layers cannot be captured as a CUDA graph, which the plan counted on."""
 
 
 class TrainingInterrupted(LoraFsdpError, SystemExit):

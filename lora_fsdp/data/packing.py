@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
+from typing import NamedTuple
 
 import torch
 
@@ -37,6 +38,20 @@ class Tree:
     def __len__(self) -> int:
         """Tokens this example takes in a row of its own (an answer's last token is no input)."""
         return len(self.prompt_ids) + sum(len(answer[:-1]) for answer in self.answers)
+
+
+class RowSize(NamedTuple):
+    """What a row has, without the row.
+
+    Attributes:
+        tokens: input tokens.
+        labels: label tokens.
+        is_one_sequence: whether every token sees all before it, as in an ordinary text.
+    """
+
+    tokens: int
+    labels: int
+    is_one_sequence: bool
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,11 @@ class Row:
 
     def __len__(self) -> int:
         return int(self.tokens.shape[1])
+
+    @property
+    def size(self) -> RowSize:
+        """Its numbers of tokens."""
+        return RowSize(len(self), int(self.labels.shape[1]), self.is_one_sequence)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Row:
         """The row on `device`."""
@@ -157,8 +177,22 @@ def pack_row(trees: Sequence[Tree], *, share_prefix: bool) -> Row:
     return Row(
         torch.tensor([input_ids, position_ids, example_ids, answer_ids], dtype=torch.int64),
         torch.tensor(labels, dtype=torch.int64).reshape(-1, 3).t().contiguous(),
-        is_one_sequence=len(trees) == 1 and len(trees[0].answers) <= 1,
+        is_one_sequence=_is_one_sequence(trees),
     )
+
+
+def packed_size(trees: Sequence[Tree], *, share_prefix: bool) -> RowSize:
+    """The size of the row that `pack_row` would make of `trees`."""
+    shared = len(common_prefix(trees)) if share_prefix else 0
+    return RowSize(
+        tokens=shared + sum(len(tree) - shared for tree in trees),
+        labels=sum(len(answer) for tree in trees for answer in tree.answers),
+        is_one_sequence=_is_one_sequence(trees),
+    )
+
+
+def _is_one_sequence(trees: Sequence[Tree]) -> bool:
+    return len(trees) == 1 and len(trees[0].answers) <= 1
 
 
 def empty_row() -> Row:

@@ -7,13 +7,21 @@ an epoch. So a run is defined by (seed, global batch size), and resuming needs o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.data.packing import Row, Tree, empty_row, pack_row, plan_rows
+from lora_fsdp.data.packing import (
+    Row,
+    RowSize,
+    Tree,
+    empty_row,
+    pack_row,
+    packed_size,
+    plan_rows,
+)
 
 
 @dataclass
@@ -24,17 +32,17 @@ class TrainingStep:
         rows: the packed rows; as many on every rank.
         label_tokens: number of label tokens of the step over all ranks, the loss's denominator.
         example_rows: row numbers of this rank's examples, for messages.
+        sizes_of_ranks: for each of `rows`, the size that its like has on every rank.
     """
 
     rows: list[Row]
     label_tokens: int
     example_rows: list[int]
+    sizes_of_ranks: list[list[RowSize]]
 
     def pin_memory(self) -> TrainingStep:
         """The same step in page-locked memory."""
-        return TrainingStep(
-            [row.pin_memory() for row in self.rows], self.label_tokens, self.example_rows
-        )
+        return replace(self, rows=[row.pin_memory() for row in self.rows])
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
@@ -106,11 +114,17 @@ class TrainingSteps(Dataset[TrainingStep]):
         chosen = [self.examples[i] for i in self._order[start : start + self.examples_per_step]]
         shares = [self._plan(chosen[rank :: self.world_size]) for rank in range(self.world_size)]
         rows = [pack_row(trees, share_prefix=self.share_prefix) for trees in shares[self.rank]]
-        missing = max(len(share) for share in shares) - len(rows)
+        count, empty = max(len(share) for share in shares), empty_row()
+        sizes = [
+            [packed_size(trees, share_prefix=self.share_prefix) for trees in share]
+            + [empty.size] * (count - len(share))
+            for share in shares
+        ]
         return TrainingStep(
-            rows=rows + [empty_row() for _ in range(missing)],
+            rows=rows + [empty] * (count - len(rows)),
             label_tokens=sum(len(example.target_ids) for example in chosen),
             example_rows=[example.row for example in chosen[self.rank :: self.world_size]],
+            sizes_of_ranks=[list(of_row) for of_row in zip(*sizes, strict=True)],
         )
 
     def _plan(self, examples: Sequence[EncodedExample]) -> list[list[Tree]]:

@@ -45,7 +45,8 @@ class Placement:
         offloaded: shards lie in host memory.
         quantized: linear layers are stored in 4 bits.
         recomputed: activations are recomputed in backward.
-        captured: steps are CUDA graphs, provided that nothing is gathered within them.
+        captured: steps are CUDA graphs where nothing is gathered within them.
+        gathers_captured: they are too where layers are gathered.
     """
 
     ranks: int
@@ -55,6 +56,7 @@ class Placement:
     quantized: bool = False
     recomputed: bool = False
     captured: bool = True
+    gathers_captured: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,9 +204,10 @@ def _gathered(
 
 def is_captured(shape: ModelShape, placement: Placement, *, tokens: float) -> bool:
     """Whether rows of `tokens` are computed by CUDA graphs."""
+    gathers = placement.resident_layers < shape.layers
     return (
         placement.captured
-        and placement.resident_layers >= shape.layers
+        and (placement.gathers_captured or not gathers)
         and not placement.offloaded
         and tokens <= CAPTURE_UP_TO_TOKENS
     )

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from lora_fsdp.data.packing import Row
+from lora_fsdp.data.packing import RowSize
 from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS
 
 #: Rows longer than this are not captured: their kernels take longer than their launches.
 CAPTURE_UP_TO_TOKENS = 4096
 
 
-class RowSize(NamedTuple):
-    """What a graph is captured for."""
-
-    tokens: int
-    labels: int
-    is_one_sequence: bool
-
-
-def captured_size(row: Row, *, tokens: int = 0, labels: int = 0) -> RowSize | None:
-    """The size that `row` is padded to, or `None` if it is too long.
-
-    Args:
-        row: the row.
-        tokens, labels: that a row like it has at the least.
-    """
-    tokens = max(tokens, len(row))
-    if tokens > CAPTURE_UP_TO_TOKENS:
+def captured_size(size: RowSize) -> RowSize | None:
+    """The size that a row is padded to, or `None` if it is too long."""
+    if size.tokens > CAPTURE_UP_TO_TOKENS:
         return None
     return RowSize(
-        tokens=padded_tokens(tokens),
-        labels=padded_labels(max(labels, row.labels.shape[1])),
+        tokens=padded_tokens(size.tokens),
+        labels=padded_labels(size.labels),
         # A dense mask serves both kinds.
-        is_one_sequence=row.is_one_sequence and tokens >= BLOCKS_FROM_TOKENS,
+        is_one_sequence=size.is_one_sequence and size.tokens >= BLOCKS_FROM_TOKENS,
     )
 
 

@@ -41,6 +41,7 @@ from lora_fsdp.modeling.streaming import StoredBase
 from lora_fsdp.training.step_choice import (
     CAPTURED,
     choose_step,
+    why_gathers_stay_out,
     why_not_captured,
     why_run_not_fused,
 )
@@ -133,6 +134,7 @@ def place_for_training(
     is_fused = not isinstance(fused, str)
     shape = _shape(model, fuse=is_fused) if device.type == "cuda" else None
     work = work or _NO_WORK
+    gathers_stay_out = why_gathers_stay_out(args, settings)
     placement, recomputing = _choose_placement(
         model,
         args,
@@ -140,6 +142,7 @@ def place_for_training(
         layers=len(layers),
         shape=shape,
         is_fused=is_fused,
+        gathers_captured=gathers_stay_out is None,
         shortest=largest_row(work, max(longest_example, args.max_tokens_per_row or 0)),
     )
     usual = largest_row(work, max(longest_example, args.max_tokens_per_row or USUAL_ROW))
@@ -165,12 +168,15 @@ def place_for_training(
     uncaptured = why_not_captured(
         model, args, settings, is_fused=is_fused, recomputed=placement.recomputed
     )
+    if uncaptured is None and not residency.is_whole:
+        uncaptured = gathers_stay_out
     # At a third of what an H100 can do.
     seconds = 4.0 * model.num_parameters() * work.step_tokens * work.steps(args.world_size) / 3e14
     step, reason = choose_step(
         args,
         fused=fused,
-        why_not_captured=uncaptured if residency.is_whole else _GATHERED,
+        why_not_captured=uncaptured,
+        can_compile=residency.is_whole,
         seconds=seconds,
     )
     if not isinstance(fused, str) and residency.is_whole:
@@ -214,6 +220,7 @@ def _choose_placement(
     layers: int,
     shape: ModelShape | None,
     is_fused: bool,
+    gathers_captured: bool,
     shortest: RowSizes,
 ) -> tuple[Placement, str]:
     """How the base lies where as few layers are resident as can be, and why activations are
@@ -226,6 +233,7 @@ def _choose_placement(
         layers: of the model.
         shape: of the model; `None` on a CPU.
         is_fused: fused layers compute.
+        gathers_captured: a CUDA graph may hold a step in which layers are gathered.
         shortest: the shortest that rows can be limited to.
     """
     base = base_model(model)
@@ -241,7 +249,11 @@ def _choose_placement(
         ranks=args.world_size,
         quantized=bool(getattr(base, "is_loaded_in_4bit", False)),  # set by transformers, or by us
     )
-    least = replace(least, captured=is_captured(recomputed=least.recomputed))
+    least = replace(
+        least,
+        captured=is_captured(recomputed=least.recomputed),
+        gathers_captured=gathers_captured,
+    )
     recomputing = _why_recompute(shape, least, shortest, base=base, device=args.device)
     if recomputing:
         least = replace(least, recomputed=True, captured=is_captured(recomputed=True))
@@ -355,7 +367,6 @@ def _shape(model: PeftModel, *, fuse: bool) -> ModelShape:
     return shape_of(skeleton, adapter, fuse=fuse)
 
 
-_GATHERED = "layers are gathered within the step"
 # For a model that is only evaluated.
 _NO_WORK = Work(
     examples=0,

@@ -11,15 +11,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_fsdp.data.packing import PADDING, Row
+from lora_fsdp.data.packing import PADDING, Row, RowSize
 from lora_fsdp.distributed.memory import RowSizes
 from lora_fsdp.distributed.replication import ReplicatedParameters
-from lora_fsdp.modeling.captured_rows import RowSize, captured_size
+from lora_fsdp.errors import CaptureError
+from lora_fsdp.modeling.captured_rows import captured_size
 from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
 
 logger = logging.getLogger(__name__)
@@ -61,17 +64,33 @@ class EagerStep:
         self.device = device
         self.autocast = autocast
 
-    def __call__(self, rows: Sequence[Row], *, label_tokens: int) -> torch.Tensor:
+    def __call__(
+        self,
+        rows: Sequence[Row],
+        *,
+        label_tokens: int,
+        sizes_of_ranks: Sequence[Sequence[RowSize]] | None = None,
+    ) -> torch.Tensor:
         """Gradients of the rows' loss, divided by `label_tokens`, into the adapter's block.
+
+        Args:
+            rows: this rank's; as many on every rank where the base is sharded.
+            label_tokens: of the step, over all ranks.
+            sizes_of_ranks: for each of `rows`, the size that its like has on every rank; `None` =
+                there is one rank.
 
         Returns:
             this rank's part of the loss.
         """
         self.adapter.zero_gradients()
         total = torch.zeros((), device=self.device)
-        for row in rows:
+        for row, sizes in zip(rows, sizes_of_ranks or [[row.size] for row in rows], strict=True):
+            self.prepare(row.size, sizes_of_ranks=sizes)
             total += self.run(row, label_tokens=label_tokens)
         return total
+
+    def prepare(self, size: RowSize, *, sizes_of_ranks: Sequence[RowSize]) -> None:
+        """Before a row of `size` is run, while the other ranks are about to run theirs."""
 
     def run(self, row: Row, *, label_tokens: int) -> torch.Tensor:
         """Add one row's gradients; its loss."""
@@ -91,51 +110,76 @@ class EagerStep:
 class CapturedStep(EagerStep):
     """Computes rows by CUDA graphs, one a size; eagerly where a row is too long or capture fails.
 
-    For models whose forward and backward contain no collective. All graphs share their memory: one
-    runs at a time.
+    All graphs share their memory: one runs at a time. Where layers are gathered within the step,
+    capturing is a collective, too: all ranks capture every size that one of them needs, in the same
+    order, and a capture that fails ends the run, as the other ranks have no way to know of it.
 
     Args:
         model: the model with its adapter.
         largest: what the largest row is expected to have. That is captured first, if it can be, so
             that the others' tensors find room in its memory, and what does not fit fails at once.
+        gathers: whether forward and backward gather layers.
         settings: of `EagerStep`.
     """
 
     def __init__(
-        self, model: nn.Module, *, largest: RowSizes = _UNKNOWN, **settings: object
+        self,
+        model: nn.Module,
+        *,
+        largest: RowSizes = _UNKNOWN,
+        gathers: bool = False,
+        **settings: object,
     ) -> None:
         super().__init__(model, **settings)  # type: ignore[arg-type]
+        self.gathers = gathers
         self.failed: str | None = None
         self._largest = largest
         self._graphs: dict[RowSize, _RowGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        # One for all captures: memory is used again by the stream that it was allocated for only.
-        # Of a high priority: what the step does on other streams meanwhile (unpacking weights)
-        # takes what this one leaves.
-        self._stream = torch.cuda.Stream(priority=-1)
+
+    @cached_property
+    def _pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """One for all captures: memory is used again by the stream that it was allocated for only.
+
+        Of a high priority: what the step does on other streams meanwhile (unpacking weights) takes
+        what this one leaves.
+        """
+        return torch.cuda.Stream(priority=-1)
+
+    def prepare(self, size: RowSize, *, sizes_of_ranks: Sequence[RowSize]) -> None:
+        """Capture the sizes that are new.
+
+        Raises:
+            CaptureError: layers are gathered, and a capture failed.
+        """
+        for needed in sizes_of_ranks if self.gathers else [size]:
+            captured = captured_size(needed)
+            if captured is not None and not self.failed:
+                self._add_graph(captured)
 
     def run(self, row: Row, *, label_tokens: int) -> torch.Tensor:
         """Add one row's gradients; its loss."""
-        graph = None if self.failed else self._graph_for(row)
-        if graph is None:
+        size = captured_size(row.size)
+        if size is None or size not in self._graphs:
             return super().run(row, label_tokens=label_tokens)
+        graph = self._graphs[size]
         graph.load(row, scale=1.0 / label_tokens)
         graph.graph.replay()
         return graph.loss
 
-    def _graph_for(self, row: Row) -> _RowGraph | None:
-        """The graph of the row's size, captured if there is none yet; `None` if none can be."""
-        size = captured_size(row)
-        if size is None:
-            return None
-        if size in self._graphs:
-            return self._graphs[size]
-        if len(self._graphs) == _MOST_GRAPHS:
-            return None
+    def _add_graph(self, size: RowSize) -> None:
+        """Capture `size`, if that is new and there is room; the largest row's before all others."""
+        if size in self._graphs or len(self._graphs) == _MOST_GRAPHS:
+            return
         first = None
         if not self._graphs:
-            largest = self._largest
-            first = captured_size(row, tokens=largest.tokens, labels=largest.labels)
+            tokens, labels = self._largest.tokens, self._largest.labels
+            first = captured_size(
+                size._replace(tokens=max(tokens, size.tokens), labels=max(labels, size.labels))
+            )
         try:
             for new in dict.fromkeys((first or size, size)):
                 self._graphs[new] = self._capture(new)
@@ -147,9 +191,12 @@ class CapturedStep(EagerStep):
             cause = broken_off_by if isinstance(broken_off_by, RuntimeError) else error
             self.failed = str(cause).splitlines()[0]
             self._graphs.clear()  # their memory is free for the eager step
+            if self.gathers:
+                raise CaptureError(
+                    f"A step of {size.tokens} tokens cannot be captured with the gathers in it: "
+                    f"{self.failed}. Run with --step fused."
+                ) from error
             logger.warning("The step cannot be captured and runs eagerly: %s", self.failed)
-            return None
-        return self._graphs[size]
 
     def _capture(self, size: RowSize) -> _RowGraph:
         """Capture rows of `size`; gradients and random numbers are left as they were."""
@@ -164,7 +211,12 @@ class CapturedStep(EagerStep):
                     self._forward_backward(static.row, scale=static.scale)
             torch.cuda.current_stream().wait_stream(self._stream)
             with (
-                torch.cuda.graph(static.graph, pool=self._pool, stream=self._stream),
+                torch.cuda.graph(
+                    static.graph,
+                    pool=self._pool,
+                    stream=self._stream,
+                    capture_error_mode="thread_local",  # other threads watch over NCCL meanwhile
+                ),
                 sdpa_kernel(_ATTENTION, set_priority=True),
             ):
                 static.loss = self._forward_backward(static.row, scale=static.scale)

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from lora_fsdp.arguments import FineTuningArguments
+from lora_fsdp.distributed.captured_gathers import why_gathers_not_captured
 from lora_fsdp.distributed.launch import FsdpSettings
 from lora_fsdp.distributed.memory import RowSizes
 from lora_fsdp.distributed.replication import ReplicatedParameters
@@ -27,6 +28,7 @@ from lora_fsdp.training.step import CapturedStep, EagerStep
 CAPTURED = ("graph", "compiled")
 #: Seconds of training from which on compiling the layers (10 s to over a minute) is worth it.
 _COMPILATION_PAYS_FROM = 300.0
+_GATHERED = "layers are gathered within the step"
 
 
 def why_run_not_fused(model: PeftModel, args: FineTuningArguments, *, autocast: bool) -> str | None:
@@ -51,7 +53,9 @@ def why_not_captured(
     is_fused: bool,
     recomputed: bool,
 ) -> str | None:
-    """Why no CUDA graph holds a step in which no layers are gathered, in words; `None` = one does.
+    """Why no CUDA graph holds a rank's own part of a step, in words; `None` = one does.
+
+    What gathering layers adds to that is asked of `why_gathers_not_captured`.
 
     Args:
         model: base and adapter.
@@ -77,11 +81,32 @@ def why_not_captured(
     return None
 
 
+def why_gathers_stay_out(args: FineTuningArguments, settings: FsdpSettings | None) -> str | None:
+    """Why no CUDA graph holds a step in which layers are gathered; `None` = one does, or none are.
+
+    A collective call.
+
+    Args:
+        args: the run's arguments.
+        settings: the YAML's FSDP settings; `None` = no FSDP.
+    """
+    if settings is None:
+        return None
+    if args.device.type != "cuda" or args.step not in ("auto", "graph"):
+        return _GATHERED
+    if settings.offload:
+        return "layers are fetched from host memory within the step"
+    if args.step == "auto" and args.world_size > 1:
+        return _GATHERED
+    return why_gathers_not_captured(args.device)
+
+
 def choose_step(
     args: FineTuningArguments,
     *,
     fused: list[FusedLayer] | str,
     why_not_captured: str | None,
+    can_compile: bool,
     seconds: float,
 ) -> tuple[str, str]:
     """Name of the step, and why it was chosen.
@@ -90,6 +115,7 @@ def choose_step(
         args: the run's arguments.
         fused: the fused layers, or why there are none.
         why_not_captured: why no CUDA graph can hold a step; `None` = one can.
+        can_compile: whether layers may be compiled: FSDP's hooks are around them otherwise.
         seconds: that training will take, roughly.
 
     Raises:
@@ -107,7 +133,7 @@ def choose_step(
         return args.step, f"--step {args.step}"
     if not isinstance(fused, str):
         return "graph", "fused layers, captured as CUDA graphs"
-    if seconds > _COMPILATION_PAYS_FROM:
+    if seconds > _COMPILATION_PAYS_FROM and can_compile:
         return (
             "compiled",
             f"a run of some {seconds / 60:.0f} minutes pays for compilation ({fused})",
@@ -120,6 +146,7 @@ def build_step(
     model: nn.Module,
     *,
     largest: RowSizes,
+    gathers: bool,
     computation: RowComputation,
     adapter: ReplicatedParameters,
     device: torch.device,
@@ -131,6 +158,7 @@ def build_step(
         name: as `choose_step` gives it.
         model: the model with its adapter.
         largest: what the largest row is expected to have.
+        gathers: whether the step gathers layers.
         computation: how it computes rows.
         adapter: where the gradients go.
         device: where rows are computed.
@@ -138,5 +166,5 @@ def build_step(
     """
     kind: Callable[..., EagerStep] = EagerStep
     if name in CAPTURED:
-        kind = partial(CapturedStep, largest=largest)
+        kind = partial(CapturedStep, largest=largest, gathers=gathers)
     return kind(model, computation=computation, adapter=adapter, device=device, autocast=autocast)

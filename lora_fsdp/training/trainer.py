@@ -232,6 +232,7 @@ class LoraTrainer(WatchedTrainer):
             self.plan.step,
             self.model,
             largest=self.plan.rows,
+            gathers=not self.plan.residency.is_whole,
             computation=self.computation,
             adapter=self.adapter,
             device=self.args.device,
@@ -293,7 +294,9 @@ class LoraTrainer(WatchedTrainer):
         """
         if not model.training:
             model.train()
-        loss = self.step(inputs.rows, label_tokens=inputs.label_tokens)
+        loss = self.step(
+            inputs.rows, label_tokens=inputs.label_tokens, sizes_of_ranks=inputs.sizes_of_ranks
+        )
         self.finite.see_rank(loss)
         self.heartbeat.beat(self.state.global_step + 1, "summing gradients over ranks")
         self.adapter.sum_gradients()

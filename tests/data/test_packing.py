@@ -16,6 +16,7 @@ from lora_fsdp.data.packing import (
     common_prefix,
     empty_row,
     pack_row,
+    packed_size,
     plan_rows,
 )
 from lora_fsdp.modeling.attention import dense_mask
@@ -41,6 +42,7 @@ def test_plan_takes_every_tree_once_in_order_and_keeps_the_limit(trees, max_toke
     for row in plan:
         packed = pack_row([trees[index] for index in row], share_prefix=share_prefix)
         assert len(row) == 1 or len(packed) <= max_tokens
+        assert packed.size == packed_size([trees[i] for i in row], share_prefix=share_prefix)
     for row, following in pairwise(plan):
         # No row is left with room for the first tree of the next one.
         shared = len(common_prefix(trees)) if share_prefix else 0

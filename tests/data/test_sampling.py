@@ -86,7 +86,9 @@ def test_every_example_exactly_once_an_epoch(
         assert shares[0].label_tokens == sum(
             row.label_ids.numel() for share in shares for row in share.rows
         )
-        for share in shares:
+        for rank, share in enumerate(shares):
+            assert share.sizes_of_ranks == shares[0].sizes_of_ranks
+            assert [sizes[rank] for sizes in share.sizes_of_ranks] == [r.size for r in share.rows]
             assert sorted(seen(share)) == sorted(share.example_rows)
             total.update(seen(share))
     assert total == Counter(range(count))

@@ -9,11 +9,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_fsdp.distributed.launch import FsdpSettings
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.training.placement import TrainingPlan
-from lora_fsdp.training.step_choice import choose_step, why_not_captured
+from lora_fsdp.training.step_choice import (
+    choose_step,
+    why_gathers_stay_out,
+    why_not_captured,
+)
 from tests.support.runs import toy_trainer
 from tests.support.tiny import adapted_model
 
 SHARDED = FsdpSettings(True, False, True, None, True)
+OFFLOADED_BASE = FsdpSettings(True, True, True, None, True)
 OFFLOADED = FsdpSettings(True, False, True, None, True, activation_offload=True)
 
 
@@ -57,6 +62,29 @@ def test_what_is_captured(changed, reason):
     assert reason is None or reason in found
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"settings": None}, None),
+        ({}, None),
+        ({"step": "graph"}, None),
+        ({"device": "cpu"}, "layers are gathered within the step"),
+        ({"step": "fused"}, "layers are gathered within the step"),
+        ({"step": "compiled"}, "layers are gathered within the step"),
+        ({"settings": OFFLOADED_BASE}, "fetched from host memory"),
+    ],
+)
+def test_which_gathers_are_captured(changed, reason):
+    """On one rank, where nothing is tried; tests/gpu/test_two_gpus.py tries."""
+    case = {"device": "cuda", "settings": SHARDED, "step": "auto"} | changed
+    arguments = SimpleNamespace(
+        device=torch.device(case["device"]), step=case["step"], world_size=1
+    )
+    found = why_gathers_stay_out(arguments, case["settings"])
+    assert (found is None) == (reason is None)
+    assert reason is None or reason in found
+
+
 def checkpointing_options(trainer):
     trainer.train()
     layers = [m for m in trainer.model.modules() if isinstance(m, GradientCheckpointingLayer)]
@@ -75,23 +103,25 @@ def test_what_is_recomputed_in_a_graph_keeps_no_random_state(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("asked", "fused", "why_not", "seconds", "step"),
+    ("asked", "fused", "why_not", "can_compile", "seconds", "step"),
     [
-        ("auto", True, None, 1.0, "graph"),
-        ("auto", True, "layers are gathered within the step", 1.0, "fused"),
-        ("auto", False, "layers are gathered within the step", 1e4, "eager"),
-        ("auto", False, None, 1.0, "graph"),
-        ("auto", False, None, 1e4, "compiled"),
-        ("eager", False, None, 1e4, "eager"),
-        ("fused", True, None, 1.0, "fused"),
-        ("graph", False, None, 1.0, "graph"),
+        ("auto", True, None, True, 1.0, "graph"),
+        ("auto", True, "layers are gathered within the step", False, 1.0, "fused"),
+        ("auto", False, "layers are gathered within the step", False, 1e4, "eager"),
+        ("auto", False, None, True, 1.0, "graph"),
+        ("auto", False, None, True, 1e4, "compiled"),
+        ("auto", False, None, False, 1e4, "graph"),
+        ("eager", False, None, True, 1e4, "eager"),
+        ("fused", True, None, True, 1.0, "fused"),
+        ("graph", False, None, True, 1.0, "graph"),
     ],
 )
-def test_the_step_and_its_reason(asked, fused, why_not, seconds, step):
+def test_the_step_and_its_reason(asked, fused, why_not, can_compile, seconds, step):
     found, reason = choose_step(
         SimpleNamespace(step=asked),
         fused=[] if fused else "its layers are of another shape",
         why_not_captured=why_not,
+        can_compile=can_compile,
         seconds=seconds,
     )
     assert found == step
@@ -105,5 +135,6 @@ def test_a_graph_that_cannot_be_is_refused():
             SimpleNamespace(step="graph"),
             fused=[],
             why_not_captured="layers are gathered within the step",
+            can_compile=False,
             seconds=1.0,
         )
