@@ -226,6 +226,8 @@ def table_of_ranks(runs: list[dict[str, Any]]) -> str:
             if name not in PLACED or ranks == 1:
                 continue
             title, changes = PLACED[name]
+            # As the run said where the base lay.
+            changes = {**changes, "whole_head": "the output head stays" in arm["plan"]}
             found = predicted(
                 Point(work), device=run["environment"]["device"], ranks=ranks,
                 placed=functools.partial(replace, **changes),

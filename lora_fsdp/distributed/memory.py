@@ -41,6 +41,7 @@ class Placement:
         ranks: how many share it.
         resident_layers: decoder layers that every rank keeps whole; all of them = nothing is
             sharded.
+        whole_head: every rank keeps the output head whole, too.
         kept_until_backward: gathered layers stay until their backward.
         offloaded: shards lie in host memory.
         quantized: linear layers are stored in 4 bits.
@@ -51,6 +52,7 @@ class Placement:
 
     ranks: int
     resident_layers: int
+    whole_head: bool = False
     kept_until_backward: bool = False
     offloaded: bool = False
     quantized: bool = False
@@ -140,7 +142,7 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
     layer = shape.layer_bytes(quantized=placement.quantized)
     base = shape.base_bytes(quantized=placement.quantized)
     whole = placement.resident_layers >= shape.layers and not placement.offloaded
-    resident = base if whole else placement.resident_layers * layer
+    resident = base if whole else placement.resident_layers * layer + _kept_head(shape, placement)
     sharded = 0 if whole else -(-(base - resident) // placement.ranks)
     unpacked = 2 * shape.largest_linear if placement.quantized else 0
     in_flight, communication, unpacked = _gathered(
@@ -193,6 +195,8 @@ def _gathered(
     # A head of its own is a group of its own; a tied one is in the root group, which stays.
     head = 2 * (shape.head_parameters or shape.embedding_parameters)
     tied = not shape.head_parameters
+    if _kept_head(shape, placement):
+        head = 0
     if placement.kept_until_backward:
         return rest, layer if tied else max(layer, head), unpacked
     # One layer computes while the next is gathered.
@@ -200,6 +204,25 @@ def _gathered(
     if not tied:  # the head computes, and the last layer is still there
         moments.append((layer + head, head, 0))
     return max(moments, key=sum)
+
+
+def _kept_head(shape: ModelShape, placement: Placement) -> int:
+    """Bytes of the output head that every rank keeps beside its layers."""
+    return 2 * shape.head_parameters if placement.whole_head else 0
+
+
+def with_head_placed(shape: ModelShape, placement: Placement, rows: RowSizes) -> Placement:
+    """`placement` with the output head whole on every rank, if that takes less at the peak.
+
+    A gathered head is there twice, and on few ranks its shard is a large part of it: with large
+    vocabularies that is the peak. What is offloaded stays in host memory.
+    """
+    sharded = placement.resident_layers < shape.layers and not placement.offloaded
+    if not sharded or not shape.head_parameters:
+        return placement
+    whole = replace(placement, whole_head=True)
+    needed = [device_memory(shape, one, rows).allocated for one in (whole, placement)]
+    return whole if needed[0] <= needed[1] else placement
 
 
 def is_captured(shape: ModelShape, placement: Placement, *, tokens: float) -> bool:
@@ -239,7 +262,7 @@ def layers_that_fit(shape: ModelShape, placement: Placement, rows: RowSizes, *, 
     `placement` says stays.
     """
     for layers in range(shape.layers, 0, -1):
-        kept = replace(placement, resident_layers=layers)
+        kept = with_head_placed(shape, replace(placement, resident_layers=layers), rows)
         if device_memory(shape, kept, rows).allocated <= free:
             return layers
     return 0

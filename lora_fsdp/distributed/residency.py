@@ -9,7 +9,7 @@ ones, so that there is work behind which the next layer's gather can hide.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -27,24 +27,37 @@ class Residency:
         layers_of_model: the layers that FSDP would shard one by one.
         indices: which of them every rank keeps.
         reason: why, in words.
+        head: the output head, if every rank keeps that, too, where not all is resident.
     """
 
     layers_of_model: Sequence[nn.Module]
     indices: frozenset[int]
     reason: str
+    head: nn.Module | None = None
 
     @property
     def is_whole(self) -> bool:
         """Whether every rank keeps the whole base, so that nothing is sharded."""
         return len(self.indices) == len(self.layers_of_model)
 
+    @property
+    def kept(self) -> list[nn.Module]:
+        """The modules that every rank keeps, if it does not keep all."""
+        layers = [self.layers_of_model[index] for index in self.indices]
+        return layers if self.head is None else [*layers, self.head]
+
+    def with_head(self, head: nn.Module) -> Residency:
+        """As it is, with the output head on every rank."""
+        return replace(self, head=head)
+
     def __str__(self) -> str:
         kept, total = len(self.indices), len(self.layers_of_model)
         if self.is_whole:
             return f"every rank keeps the whole base ({self.reason})"
+        head = "" if self.head is None else "; the output head stays"
         if not kept:
-            return f"layers are gathered when they are needed ({self.reason})"
-        return f"every rank keeps {kept} of {total} layers ({self.reason})"
+            return f"layers are gathered when they are needed{head} ({self.reason})"
+        return f"every rank keeps {kept} of {total} layers{head} ({self.reason})"
 
 
 def plan_residency(

@@ -57,19 +57,19 @@ def place_model(
         return frozenset(model.parameters()) - set(adapter.values())
     for parameter in adapter.values():
         parameter.data = parameter.data.to(device)
-    resident = [residency.layers_of_model[index] for index in residency.indices]
+    kept = residency.kept
     if stored is not None:
-        stored.fill(resident, device=device, keep_on=device)
-    for layer in resident:
-        layer.to(device)
-    whole = frozenset(p for layer in resident for p in layer.parameters()) - set(adapter.values())
+        stored.fill(kept, device=device, keep_on=device)
+    for module in kept:
+        module.to(device)
+    whole = frozenset(p for module in kept for p in module.parameters()) - set(adapter.values())
     mesh = init_device_mesh(device.type, (world_size,))
     shard_base(
         base_model(model),
         settings=settings,
         mesh=mesh,
         ignored=whole | set(adapter.values()),
-        groups=[layer for layer in residency.layers_of_model if layer not in resident],
+        groups=[layer for layer in residency.layers_of_model if layer not in kept],
     )
     if stored is not None:
         host = torch.device("cpu")
@@ -106,7 +106,7 @@ def shard_base(
         tied = head is not None and embedding.weight is head.weight
         if not tied:
             for module in (embedding, head):
-                if module is not None:
+                if module is not None and not ignored.issuperset(module.parameters()):
                     fully_shard(module, **options)  # type: ignore[call-overload]
     # The root is needed again at once in backward, so it is never resharded in between.
     fully_shard(base, **{**options, "reshard_after_forward": False})  # type: ignore[call-overload]

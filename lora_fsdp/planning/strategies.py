@@ -16,6 +16,7 @@ from lora_fsdp.distributed.memory import (
     device_memory,
     largest_row,
     layers_that_fit,
+    with_head_placed,
 )
 from lora_fsdp.modeling.shape import ModelShape
 from lora_fsdp.planning.gpus import Gpu
@@ -136,6 +137,7 @@ def _candidate(
     shorter = (USUAL_ROW >> halvings for halvings in range(USUAL_ROW.bit_length()))
     for longest in (work.max_tokens_per_row or LONGEST_ROW, *shorter):
         rows = largest_row(work, max(longest, work.longest_example))
+        placement = with_head_placed(shape, replace(placement, whole_head=False), rows)
         made = Candidate(
             gpu=gpu,
             count=placement.ranks,

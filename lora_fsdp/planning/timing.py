@@ -129,6 +129,8 @@ def _receiving(shape: ModelShape, placement: Placement, gpu: Gpu) -> float:
     sharded = shape.base_bytes(quantized=placement.quantized) - (
         placement.resident_layers * shape.layer_bytes(quantized=placement.quantized)
     )
+    if placement.whole_head:
+        sharded -= 2 * shape.head_parameters
     passes = _gathers_of_a_layer(placement)
     own = 1 / placement.ranks
     seconds = (1 - own) / gpu.link + (own / gpu.host_link if placement.offloaded else 0.0)

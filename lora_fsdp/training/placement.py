@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.workload import Work
@@ -28,6 +29,7 @@ from lora_fsdp.distributed.memory import (
     layers_that_fit,
     longest_row,
     peak_allocated,
+    with_head_placed,
 )
 from lora_fsdp.distributed.residency import Residency, least_free_memory, plan_residency
 from lora_fsdp.distributed.sharding import check_placement, layers_to_shard, place_model
@@ -145,16 +147,14 @@ def place_for_training(
         gathers_captured=gathers_stay_out is None,
         shortest=largest_row(work, max(longest_example, args.max_tokens_per_row or 0)),
     )
-    usual = largest_row(work, max(longest_example, args.max_tokens_per_row or USUAL_ROW))
-    residency = plan_residency(
-        args.resident_layers,
-        layers,
+    residency = _choose_residency(
         base,
+        layers,
+        args=args,
         settings=settings,
-        device=device,
-        fitting_layers=lambda free: layers_that_fit(
-            cast(ModelShape, shape), placement, usual, free=free
-        ),
+        shape=shape,
+        least=placement,
+        rows=largest_row(work, max(longest_example, args.max_tokens_per_row or USUAL_ROW)),
     )
     resident = place_model(
         model,
@@ -205,7 +205,11 @@ def place_for_training(
             chunked_head=head_can_be_chunked(base),
             last_layer=None if isinstance(fused, str) or placement.recomputed else fused[-1],
         ),
-        placement=replace(placement, resident_layers=len(residency.indices)),
+        placement=replace(
+            placement,
+            resident_layers=len(residency.indices),
+            whole_head=residency.head is not None,
+        ),
         shape=shape,
         rows=largest_row(work, row_length),
         recomputing=recomputing,
@@ -258,6 +262,46 @@ def _choose_placement(
     if recomputing:
         least = replace(least, recomputed=True, captured=is_captured(recomputed=True))
     return least, recomputing
+
+
+def _choose_residency(
+    base: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    *,
+    args: FineTuningArguments,
+    settings: FsdpSettings | None,
+    shape: ModelShape | None,
+    least: Placement,
+    rows: RowSizes,
+) -> Residency:
+    """Which layers every rank keeps, and whether it keeps the output head. A collective call.
+
+    Args:
+        base: the base model, not yet on the device.
+        layers: those that FSDP would shard one by one.
+        args: the run's arguments.
+        settings: the YAML's FSDP settings.
+        shape: of the model; `None` on a CPU.
+        least: where as few layers are resident as can be.
+        rows: the largest of a step.
+    """
+    residency = plan_residency(
+        args.resident_layers,
+        layers,
+        base,
+        settings=settings,
+        device=args.device,
+        fitting_layers=lambda free: layers_that_fit(
+            cast(ModelShape, shape), least, rows, free=free
+        ),
+    )
+    if shape is None or settings is None or not settings.wrap_layers:
+        return residency
+    chosen = replace(least, resident_layers=len(residency.indices))
+    head = base.get_output_embeddings()
+    if head is None or not with_head_placed(shape, chosen, rows).whole_head:
+        return residency
+    return residency.with_head(head)
 
 
 def least_placement(
@@ -329,7 +373,7 @@ def _why_recompute(
     """
     if shape is None or least.recomputed:
         return ""
-    needed = device_memory(shape, least, rows).allocated
+    needed = device_memory(shape, with_head_placed(shape, least, rows), rows).allocated
     on_device = sum(p.nbytes for p in base.parameters() if p.device == device)
     free = least_free_memory(device) + on_device
     if needed <= free:

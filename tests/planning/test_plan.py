@@ -23,6 +23,7 @@ from lora_fsdp.distributed.memory import (
     largest_row,
     layers_that_fit,
     longest_row,
+    with_head_placed,
 )
 from lora_fsdp.errors import ArgumentError, ModelNotFoundError, UnsupportedModelError
 from lora_fsdp.modeling.shape import build_on_meta, shape_of
@@ -134,10 +135,41 @@ class TestMemory:
         layers = layers_that_fit(seven_billion, Placement(2, 0), ROWS, free=free)
         assert 0 < layers < 30
         fits, too_many = (
-            device_memory(seven_billion, Placement(2, layers + more), ROWS).allocated
+            device_memory(
+                seven_billion,
+                with_head_placed(seven_billion, Placement(2, layers + more), ROWS),
+                ROWS,
+            ).allocated
             for more in (0, 1)
         )
         assert fits <= free < too_many
+
+    @pytest.mark.parametrize(
+        ("placement", "whole"),
+        [
+            (Placement(2, 0), True),
+            (Placement(2, 0, quantized=True), True),
+            (Placement(2, 15), True),
+            (Placement(2, 0, offloaded=True), False),
+            (Placement(2, 30), False),
+        ],
+    )
+    def test_the_head_is_whole_where_that_takes_less(self, seven_billion, placement, whole):
+        """A gathered one is there twice, on few ranks beside a large shard of it."""
+        found = with_head_placed(seven_billion, placement, ROWS)
+        assert found == replace(placement, whole_head=whole)
+        least = device_memory(seven_billion, found, ROWS).allocated
+        assert not whole or least < device_memory(seven_billion, placement, ROWS).allocated
+
+    def test_a_small_head_is_sharded(self):
+        config = LlamaConfig(**{**DEEPSEEK_7B.to_dict(), "vocab_size": 8192})
+        shape = shape_of(build_on_meta(config), ADAPTER)
+        assert with_head_placed(shape, Placement(2, 0), ROWS) == Placement(2, 0)
+
+    def test_a_tied_head_stays_with_the_embeddings(self):
+        config = LlamaConfig(**{**DEEPSEEK_7B.to_dict(), "tie_word_embeddings": True})
+        shape = shape_of(build_on_meta(config), ADAPTER)
+        assert with_head_placed(shape, Placement(2, 0), ROWS) == Placement(2, 0)
 
     def test_none_fits_where_all_is_gathered_till_backward_anyway(self, seven_billion):
         till_backward = Placement(2, 0, kept_until_backward=True)
@@ -192,13 +224,15 @@ class TestClaims:
         assert ("offload", False) in fitting
 
     def test_70b_on_two_24_gb_gpus(self):
-        """In 4 bits a gigabyte is missing if sharded, for the head and its buffer; by offload."""
+        """In 4 bits, sharded with the head whole on both, or by offload."""
         found = plan("70B", "2xRTX4090")
-        assert not [c for c in found.candidates if c.fits and not c.placement.offloaded]
-        [sharded] = [
-            c for c in found.candidates if c.strategy == "full shard" and c.placement.quantized
-        ]
-        assert -2e9 < sharded.spare < 0
+        [sharded] = [c for c in found.candidates if c.fits and not c.placement.offloaded]
+        assert sharded.strategy == "full shard"
+        assert sharded.placement.quantized
+        assert sharded.placement.whole_head
+        gathered = replace(sharded.placement, whole_head=False)
+        needed = device_memory(found.shape, gathered, sharded.rows).total
+        assert needed > sharded.memory.total + sharded.spare
         assert found.best.placement.offloaded
         assert found.best.placement.quantized
 

@@ -14,6 +14,7 @@ from lora_fsdp.distributed.residency import plan_residency
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.modeling.adapters import adapter_state
 from lora_fsdp.modeling.layers import decoder_layers
+from lora_fsdp.training import placement
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_run, toy_trainer
 from tests.support.tiny import tiny_model
@@ -23,9 +24,16 @@ FULL_SHARD = {**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "true"}
 CPU = torch.device("cpu")
 
 
-def run(folder, resident, steps):
-    """A run, and the gathers of each of its steps."""
+def run(folder, resident, steps, head=False):
+    """A run, and the gathers of each of its steps; with `head` as where memory asks for a head on
+    every rank.
+    """
     gathers = 0
+    if head:
+        plan = placement.plan_residency
+        placement.plan_residency = lambda asked, layers, base, **others: plan(
+            asked, layers, base, **others
+        ).with_head(base.get_output_embeddings())
     original = groups.foreach_all_gather
 
     def counted(*arguments, **options):
@@ -53,12 +61,19 @@ def run(folder, resident, steps):
 @pytest.mark.distributed
 # A layer, the embeddings and the head are gathered in forward and in backward, the root once.
 @pytest.mark.parametrize(
-    ("resident", "gathers", "sharded"),
-    [("none", 2 * 5 + 1, 3), ("1", 2 * 4 + 1, 2), ("all", 0, 0)],
+    ("resident", "head", "gathers", "sharded"),
+    [
+        ("none", False, 2 * 5 + 1, 3),
+        ("none", True, 2 * 4 + 1, 3),
+        ("1", False, 2 * 4 + 1, 2),
+        ("1", True, 2 * 3 + 1, 2),
+        ("all", False, 0, 0),
+    ],
 )
-def test_same_adapter_as_one_process(tmp_path, resident, gathers, sharded):
+def test_same_adapter_as_one_process(tmp_path, resident, head, gathers, sharded):
     alone = toy_run(tmp_path / "alone", max_steps=3, per_device_train_batch_size=16)
-    for rank in run_ranks(run, tmp_path / "two", resident, 3, environment=FULL_SHARD):
+    for rank in run_ranks(run, tmp_path / "two", resident, 3, head, environment=FULL_SHARD):
+        assert ("the output head stays" in rank["plan"]) == head
         assert rank["sharded_layers"] == sharded
         assert rank["any_shard"] == (sharded > 0)
         assert rank["gathers"] == gathers

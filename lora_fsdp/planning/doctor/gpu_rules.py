@@ -8,7 +8,12 @@ from dataclasses import replace
 import torch
 
 from lora_fsdp.data.workload import longest_example
-from lora_fsdp.distributed.memory import DeviceMemory, device_memory, largest_row
+from lora_fsdp.distributed.memory import (
+    DeviceMemory,
+    device_memory,
+    largest_row,
+    with_head_placed,
+)
 from lora_fsdp.errors import ModelError
 from lora_fsdp.modeling.loading import resolve_dtype
 from lora_fsdp.modeling.shape import build_on_meta, shape_of
@@ -60,7 +65,8 @@ def least_device_memory(case: Case) -> DeviceMemory:
     # As training does where memory is short.
     row = max(longest_example(encoded), arguments.max_tokens_per_row or 0)
     placement = replace(placement, recomputed=True, captured=False)
-    return device_memory(shape, placement, largest_row(work, row))
+    rows = largest_row(work, row)
+    return device_memory(shape, with_head_placed(shape, placement, rows), rows)
 
 
 def _gpu_memory(case: Case) -> Iterator[Problem]:
