@@ -144,9 +144,10 @@ def _rank_main(
 
 
 def _rendezvous(rank: int, world_size: int, port: int) -> dict[str, str]:
+    gpus = torch.cuda.device_count()
     return {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank % gpus if gpus else rank),  # ranks share what GPUs there are
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
