@@ -7,7 +7,6 @@ Run: python -m pytest -s tests/gpu/test_two_gpus.py
 """
 
 import importlib.util
-import itertools
 import os
 
 import numpy as np
@@ -33,13 +32,12 @@ FSDP = launch_environment("fsdp2.yaml")
 ALONE, SHARED = {"per_device_train_batch_size": 8}, {"per_device_train_batch_size": 4}
 # What is resident, and the step: what gathers, gathers in graphs too.
 PLACED = [("none", "fused"), ("none", "graph"), ("2", "fused"), ("2", "graph"), ("all", "graph")]
-RUNS = [
-    (kind, *placed)
-    for kind, placed in itertools.product(["float32", "bfloat16", "4bit"], PLACED)
-    if kind != "4bit" or (placed[0] != "2" and importlib.util.find_spec("bitsandbytes"))
-]
 # Rows are packed otherwise on two GPUs: bfloat16 rounds otherwise.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.03, "4bit": 1e-3}
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"
+)
+KINDS = ["float32", "bfloat16", pytest.param("4bit", marks=needs_bitsandbytes)]
 
 
 def base_of(kind, base):
@@ -48,43 +46,35 @@ def base_of(kind, base):
     return {"dtype": getattr(torch, kind)}
 
 
-def alone(folder, base, chat):
+def alone(folder, kind, base):
     """One GPU, without FSDP."""
-    kinds = dict.fromkeys(kind for kind, *_ in RUNS)
-    runs = {kind: toy_run(folder / kind, **ALONE, **base_of(kind, base)) for kind in kinds}
-    return {
-        "runs": runs,
-        "whole": first_part(folder / "whole", ALONE, None),
-        "written": train_recipe("generation", chat, folder / "written"),
-    }
+    return toy_run(folder, **ALONE, **base_of(kind, base))
 
 
-def together(folder, base, chat):
-    """A rank of two."""
+def together(folder, kind, base):
+    """A rank of two; every placement in turn."""
     runs = {}
-    for kind, resident, step in RUNS:
+    for resident, step in PLACED:
         options = {**SHARED, **base_of(kind, base), "resident_layers": resident, "step": step}
-        name = f"{kind}-{resident}-{step}"
-        runs[kind, resident, step] = toy_run(folder / name, **options)
-    return {
-        "runs": runs,
-        "written": train_recipe("generation", chat, folder / "written"),
-    }
+        runs[resident, step] = toy_run(folder / f"{resident}-{step}", **options)
+    return runs
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """What one GPU found, and what each of two."""
-    folder = tmp_path_factory.mktemp("two_gpus")
-    base, chat = save_base(folder / "base"), save_chat_model(folder / "chat")
-    [one] = run_ranks(alone, folder / "one", base, chat, world_size=1)
-    return one, run_ranks(together, folder / "two", base, chat, environment=FSDP)
+@pytest.fixture(scope="module", params=KINDS)
+def found(request, tmp_path_factory):
+    """The kind of base, what one GPU found, and what each rank of two."""
+    folder = tmp_path_factory.mktemp(request.param)
+    base = save_base(folder / "base")
+    [one] = run_ranks(alone, folder / "one", request.param, base, world_size=1)
+    two = run_ranks(together, folder / "two", request.param, base, environment=FSDP)
+    return request.param, one, two
 
 
-@pytest.mark.parametrize(("kind", "resident", "step"), RUNS)
-def test_the_same_run(found, kind, resident, step):
+@pytest.mark.parametrize(("resident", "step"), PLACED)
+def test_the_same_run(found, resident, step):
     """Losses and metrics of one GPU; adapters equal on both ranks, bit for bit."""
-    one, two = found[0]["runs"][kind], [rank["runs"][kind, resident, step] for rank in found[1]]
+    kind, one, ranks = found
+    two = [rank[resident, step] for rank in ranks]
     tolerance = TOLERANCE[kind]
     assert [rank["step"] for rank in two] == [step] * 2
     assert two[0]["losses"] == pytest.approx(one["losses"], rel=tolerance)
@@ -101,11 +91,13 @@ def test_the_same_run(found, kind, resident, step):
     print(f"\n{kind}, {resident} resident, {step}: {one['losses']}, by two {two[0]['losses']}")
 
 
-def test_texts_are_written_under_fsdp(found):
+def test_texts_are_written_under_fsdp(tmp_path):
     """And are those of one GPU."""
-    for rank in found[1]:
-        assert rank["written"]["written"] == found[0]["written"]["written"]
-        assert rank["written"]["metrics"] == pytest.approx(found[0]["written"]["metrics"], abs=1e-4)
+    chat = save_chat_model(tmp_path / "chat")
+    [one] = run_ranks(train_recipe, "generation", chat, tmp_path / "one", world_size=1)
+    for rank in run_ranks(train_recipe, "generation", chat, tmp_path / "two", environment=FSDP):
+        assert rank["written"] == one["written"]
+        assert rank["metrics"] == pytest.approx(one["metrics"], abs=1e-4)
 
 
 @pytest.mark.parametrize("reshard", ["true", "false"])
@@ -129,9 +121,10 @@ def steps_of(folder, step):
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
-def test_resumed_on_another_number_of_gpus(found, tmp_path):
+def test_resumed_on_another_number_of_gpus(tmp_path):
     """2, 1 and 2 GPUs, changed within epochs."""
-    run_ranks(first_part, tmp_path, SHARED, 4, environment=FSDP)
-    run_ranks(middle_part, tmp_path, ALONE, 8, world_size=1)
-    last = run_ranks(part, tmp_path, SHARED, environment=FSDP)[0]["losses"]
-    assert last == pytest.approx(found[0]["whole"]["losses"], rel=1e-4)
+    [whole] = run_ranks(first_part, tmp_path / "whole", ALONE, None, world_size=1)
+    run_ranks(first_part, tmp_path / "parts", SHARED, 4, environment=FSDP)
+    run_ranks(middle_part, tmp_path / "parts", ALONE, 8, world_size=1)
+    last = run_ranks(part, tmp_path / "parts", SHARED, environment=FSDP)[0]["losses"]
+    assert last == pytest.approx(whole["losses"], rel=1e-4)

@@ -144,12 +144,13 @@ def _rank_main(
 
 
 def _rendezvous(rank: int, world_size: int, port: int) -> dict[str, str]:
-    gpus = torch.cuda.device_count()
+    # Ranks share what GPUs there are, as if they were on several machines of so many.
+    local_size = min(world_size, torch.cuda.device_count() or world_size)
     return {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank % gpus if gpus else rank),  # ranks share what GPUs there are
+        "LOCAL_RANK": str(rank % local_size),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(local_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
