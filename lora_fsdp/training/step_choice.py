@@ -97,7 +97,7 @@ def why_gathers_stay_out(args: FineTuningArguments, settings: FsdpSettings | Non
     if settings.offload:
         return "layers are fetched from host memory within the step"
     if args.step == "auto" and args.world_size > 1:
-        return _GATHERED
+        return f"{_GATHERED}, which only --step graph captures"
     return why_gathers_not_captured(args.device)
 
 

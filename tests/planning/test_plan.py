@@ -4,6 +4,7 @@ Run: python -m pytest tests/planning/test_plan.py
 """
 
 import json
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -12,6 +13,7 @@ import yaml
 from peft import LoraConfig
 from transformers import LlamaConfig
 
+from benchmarks.planning import PAGE
 from lora_fsdp.cli.main import main
 from lora_fsdp.data.workload import given_work
 from lora_fsdp.distributed.memory import (
@@ -235,6 +237,33 @@ class TestClaims:
         assert needed > sharded.memory.total + sharded.spare
         assert found.best.placement.offloaded
         assert found.best.placement.quantized
+
+    @pytest.mark.parametrize(
+        ("claim", "model", "gpus", "strategy", "quantized"),
+        [
+            ("7B on two GPUs", "deepseek", "2xRTX4090", "resident", False),
+            ("7B on two GPUs", "deepseek", "2xRTX4090", "full shard", False),
+            ("600 GB of bfloat16", "300B", "8xH100", "full shard", False),
+            ("The same in 4 bits", "300B", "8xH100", "full shard", True),
+            ("70B in 4 bits", "70B", "2xRTX4090", "full shard", True),
+            ("70B in 4 bits", "70B", "2xRTX4090", "offload", True),
+        ],
+    )
+    def test_the_documentation_has_its_numbers(self, claim, model, gpus, strategy, quantized):
+        _, _, claims = PAGE.read_text(encoding="utf-8").partition("## The article's claims")
+        [answer] = [text for text in claims.split("\n\n") if text.startswith(f"**{claim}")]
+        said = set(re.findall(r"([\d.]+)\s+GB", answer))
+        [one] = [
+            c
+            for c in plan(model, gpus).candidates
+            if (c.strategy, c.placement.quantized) == (strategy, quantized)
+        ]
+        assert f"{one.memory.total / 1e9:.1f}" in said
+        if strategy == "full shard" and not one.fits:
+            assert {f"{-one.spare / 1e9:.1f}", f"{one.memory.base_shard / 1e9:.1f}"} <= said
+        if claim.startswith("70B"):
+            held = one.host_bytes / 1e9 if strategy == "offload" else one.spare / 1e9
+            assert {f"{held:.1f}", f"{held:.0f}"} & said
 
     def test_what_would_hold_it(self):
         found = plan("70B", "1xSmall:4GB:100TFLOPS")
