@@ -66,8 +66,9 @@ class FineTuningArguments(TrainingArguments):
         default="auto",
         metadata={
             "help": "How forward and backward run: by the model's own layers, by fused layers, by "
-            "layers compiled by torch and captured, or by fused layers captured as CUDA graphs. "
-            "All give the same gradients; auto says what it chose."
+            "layers compiled by torch and captured, or by fused layers captured as CUDA graphs "
+            "(under FSDP shards with their gathers, which auto leaves out). All give the same "
+            "gradients; auto says what it chose."
         },
     )
     resident_layers: str = field(

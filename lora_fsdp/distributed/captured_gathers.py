@@ -14,11 +14,12 @@ _REPLAYS = 3
 def why_gathers_not_captured(device: torch.device) -> str | None:
     """Why no CUDA graph holds a gather over all ranks, in words; `None` = one did, on every rank.
 
-    A collective call. Replays a small gather with new numbers each time and looks at what arrives.
+    A collective call, on GPUs. Replays a small gather with new numbers each time and looks at what
+    arrives.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None  # FSDP2 copies then
-    if dist.get_backend() != dist.Backend.NCCL:
+    if "nccl" not in dist.get_backend():
         return f"{dist.get_backend()} gathers outside CUDA graphs"
     reasons = [reason for reason in from_every_rank(_try_on_this_rank(device)) if reason]
     return reasons[0] if reasons else None

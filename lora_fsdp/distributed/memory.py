@@ -43,6 +43,7 @@ class Placement:
             sharded.
         whole_head: every rank keeps the output head whole, too.
         kept_until_backward: gathered layers stay until their backward.
+        one_group: what is sharded is gathered all at once, not layer by layer.
         offloaded: shards lie in host memory.
         quantized: linear layers are stored in 4 bits.
         recomputed: activations are recomputed in backward.
@@ -54,6 +55,7 @@ class Placement:
     resident_layers: int
     whole_head: bool = False
     kept_until_backward: bool = False
+    one_group: bool = False
     offloaded: bool = False
     quantized: bool = False
     recomputed: bool = False
@@ -160,7 +162,7 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
     logits = 10 * min(rows.labels, CHUNK) * shape.vocabulary_size
     if placement.recomputed:  # a layer's activations come after the logits are gone
         logits -= min(logits, shape.saved_bytes(rows.tokens, recomputed=False) // shape.layers)
-    return DeviceMemory(
+    computing = DeviceMemory(
         base_shard=0 if placement.offloaded else sharded,
         resident=resident,
         in_flight=in_flight,
@@ -175,6 +177,19 @@ def device_memory(shape: ModelShape, placement: Placement, rows: RowSizes) -> De
         # The head's weight is not packed: weights are unpacked before and after it.
         + max(0, unpacked - logits),
     )
+    if whole or placement.one_group or not shape.head_parameters:
+        return computing
+    # Before there are activations, embeddings that are a group of their own are gathered.
+    embedding = 2 * shape.embedding_parameters
+    looking_up = replace(
+        computing,
+        in_flight=embedding,
+        communication=embedding,
+        activations=0,
+        logits=0,
+        workspace=WORKSPACE,
+    )
+    return max(computing, looking_up, key=lambda memory: memory.total)
 
 
 def _gathered(
@@ -192,6 +207,8 @@ def _gathered(
     """
     if whole:
         return 0, 0, unpacked
+    if placement.one_group:
+        return rest, rest, unpacked
     # A head of its own is a group of its own; a tied one is in the root group, which stays.
     head = 2 * (shape.head_parameters or shape.embedding_parameters)
     tied = not shape.head_parameters
@@ -218,7 +235,7 @@ def with_head_placed(shape: ModelShape, placement: Placement, rows: RowSizes) ->
     vocabularies that is the peak. What is offloaded stays in host memory.
     """
     sharded = placement.resident_layers < shape.layers and not placement.offloaded
-    if not sharded or not shape.head_parameters:
+    if not sharded or placement.one_group or not shape.head_parameters:
         return placement
     whole = replace(placement, whole_head=True)
     needed = [device_memory(shape, one, rows).allocated for one in (whole, placement)]

@@ -118,9 +118,7 @@ def _placements(
     none = Placement(ranks=count, resident_layers=0, quantized=quantized)
     yield "resident", replace(none, resident_layers=shape.layers)
     if count > 1:
-        # As a run asks (`lora_fsdp.training.placement`).
-        longest = max(work.longest_example, work.max_tokens_per_row or USUAL_ROW)
-        rows = largest_row(work, longest)
+        rows = _usual_row(work)
         free = int(gpu.memory * USABLE) - device_memory(shape, none, rows).context
         layers = layers_that_fit(shape, none, rows, free=free)
         if 0 < layers < shape.layers:
@@ -130,14 +128,19 @@ def _placements(
     yield "offload", replace(none, offloaded=True)
 
 
+def _usual_row(work: Work) -> RowSizes:
+    """By which a run decides what stays (`lora_fsdp.training.placement`)."""
+    return largest_row(work, max(work.longest_example, work.max_tokens_per_row or USUAL_ROW))
+
+
 def _candidate(
     name: str, placement: Placement, shape: ModelShape, work: Work, gpu: Gpu
 ) -> Candidate:
     """With the longest rows that fit, as the run will choose them."""
     shorter = (USUAL_ROW >> halvings for halvings in range(USUAL_ROW.bit_length()))
+    placement = with_head_placed(shape, placement, _usual_row(work))
     for longest in (work.max_tokens_per_row or LONGEST_ROW, *shorter):
         rows = largest_row(work, max(longest, work.longest_example))
-        placement = with_head_placed(shape, replace(placement, whole_head=False), rows)
         made = Candidate(
             gpu=gpu,
             count=placement.ranks,

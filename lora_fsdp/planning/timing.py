@@ -131,7 +131,9 @@ def _receiving(shape: ModelShape, placement: Placement, gpu: Gpu) -> float:
     )
     if placement.whole_head:
         sharded -= 2 * shape.head_parameters
-    passes = _gathers_of_a_layer(placement)
+    received = _gathers_of_a_layer(placement) * sharded
+    if shape.head_parameters and not placement.kept_until_backward:
+        received -= 2 * shape.embedding_parameters  # in forward only, where they are not tied
     own = 1 / placement.ranks
     seconds = (1 - own) / gpu.link + (own / gpu.host_link if placement.offloaded else 0.0)
-    return passes * sharded * seconds
+    return received * seconds

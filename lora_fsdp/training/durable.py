@@ -56,6 +56,7 @@ from lora_fsdp.training.random_state import (
 from lora_fsdp.training.resume import check_can_resume
 from lora_fsdp.training.run_lock import run_lock
 from lora_fsdp.training.state_file import read_state, write_state
+from lora_fsdp.training.step import EagerStep
 from lora_fsdp.training.whole_folders import (
     MARKER,
     read_marker,
@@ -72,7 +73,8 @@ STATE_FILE = "training_state.safetensors"
 class DurableTrainer(Trainer):
     """What `LoraTrainer` overrides of the Trainer's saving, loading and stopping, and why:
 
-    * `train`: takes the newest whole checkpoint, refuses one of another run, and stops on request.
+    * `train`: takes the newest whole checkpoint, refuses one of another run, stops on request, and
+      releases the step's graphs.
     * `_save_checkpoint`: a folder that is whole or not there. The Trainer's own writes in place,
       pickles optimizer and random state, and lets the other ranks hang when rank 0 cannot write.
     * `_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_scaler`, `_load_from_checkpoint`,
@@ -95,6 +97,7 @@ class DurableTrainer(Trainer):
     computation: RowComputation
     moves: CheckAdapterMoves
     confusion_matrices: dict[int, pd.DataFrame]
+    step: EagerStep
 
     # Set by `AtTheEdges`: a callback stops the run for a reason that is not in its metrics.
     stopped_by_callback = False
@@ -125,6 +128,7 @@ class DurableTrainer(Trainer):
         end_with_launcher()
         folder = Path(str(self.args.output_dir))
         with ExitStack() as held:
+            held.callback(self.step.release)
             on_first_rank(lambda: held.enter_context(run_lock(folder)))
             checkpoint = on_first_rank(lambda: _prepare(folder, resume_from_checkpoint))
             self._resumed = None if checkpoint is None else self._read_checkpoint(checkpoint)

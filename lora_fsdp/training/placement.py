@@ -295,7 +295,7 @@ def _choose_residency(
             cast(ModelShape, shape), least, rows, free=free
         ),
     )
-    if shape is None or settings is None or not settings.wrap_layers:
+    if shape is None:
         return residency
     chosen = replace(least, resident_layers=len(residency.indices))
     head = base.get_output_embeddings()
@@ -327,6 +327,7 @@ def least_placement(
         ranks=ranks,
         resident_layers=layers if settings is None or asked == "all" else resident,
         kept_until_backward=bool(settings and not settings.reshard_after_forward),
+        one_group=bool(settings and not settings.wrap_layers),
         offloaded=bool(settings and settings.offload),
         quantized=quantized,
         recomputed=args.gradient_checkpointing

@@ -12,9 +12,10 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -85,18 +86,19 @@ class EagerStep:
         self.adapter.zero_gradients()
         total = torch.zeros((), device=self.device)
         for row, sizes in zip(rows, sizes_of_ranks or [[row.size] for row in rows], strict=True):
-            self.prepare(row.size, sizes_of_ranks=sizes)
-            total += self.run(row, label_tokens=label_tokens)
+            total += self.run(row, label_tokens=label_tokens, sizes_of_ranks=sizes)
         return total
 
-    def prepare(self, size: RowSize, *, sizes_of_ranks: Sequence[RowSize]) -> None:
-        """Before a row of `size` is run, while the other ranks are about to run theirs."""
-
-    def run(self, row: Row, *, label_tokens: int) -> torch.Tensor:
+    def run(
+        self, row: Row, *, label_tokens: int, sizes_of_ranks: Sequence[RowSize]
+    ) -> torch.Tensor:
         """Add one row's gradients; its loss."""
         return self._forward_backward(
             row.to(self.device, non_blocking=True), scale=1.0 / label_tokens
         )
+
+    def release(self) -> None:
+        """Let go of what the next rows would make anew."""
 
     def _forward_backward(self, row: Row, *, scale: float | torch.Tensor) -> torch.Tensor:
         with self.autocast():
@@ -111,8 +113,8 @@ class CapturedStep(EagerStep):
     """Computes rows by CUDA graphs, one a size; eagerly where a row is too long or capture fails.
 
     All graphs share their memory: one runs at a time. Where layers are gathered within the step,
-    capturing is a collective, too: all ranks capture every size that one of them needs, in the same
-    order, and a capture that fails ends the run, as the other ranks have no way to know of it.
+    all ranks must capture, replay or launch the same at once, as NCCL asks: rows that run at once
+    are padded to one size. A capture that fails then ends the run, as the others cannot know of it.
 
     Args:
         model: the model with its adapter.
@@ -120,6 +122,10 @@ class CapturedStep(EagerStep):
             that the others' tensors find room in its memory, and what does not fit fails at once.
         gathers: whether forward and backward gather layers.
         settings: of `EagerStep`.
+
+    Attributes:
+        captured: the sizes that were captured, in their order.
+        failed: why nothing is captured any more.
     """
 
     def __init__(
@@ -132,6 +138,7 @@ class CapturedStep(EagerStep):
     ) -> None:
         super().__init__(model, **settings)  # type: ignore[arg-type]
         self.gathers = gathers
+        self.captured: list[RowSize] = []
         self.failed: str | None = None
         self._largest = largest
         self._graphs: dict[RowSize, _RowGraph] = {}
@@ -149,40 +156,55 @@ class CapturedStep(EagerStep):
         """
         return torch.cuda.Stream(priority=-1)
 
-    def prepare(self, size: RowSize, *, sizes_of_ranks: Sequence[RowSize]) -> None:
-        """Capture the sizes that are new.
+    def run(
+        self, row: Row, *, label_tokens: int, sizes_of_ranks: Sequence[RowSize]
+    ) -> torch.Tensor:
+        """Add one row's gradients; its loss.
 
         Raises:
             CaptureError: layers are gathered, and a capture failed.
         """
-        for needed in sizes_of_ranks if self.gathers else [size]:
-            captured = captured_size(needed)
-            if captured is not None and not self.failed:
-                self._add_graph(captured)
-
-    def run(self, row: Row, *, label_tokens: int) -> torch.Tensor:
-        """Add one row's gradients; its loss."""
-        size = captured_size(row.size)
-        if size is None or size not in self._graphs:
-            return super().run(row, label_tokens=label_tokens)
-        graph = self._graphs[size]
+        graph = self._graph_for(_common(sizes_of_ranks) if self.gathers else row.size)
+        if graph is None:
+            return super().run(row, label_tokens=label_tokens, sizes_of_ranks=sizes_of_ranks)
         graph.load(row, scale=1.0 / label_tokens)
         graph.graph.replay()
         return graph.loss
 
+    def release(self) -> None:
+        """Let go of the graphs: of their memory, and of NCCL's communicator, which a process could
+        not close while one holds it.
+        """
+        if self._graphs:
+            torch.cuda.synchronize(self.device)
+            self._graphs.clear()
+
+    def _graph_for(self, size: RowSize) -> _RowGraph | None:
+        """For rows of `size`, captured if there is none yet; `None` if none can be."""
+        padded = captured_size(size)
+        if padded is None or self.failed:
+            return None
+        if padded not in self._graphs and len(self._graphs) < _MOST_GRAPHS:
+            # The largest one comes before all others.
+            for new in dict.fromkeys((padded if self._graphs else self._first(size), padded)):
+                self._add_graph(new)
+        return self._graphs.get(padded)
+
+    def _first(self, size: RowSize) -> RowSize:
+        """What is captured first, where rows of `size` come first."""
+        largest = size._replace(
+            tokens=max(self._largest.tokens, size.tokens),
+            labels=max(self._largest.labels, size.labels),
+        )
+        return captured_size(largest) or cast(RowSize, captured_size(size))
+
     def _add_graph(self, size: RowSize) -> None:
-        """Capture `size`, if that is new and there is room; the largest row's before all others."""
-        if size in self._graphs or len(self._graphs) == _MOST_GRAPHS:
+        """Capture `size`, unless a capture has failed, as this one may, too."""
+        if self.failed:
             return
-        first = None
-        if not self._graphs:
-            tokens, labels = self._largest.tokens, self._largest.labels
-            first = captured_size(
-                size._replace(tokens=max(tokens, size.tokens), labels=max(labels, size.labels))
-            )
         try:
-            for new in dict.fromkeys((first or size, size)):
-                self._graphs[new] = self._capture(new)
+            self._graphs[size] = self._capture(size)
+            self.captured.append(size)
         except RuntimeError as error:
             # Ending a capture that was broken off is an error of its own.
             broken_off_by = error.__context__
@@ -193,7 +215,7 @@ class CapturedStep(EagerStep):
             self._graphs.clear()  # their memory is free for the eager step
             if self.gathers:
                 raise CaptureError(
-                    f"A step of {size.tokens} tokens cannot be captured with the gathers in it: "
+                    f"A row of {size.tokens} tokens cannot be captured with the gathers in it: "
                     f"{self.failed}. Run with --step fused."
                 ) from error
             logger.warning("The step cannot be captured and runs eagerly: %s", self.failed)
@@ -225,6 +247,18 @@ class CapturedStep(EagerStep):
             torch.cuda.set_rng_state(random_state, self.device)
             self.adapter.set_gradients(gradients)
         return static
+
+
+def _common(sizes: Sequence[RowSize]) -> RowSize:
+    """The least that rows of all `sizes`, one of each rank, can be padded to."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if len(sizes) != ranks:
+        raise ValueError(f"Sizes of {len(sizes)} ranks' rows were given, and there are {ranks}.")
+    return RowSize(
+        tokens=max(size.tokens for size in sizes),
+        labels=max(size.labels for size in sizes),
+        is_one_sequence=all(size.is_one_sequence for size in sizes),
+    )
 
 
 class _RowGraph:

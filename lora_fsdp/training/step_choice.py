@@ -94,6 +94,8 @@ def why_gathers_stay_out(args: FineTuningArguments, settings: FsdpSettings | Non
         return None
     if args.device.type != "cuda" or args.step not in ("auto", "graph"):
         return _GATHERED
+    if args.resident_layers == "all":
+        return None  # there are none
     if settings.offload:
         return "layers are fetched from host memory within the step"
     if args.step == "auto" and args.world_size > 1:

@@ -265,7 +265,7 @@ def sharded_run(output_dir, options):
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "metrics": {k: v for k, v in metrics.items() if "per_second" not in k and "time" not in k},
-        "graphs": len(getattr(trainer.step, "_graphs", ())),
+        "graphs": len(getattr(trainer.step, "captured", ())),
     }
 
 

@@ -104,21 +104,30 @@ def test_texts_are_written_under_fsdp(tmp_path):
 def test_gathers_are_captured(tmp_path, reshard):
     """What NCCL gathers in a graph is what is there: the losses of steps launched one by one."""
     environment = FSDP | {"FSDP_RESHARD_AFTER_FORWARD": reshard}
-    losses = [
-        run_ranks(steps_of, tmp_path / step, step, environment=environment)[0]
+    fused, graph = (
+        run_ranks(steps_of, tmp_path / step, step, environment=environment)
         for step in ("fused", "graph")
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    )
+    assert graph[0]["losses"] == pytest.approx(fused[0]["losses"], rel=1e-5)
+    assert graph[0]["captured"] == graph[1]["captured"]
+    assert len(graph[0]["captured"]) > 2
+    assert graph[0]["rows"] != graph[1]["rows"]
 
 
 def steps_of(folder, step):
-    """Of rows of many lengths; their losses."""
+    """Of rows of many lengths: their losses, and what was captured for them."""
     options = {"resident_layers": "none", "num_train_epochs": 12, "learning_rate": 1e-3}
     trainer = toy_trainer(folder, **SHARED, **options, step=step)
     assert why_gathers_not_captured(trainer.args.device) is None
+    rows, run = [], trainer.step.run
+    trainer.step.run = lambda row, **others: rows.append(row.size) or run(row, **others)
     trainer.train()
     trainer.adapter.check_equal()
-    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return {
+        "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+        "captured": getattr(trainer.step, "captured", []),
+        "rows": rows,
+    }
 
 
 def test_resumed_on_another_number_of_gpus(tmp_path):

@@ -163,6 +163,24 @@ class TestMemory:
         least = device_memory(seven_billion, found, ROWS).allocated
         assert not whole or least < device_memory(seven_billion, placement, ROWS).allocated
 
+    def test_embeddings_are_gathered_before_there_are_activations(self, seven_billion):
+        """There twice then; what a step needs at its peak is the larger of both moments."""
+        short = RowSizes(tokens=40, labels=2)
+        placement = Placement(2, 0, quantized=True, whole_head=True)
+        memory = device_memory(seven_billion, placement, short)
+        embeddings = 2 * seven_billion.embedding_parameters
+        assert memory.in_flight == memory.communication == embeddings
+        assert memory.activations == memory.logits == 0
+        longer = device_memory(seven_billion, placement, replace(short, tokens=2000))
+        assert longer.activations > 0
+        assert longer.total > memory.total
+
+    def test_one_group_is_gathered_at_once(self, seven_billion):
+        placement = Placement(2, 0, one_group=True)
+        memory = device_memory(seven_billion, placement, ROWS)
+        assert memory.in_flight == memory.communication == 2 * seven_billion.parameters
+        assert with_head_placed(seven_billion, placement, ROWS) == placement
+
     def test_a_small_head_is_sharded(self):
         config = LlamaConfig(**{**DEEPSEEK_7B.to_dict(), "vocab_size": 8192})
         shape = shape_of(build_on_meta(config), ADAPTER)
@@ -226,15 +244,15 @@ class TestClaims:
         assert ("offload", False) in fitting
 
     def test_70b_on_two_24_gb_gpus(self):
-        """In 4 bits, sharded with the head whole on both, or by offload."""
+        """In 4 bits a gigabyte is missing if sharded, when embeddings are gathered; by offload."""
         found = plan("70B", "2xRTX4090")
-        [sharded] = [c for c in found.candidates if c.fits and not c.placement.offloaded]
-        assert sharded.strategy == "full shard"
-        assert sharded.placement.quantized
-        assert sharded.placement.whole_head
-        gathered = replace(sharded.placement, whole_head=False)
-        needed = device_memory(found.shape, gathered, sharded.rows).total
-        assert needed > sharded.memory.total + sharded.spare
+        assert not [c for c in found.candidates if c.fits and not c.placement.offloaded]
+        [sharded] = [
+            c for c in found.candidates if c.strategy == "full shard" and c.placement.quantized
+        ]
+        assert -1e9 < sharded.spare < 0
+        embeddings = 2 * found.shape.embedding_parameters
+        assert sharded.memory.in_flight == sharded.memory.communication == embeddings
         assert found.best.placement.offloaded
         assert found.best.placement.quantized
 
@@ -259,11 +277,12 @@ class TestClaims:
             if (c.strategy, c.placement.quantized) == (strategy, quantized)
         ]
         assert f"{one.memory.total / 1e9:.1f}" in said
-        if strategy == "full shard" and not one.fits:
-            assert {f"{-one.spare / 1e9:.1f}", f"{one.memory.base_shard / 1e9:.1f}"} <= said
-        if claim.startswith("70B"):
-            held = one.host_bytes / 1e9 if strategy == "offload" else one.spare / 1e9
-            assert {f"{held:.1f}", f"{held:.0f}"} & said
+        if not one.fits:
+            assert f"{-one.spare / 1e9:.1f}" in said
+        if model == "300B" and not quantized:
+            assert f"{one.memory.base_shard / 1e9:.1f}" in said
+        if strategy == "offload":
+            assert f"{one.host_bytes / 1e9:.0f}" in said
 
     def test_what_would_hold_it(self):
         found = plan("70B", "1xSmall:4GB:100TFLOPS")

@@ -18,6 +18,7 @@ import yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 TIMEOUT_SECONDS = 240
+EXIT_SECONDS = 60
 
 # The server imports once what every rank needs; ranks are forked from it. The later ones are what a
 # run imports where it first needs it: half of a toy run's time, were it left to every rank. Nothing
@@ -75,7 +76,13 @@ def run_ranks(
         function, *arguments, world_size=world_size, environment=environment, launched=launched
     )
     try:
-        return _collect(pipes)
+        results = _collect(pipes)
+        for process in processes:
+            process.join(timeout=EXIT_SECONDS)
+        # A rank that hangs at its end would hang a run that has done its work.
+        ends = [process.exitcode for process in processes]
+        assert ends == [0] * world_size, f"ranks ended with {ends} (None: not at all)"
+        return results
     finally:
         for process in processes:
             process.join(timeout=5)

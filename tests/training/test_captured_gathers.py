@@ -1,4 +1,4 @@
-"""Steps that gather layers, captured: every rank captures what one of them needs, in one order.
+"""Steps that gather layers, captured: all ranks capture, replay or launch the same at once.
 
 On a CPU nothing is captured; what stands for a graph here runs the padded row when it is replayed,
 so that the ranks gather as they would. tests/gpu/test_two_gpus.py captures.
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_fsdp.data.packing import empty_row
+from lora_fsdp.data.packing import RowSize, Tree, empty_row, pack_row
 from lora_fsdp.distributed.captured_gathers import why_gathers_not_captured
 from lora_fsdp.distributed.memory import RowSizes
 from lora_fsdp.errors import CaptureError
@@ -40,6 +40,7 @@ class Replayed:
         return self
 
     def replay(self):
+        self.step.replayed = True
         self.loss = self.step._forward_backward(self.row, scale=self.scale)
 
 
@@ -55,11 +56,14 @@ class StandIn(CapturedStep):
         self.adapter.set_gradients(gradients)
         return graph
 
+    def release(self):
+        self._graphs.clear()
 
-def step_like(trainer, kind):
+
+def step_like(trainer, kind, *, tokens=400, gathers=True):
     eager = trainer.step
     return kind(
-        eager.model, largest=RowSizes(tokens=400, labels=40), gathers=True,
+        eager.model, largest=RowSizes(tokens=tokens, labels=40 if tokens else 0), gathers=gathers,
         computation=eager.computation, adapter=eager.adapter, device=eager.device,
         autocast=eager.autocast,
     )  # fmt: skip
@@ -68,13 +72,18 @@ def step_like(trainer, kind):
 def captured_run(folder, options):
     trainer = toy_trainer(folder, **options)
     trainer.step = step_like(trainer, StandIn)
-    ran = []
-    run = trainer.step.run
-    trainer.step.run = lambda row, **others: ran.append(row.size) or run(row, **others)
+    rows, computed = [], []
+    run, compute = trainer.step.run, trainer.step._forward_backward
+    trainer.step.run = lambda row, **others: rows.append(row.size) or run(row, **others)
+    trainer.step._forward_backward = lambda row, **others: (
+        computed.append(row.size) or compute(row, **others)
+    )
     trainer.train()
+    assert not trainer.step._graphs
     return {
-        "captured": list(trainer.step._graphs),
-        "ran": ran,
+        "captured": trainer.step.captured,
+        "rows": rows,
+        "computed": computed,
         "adapter": {n: p.numpy() for n, p in adapter_state(trainer.model).items()},
         "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
     }
@@ -82,19 +91,58 @@ def captured_run(folder, options):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("most_tokens", "examples"), [(None, 4), (128, 8)])
-def test_ranks_capture_the_same_sizes_in_the_same_order(tmp_path, most_tokens, examples):
-    """Rows of different sizes at once, and with `most_tokens` several a step."""
+def test_ranks_compute_the_same_sizes_in_the_same_order(tmp_path, most_tokens, examples):
+    """Of rows that are of different sizes, with `most_tokens` several a step."""
     options = {"per_device_train_batch_size": examples, "max_tokens_per_row": most_tokens}
     alone = toy_run(tmp_path / "alone", **options | {"per_device_train_batch_size": 2 * examples})
     ranks = run_ranks(captured_run, tmp_path / "two", options, environment=FULL_SHARD)
     assert ranks[0]["captured"] == ranks[1]["captured"]
     assert ranks[0]["captured"][0].tokens > 300  # the largest that was foretold
-    assert any(a != b for a, b in zip(ranks[0]["ran"], ranks[1]["ran"], strict=True))
-    assert (len(ranks[0]["ran"]) > len(ranks[0]["losses"])) == (most_tokens is not None)
+    assert ranks[0]["computed"] == ranks[1]["computed"]
+    assert any(a != b for a, b in zip(ranks[0]["rows"], ranks[1]["rows"], strict=True))
+    assert (len(ranks[0]["rows"]) > len(ranks[0]["losses"])) == (most_tokens is not None)
     for rank in ranks:
         assert rank["losses"] == pytest.approx(alone["losses"], rel=1e-5)
         for name, expected in alone["adapter"].items():
             assert np.allclose(rank["adapter"][name], expected, atol=1e-4), name
+
+
+@pytest.mark.distributed
+def test_ranks_launch_together_what_is_too_long_for_one(tmp_path):
+    """A row of one rank that no graph holds: the others' is not replayed either."""
+    for rank in run_ranks(long_and_short, tmp_path, environment=FULL_SHARD):
+        assert rank == {"captured": [(32, 32, False)], "replayed": [True, False]}
+
+
+def long_and_short(folder):
+    """A short row on both ranks, then a long one on the second."""
+    trainer = toy_trainer(folder)
+    step = step_like(trainer, StandIn, tokens=0)
+    second, replayed = trainer.args.process_index == 1, []
+    short, long = RowSize(20, 8, False), RowSize(5000, 8, False)
+    for sizes in ([short, short], [short, long]):
+        tokens = sizes[second].tokens
+        row = pack_row([Tree([5] * (tokens - 7), [[7] * 8])], share_prefix=True)
+        step.run(row, label_tokens=8, sizes_of_ranks=sizes)
+        replayed.append(step.replayed)
+        step.replayed = False
+    return {"captured": [tuple(size) for size in step.captured], "replayed": replayed}
+
+
+def test_sizes_of_other_ranks_must_be_given(tmp_path):
+    step = step_like(toy_trainer(tmp_path), StandIn)
+    row = pack_row([Tree([5, 6], [[7]])], share_prefix=True)
+    with pytest.raises(ValueError, match="2 ranks' rows were given, and there are 1"):
+        step([row], label_tokens=1, sizes_of_ranks=[[row.size, row.size]])
+
+
+def test_the_largest_row_is_captured_first_as_rows_are(tmp_path):
+    """As one sequence where the first row is one, though too short for that to matter to it."""
+    step = step_like(toy_trainer(tmp_path), StandIn, tokens=2900, gathers=False)
+    step._capture = lambda size: Replayed(step, size)
+    row = pack_row([Tree([5] * 300, [[7] * 8])], share_prefix=True)
+    step([row], label_tokens=8)
+    assert step.captured == [RowSize(3072, 64, True), RowSize(320, 32, False)]
 
 
 def test_a_capture_that_fails_ends_the_run(tmp_path):

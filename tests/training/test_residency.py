@@ -59,14 +59,14 @@ def run(folder, resident, steps, head=False):
 
 
 @pytest.mark.distributed
-# A layer, the embeddings and the head are gathered in forward and in backward, the root once.
+# A layer and the head are gathered in forward and in backward, the embeddings and the root once.
 @pytest.mark.parametrize(
     ("resident", "head", "gathers", "sharded"),
     [
-        ("none", False, 2 * 5 + 1, 3),
-        ("none", True, 2 * 4 + 1, 3),
-        ("1", False, 2 * 4 + 1, 2),
-        ("1", True, 2 * 3 + 1, 2),
+        ("none", False, 2 * 4 + 2, 3),
+        ("none", True, 2 * 3 + 2, 3),
+        ("1", False, 2 * 3 + 2, 2),
+        ("1", True, 2 * 2 + 2, 2),
         ("all", False, 0, 0),
     ],
 )
