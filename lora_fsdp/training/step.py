@@ -174,10 +174,10 @@ class CapturedStep(EagerStep):
     def release(self) -> None:
         """Let go of the graphs: of their memory, and of NCCL's communicator, which a process could
         not close while one holds it.
+
+        Waits for nothing, as another rank may be gone: CUDA destroys a graph when it has run.
         """
-        if self._graphs:
-            torch.cuda.synchronize(self.device)
-            self._graphs.clear()
+        self._graphs.clear()
 
     def _graph_for(self, size: RowSize) -> _RowGraph | None:
         """For rows of `size`, captured if there is none yet; `None` if none can be."""

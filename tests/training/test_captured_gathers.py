@@ -56,9 +56,6 @@ class StandIn(CapturedStep):
         self.adapter.set_gradients(gradients)
         return graph
 
-    def release(self):
-        self._graphs.clear()
-
 
 def step_like(trainer, kind, *, tokens=400, gathers=True):
     eager = trainer.step
