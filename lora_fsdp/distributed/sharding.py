@@ -108,8 +108,8 @@ def shard_base(
             for module in (embedding, head):
                 if module is not None and not ignored.issuperset(module.parameters()):
                     fully_shard(module, **options)  # type: ignore[call-overload]
-            # The gradient of looking rows up needs no table.
-            cast(FSDPModule, embedding).set_unshard_in_backward(False)
+                    if module is embedding:  # looking rows up needs no table in backward
+                        cast(FSDPModule, module).set_unshard_in_backward(False)
     # The root is needed again at once in backward, so it is never resharded in between.
     fully_shard(base, **{**options, "reshard_after_forward": False})  # type: ignore[call-overload]
     if settings.wrap_layers:

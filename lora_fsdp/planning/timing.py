@@ -114,12 +114,14 @@ def _adapting(shape: ModelShape, gpu: Gpu, *, tokens: float, rows: float) -> flo
 def _gathers(shape: ModelShape, placement: Placement, *, rows: float) -> float:
     """How often a step gathers layers."""
     gathered = shape.layers if placement.offloaded else shape.layers - placement.resident_layers
+    if placement.one_group:
+        gathered = min(gathered, 1)
     return rows * _gathers_of_a_layer(placement) * gathered
 
 
 def _gathers_of_a_layer(placement: Placement) -> float:
     """For one row, if it is sharded."""
-    return 1.0 if placement.kept_until_backward else 2.0
+    return 1.0 if placement.kept_until_backward or placement.one_group else 2.0
 
 
 def _receiving(shape: ModelShape, placement: Placement, gpu: Gpu) -> float:
@@ -131,9 +133,9 @@ def _receiving(shape: ModelShape, placement: Placement, gpu: Gpu) -> float:
     )
     if placement.whole_head:
         sharded -= 2 * shape.head_parameters
-    received = _gathers_of_a_layer(placement) * sharded
-    if shape.head_parameters and not placement.kept_until_backward:
-        received -= 2 * shape.embedding_parameters  # in forward only, where they are not tied
+    passes = _gathers_of_a_layer(placement)
+    # Embeddings are gathered once a row; tied ones stay in the root group.
+    received = passes * sharded - (passes - 1.0) * 2 * shape.embedding_parameters
     own = 1 / placement.ranks
     seconds = (1 - own) / gpu.link + (own / gpu.host_link if placement.offloaded else 0.0)
     return received * seconds

@@ -128,7 +128,7 @@ class DurableTrainer(Trainer):
         end_with_launcher()
         folder = Path(str(self.args.output_dir))
         with ExitStack() as held:
-            held.callback(self.step.release)
+            held.callback(lambda: self.step.release())
             on_first_rank(lambda: held.enter_context(run_lock(folder)))
             checkpoint = on_first_rank(lambda: _prepare(folder, resume_from_checkpoint))
             self._resumed = None if checkpoint is None else self._read_checkpoint(checkpoint)

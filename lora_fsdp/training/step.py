@@ -124,7 +124,7 @@ class CapturedStep(EagerStep):
         settings: of `EagerStep`.
 
     Attributes:
-        captured: the sizes that were captured, in their order.
+        captured: the sizes that were captured, in their order; kept when they are released.
         failed: why nothing is captured any more.
     """
 
@@ -178,12 +178,15 @@ class CapturedStep(EagerStep):
         Waits for nothing, as another rank may be gone: CUDA destroys a graph when it has run.
         """
         self._graphs.clear()
+        self.__dict__.pop("_pool", None)  # torch opens no pool again whose graphs are all gone
 
     def _graph_for(self, size: RowSize) -> _RowGraph | None:
         """For rows of `size`, captured if there is none yet; `None` if none can be."""
         padded = captured_size(size)
         if padded is None or self.failed:
             return None
+        if not self._graphs:
+            self.captured.clear()
         if padded not in self._graphs and len(self._graphs) < _MOST_GRAPHS:
             # The largest one comes before all others.
             for new in dict.fromkeys((padded if self._graphs else self._first(size), padded)):
@@ -216,7 +219,7 @@ class CapturedStep(EagerStep):
             if self.gathers:
                 raise CaptureError(
                     f"A row of {size.tokens} tokens cannot be captured with the gathers in it: "
-                    f"{self.failed}. Run with --step fused."
+                    f"{self.failed}. Run with --step auto."
                 ) from error
             logger.warning("The step cannot be captured and runs eagerly: %s", self.failed)
 
@@ -237,7 +240,8 @@ class CapturedStep(EagerStep):
                     static.graph,
                     pool=self._pool,
                     stream=self._stream,
-                    capture_error_mode="thread_local",  # other threads watch over NCCL meanwhile
+                    # A thread of NCCL's watches over its kernels meanwhile.
+                    capture_error_mode="thread_local" if dist.is_initialized() else "global",
                 ),
                 sdpa_kernel(_ATTENTION, set_priority=True),
             ):

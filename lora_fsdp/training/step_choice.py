@@ -98,7 +98,7 @@ def why_gathers_stay_out(args: FineTuningArguments, settings: FsdpSettings | Non
         return None  # there are none
     if settings.offload:
         return "layers are fetched from host memory within the step"
-    if args.step == "auto" and args.world_size > 1:
+    if args.step == "auto":
         return f"{_GATHERED}, which only --step graph captures"
     return why_gathers_not_captured(args.device)
 

@@ -188,6 +188,16 @@ def test_later_graphs_find_room_in_the_memory_of_the_largest():
     assert reserved[-1] - reserved[0] < 0.05 * taken
 
 
+def test_graphs_are_captured_again_after_they_were_released(tmp_path):
+    """As a second `train` does."""
+    trainer = toy_trainer(tmp_path, step="graph", max_steps=4)
+    for _ in range(2):
+        trainer.train()
+        assert trainer.step.failed is None
+        assert trainer.step.captured
+        assert not trainer.step._graphs
+
+
 def test_nothing_is_captured_for_rows_that_are_too_long():
     """Where the largest row is computed eagerly, short ones are captured as they come."""
     some = rows(1)

@@ -152,7 +152,7 @@ def test_a_capture_that_fails_ends_the_run(tmp_path):
     trainer = toy_trainer(tmp_path)
     trainer.step = step_like(trainer, Failing)
     with pytest.raises(
-        CaptureError, match=r"cannot be captured.*out of memory\. Run with --step f"
+        CaptureError, match=r"cannot be captured.*out of memory\. Run with --step auto"
     ):
         trainer.train()
 

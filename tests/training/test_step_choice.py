@@ -66,25 +66,21 @@ def test_what_is_captured(changed, reason):
     ("changed", "reason"),
     [
         ({"settings": None}, None),
-        ({}, None),
+        ({}, "which only --step graph captures"),
         ({"step": "graph"}, None),
         ({"device": "cpu"}, "layers are gathered within the step"),
         ({"step": "fused"}, "layers are gathered within the step"),
         ({"step": "compiled"}, "layers are gathered within the step"),
         ({"settings": OFFLOADED_BASE}, "fetched from host memory"),
-        ({"ranks": 2}, "which only --step graph captures"),
-        ({"ranks": 2, "step": "graph"}, None),
-        ({"ranks": 2, "resident": "all"}, None),
+        ({"resident": "all"}, None),
     ],
 )
 def test_which_gathers_are_captured(changed, reason):
     """Nothing is tried where one process runs; tests/gpu/test_two_gpus.py tries."""
-    case = {"device": "cuda", "settings": SHARDED, "step": "auto", "ranks": 1, "resident": "auto"}
-    case |= changed
+    case = {"device": "cuda", "settings": SHARDED, "step": "auto", "resident": "auto"} | changed
     arguments = SimpleNamespace(
         device=torch.device(case["device"]),
         step=case["step"],
-        world_size=case["ranks"],
         resident_layers=case["resident"],
     )
     found = why_gathers_stay_out(arguments, case["settings"])
