@@ -176,7 +176,6 @@ def place_for_training(
         args,
         fused=fused,
         why_not_captured=uncaptured,
-        can_compile=residency.is_whole,
         seconds=seconds,
     )
     if not isinstance(fused, str) and residency.is_whole:

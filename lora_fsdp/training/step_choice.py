@@ -108,7 +108,6 @@ def choose_step(
     *,
     fused: list[FusedLayer] | str,
     why_not_captured: str | None,
-    can_compile: bool,
     seconds: float,
 ) -> tuple[str, str]:
     """Name of the step, and why it was chosen.
@@ -117,7 +116,6 @@ def choose_step(
         args: the run's arguments.
         fused: the fused layers, or why there are none.
         why_not_captured: why no CUDA graph can hold a step; `None` = one can.
-        can_compile: whether layers may be compiled: FSDP's hooks are around them otherwise.
         seconds: that training will take, roughly.
 
     Raises:
@@ -135,7 +133,7 @@ def choose_step(
         return args.step, f"--step {args.step}"
     if not isinstance(fused, str):
         return "graph", "fused layers, captured as CUDA graphs"
-    if seconds > _COMPILATION_PAYS_FROM and can_compile:
+    if seconds > _COMPILATION_PAYS_FROM:
         return (
             "compiled",
             f"a run of some {seconds / 60:.0f} minutes pays for compilation ({fused})",

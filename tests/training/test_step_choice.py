@@ -106,25 +106,23 @@ def test_what_is_recomputed_in_a_graph_keeps_no_random_state(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("asked", "fused", "why_not", "can_compile", "seconds", "step"),
+    ("asked", "fused", "why_not", "seconds", "step"),
     [
-        ("auto", True, None, True, 1.0, "graph"),
-        ("auto", True, "layers are gathered within the step", False, 1.0, "fused"),
-        ("auto", False, "layers are gathered within the step", False, 1e4, "eager"),
-        ("auto", False, None, True, 1.0, "graph"),
-        ("auto", False, None, True, 1e4, "compiled"),
-        ("auto", False, None, False, 1e4, "graph"),
-        ("eager", False, None, True, 1e4, "eager"),
-        ("fused", True, None, True, 1.0, "fused"),
-        ("graph", False, None, True, 1.0, "graph"),
+        ("auto", True, None, 1.0, "graph"),
+        ("auto", True, "layers are gathered within the step", 1.0, "fused"),
+        ("auto", False, "layers are gathered within the step", 1e4, "eager"),
+        ("auto", False, None, 1.0, "graph"),
+        ("auto", False, None, 1e4, "compiled"),
+        ("eager", False, None, 1e4, "eager"),
+        ("fused", True, None, 1.0, "fused"),
+        ("graph", False, None, 1.0, "graph"),
     ],
 )
-def test_the_step_and_its_reason(asked, fused, why_not, can_compile, seconds, step):
+def test_the_step_and_its_reason(asked, fused, why_not, seconds, step):
     found, reason = choose_step(
         SimpleNamespace(step=asked),
         fused=[] if fused else "its layers are of another shape",
         why_not_captured=why_not,
-        can_compile=can_compile,
         seconds=seconds,
     )
     assert found == step
@@ -138,6 +136,5 @@ def test_a_graph_that_cannot_be_is_refused():
             SimpleNamespace(step="graph"),
             fused=[],
             why_not_captured="layers are gathered within the step",
-            can_compile=False,
             seconds=1.0,
         )
