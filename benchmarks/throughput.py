@@ -68,7 +68,6 @@ ARMS = {
     "ours-graph": Arm("ours", {"step": "graph"}),
     "ours-auto": Arm("ours"),
     "ours-full-shard": Arm("ours", _SHARDED, "fsdp2.yaml"),
-    "ours-full-shard-fused": Arm("ours", {**_SHARDED, "step": "fused"}, "fsdp2.yaml"),
     "ours-full-shard-graph": Arm("ours", {**_SHARDED, "step": "graph"}, "fsdp2.yaml"),
     "ours-till-backward": Arm(
         "ours", _SHARDED, "fsdp2.yaml", ("--fsdp_reshard_after_forward", "false")
