@@ -51,11 +51,13 @@ def test_the_plan_says_what_is_stored(gpu, name, monkeypatch):
 
 @pytest.mark.parametrize("gpu", MEASURED)
 def test_the_plan_is_as_good_as_it_is_said_to_be(gpu):
-    points = points_of(gpu).values()
-    memory = [abs(point["error_gb"]) for point in points if "error_gb" in point]
-    time = [abs(point["error_ms"]) for point in points if "error_ms" in point]
-    assert max(memory) < 0.02
-    assert median(memory) < 0.002
+    points = points_of(gpu)
+    memory = {name: abs(p["error_gb"]) for name, p in points.items() if "error_gb" in p}
+    time = [abs(p["error_ms"]) for p in points.values() if "error_ms" in p]
+    for name, error in memory.items():
+        # Of large adapters' short rows the next smaller size is counted, whether or not it comes.
+        assert error < (0.02 if "r64" in name and "long" not in name else 0.01), name
+    assert median(memory.values()) < 0.002
     assert max(time) < 0.1
 
 
