@@ -40,8 +40,8 @@ from benchmarks.workload import (
     task_and_examples,
 )
 from lora_fsdp import FineTuningArguments, LoraTrainer
-from lora_fsdp.planning.foretelling import foretold
-from lora_fsdp.planning.gpus import known_gpu
+from lora_fsdp.placement.gpus import known_gpu
+from lora_fsdp.planning.predicted import predicted
 
 
 def lora(work: Workload) -> LoraConfig:
@@ -138,7 +138,7 @@ def ours(
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(trainer.args.device)
         gpu = known_gpu(device.name, memory=device.total_memory)
-        result["foretold"] = foretold(trainer.plan, trainer.work, gpu)
+        result["foretold"] = predicted(trainer.plan, trainer.work, gpu)
     if held_out:
         result |= _scoring(trainer, held_out)
     return result
@@ -305,7 +305,7 @@ def _padded_batch(examples: list[Any], tokenizer: Any, device: torch.device) -> 
 def get_ready(work: Workload) -> None:
     """Do what hardly uses the GPU and is usually done at first use."""
     importlib.import_module("torch._inductor.compile_fx")
-    importlib.import_module("lora_fsdp.modeling.kernels")
+    importlib.import_module("lora_fsdp.compute.kernels")
     if work.in_4bit:
         importlib.import_module("bitsandbytes")
     torch.zeros(1, device="cuda")

@@ -47,14 +47,14 @@ def load(way: str, folder: Path, *, dtype: str, in_4bit: bool) -> dict[str, floa
     import torch
 
     from lora_fsdp.arguments import ModelArguments
-    from lora_fsdp.modeling.loading import load_base
-    from lora_fsdp.modeling.streaming import load_on_device
+    from lora_fsdp.base.loading import load_base
+    from lora_fsdp.base.streaming import load_on_device
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.zeros(1, device=device)
     arguments = ModelArguments(str(folder), dtype=dtype, load_in_4bit=in_4bit)  # type: ignore[arg-type]
     if in_4bit:
-        import lora_fsdp.modeling.four_bit  # noqa: F401
+        import lora_fsdp.base.four_bit  # noqa: F401
     drop_from_cache(folder)
     before, start = peak_memory(), time.perf_counter()
     if way == "read":

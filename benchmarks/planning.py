@@ -37,10 +37,10 @@ from benchmarks.workload import (
 )
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.data.workload import measure_work
-from lora_fsdp.distributed.memory import Placement, largest_row, peak_allocated
-from lora_fsdp.modeling.shape import build_on_meta, shape_of
-from lora_fsdp.planning.gpus import parse_gpus
-from lora_fsdp.planning.timing import step_seconds
+from lora_fsdp.placement.counting import build_on_meta, shape_of
+from lora_fsdp.placement.gpus import parse_gpus
+from lora_fsdp.placement.memory import Placement, largest_sequence, peak_allocated
+from lora_fsdp.placement.timing import step_seconds
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 _MARK, _END = "<!-- measured: {} -->", "<!-- end -->"
@@ -128,8 +128,8 @@ def _measured(name: str, *, folder: Path, seconds: float) -> dict[str, Any]:
     if not output.is_file():
         return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
     result = json.loads(output.read_text())
-    foretold = result.get("foretold")
-    if not foretold:
+    predicted = result.get("foretold")
+    if not predicted:
         return {"failed": "nothing was foretold: it needs a GPU that the plan knows"}
     found = {
         "measured_gb": result["peak_gb"],
@@ -137,8 +137,8 @@ def _measured(name: str, *, folder: Path, seconds: float) -> dict[str, Any]:
         "row_tokens": result["row_tokens"],
         "plan": result["plan"],
     }
-    step = foretold["training_seconds"] / point.work.steps
-    return _beside(found, gigabytes=foretold["peak_memory_gb"], milliseconds=1e3 * step)
+    step = predicted["training_seconds"] / point.work.steps
+    return _beside(found, gigabytes=predicted["peak_memory_gb"], milliseconds=1e3 * step)
 
 
 def _beside(measured: dict[str, Any], *, gigabytes: float, milliseconds: float) -> dict[str, Any]:
@@ -201,9 +201,13 @@ def predicted(
             recomputed=point.options.get("gradient_checkpointing", False),
         )
     )
-    rows = largest_row(asked, measured["row_tokens"])
+    rows = largest_sequence(asked, measured["row_tokens"])
     step = step_seconds(
-        shape, placement, asked, parse_gpus(device.split()[1])[1], row_tokens=measured["row_tokens"]
+        shape,
+        placement,
+        asked,
+        parse_gpus(device.split()[1])[1],
+        sequence_tokens=measured["row_tokens"],
     )
     memory = peak_allocated(shape, placement, rows)
     return _beside(measured, gigabytes=memory / 1e9, milliseconds=1e3 * step)

@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from lora_fsdp import get_task
+from lora_fsdp.base.quantized_layers import QuantizedLayer
 from lora_fsdp.data.sampling import epoch_order
 from lora_fsdp.data.tables import read_table, sample_rows
-from lora_fsdp.modeling.packed_layers import PackedLayer
 from lora_fsdp.tasks import Example, Prompt, Task
 
 SEED = 0
@@ -130,12 +130,12 @@ def load_model(work: Workload) -> PreTrainedModel:
 
 def _pack(model: PreTrainedModel, *, dtype: torch.dtype) -> None:
     """Exchange the linear layers for packed ones, as is done with weights read from files."""
-    from lora_fsdp.modeling.four_bit import replace_linear_layers
+    from lora_fsdp.base.four_bit import replace_linear_layers
 
     plain = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     replace_linear_layers(model, dtype=dtype)
     for name, module in model.named_modules():
-        if isinstance(module, PackedLayer):
+        if isinstance(module, QuantizedLayer):
             module.set_whole(module.quantize(plain.pop(name).weight.detach()))
 
 

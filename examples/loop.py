@@ -12,11 +12,11 @@ from peft import get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import get_scheduler, set_seed
 
+from lora_fsdp.adapter.attach import lora_config
+from lora_fsdp.base.loading import load_base, load_tokenizer
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.rows import load_task_data
 from lora_fsdp.data.sampling import epoch_order
-from lora_fsdp.modeling.adapters import lora_config
-from lora_fsdp.modeling.loading import load_base, load_tokenizer
 from lora_fsdp.scripts import RunArguments, parse_arguments
 
 IGNORED = -100

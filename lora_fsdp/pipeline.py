@@ -13,29 +13,29 @@ import torch
 from accelerate.utils import gather_object
 from transformers import set_seed
 
+from lora_fsdp.adapter.attach import lora_config
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
+from lora_fsdp.base.loading import load_tokenizer
+from lora_fsdp.base.streaming import open_base
 from lora_fsdp.data.rows import TaskData, load_task_data
 from lora_fsdp.distributed.orphans import end_with_launcher
-from lora_fsdp.distributed.outcome import on_first_rank
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
-from lora_fsdp.evaluation.comparison import Comparison, compare, written_answers
+from lora_fsdp.evaluation.comparison import Comparison, compare, generated_texts
 from lora_fsdp.evaluation.generation import generate_texts
-from lora_fsdp.modeling.adapters import lora_config
-from lora_fsdp.modeling.loading import load_tokenizer
-from lora_fsdp.modeling.streaming import open_base
-from lora_fsdp.planning.foretelling import foretold
-from lora_fsdp.planning.gpus import known_gpu
+from lora_fsdp.placement.gpus import known_gpu
+from lora_fsdp.planning.predicted import predicted
+from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.model_card import WriteCards, remove_model_card, try_to_write_card
-from lora_fsdp.reporting.record import record_start
+from lora_fsdp.reporting.recording.record import record_start
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
-from lora_fsdp.training.log_history import KeepLog
-from lora_fsdp.training.output_folder import check_output_folder, files_of
-from lora_fsdp.training.run_lock import hold_folder, release_folder
+from lora_fsdp.training.logging.log_history import KeepLog
+from lora_fsdp.training.saving.atomic_folders import remove_leftovers
+from lora_fsdp.training.saving.output_folder import check_output_folder, files_of
+from lora_fsdp.training.saving.run_lock import hold_folder, release_folder
 from lora_fsdp.training.trainer import LoraTrainer
-from lora_fsdp.training.whole_folders import remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Co
         encoded=trainer.eval_dataset,  # type: ignore[arg-type]
         untrained=untrained,
         tuned=tuned,
-        written=written_answers(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
+        written=generated_texts(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
         base_texts=base_answers,
         tuned_texts=tuned_answers,
         facts=_facts(trainer, data, trained.metrics, first_step=log.first_step),
@@ -230,10 +230,10 @@ def _facts(
             for step, matrix in trainer.confusion_matrices.items()
         },
     }
-    return facts | _foretold_and_found(trainer, trained["train_runtime"])
+    return facts | _predicted_and_measured(trainer, trained["train_runtime"])
 
 
-def _foretold_and_found(trainer: LoraTrainer, seconds: float) -> dict[str, Any]:
+def _predicted_and_measured(trainer: LoraTrainer, seconds: float) -> dict[str, Any]:
     """Memory and cost, beside what was foretold of them; a collective call."""
     on_gpus = trainer.args.device.type == "cuda"
     paid = trainer.args.world_size if on_gpus else 1
@@ -243,7 +243,7 @@ def _foretold_and_found(trainer: LoraTrainer, seconds: float) -> dict[str, Any]:
         facts |= {"peak_memory_gb": max(peaks), "peak_memory_gb_of_ranks": peaks}
         device = torch.cuda.get_device_properties(trainer.args.device)
         gpu = known_gpu(device.name, memory=device.total_memory)
-        facts["plan"] = foretold(trainer.plan, trainer.work, gpu)
+        facts["plan"] = predicted(trainer.plan, trainer.work, gpu)
     if (price := trainer.args.price_per_hour) is not None:
         facts["cost"] = price * paid * seconds / 3600
         if "training_seconds" in facts.get("plan", {}):

@@ -17,6 +17,7 @@ from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArgument
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.failures import report_failure
 from lora_fsdp.options import OptionParser
+from lora_fsdp.ranks import is_joined
 
 
 class RunArguments(TypedDict):
@@ -60,5 +61,5 @@ def configure_output() -> None:
 
 
 def _leave_process_group() -> None:
-    if dist.is_initialized():
+    if is_joined():
         dist.destroy_process_group()

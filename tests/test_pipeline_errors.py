@@ -31,7 +31,7 @@ from lora_fsdp.errors import (
     UnknownTaskError,
 )
 from lora_fsdp.pipeline import claim_output_folder
-from lora_fsdp.training.run_lock import LOCK_FILE
+from lora_fsdp.training.saving.run_lock import LOCK_FILE
 from tests.support.ranks import launch_environment
 from tests.support.runs import toy_trainer
 from tests.support.tiny import ToyTask, tiny_model, tiny_tokenizer, toy_table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,19 @@ YAMLS = sorted(
 # A module may import from its own layer and from those before it.
 LAYERS = (
     "errors",
+    "ranks",
     "arguments",
     "tasks",
     "data",
-    "modeling",
+    "base",
+    "compute",
+    "adapter",
+    "placement",
     "distributed",
     "evaluation",
     "training",
     "planning",
+    "doctor",
     "reporting",
     "pipeline",
     "recipes",
@@ -87,6 +93,53 @@ def test_imports_go_one_way(source: Path) -> None:
     tree = ast.parse(source.read_text(encoding="utf-8"))
     wrong = [(n, name) for n, name in imported_layers(tree, package) if name not in allowed]
     assert not wrong, f"{name_of(source)} ({layer}) imports from later layers: {wrong}"
+
+
+def name_of_module(source: Path) -> str:
+    parts = source.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(source: Path, modules: set[str]) -> set[str]:
+    """The modules of this library that `source` imports anywhere in it, for types too."""
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lora_fsdp"):
+            for alias in node.names:
+                named = f"{node.module}.{alias.name}"
+                found.add(named if named in modules else str(node.module))
+    return found - {"lora_fsdp"}  # the front door, which imports when it is asked
+
+
+def test_no_circle_of_files() -> None:
+    """Files that import one another are one file, or have a part that belongs elsewhere."""
+    sources = {name_of_module(source): source for source in SOURCES}
+    imports = {name: imported_modules(path, set(sources)) for name, path in sources.items()}
+    try:
+        tuple(TopologicalSorter(imports).static_order())
+    except CycleError as circle:
+        pytest.fail(" -> ".join(circle.args[1]))
+
+
+#: Files of a folder beside its `__init__.py`; a command or a task is a file, so these may be many.
+MOST_FILES = 15
+MAY_BE_LARGER = {"cli", "tasks"}
+
+
+def test_rooms_are_small() -> None:
+    folders = {source.parent for source in SOURCES}
+    sizes = {
+        folder.relative_to(PACKAGE).as_posix(): len(
+            [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        )
+        for folder in folders
+    }
+    crowded = {
+        room: files
+        for room, files in sizes.items()
+        if files > MOST_FILES and room not in MAY_BE_LARGER
+    }
+    assert not crowded
 
 
 def is_type_narrowing(node: ast.Assert) -> bool:

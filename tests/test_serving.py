@@ -31,7 +31,7 @@ from lora_fsdp import (
 )
 from lora_fsdp.evaluation.file_prediction import answers_of
 from lora_fsdp.evaluation.prediction import Predictor
-from lora_fsdp.reporting.usage import _vllm_rank
+from lora_fsdp.reporting.sections.usage import _vllm_rank
 from tests.support.tiny import toy_table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -26,9 +26,9 @@ class CompareOptions:
 def compare(options: CompareOptions, adapter: AdapterOptions) -> int:
     """Both models' answers, and whether the adapter answers as it did in training."""
     predictor = load_predictor(adapter)
+    from lora_fsdp.evaluation.adapter_comparison import compare_on_held_out
     from lora_fsdp.evaluation.comparison import format_written
-    from lora_fsdp.evaluation.report import format_predictions_table
-    from lora_fsdp.evaluation.side_by_side import compare_on_held_out
+    from lora_fsdp.evaluation.outputs import format_predictions_table
 
     found = compare_on_held_out(
         predictor,

@@ -20,7 +20,7 @@ from lora_fsdp.failures import FOUND_ERRORS
 from lora_fsdp.options import OptionParser
 
 if TYPE_CHECKING:
-    from lora_fsdp.planning.doctor import Diagnosis, Finding
+    from lora_fsdp.doctor import Diagnosis, Finding
 
 
 @dataclass
@@ -54,7 +54,7 @@ class DoctorCommand(TrainCommand):
 def doctor(options: DoctorOptions, launch: LaunchOptions, arguments: Sequence[str]) -> int:
     """Examine the run that `train` would start with the same options."""
     from lora_fsdp.arguments import FineTuningArguments
-    from lora_fsdp.planning.doctor import Machine, Severity, diagnose
+    from lora_fsdp.doctor import Machine, Severity, diagnose
 
     classes = (ModelArguments, LoraArguments, DataArguments, FineTuningArguments)
     model, lora, data, training = OptionParser(classes).parse_values(arguments)
@@ -98,7 +98,7 @@ def _facts(found: Diagnosis, *, passed: bool) -> dict[str, Any]:
 
 
 def _print(found: Diagnosis) -> None:
-    from lora_fsdp.planning.doctor import Severity
+    from lora_fsdp.doctor import Severity
 
     for severity in Severity:
         if findings := found.of(severity):

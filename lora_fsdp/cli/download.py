@@ -12,7 +12,7 @@ from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import is_live, write
 
 if TYPE_CHECKING:
-    from lora_fsdp.modeling.sources import RemoteFile
+    from lora_fsdp.base.sources import RemoteFile
 
 
 @dataclass
@@ -41,8 +41,8 @@ def download(options: DownloadOptions) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     from huggingface_hub import constants
 
-    from lora_fsdp.modeling.download import download_files
-    from lora_fsdp.modeling.sources import MODELSCOPE, list_hub_model, list_modelscope_model
+    from lora_fsdp.base.download import download_files
+    from lora_fsdp.base.sources import MODELSCOPE, list_hub_model, list_modelscope_model
 
     # It warns at every retry; of what comes of them there is one sentence.
     logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)

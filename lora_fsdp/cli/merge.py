@@ -34,7 +34,7 @@ def merge(options: MergeOptions) -> int:
     """Merge, and say what was written."""
     adapter = required(options.adapter, "ADAPTER", "the adapter's folder")
     output = required(options.output_dir, "--output_dir", "the new model's folder")
-    from lora_fsdp.modeling.merging import merge_adapter
+    from lora_fsdp.adapter.merging import merge_adapter
     from lora_fsdp.scripts import configure_output
 
     configure_output()

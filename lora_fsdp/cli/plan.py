@@ -66,10 +66,10 @@ def plan(
         "a model folder, a name on the Hub, or a size such as 70B",
     )
     _refuse_impossible(options)
-    from lora_fsdp.modeling.adapters import lora_config
+    from lora_fsdp.adapter.attach import lora_config
     from lora_fsdp.planning.models import planned_config
     from lora_fsdp.planning.plan import make_plan
-    from lora_fsdp.planning.rendering import accelerate_yaml, plan_as_json
+    from lora_fsdp.planning.plan_text import accelerate_yaml, plan_as_json
 
     config = planned_config(
         name,
@@ -142,9 +142,9 @@ def _work(
             "Nothing says how much is trained: give --task with --data_file, or --examples and "
             "--tokens_per_example."
         )
+    from lora_fsdp.base.loading import load_tokenizer
     from lora_fsdp.data.encoding import Encoder
     from lora_fsdp.data.rows import load_task_data
-    from lora_fsdp.modeling.loading import load_tokenizer
 
     data = load_task_data(data_args, seed=options.seed)
     encoder = Encoder(
@@ -164,7 +164,7 @@ def _work(
 
 
 def _print(found: Plan, output: str | None) -> None:
-    from lora_fsdp.planning.rendering import (
+    from lora_fsdp.planning.plan_text import (
         SUMMARY_HEADINGS,
         duration,
         options_for,

@@ -135,8 +135,8 @@ def _encoder(options: CheckOptions, data_args: DataArguments, data: TaskData) ->
     if not options.model_name_or_path:
         return None
     from lora_fsdp.arguments import ModelArguments
+    from lora_fsdp.base.loading import load_tokenizer
     from lora_fsdp.data.encoding import Encoder
-    from lora_fsdp.modeling.loading import load_tokenizer
 
     model = ModelArguments(model_name_or_path=options.model_name_or_path)
     return Encoder(

@@ -31,7 +31,7 @@ class VerifyOptions:
 def verify(options: VerifyOptions) -> int:
     """Check, print each check, and say by the exit code whether one failed."""
     folder = required(options.adapter, "ADAPTER", "the adapter's folder")
-    from lora_fsdp.modeling.verification import verify_adapter_folder
+    from lora_fsdp.adapter.verification import verify_adapter_folder
     from lora_fsdp.scripts import configure_output
 
     configure_output()

@@ -8,7 +8,7 @@ from it, and from each example grow its answers (one when training, every label 
                    └─ example 2 ─┬─ ...
 
 A token sees what stands before it on its own path to the root and nothing else
-(`lora_fsdp.modeling.attention`), and its position counts along that path, so every example is
+(`lora_fsdp.compute.attention`), and its position counts along that path, so every example is
 computed exactly as if it stood alone. Prior art: DPO prefix sharing (arXiv 2410.20305), Prefix
 Grouper (arXiv 2506.05433).
 """
@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import torch
 
-#: `Row.example_ids` of the tokens that every example of the row sees.
+#: `PackedSequence.example_ids` of the tokens that every example of the row sees.
 SHARED = 0
-#: `Row.example_ids` and `Row.label_answers` of what only fills a row up.
+#: `PackedSequence.example_ids` and `PackedSequence.label_answers` of what only fills a row up.
 PADDING = -1
 
 
@@ -40,7 +40,7 @@ class Tree:
         return len(self.prompt_ids) + sum(len(answer[:-1]) for answer in self.answers)
 
 
-class RowSize(NamedTuple):
+class SequenceSize(NamedTuple):
     """What a row has, without the row.
 
     Attributes:
@@ -55,7 +55,7 @@ class RowSize(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedSequence:
     """One packed row: T input tokens and L label tokens.
 
     Attributes:
@@ -111,11 +111,11 @@ class Row:
         return int(self.tokens.shape[1])
 
     @property
-    def size(self) -> RowSize:
+    def size(self) -> SequenceSize:
         """Its numbers of tokens."""
-        return RowSize(len(self), int(self.labels.shape[1]), self.is_one_sequence)
+        return SequenceSize(len(self), int(self.labels.shape[1]), self.is_one_sequence)
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> Row:
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> PackedSequence:
         """The row on `device`."""
         return replace(
             self,
@@ -123,11 +123,11 @@ class Row:
             labels=self.labels.to(device, non_blocking=non_blocking),
         )
 
-    def pin_memory(self) -> Row:
+    def pin_memory(self) -> PackedSequence:
         """The row in page-locked memory, from which copies to a GPU are asynchronous."""
         return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory())
 
-    def padded(self, *, tokens: int, labels: int) -> Row:
+    def padded(self, *, tokens: int, labels: int) -> PackedSequence:
         """The row with `tokens` tokens and `labels` label tokens; what is added counts nothing.
 
         Padding stands at the end, so a row that is one sequence can still be computed as one.
@@ -144,7 +144,7 @@ class Row:
         )
 
 
-def pack_row(trees: Sequence[Tree], *, share_prefix: bool) -> Row:
+def pack_sequence(trees: Sequence[Tree], *, share_prefix: bool) -> PackedSequence:
     """Lay `trees` flat in one row, in order.
 
     With `share_prefix` the longest token prefix common to all prompts is laid down once.
@@ -174,17 +174,17 @@ def pack_row(trees: Sequence[Tree], *, share_prefix: bool) -> Row:
             labels += [(at, token, owner) for at, token in zip(positions, answer, strict=True)]
         answers_before += len(tree.answers)
 
-    return Row(
+    return PackedSequence(
         torch.tensor([input_ids, position_ids, example_ids, answer_ids], dtype=torch.int64),
         torch.tensor(labels, dtype=torch.int64).reshape(-1, 3).t().contiguous(),
         is_one_sequence=_is_one_sequence(trees),
     )
 
 
-def packed_size(trees: Sequence[Tree], *, share_prefix: bool) -> RowSize:
-    """The size of the row that `pack_row` would make of `trees`."""
+def packed_size(trees: Sequence[Tree], *, share_prefix: bool) -> SequenceSize:
+    """The size of the row that `pack_sequence` would make of `trees`."""
     shared = len(common_prefix(trees)) if share_prefix else 0
-    return RowSize(
+    return SequenceSize(
         tokens=shared + sum(len(tree) - shared for tree in trees),
         labels=sum(len(answer) for tree in trees for answer in tree.answers),
         is_one_sequence=_is_one_sequence(trees),
@@ -195,12 +195,12 @@ def _is_one_sequence(trees: Sequence[Tree]) -> bool:
     return len(trees) == 1 and len(trees[0].answers) <= 1
 
 
-def empty_row() -> Row:
+def empty_sequence() -> PackedSequence:
     """A row of one token and no labels, for a rank that has fewer rows than the others.
 
     Under FSDP every rank must run the same number of forwards and backwards.
     """
-    return pack_row([Tree(prompt_ids=[0], answers=())], share_prefix=False)
+    return pack_sequence([Tree(prompt_ids=[0], answers=())], share_prefix=False)
 
 
 def common_prefix(trees: Sequence[Tree]) -> list[int]:
@@ -209,7 +209,9 @@ def common_prefix(trees: Sequence[Tree]) -> list[int]:
     return list(commonprefix([tree.prompt_ids for tree in trees]))  # noqa: RUF071
 
 
-def plan_rows(trees: Sequence[Tree], *, max_tokens: int, share_prefix: bool) -> list[list[int]]:
+def plan_sequences(
+    trees: Sequence[Tree], *, max_tokens: int, share_prefix: bool
+) -> list[list[int]]:
     """Divide `trees` over as few rows as in-order filling gives; returns indices into `trees`.
 
     A row is longer than `max_tokens` only if a single example is.

@@ -14,13 +14,13 @@ from torch.utils.data import Dataset
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.packing import (
-    Row,
-    RowSize,
+    PackedSequence,
+    SequenceSize,
     Tree,
-    empty_row,
-    pack_row,
+    empty_sequence,
+    pack_sequence,
     packed_size,
-    plan_rows,
+    plan_sequences,
 )
 
 
@@ -35,10 +35,10 @@ class TrainingStep:
         sizes_of_ranks: for each of `rows`, the size that its like has on every rank.
     """
 
-    rows: list[Row]
+    rows: list[PackedSequence]
     label_tokens: int
     example_rows: list[int]
-    sizes_of_ranks: list[list[RowSize]]
+    sizes_of_ranks: list[list[SequenceSize]]
 
     def pin_memory(self) -> TrainingStep:
         """The same step in page-locked memory."""
@@ -113,8 +113,8 @@ class TrainingSteps(Dataset[TrainingStep]):
         start = step * self.examples_per_step
         chosen = [self.examples[i] for i in self._order[start : start + self.examples_per_step]]
         shares = [self._plan(chosen[rank :: self.world_size]) for rank in range(self.world_size)]
-        rows = [pack_row(trees, share_prefix=self.share_prefix) for trees in shares[self.rank]]
-        count, empty = max(len(share) for share in shares), empty_row()
+        rows = [pack_sequence(trees, share_prefix=self.share_prefix) for trees in shares[self.rank]]
+        count, empty = max(len(share) for share in shares), empty_sequence()
         sizes = [
             [packed_size(trees, share_prefix=self.share_prefix) for trees in share]
             + [empty.size] * (count - len(share))
@@ -129,23 +129,23 @@ class TrainingSteps(Dataset[TrainingStep]):
 
     def _plan(self, examples: Sequence[EncodedExample]) -> list[list[Tree]]:
         trees = [Tree(example.prompt_ids, [example.target_ids]) for example in examples]
-        plan = plan_rows(trees, max_tokens=self.max_tokens, share_prefix=self.share_prefix)
+        plan = plan_sequences(trees, max_tokens=self.max_tokens, share_prefix=self.share_prefix)
         return [[trees[index] for index in row] for row in plan]
 
 
 @dataclass
-class ScoringRow:
+class ScoringSequence:
     """A packed row to be scored; `examples` are indices into the scored set, in the row's order."""
 
-    row: Row
+    row: PackedSequence
     examples: list[int]
 
-    def pin_memory(self) -> ScoringRow:
+    def pin_memory(self) -> ScoringSequence:
         """The same row in page-locked memory."""
-        return ScoringRow(self.row.pin_memory(), self.examples)
+        return ScoringSequence(self.row.pin_memory(), self.examples)
 
 
-class ScoringRows(Dataset[ScoringRow]):
+class ScoringSequences(Dataset[ScoringSequence]):
     """This rank's rows of a set whose answers are to be scored.
 
     An example's answers are all labels of a closed set, its own choices, or its target in a
@@ -163,17 +163,19 @@ class ScoringRows(Dataset[ScoringRow]):
             Tree(example.prompt_ids, answers)
             for example, answers in zip(examples, self.answers, strict=True)
         ]
-        plan = plan_rows(self._trees, max_tokens=max_tokens, share_prefix=True)
+        plan = plan_sequences(self._trees, max_tokens=max_tokens, share_prefix=True)
         self._plan = plan[rank::world_size]
         self._length = -(-len(plan) // world_size)
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> ScoringRow:
+    def __getitem__(self, index: int) -> ScoringSequence:
         if not 0 <= index < len(self):
             raise IndexError(index)
         if index >= len(self._plan):
-            return ScoringRow(empty_row(), [])
+            return ScoringSequence(empty_sequence(), [])
         chosen = self._plan[index]
-        return ScoringRow(pack_row([self._trees[i] for i in chosen], share_prefix=True), chosen)
+        return ScoringSequence(
+            pack_sequence([self._trees[i] for i in chosen], share_prefix=True), chosen
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from lora_fsdp.distributed.outcome import from_every_rank
+from lora_fsdp.ranks import from_every_rank, has_others, rank, world_size
 
 _ELEMENTS = 1 << 20
 _REPLAYS = 3
@@ -17,7 +17,7 @@ def why_gathers_not_captured(device: torch.device) -> str | None:
     A collective call, on GPUs. Replays a small gather with new numbers each time and looks at what
     arrives.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not has_others():
         return None  # FSDP2 copies then
     if "nccl" not in dist.get_backend():
         return f"{dist.get_backend()} gathers outside CUDA graphs"
@@ -26,7 +26,7 @@ def why_gathers_not_captured(device: torch.device) -> str | None:
 
 
 def _try_on_this_rank(device: torch.device) -> str | None:
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    ranks = world_size()
     shard = torch.zeros(_ELEMENTS, dtype=torch.int32, device=device)
     whole = torch.zeros(ranks * _ELEMENTS, dtype=torch.int32, device=device)
     dist.all_gather_into_tensor(whole, shard)  # connects the ranks before the capture
@@ -41,7 +41,7 @@ def _try_on_this_rank(device: torch.device) -> str | None:
     if any(from_every_rank(failure)):
         return failure
     for replay in range(_REPLAYS):
-        shard.fill_(_REPLAYS * rank + replay)
+        shard.fill_(_REPLAYS * rank() + replay)
         graph.replay()
         sent = _REPLAYS * torch.arange(ranks, dtype=torch.int32, device=device) + replay
         if not torch.equal(whole, sent.repeat_interleave(_ELEMENTS)):

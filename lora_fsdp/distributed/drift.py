@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-import torch.distributed as dist
 
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.errors import RankDriftError
+from lora_fsdp.ranks import gather_tensors, has_others
 
 
 def check_no_drift(adapter: ReplicatedParameters, *, step: int, last_equal: int | None) -> None:
@@ -26,11 +26,9 @@ def check_no_drift(adapter: ReplicatedParameters, *, step: int, last_equal: int 
     Raises:
         RankDriftError: on every rank; names the ranks that differ and a parameter.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not has_others():
         return
-    mine = adapter.checksums()
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
+    everyone = gather_tensors(adapter.checksums())
     sums = [tuple(values) for values in torch.stack(everyone).tolist()]
     if len(set(sums)) == 1:
         return

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import yaml
 from accelerate.commands.to_fsdp2 import convert_config_to_fsdp2
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -24,37 +22,16 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers import TrainingArguments
 
+from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.errors import (
     Fsdp1ConfigError,
     FsdpDroppedError,
     FsdpOnOneProcessError,
     FsdpSettingError,
     LaunchError,
-    RankMismatchError,
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class FsdpSettings:
-    """The FSDP2 settings of the accelerate YAML, as far as they concern a frozen base.
-
-    Attributes:
-        reshard_after_forward: free a layer's gathered weights between forward and backward.
-        offload: keep the shards in host memory.
-        activation_checkpointing: recompute activations in backward.
-        layer_classes: class names of the layers to shard one by one; `None` = found by structure.
-        wrap_layers: shard layer by layer (else the whole base is one group).
-        activation_offload: keep what recomputing starts from in host memory.
-    """
-
-    reshard_after_forward: bool
-    offload: bool
-    activation_checkpointing: bool
-    layer_classes: tuple[str, ...] | None
-    wrap_layers: bool
-    activation_offload: bool = False
 
 
 def fsdp_requested() -> bool:
@@ -173,26 +150,6 @@ def accelerate_without_fsdp() -> Iterator[None]:
     finally:
         if asked is not None:
             os.environ["ACCELERATE_USE_FSDP"] = asked
-
-
-def check_ranks_agree(fingerprints: Mapping[str, str]) -> None:
-    """Compare named fingerprints (settings, data) across ranks.
-
-    Raises:
-        RankMismatchError: names what differs and its value on each rank.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    everyone: list[Mapping[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, dict(fingerprints))
-    for name in fingerprints:
-        values = [rank.get(name, "(missing)") for rank in everyone]
-        if len(set(values)) > 1:
-            listed = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
-            raise RankMismatchError(
-                f"The ranks differ in {name} ({listed}): start every rank with the same command, "
-                "YAML and files."
-            )
 
 
 def launch_fingerprint() -> str:

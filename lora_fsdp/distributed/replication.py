@@ -6,11 +6,10 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from lora_fsdp.distributed.launch import check_ranks_agree
 from lora_fsdp.errors import AdapterVerificationError
+from lora_fsdp.ranks import check_ranks_agree, sum_over_ranks, take_from_first
 
 
 class ReplicatedParameters:
@@ -41,10 +40,8 @@ class ReplicatedParameters:
 
     def broadcast(self) -> None:
         """Give every rank rank 0's values."""
-        if not _is_distributed():
-            return
         for parameter in self.parameters.values():
-            dist.broadcast(parameter.data, src=0)
+            take_from_first(parameter.data)
 
     def copy_gradients(self) -> torch.Tensor:
         """All gradients, flat."""
@@ -83,8 +80,7 @@ class ReplicatedParameters:
         The sum is right, not the mean, because each rank's loss is already divided by the number
         of label tokens of all ranks. A parameter without a gradient counts as zero.
         """
-        if _is_distributed():
-            dist.all_reduce(self._gradients)
+        sum_over_ranks(self._gradients)
 
     def check_equal(self) -> None:
         """Check that every rank holds the same bits.
@@ -135,7 +131,3 @@ class ReplicatedParameters:
             for name, parameter in self.parameters.items()
             if "lora_B" in name and ".experts." not in name
         }
-
-
-def _is_distributed() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from lora_fsdp.distributed.launch import FsdpSettings
+from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.errors import ArgumentError
+from lora_fsdp.ranks import least_of_ranks
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,4 @@ def least_free_memory(device: torch.device) -> int:
     """Free bytes of the rank that has the least; a collective call."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return int(free)
-    least = torch.tensor(free, device=device)
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least.item())
+    return least_of_ranks(int(free), device=device)

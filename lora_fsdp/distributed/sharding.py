@@ -19,12 +19,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lora_fsdp.distributed.launch import FsdpSettings
+from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.arguments.fsdp import FsdpSettings
+from lora_fsdp.base.layers import base_model, decoder_layers
+from lora_fsdp.base.streaming import StoredBase
 from lora_fsdp.distributed.residency import Residency
 from lora_fsdp.errors import FsdpDroppedError, FsdpSettingError
-from lora_fsdp.modeling.adapters import base_model, trainable_parameters
-from lora_fsdp.modeling.layers import decoder_layers
-from lora_fsdp.modeling.streaming import StoredBase
 
 
 def place_model(

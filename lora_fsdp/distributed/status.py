@@ -6,13 +6,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lora_fsdp.modeling.adapters import trainable_parameters
+from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.ranks import from_every_rank, rank
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,13 @@ def fsdp_status(model: PeftModel) -> FsdpStatus:
     adapter = trainable_parameters(model)
     base = [p for name, p in model.named_parameters() if name not in adapter]
     mine = RankStatus(
-        rank=dist.get_rank() if dist.is_initialized() else 0,
+        rank=rank(),
         device=str(_local(base[0]).device),
         base_parameters=sum(_local(p).numel() for p in base),
         base_bytes=sum(_local(p).nbytes for p in base),
         adapter_parameters=sum(p.numel() for p in adapter.values()),
         adapter_bytes=sum(p.nbytes for p in adapter.values()),
     )
-    ranks = [mine]
-    if dist.is_initialized():
-        ranks = [mine] * dist.get_world_size()
-        dist.all_gather_object(ranks, mine)
     groups = Counter(
         # `fully_shard` puts FSDPModule in front of the module's own class.
         type(module).__mro__[2].__name__
@@ -78,7 +74,7 @@ def fsdp_status(model: PeftModel) -> FsdpStatus:
         if isinstance(module, FSDPModule)
     )
     return FsdpStatus(
-        ranks=ranks,
+        ranks=from_every_rank(mine),
         groups=dict(groups),
         base_parameters=sum(p.numel() for p in base),
         base_dtype=_dtype_name(base),

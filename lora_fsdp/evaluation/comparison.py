@@ -18,7 +18,7 @@ from lora_fsdp.evaluation.metrics import (
     evaluation_metrics,
     given_answers,
 )
-from lora_fsdp.evaluation.report import (
+from lora_fsdp.evaluation.outputs import (
     CHANCE,
     CHOICES,
     MAJORITY,
@@ -133,7 +133,7 @@ def compare(
         encoded: `held_out` as tokens.
         untrained, tuned: scores of `held_out` without and with the adapter.
         facts: further entries of `metrics.json`.
-        written: see `written_answers`.
+        written: see `generated_texts`.
         base_texts, tuned_texts: what both models wrote on `held_out`, for a free-text task.
     """
     baselines = _baselines(task, train, held_out)
@@ -182,7 +182,7 @@ def write_predictions(predictions: pd.DataFrame, path: Path) -> None:
     write_text(path, text)
 
 
-def written_answers(
+def generated_texts(
     task: Task, examples: Sequence[Example], *, base: Sequence[str], tuned: Sequence[str]
 ) -> list[dict[str, Any]]:
     """What base and tuned model wrote on the first of `examples`, and the answers in it."""
@@ -197,7 +197,7 @@ def written_answers(
 
 
 def format_written(entry: Mapping[str, Any]) -> str:
-    """One of `written_answers` as text."""
+    """One of `generated_texts` as text."""
     lines = [f"row {entry['row']}"]
     for who in ("base", "tuned"):
         lines.append(f"  {who:<5} writes {entry[who]['text']!r} -> {entry[who]['answer']}")

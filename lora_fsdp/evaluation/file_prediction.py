@@ -27,8 +27,8 @@ from lora_fsdp.errors import (
 )
 from lora_fsdp.evaluation.comparison import choices_as_json
 from lora_fsdp.evaluation.metrics import given_answers, predicted_labels
+from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.evaluation.prediction import Predictor
-from lora_fsdp.evaluation.report import write_json
 from lora_fsdp.tasks import ColumnTask, Example, Task
 
 _JOB_FILE = "job.json"

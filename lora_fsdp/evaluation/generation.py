@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from lora_fsdp.ranks import has_others, on_first_rank
 
 
 @torch.no_grad()
@@ -35,7 +36,7 @@ def generate_texts(
     """
     if not prompts:
         return []
-    texts = generate_batch(
+    mine = generate_batch(
         model,
         tokenizer,
         prompts,
@@ -44,11 +45,7 @@ def generate_texts(
         temperature=temperature,
         end_token_id=end_token_id,
     )
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        holder = [texts]
-        dist.broadcast_object_list(holder, src=0)
-        texts = holder[0]
-    return texts
+    return on_first_rank(lambda: mine)
 
 
 @torch.no_grad()
@@ -69,7 +66,6 @@ def generate_batch(
     was_training = model.training
     model.eval()
     input_ids, attention_mask = _pad_left(prompts, tokenizer.pad_token_id, device)
-    joined = dist.is_initialized() and dist.get_world_size() > 1
     # Complete, so that nothing is taken over from the model's own file: a repetition penalty there
     # would make greedy decoding write something else than the likeliest answer.
     sampling = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature > 0 else {}
@@ -88,7 +84,7 @@ def generate_batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         generation_config=settings,
-        synced_gpus=joined,
+        synced_gpus=has_others(),
     )
     model.train(was_training)
     return list(tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True))

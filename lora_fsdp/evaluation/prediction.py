@@ -10,32 +10,31 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 
-from lora_fsdp.arguments import ModelArguments
-from lora_fsdp.data.encoding import Encoder
-from lora_fsdp.errors import AdapterVerificationError
-from lora_fsdp.evaluation.generation import generate_texts
-from lora_fsdp.evaluation.report import write_json
-from lora_fsdp.evaluation.scoring import Scores, score_examples
-from lora_fsdp.evaluation.writing import LEAST_NEW_TOKENS, write_answers
-from lora_fsdp.modeling.adapter_folders import (
+from lora_fsdp.adapter.folder import (
     attach_saved,
     find_base,
     load_with_peft,
     read_adapter_folder,
 )
-from lora_fsdp.modeling.adapters import base_model
-from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers
-from lora_fsdp.modeling.fingerprints import fingerprint_base
-from lora_fsdp.modeling.folders import read_json_object
-from lora_fsdp.modeling.label_head import (
+from lora_fsdp.adapter.proof import check_base, read_proof
+from lora_fsdp.arguments import ModelArguments
+from lora_fsdp.base.fingerprints import fingerprint_base
+from lora_fsdp.base.folders import read_json_object
+from lora_fsdp.base.layers import base_model, decoder_layers
+from lora_fsdp.base.loading import load_tokenizer
+from lora_fsdp.base.streaming import load_on_device
+from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers
+from lora_fsdp.compute.label_head import (
     RowComputation,
-    check_packed_rows,
+    check_packing,
     head_can_be_chunked,
 )
-from lora_fsdp.modeling.layers import decoder_layers
-from lora_fsdp.modeling.loading import load_tokenizer
-from lora_fsdp.modeling.proof import check_base, read_proof
-from lora_fsdp.modeling.streaming import load_on_device
+from lora_fsdp.data.encoding import Encoder
+from lora_fsdp.errors import AdapterVerificationError
+from lora_fsdp.evaluation.batched_generation import LEAST_NEW_TOKENS, generate_answers
+from lora_fsdp.evaluation.generation import generate_texts
+from lora_fsdp.evaluation.outputs import write_json
+from lora_fsdp.evaluation.scoring import Scores, score_examples
 from lora_fsdp.tasks import Example, Task, get_task
 
 TASK_FILE = "task.json"
@@ -96,7 +95,7 @@ def _fastest_computation(model: PeftModel, *, device: torch.device) -> RowComput
         chunked_head=head_can_be_chunked(base),
         last_layer=fused[-1] if isinstance(fused, list) else None,
     )
-    return check_packed_rows(model, device=device, computation=computation)
+    return check_packing(model, device=device, computation=computation)
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ class Predictor:
         prompts = [encoded.prompt_ids for encoded in self.encoder.encode(examples)]
         limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         if temperature == 0:
-            return write_answers(
+            return generate_answers(
                 self.model,
                 self.encoder.tokenizer,
                 prompts,

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from lora_fsdp.compute.label_head import RowComputation, label_outputs
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.data.sampling import ScoringRow, ScoringRows
-from lora_fsdp.modeling.label_head import RowComputation, label_outputs
+from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences
+from lora_fsdp.ranks import sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Scores:
 
 
 @torch.no_grad()
-def score_rows(
+def score_sequences(
     model: nn.Module,
-    rows: Iterable[ScoringRow],
+    rows: Iterable[ScoringSequence],
     *,
     answers: Sequence[int],
     device: torch.device,
@@ -72,8 +72,7 @@ def score_rows(
         results[1].index_add_(0, owner, (~outputs.is_most_likely).float())
         if after_row is not None:
             after_row()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(results)
+    sum_over_ranks(results)
     model.train(was_training)
     likelihoods, misses = results.cpu().view(2, count, most)
     absent = torch.arange(most) >= counts[:, None]
@@ -89,8 +88,8 @@ def score_examples(
     max_tokens: int = 2048,
 ) -> Scores:
     """Score `examples` with an unsharded model in this process alone."""
-    rows = ScoringRows(examples, rank=0, world_size=1, max_tokens=max_tokens)
-    return score_rows(
+    rows = ScoringSequences(examples, rank=0, world_size=1, max_tokens=max_tokens)
+    return score_sequences(
         model,
         (rows[index] for index in range(len(rows))),
         answers=[len(answers) for answers in rows.answers],

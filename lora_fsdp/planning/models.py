@@ -9,9 +9,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
+from lora_fsdp.base.folders import read_json_object
+from lora_fsdp.base.loading import LOADING_ERRORS
 from lora_fsdp.errors import ModelNotFoundError, UnsupportedModelError
-from lora_fsdp.modeling.folders import read_json_object
-from lora_fsdp.modeling.loading import LOADING_ERRORS
 
 _NEEDED = ("hidden_size", "num_hidden_layers", "vocab_size")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)B", re.IGNORECASE)

@@ -10,9 +10,10 @@ from transformers import PretrainedConfig
 
 from lora_fsdp.data.workload import Work
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.modeling.shape import ModelShape, build_on_meta, shape_of
-from lora_fsdp.planning.gpus import GPUS, Gpu, parse_gpus
-from lora_fsdp.planning.strategies import Candidate, candidates
+from lora_fsdp.placement.counting import build_on_meta, shape_of
+from lora_fsdp.placement.gpus import GPUS, Gpu, parse_gpus
+from lora_fsdp.placement.shape import ModelShape
+from lora_fsdp.planning.candidates import Candidate, candidates
 
 _COUNTS = (1, 2, 4, 8, 16, 32, 64)
 #: GPUs of one machine; more need several, whose network is not predicted.

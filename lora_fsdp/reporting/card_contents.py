@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented
 
-from lora_fsdp.evaluation.report import TUNED
+from lora_fsdp.evaluation.outputs import TUNED
 from lora_fsdp.reporting.run_files import RunFiles
 from lora_fsdp.reporting.texts import one_line, setting_text
 

@@ -5,15 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from lora_fsdp.evaluation.report import CHOICES
-from lora_fsdp.reporting.answers import (
-    choices_section,
-    free_text_section,
-    labels_section,
-    written_section,
-)
-from lora_fsdp.reporting.intervals import CONFIDENCE, DRAWS
-from lora_fsdp.reporting.progress import curves, not_finite, plan_against_measured, progress
+from lora_fsdp.evaluation.outputs import CHOICES
 from lora_fsdp.reporting.run_files import (
     DATA_HEALTH_FILE,
     METRICS_FILE,
@@ -22,9 +14,22 @@ from lora_fsdp.reporting.run_files import (
     RunFiles,
     label_columns,
 )
-from lora_fsdp.reporting.scores import score_table
+from lora_fsdp.reporting.sections.answers import (
+    choices_section,
+    free_text_section,
+    labels_section,
+    written_section,
+)
+from lora_fsdp.reporting.sections.intervals import CONFIDENCE, DRAWS
+from lora_fsdp.reporting.sections.progress import (
+    curves,
+    not_finite,
+    plan_against_measured,
+    progress,
+)
+from lora_fsdp.reporting.sections.scores import score_table
+from lora_fsdp.reporting.sections.usage import base_of, usage
 from lora_fsdp.reporting.texts import one_line, setting_text
-from lora_fsdp.reporting.usage import base_of, usage
 
 # What the page shows of these files; the keys are those of `data_health` and `FsdpStatus`.
 _HEALTH_PARTS: dict[str, tuple[str, ...]] = {

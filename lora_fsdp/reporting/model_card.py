@@ -12,9 +12,9 @@ from typing import Any
 import jinja2
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_fsdp.evaluation.report import write_text
-from lora_fsdp.modeling.adapter_folders import CONFIG_FILE
-from lora_fsdp.modeling.folders import read_json_object
+from lora_fsdp.adapter.folder import CONFIG_FILE
+from lora_fsdp.base.folders import read_json_object
+from lora_fsdp.evaluation.outputs import write_text
 from lora_fsdp.reporting.card_contents import card_contents, card_header, data_name
 from lora_fsdp.reporting.markdown import fenced, inline
 from lora_fsdp.reporting.run_files import RECORD_FILE, RunFiles, read_run

@@ -13,11 +13,11 @@ import jinja2
 from markupsafe import Markup
 
 from lora_fsdp.errors import DamagedRunError
-from lora_fsdp.evaluation.report import write_json, write_text
-from lora_fsdp.reporting.scores import name_of
+from lora_fsdp.evaluation.outputs import write_json, write_text
+from lora_fsdp.reporting.sections.scores import name_of
 
 if TYPE_CHECKING:
-    from lora_fsdp.reporting.figures import Picture
+    from lora_fsdp.reporting.sections.figures import Picture
 
 _NOTHING = "—"
 

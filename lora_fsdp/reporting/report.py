@@ -22,7 +22,7 @@ def write_report(run_folder: str | Path) -> Path:
         DamagedRunError: one of its files is damaged; the message names it.
     """
     # Matplotlib takes a second to import, and of a run's processes one alone draws, at its end.
-    from lora_fsdp.reporting.figures import run_pictures
+    from lora_fsdp.reporting.sections.figures import run_pictures
 
     run = read_run(run_folder)
     contents = report_contents(run)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from lora_fsdp.errors import DamagedRunError, RunNotFoundError
-from lora_fsdp.evaluation.report import LOG_FILE
+from lora_fsdp.evaluation.outputs import LOG_FILE
 
 RECORD_FILE = "run_record.json"
 DATA_HEALTH_FILE = "data_health.json"

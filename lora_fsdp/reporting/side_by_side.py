@@ -12,14 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.evaluation.report import TUNED
-from lora_fsdp.reporting.intervals import (
-    CONFIDENCE,
-    DRAWS,
-    PairedBootstrap,
-    mcnemar_p_value,
-)
-from lora_fsdp.reporting.progress import curves, progress
+from lora_fsdp.evaluation.outputs import TUNED
 from lora_fsdp.reporting.rendering import write_page
 from lora_fsdp.reporting.run_files import (
     METRICS_FILE,
@@ -28,11 +21,18 @@ from lora_fsdp.reporting.run_files import (
     label_columns,
     read_run,
 )
-from lora_fsdp.reporting.scores import score_table
+from lora_fsdp.reporting.sections.intervals import (
+    CONFIDENCE,
+    DRAWS,
+    PairedBootstrap,
+    mcnemar_p_value,
+)
+from lora_fsdp.reporting.sections.progress import curves, progress
+from lora_fsdp.reporting.sections.scores import score_table
 from lora_fsdp.reporting.texts import setting_text
 
 if TYPE_CHECKING:
-    from lora_fsdp.reporting.figures import Picture
+    from lora_fsdp.reporting.sections.figures import Picture
 
 # Where a run is written says nothing about how it was made.
 _NO_SETTINGS = {
@@ -193,7 +193,9 @@ def _paired(first: RunFiles, other: RunFiles, metrics: Sequence[str]) -> dict[st
 
 
 def _pictures(contents: dict[str, Any]) -> list[Picture]:
-    from lora_fsdp.reporting.figures import curve_picture  # matplotlib, as for one run's report
+    from lora_fsdp.reporting.sections.figures import (
+        curve_picture,  # matplotlib, as for one run's report
+    )
 
     pictures = []
     for key, title in _CURVES.items():

@@ -13,14 +13,16 @@ import torch
 from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_fsdp.adapter.attach import has_dropout, trainable_parameters
 from lora_fsdp.arguments import FineTuningArguments
+from lora_fsdp.arguments.fsdp import FsdpSettings
+from lora_fsdp.base.layers import base_model
+from lora_fsdp.base.streaming import StoredBase
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.workload import Work, measure_work
-from lora_fsdp.distributed.launch import FsdpSettings, launch_fingerprint
+from lora_fsdp.distributed.launch import launch_fingerprint
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.evaluation.writing import LEAST_NEW_TOKENS
-from lora_fsdp.modeling.adapters import base_model, has_dropout, trainable_parameters
-from lora_fsdp.modeling.streaming import StoredBase
+from lora_fsdp.evaluation.batched_generation import LEAST_NEW_TOKENS
 
 
 def check_arguments(
@@ -32,7 +34,7 @@ def check_arguments(
         ArgumentError: names the keys and what to do.
     """
     check_checkpointing(args, settings)
-    check_row_length(args, max_length=max_length)
+    check_sequence_length(args, max_length=max_length)
 
 
 def check_checkpointing(args: FineTuningArguments, settings: FsdpSettings | None) -> None:
@@ -48,7 +50,7 @@ def check_checkpointing(args: FineTuningArguments, settings: FsdpSettings | None
         )
 
 
-def check_row_length(args: FineTuningArguments, *, max_length: int) -> None:
+def check_sequence_length(args: FineTuningArguments, *, max_length: int) -> None:
     """Refuse rows too short for an example.
 
     Raises:

@@ -23,40 +23,34 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
+from lora_fsdp.adapter.probes import build_probes
 from lora_fsdp.arguments import FineTuningArguments
-from lora_fsdp.data.encoding import EncodedExample, Encoder
-from lora_fsdp.data.sampling import ScoringRow, ScoringRows, TrainingStep, TrainingSteps
-from lora_fsdp.data.workload import longest_example
-from lora_fsdp.distributed.launch import (
-    accelerate_without_fsdp,
-    check_launch,
-    check_ranks_agree,
-    read_fsdp_settings,
+from lora_fsdp.base.fingerprints import fingerprint_base
+from lora_fsdp.base.layers import base_model
+from lora_fsdp.base.streaming import StoredBase
+from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
+from lora_fsdp.compute.label_head import (
+    check_architecture,
+    check_packing,
 )
+from lora_fsdp.data.encoding import EncodedExample, Encoder
+from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences, TrainingStep, TrainingSteps
+from lora_fsdp.data.workload import longest_example
+from lora_fsdp.distributed.launch import accelerate_without_fsdp, check_launch, read_fsdp_settings
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import ArgumentError
+from lora_fsdp.evaluation.batched_generation import generate_answers
 from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
-from lora_fsdp.evaluation.scoring import Scores, score_rows
-from lora_fsdp.evaluation.writing import write_answers
-from lora_fsdp.modeling.adapters import (
-    attach_adapter,
-    base_model,
-    trainable_parameters,
-)
-from lora_fsdp.modeling.attention import avoid_kernels_planned_by_shape
-from lora_fsdp.modeling.fingerprints import fingerprint_base
-from lora_fsdp.modeling.label_head import (
-    check_architecture,
-    check_packed_rows,
-)
-from lora_fsdp.modeling.probes import build_probes
-from lora_fsdp.modeling.streaming import StoredBase
+from lora_fsdp.evaluation.scoring import Scores, score_sequences
+from lora_fsdp.ranks import check_ranks_agree
 from lora_fsdp.tasks import ClassificationTask, Example, Task
-from lora_fsdp.training.callbacks import CheckAdapterMoves, RunProgress, ShuffleEachEpoch
-from lora_fsdp.training.figures import RunFigures
-from lora_fsdp.training.placement import place_for_training
-from lora_fsdp.training.resume import run_facts
+from lora_fsdp.training.epochs import ShuffleEachEpoch
+from lora_fsdp.training.logging.figures import RunFigures
+from lora_fsdp.training.logging.progress import RunProgress
+from lora_fsdp.training.place import place_for_training
+from lora_fsdp.training.saving.resume import run_facts
 from lora_fsdp.training.setup import (
     check_arguments,
     check_targets,
@@ -68,8 +62,9 @@ from lora_fsdp.training.setup import (
     shares_prefix,
     work_of_run,
 )
-from lora_fsdp.training.step_choice import build_step
-from lora_fsdp.training.watched import WatchedTrainer
+from lora_fsdp.training.step.choice import build_step
+from lora_fsdp.training.watching.adapter_moves import CheckAdapterMoves
+from lora_fsdp.training.watching.watched import WatchedTrainer
 
 
 class LoraTrainer(WatchedTrainer):
@@ -224,7 +219,7 @@ class LoraTrainer(WatchedTrainer):
         self.adapter = ReplicatedParameters(trainable_parameters(self.model))
         self.adapter.broadcast()
         self.adapter.check_equal()
-        self.computation = check_packed_rows(
+        self.computation = check_packing(
             self.model, device=self.args.device, computation=self.plan.computation
         )
         release_gathered(self.model)
@@ -333,7 +328,7 @@ class LoraTrainer(WatchedTrainer):
 
     def get_eval_dataloader(
         self, eval_dataset: Sequence[Example] | None = None
-    ) -> DataLoader[ScoringRow]:
+    ) -> DataLoader[ScoringSequence]:
         """This rank's rows of the held-out examples (or of other examples of the task)."""
         examples = self.eval_dataset
         if eval_dataset is not None:
@@ -341,7 +336,7 @@ class LoraTrainer(WatchedTrainer):
         if not examples:
             raise ArgumentError("There are no examples to evaluate: give an eval_dataset.")
         return self._loader(
-            ScoringRows(
+            ScoringSequences(
                 examples,
                 rank=self.args.process_index,
                 world_size=self.args.world_size,
@@ -349,7 +344,7 @@ class LoraTrainer(WatchedTrainer):
             )
         )
 
-    def get_test_dataloader(self, test_dataset: Sequence[Example]) -> DataLoader[ScoringRow]:
+    def get_test_dataloader(self, test_dataset: Sequence[Example]) -> DataLoader[ScoringSequence]:
         """As `get_eval_dataloader`."""
         return self.get_eval_dataloader(test_dataset)
 
@@ -363,7 +358,7 @@ class LoraTrainer(WatchedTrainer):
         Returns:
             the texts without the prompts; `Task.parse` finds the answers in them.
         """
-        texts = write_answers(
+        texts = generate_answers(
             self.model,
             self.processing_class,
             [example.prompt_ids for example in _encoded(examples, self.encoder)],
@@ -376,7 +371,7 @@ class LoraTrainer(WatchedTrainer):
 
     def evaluation_loop(
         self,
-        dataloader: DataLoader[ScoringRow],
+        dataloader: DataLoader[ScoringSequence],
         description: str,
         prediction_loss_only: bool | None = None,
         ignore_keys: list[str] | None = None,
@@ -388,7 +383,7 @@ class LoraTrainer(WatchedTrainer):
             `predictions` [N, answers] log-likelihoods, `label_ids` [N] index of the true label (-1:
             none), and the metrics, prefixed.
         """
-        rows: ScoringRows = dataloader.dataset  # type: ignore[assignment]
+        rows: ScoringSequences = dataloader.dataset  # type: ignore[assignment]
         scores = self._score(dataloader)
         written = self.write(rows.examples) if self.task.is_free_text else None
         metrics = evaluation_metrics(self.task, rows.examples, scores, written=written)
@@ -403,11 +398,11 @@ class LoraTrainer(WatchedTrainer):
             num_samples=len(rows.examples),
         )
 
-    def _score(self, dataloader: DataLoader[ScoringRow]) -> Scores:
-        rows: ScoringRows = dataloader.dataset  # type: ignore[assignment]
+    def _score(self, dataloader: DataLoader[ScoringSequence]) -> Scores:
+        rows: ScoringSequences = dataloader.dataset  # type: ignore[assignment]
         self.callback_handler.eval_dataloader = dataloader
         with self.accelerator.autocast():
-            scores = score_rows(
+            scores = score_sequences(
                 self.model,
                 dataloader,
                 answers=[len(answers) for answers in rows.answers],

@@ -17,7 +17,7 @@ from lora_fsdp.arguments import DataArguments
 from lora_fsdp.cli.train import LaunchOptions, _cause, _explain_code, launch_command_line
 from lora_fsdp.data.rows import load_task_data
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.training.run_lock import LOCK_FILE
+from lora_fsdp.training.saving.run_lock import LOCK_FILE
 from tests.support.tiny import toy_table
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,16 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_fsdp.compute.attention import dense_mask
 from lora_fsdp.data.packing import (
     SHARED,
     Tree,
     common_prefix,
-    empty_row,
-    pack_row,
+    empty_sequence,
+    pack_sequence,
     packed_size,
-    plan_rows,
+    plan_sequences,
 )
-from lora_fsdp.modeling.attention import dense_mask
 
 tokens = st.lists(st.integers(2, 9), min_size=1, max_size=12)
 answers = st.lists(st.lists(st.integers(2, 9), min_size=1, max_size=4), min_size=1, max_size=3)
@@ -37,10 +37,10 @@ def forests(draw):
 @settings(max_examples=200, deadline=None)
 @given(trees=forests(), max_tokens=st.integers(1, 60), share_prefix=st.booleans())
 def test_plan_takes_every_tree_once_in_order_and_keeps_the_limit(trees, max_tokens, share_prefix):
-    plan = plan_rows(trees, max_tokens=max_tokens, share_prefix=share_prefix)
+    plan = plan_sequences(trees, max_tokens=max_tokens, share_prefix=share_prefix)
     assert [index for row in plan for index in row] == list(range(len(trees)))
     for row in plan:
-        packed = pack_row([trees[index] for index in row], share_prefix=share_prefix)
+        packed = pack_sequence([trees[index] for index in row], share_prefix=share_prefix)
         assert len(row) == 1 or len(packed) <= max_tokens
         assert packed.size == packed_size([trees[i] for i in row], share_prefix=share_prefix)
     for row, following in pairwise(plan):
@@ -51,14 +51,14 @@ def test_plan_takes_every_tree_once_in_order_and_keeps_the_limit(trees, max_toke
 
 
 def test_plan_of_nothing():
-    assert plan_rows([], max_tokens=10, share_prefix=True) == []
+    assert plan_sequences([], max_tokens=10, share_prefix=True) == []
 
 
 @settings(max_examples=200, deadline=None)
 @given(trees=forests(), share_prefix=st.booleans())
 def test_every_label_is_predicted_from_its_own_path(trees, share_prefix):
     """Walking back from a label along what the mask allows gives the prompt and the answer."""
-    row = pack_row(trees, share_prefix=share_prefix)
+    row = pack_sequence(trees, share_prefix=share_prefix)
     allowed = dense_mask(row, dtype=torch.float32)[0, 0] == 0
     expected = [
         (tree.prompt_ids + answer[:count], answer[count])
@@ -79,7 +79,7 @@ def test_every_label_is_predicted_from_its_own_path(trees, share_prefix):
 @settings(max_examples=100, deadline=None)
 @given(trees=forests(), share_prefix=st.booleans())
 def test_owners_and_lengths(trees, share_prefix):
-    row = pack_row(trees, share_prefix=share_prefix)
+    row = pack_sequence(trees, share_prefix=share_prefix)
     shared = len(common_prefix(trees)) if share_prefix else 0
     assert len(row) == shared + sum(len(tree) - shared for tree in trees)
     owners = [
@@ -94,7 +94,7 @@ def test_owners_and_lengths(trees, share_prefix):
 
 def test_a_row_by_hand():
     trees = [Tree([5, 6, 7], [[1, 0]]), Tree([5, 6, 8, 9], [[2, 3, 0], [4, 0]])]
-    row = pack_row(trees, share_prefix=True)
+    row = pack_sequence(trees, share_prefix=True)
     assert row.input_ids.tolist() == [5, 6, 7, 1, 8, 9, 2, 3, 4]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 4]
     assert row.example_ids.tolist() == [0, 0, 1, 1, 2, 2, 2, 2, 2]
@@ -106,21 +106,21 @@ def test_a_row_by_hand():
 
 def test_a_prompt_that_is_the_prefix_itself():
     trees = [Tree([5, 6], [[1, 0]]), Tree([5, 6, 7], [[2, 0]])]
-    row = pack_row(trees, share_prefix=True)
+    row = pack_sequence(trees, share_prefix=True)
     assert row.input_ids.tolist() == [5, 6, 1, 7, 2]
     assert row.label_positions.tolist() == [1, 2, 3, 4]
     assert row.position_ids.tolist() == [0, 1, 2, 2, 3]
 
 
 def test_a_single_tree_shares_its_whole_prompt():
-    row = pack_row([Tree([5, 6], [[1, 0], [2, 3, 0]])], share_prefix=True)
+    row = pack_sequence([Tree([5, 6], [[1, 0], [2, 3, 0]])], share_prefix=True)
     assert row.example_ids.tolist() == [0, 0, 1, 1, 1]
     assert row.label_positions.tolist() == [1, 2, 1, 3, 4]
 
 
 def test_mask_by_hand():
     trees = [Tree([5, 6], [[1, 0]]), Tree([5, 7], [[2, 0], [3, 0]])]
-    mask = dense_mask(pack_row(trees, share_prefix=True), dtype=torch.float32)
+    mask = dense_mask(pack_sequence(trees, share_prefix=True), dtype=torch.float32)
     assert mask.shape == (1, 1, 6, 6)
     assert (mask[0, 0] == 0).int().tolist() == [
         [1, 0, 0, 0, 0, 0],
@@ -135,16 +135,18 @@ def test_mask_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_mask_has_the_dtype_of_attention(dtype):
-    assert dense_mask(pack_row([Tree([5], [[0]])], share_prefix=True), dtype=dtype).dtype == dtype
+    assert (
+        dense_mask(pack_sequence([Tree([5], [[0]])], share_prefix=True), dtype=dtype).dtype == dtype
+    )
 
 
 def test_empty_row():
-    row = empty_row()
+    row = empty_sequence()
     assert len(row) == 1
     assert row.label_positions.numel() == row.label_ids.numel() == row.label_answers.numel() == 0
     assert dense_mask(row, dtype=torch.float32).tolist() == [[[[0.0]]]]
 
 
 def test_row_moves_whole():
-    row = pack_row([Tree([5, 6], [[1, 0]])], share_prefix=True).to(torch.device("meta"))
+    row = pack_sequence([Tree([5, 6], [[1, 0]])], share_prefix=True).to(torch.device("meta"))
     assert row.tokens.device.type == row.labels.device.type == "meta"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.data.sampling import ScoringRows, TrainingSteps, epoch_order
+from lora_fsdp.data.sampling import ScoringSequences, TrainingSteps, epoch_order
 from lora_fsdp.tasks import Example, Prompt
 
 HEAD = [2, 3, 4]
@@ -151,9 +151,9 @@ def test_scoring_takes_every_example_once_in_rows_that_ignore_the_ranks(
     count, world_size, max_tokens, closed
 ):
     examples = make_examples(count, closed=closed)
-    [alone] = [ScoringRows(examples, rank=0, world_size=1, max_tokens=max_tokens)]
+    [alone] = [ScoringSequences(examples, rank=0, world_size=1, max_tokens=max_tokens)]
     ranks = [
-        ScoringRows(examples, rank=rank, world_size=world_size, max_tokens=max_tokens)
+        ScoringSequences(examples, rank=rank, world_size=world_size, max_tokens=max_tokens)
         for rank in range(world_size)
     ]
     assert len({len(rank) for rank in ranks}) == 1
@@ -167,7 +167,7 @@ def test_scoring_takes_every_example_once_in_rows_that_ignore_the_ranks(
 
 
 def test_scoring_rows_of_closed_sets_hold_all_candidates():
-    rows = ScoringRows(make_examples(2), rank=0, world_size=1, max_tokens=1000)
+    rows = ScoringSequences(make_examples(2), rank=0, world_size=1, max_tokens=1000)
     assert len(rows) == 1
     assert rows[0].row.label_ids.tolist() == [11, 0, 12, 13, 0, 14, 0] * 2
 
@@ -175,4 +175,4 @@ def test_scoring_rows_of_closed_sets_hold_all_candidates():
 @pytest.mark.parametrize("index", [-1, 1])
 def test_rows_outside_the_set(index):
     with pytest.raises(IndexError):
-        ScoringRows(make_examples(2), rank=0, world_size=1, max_tokens=1000)[index]
+        ScoringSequences(make_examples(2), rank=0, world_size=1, max_tokens=1000)[index]

@@ -15,11 +15,10 @@ from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launch
 from peft import LoraConfig
 
 from lora_fsdp import FineTuningArguments, LoraTrainer
+from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.distributed.launch import (
-    FsdpSettings,
     accelerate_without_fsdp,
     check_launch,
-    check_ranks_agree,
     fsdp_requested,
     read_fsdp_settings,
 )
@@ -31,6 +30,7 @@ from lora_fsdp.errors import (
     FsdpSettingError,
     LaunchError,
 )
+from lora_fsdp.ranks import check_ranks_agree
 from tests.support.ranks import CONFIGS, RankError, launch_environment, run_ranks
 from tests.support.runs import toy_run, toy_trainer
 from tests.support.tiny import ToyTask, tiny_model, tiny_tokenizer, toy_table

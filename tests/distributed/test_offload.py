@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from lora_fsdp.arguments import FineTuningArguments
-from lora_fsdp.data.packing import Tree, pack_row
-from lora_fsdp.distributed.launch import FsdpSettings
+from lora_fsdp.arguments.fsdp import FsdpSettings
+from lora_fsdp.base.layers import base_model, decoder_layers
+from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers
+from lora_fsdp.compute.label_head import RowComputation, label_log_probs
+from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.distributed.residency import plan_residency
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.modeling.adapters import base_model
-from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers
-from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
-from lora_fsdp.modeling.layers import decoder_layers
 from lora_fsdp.training.setup import enable_checkpointing
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_run
@@ -54,7 +53,7 @@ def gradients(setting, *, fused, monkeypatch=None):
 
     monkeypatch.setattr(torch.autograd.graph.save_on_cpu, "__init__", counted_pack)
     texts = torch.arange(5, 29).view(2, 12).tolist()
-    row = pack_row([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=False)
+    row = pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=False)
     (-label_log_probs(model, row, computation=RowComputation(torch.float32)).sum()).backward()
     monkeypatch.undo()
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

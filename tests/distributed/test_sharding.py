@@ -13,7 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-from lora_fsdp.distributed.launch import FsdpSettings
+from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.arguments.fsdp import FsdpSettings
+from lora_fsdp.base.layers import decoder_layers
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.residency import Residency
 from lora_fsdp.distributed.sharding import (
@@ -27,8 +29,6 @@ from lora_fsdp.errors import (
     FsdpSettingError,
     UnsupportedModelError,
 )
-from lora_fsdp.modeling.adapters import trainable_parameters
-from lora_fsdp.modeling.layers import decoder_layers
 from tests.support.ranks import RankError, launch_environment, run_ranks
 from tests.support.runs import toy_trainer
 from tests.support.tiny import CONFIGS, adapted_model, randomise_adapter, tiny_model

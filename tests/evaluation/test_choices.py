@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 import torch
 
+from lora_fsdp.compute.label_head import RowComputation
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.evaluation.comparison import choices_as_json
 from lora_fsdp.evaluation.metrics import evaluation_metrics, given_answers
 from lora_fsdp.evaluation.scoring import score_examples
-from lora_fsdp.modeling.label_head import RowComputation
 from lora_fsdp.tasks import MultipleChoiceTask
 from tests.support.tiny import adapted_model, randomise_adapter, tiny_tokenizer
 

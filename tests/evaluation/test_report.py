@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lora_fsdp.evaluation.report import (
+from lora_fsdp.evaluation.outputs import (
     PredictionRow,
     format_metrics_table,
     format_predictions_table,

@@ -7,14 +7,14 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from lora_fsdp.adapter.attach import attach_adapter
+from lora_fsdp.compute.label_head import RowComputation
 from lora_fsdp.data.encoding import Encoder
-from lora_fsdp.data.sampling import ScoringRows
+from lora_fsdp.data.sampling import ScoringSequences
 from lora_fsdp.errors import LoraFsdpError
 from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.evaluation.metrics import evaluation_metrics, predicted_labels
-from lora_fsdp.evaluation.scoring import Scores, score_examples, score_rows
-from lora_fsdp.modeling.adapters import attach_adapter
-from lora_fsdp.modeling.label_head import RowComputation
+from lora_fsdp.evaluation.scoring import Scores, score_examples, score_sequences
 from lora_fsdp.tasks import Example, Prompt, Task
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_trainer
@@ -203,9 +203,9 @@ def test_two_ranks_give_the_bits_of_one(max_tokens, tmp_path):
 
 def test_rows_may_come_in_any_order():
     model, examples = adapted(), encoded()
-    rows = ScoringRows(examples, rank=0, world_size=1, max_tokens=128)
+    rows = ScoringSequences(examples, rank=0, world_size=1, max_tokens=128)
     assert len(rows) > 1
-    backwards = score_rows(
+    backwards = score_sequences(
         model,
         (rows[index] for index in reversed(range(len(rows)))),
         answers=[3] * len(examples),

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lora_fsdp.modeling.adapters import ADAPTER_FILE
-from lora_fsdp.training.checkpoints import find_damage, list_checkpoints
-from lora_fsdp.training.interruption import EXIT_CODE
+from lora_fsdp.adapter.folder import ADAPTER_FILE
+from lora_fsdp.training.saving.checkpoints import find_damage, list_checkpoints
+from lora_fsdp.training.watching.interruption import EXIT_CODE
 from tests.faults.attempts import ForkedAttempt, LaunchedAttempt, log_of, send
 from tests.faults.toy_run import RESULT
 

@@ -112,7 +112,7 @@ def _tables(campaign: Campaign, random_: random.Random, work: Path) -> str:
 
     from lora_fsdp.data.encoding import Encoder
     from lora_fsdp.data.tables import read_table
-    from lora_fsdp.evaluation.report import PredictionRow, format_predictions_table, write_json
+    from lora_fsdp.evaluation.outputs import PredictionRow, format_predictions_table, write_json
     from tests.fuzz.hostile_tables import hostile_table
     from tests.support.tiny import ToyTask, tiny_tokenizer
 
@@ -157,9 +157,9 @@ def _texts(campaign: Campaign, random_: random.Random, work: Path) -> str:
 
 def _folders(campaign: Campaign, random_: random.Random, work: Path) -> str:
     """A damaged adapter or base, verified, merged, loaded and asked."""
+    from lora_fsdp.adapter.merging import merge_adapter
+    from lora_fsdp.adapter.verification import verify_adapter_folder
     from lora_fsdp.evaluation.prediction import Predictor
-    from lora_fsdp.modeling.merging import merge_adapter
-    from lora_fsdp.modeling.verification import verify_adapter_folder
     from tests.fuzz.hostile_folders import damage
     from tests.support.tiny import toy_table
 
@@ -192,7 +192,7 @@ def _resumed(campaign: Campaign, random_: random.Random, work: Path) -> str:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lora_fsdp.modeling.adapters import load_adapter
+    from lora_fsdp.adapter.saved import load_adapter
     from tests.fuzz.hostile_folders import damage
     from tests.support.adapters import adapted
 

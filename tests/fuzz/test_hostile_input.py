@@ -18,6 +18,8 @@ import pandas as pd
 import pytest
 
 from lora_fsdp import FineTuningArguments, get_task, list_tasks
+from lora_fsdp.base.folders import contained_file
+from lora_fsdp.base.loading import load_base, load_tokenizer
 from lora_fsdp.data.encoding import end_of_answer
 from lora_fsdp.data.tables import read_table
 from lora_fsdp.distributed.launch import read_fsdp_settings
@@ -34,8 +36,6 @@ from lora_fsdp.errors import (
     UnsupportedTableError,
 )
 from lora_fsdp.evaluation.comparison import write_predictions
-from lora_fsdp.modeling.folders import contained_file
-from lora_fsdp.modeling.loading import load_base, load_tokenizer
 from lora_fsdp.recipes import read_recipe
 from lora_fsdp.scripts import parse_arguments
 from lora_fsdp.tasks import registry

@@ -11,19 +11,21 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
 from lora_fsdp.arguments import FineTuningArguments
-from lora_fsdp.data.packing import Tree, pack_row
-from lora_fsdp.distributed.memory import RowSizes
+from lora_fsdp.base.layers import base_model, decoder_layers
+from lora_fsdp.compute import fused_functions
+from lora_fsdp.compute.attention import BLOCKS_FROM_TOKENS
+from lora_fsdp.compute.compiled_layers import compile_layers
+from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers
+from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.distributed.replication import ReplicatedParameters
-from lora_fsdp.modeling import fused_functions
-from lora_fsdp.modeling.adapters import attach_adapter, base_model, trainable_parameters
-from lora_fsdp.modeling.attention import BLOCKS_FROM_TOKENS
-from lora_fsdp.modeling.decoder_layer import FusedLayer, fuse_layers
-from lora_fsdp.modeling.label_head import RowComputation
-from lora_fsdp.modeling.layers import compile_layers, decoder_layers
+from lora_fsdp.placement.memory import LargestSequence
 from lora_fsdp.training.setup import enable_checkpointing, recompute_without_random_state
-from lora_fsdp.training.step import CapturedStep, EagerStep
-from tests.modeling.test_decoder_layer import adapted
+from lora_fsdp.training.step.captured import CapturedStep
+from lora_fsdp.training.step.eager import EagerStep
+from tests.compute.test_decoder_layer import adapted
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_trainer
 
@@ -44,7 +46,7 @@ def rows(count, *, longest=40, seed=0):
         for n in torch.randint(3, longest, (5,), generator=generator).tolist():
             text = torch.randint(2, 400, (n,), generator=generator).tolist()
             trees.append(Tree(head + text, [[9, n % 300, 0]]))
-        return pack_row(trees, share_prefix=True)
+        return pack_sequence(trees, share_prefix=True)
 
     return [one() for _ in range(count)]
 
@@ -174,11 +176,11 @@ def test_later_graphs_find_room_in_the_memory_of_the_largest():
     model = attach_adapter(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"])).to(GPU)
     decoder = base_model(model).base_model
     assert isinstance(fuse_layers(decoder, decoder.layers), list)
-    captured = step_of(CapturedStep, model, largest=RowSizes(tokens=1500, labels=8))
+    captured = step_of(CapturedStep, model, largest=LargestSequence(tokens=1500, labels=8))
     reserved = []
     for length in (100, 300, 600, 900, 1200, 1490):
         ids = torch.arange(length).remainder(500).tolist()
-        captured([pack_row([Tree(ids, [[7] * 8])], share_prefix=True)], label_tokens=8)
+        captured([pack_sequence([Tree(ids, [[7] * 8])], share_prefix=True)], label_tokens=8)
         torch.cuda.empty_cache()
         reserved.append(torch.cuda.memory_reserved())
     assert captured.failed is None
@@ -201,14 +203,14 @@ def test_graphs_are_captured_again_after_they_were_released(tmp_path):
 def test_nothing_is_captured_for_rows_that_are_too_long():
     """Where the largest row is computed eagerly, short ones are captured as they come."""
     some = rows(1)
-    captured = step_of(CapturedStep, fused(), largest=RowSizes(tokens=5000, labels=8))
+    captured = step_of(CapturedStep, fused(), largest=LargestSequence(tokens=5000, labels=8))
     gradients(captured, some)
     assert [size.tokens for size in captured._graphs] == [-(-len(some[0]) // 32) * 32]
 
 
 def test_long_rows_by_blocks():
     some = [row for row in rows(9, longest=990, seed=3) if len(row) > BLOCKS_FROM_TOKENS]
-    one = pack_row([Tree(list(range(2, 390)) * 6, [[7] * 40])], share_prefix=True)
+    one = pack_sequence([Tree(list(range(2, 390)) * 6, [[7] * 40])], share_prefix=True)
     assert len(some) > 1
     assert len(one) > BLOCKS_FROM_TOKENS
     some.append(one)

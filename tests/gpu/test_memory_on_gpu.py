@@ -21,23 +21,25 @@ from torch.nn.attention import SDPBackend
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from lora_fsdp import FineTuningArguments, LoraTrainer
+from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.adapter.merging import merge_adapter
+from lora_fsdp.adapter.verification import verify_adapter_folder
 from lora_fsdp.arguments import ModelArguments
-from lora_fsdp.data.packing import Tree, pack_row
-from lora_fsdp.distributed.memory import device_memory
+from lora_fsdp.base.fingerprints import base_parameters
+from lora_fsdp.base.layers import base_model
+from lora_fsdp.base.loading import load_base
+from lora_fsdp.base.streaming import StoredBase, load_on_device, open_base
+from lora_fsdp.compute.decoder_layer import fuse_layers, unpack_ahead
+from lora_fsdp.compute.label_head import RowComputation, label_log_probs
+from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.distributed.replication import ReplicatedParameters
-from lora_fsdp.modeling.adapters import base_model, trainable_parameters
-from lora_fsdp.modeling.decoder_layer import fuse_layers, unpack_ahead
-from lora_fsdp.modeling.fingerprints import base_parameters
-from lora_fsdp.modeling.label_head import RowComputation, label_log_probs
-from lora_fsdp.modeling.loading import load_base
-from lora_fsdp.modeling.merging import merge_adapter
-from lora_fsdp.modeling.streaming import StoredBase, load_on_device, open_base
-from lora_fsdp.modeling.verification import verify_adapter_folder
+from lora_fsdp.placement.memory import device_memory
 from lora_fsdp.tasks import Prompt
 from lora_fsdp.training.setup import enable_checkpointing, recompute_without_random_state
-from lora_fsdp.training.step import CapturedStep, EagerStep
+from lora_fsdp.training.step.captured import CapturedStep
+from lora_fsdp.training.step.eager import EagerStep
+from tests.base.test_four_bit import adapted, assert_close, outputs, reference
 from tests.gpu.test_recipe_on_gpu import DEEPSEEK_7B
-from tests.modeling.test_four_bit import adapted, assert_close, outputs, reference
 from tests.support.adapters import save_base
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_run
@@ -90,7 +92,7 @@ def test_4_bits_are_unpacked_as_by_bitsandbytes(dtype):
     """Bit for bit, whatever the scales; not a multiple of the blocks that a program takes."""
     from bitsandbytes.functional import dequantize_4bit
 
-    from lora_fsdp.modeling.four_bit import FourBitLinear
+    from lora_fsdp.base.four_bit import FourBitLinear
 
     def layer_of(rows):
         layer = FourBitLinear(nn.Linear(1088, rows, bias=False, device="meta"), dtype=dtype)
@@ -119,7 +121,7 @@ def test_4_bits_in_a_captured_step(tmp_path):
     """Fused layers in a CUDA graph: the gradients of bitsandbytes' own layers, run eagerly."""
     save_base(tmp_path)
     texts = torch.arange(5, 29).view(2, 12).tolist()
-    some = [pack_row([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True)]
+    some = [pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True)]
     losses, gradients = [], []
     for captured in (False, True):
         model, stored = adapted(tmp_path, dtype="float32")
@@ -149,7 +151,7 @@ def test_4_bits_in_a_captured_step(tmp_path):
 def test_4_bits_unpacked_ahead_beside_the_products(recomputed, tmp_path, monkeypatch):
     """The same bits as unpacked at use, at every replay, whatever overtakes what."""
     # Faster kernels of attention's backward add up in any order.
-    monkeypatch.setattr("lora_fsdp.training.step._ATTENTION", [SDPBackend.MATH])
+    monkeypatch.setattr("lora_fsdp.training.step.eager._ATTENTION", [SDPBackend.MATH])
     config = LlamaConfig(
         vocab_size=512, hidden_size=2048, intermediate_size=5632, num_hidden_layers=6,
         num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=1024,
@@ -181,7 +183,7 @@ def test_4_bits_unpacked_ahead_beside_the_products(recomputed, tmp_path, monkeyp
     rows = []
     for length in (40, 300, 170):
         text = torch.randint(4, 500, (length,), generator=generator).tolist()
-        rows.append([pack_row([Tree(text[:-8], [text[-8:]])], share_prefix=True)])
+        rows.append([pack_sequence([Tree(text[:-8], [text[-8:]])], share_prefix=True)])
     at_use = step_of(CapturedStep)
     expected = []
     for row in [*rows, *rows]:
@@ -248,7 +250,7 @@ def test_activations_are_recomputed_where_nothing_else_fits(tmp_path):
 
 def outputs_on_gpu(model, dtype):
     texts = torch.arange(5, 29).view(2, 12).tolist()
-    row = pack_row([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True).to(GPU)
+    row = pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True).to(GPU)
     log_probs = label_log_probs(model.train(), row, computation=RowComputation(dtype))
     (-log_probs.sum()).backward()
     gradients = {n: p.grad.cpu() for n, p in trainable_parameters(model).items()}

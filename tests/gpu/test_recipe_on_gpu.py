@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
 from lora_fsdp import FineTuningArguments, LoraTrainer, get_task
+from lora_fsdp.compute.label_head import RowComputation
 from lora_fsdp.data.tables import read_table, sample_rows
 from lora_fsdp.evaluation.scoring import score_examples
-from lora_fsdp.modeling.label_head import RowComputation
 from tests.support.ranks import launch_environment, run_ranks
 
 DEFAULT = Path(__file__).resolve().parents[2] / ".cache" / "default"

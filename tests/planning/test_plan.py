@@ -16,23 +16,23 @@ from transformers import LlamaConfig
 from benchmarks.planning import PAGE
 from lora_fsdp.cli.main import main
 from lora_fsdp.data.workload import given_work
-from lora_fsdp.distributed.memory import (
+from lora_fsdp.errors import ArgumentError, ModelNotFoundError, UnsupportedModelError
+from lora_fsdp.placement.counting import build_on_meta, shape_of
+from lora_fsdp.placement.gpus import GPUS, known_gpu, parse_gpus
+from lora_fsdp.placement.memory import (
+    LargestSequence,
     Placement,
-    RowSizes,
     can_capture,
     device_memory,
     is_captured,
-    largest_row,
+    largest_sequence,
     layers_that_fit,
-    longest_row,
+    longest_sequence,
     with_head_placed,
 )
-from lora_fsdp.errors import ArgumentError, ModelNotFoundError, UnsupportedModelError
-from lora_fsdp.modeling.shape import build_on_meta, shape_of
-from lora_fsdp.planning.gpus import GPUS, known_gpu, parse_gpus
+from lora_fsdp.placement.timing import step_seconds
 from lora_fsdp.planning.models import dense_config, planned_config
 from lora_fsdp.planning.plan import make_plan
-from lora_fsdp.planning.timing import step_seconds
 
 ADAPTER = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 DEEPSEEK_7B = LlamaConfig(
@@ -51,7 +51,7 @@ TWEETS = given_work(
     epochs=3,
     max_tokens_per_row=None,
 )
-ROWS = largest_row(TWEETS, 2048)
+ROWS = largest_sequence(TWEETS, 2048)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ class TestMemory:
         assert kept.total - away.total == kept.base_shard
 
     def test_recomputing_keeps_the_layers_inputs(self, seven_billion):
-        rows = RowSizes(tokens=4096, labels=4096)
+        rows = LargestSequence(tokens=4096, labels=4096)
         kept = device_memory(seven_billion, Placement(1, 30), rows)
         again = device_memory(seven_billion, Placement(1, 30, recomputed=True), rows)
         assert again.activations < kept.activations / 8
@@ -119,7 +119,7 @@ class TestMemory:
 
     def test_captured_rows_are_padded(self, seven_billion):
         placement, eager = Placement(1, 30), Placement(1, 30, captured=False)
-        rows, padded = RowSizes(tokens=522, labels=8), RowSizes(tokens=640, labels=32)
+        rows, padded = LargestSequence(tokens=522, labels=8), LargestSequence(tokens=640, labels=32)
         captured = device_memory(seven_billion, placement, rows)
         assert captured == device_memory(seven_billion, placement, padded)
         assert (
@@ -165,7 +165,7 @@ class TestMemory:
 
     def test_embeddings_are_gathered_before_there_are_activations(self, seven_billion):
         """There twice then; what a step needs at its peak is the larger of both moments."""
-        short = RowSizes(tokens=40, labels=2)
+        short = LargestSequence(tokens=40, labels=2)
         placement = Placement(2, 0, quantized=True, whole_head=True)
         memory = device_memory(seven_billion, placement, short)
         embeddings = 2 * seven_billion.embedding_parameters
@@ -197,26 +197,30 @@ class TestMemory:
 
     def test_longest_row_fits_half_of_what_is_free(self, seven_billion):
         free = int(40e9)
-        length = longest_row(seven_billion, free=free, longest_example=60, recomputed=False)
+        length = longest_sequence(seven_billion, free=free, longest_example=60, recomputed=False)
         assert seven_billion.saved_bytes(length, recomputed=False) <= free / 2
-        assert longest_row(seven_billion, free=0, longest_example=60, recomputed=False) == 60
-        assert longest_row(seven_billion, free=0, longest_example=9000, recomputed=False) == 9000
+        assert longest_sequence(seven_billion, free=0, longest_example=60, recomputed=False) == 60
+        assert (
+            longest_sequence(seven_billion, free=0, longest_example=9000, recomputed=False) == 9000
+        )
         options = {"longest_example": 60, "recomputed": False, "most": 2048}
-        assert longest_row(seven_billion, free=free, **options) == 2048
-        assert longest_row(seven_billion, free=int(5e9), **options) < 2048
+        assert longest_sequence(seven_billion, free=free, **options) == 2048
+        assert longest_sequence(seven_billion, free=int(5e9), **options) < 2048
 
 
 class TestTime:
     def test_as_measured_on_an_h100(self, seven_billion):
         """20.49 ms a step of 8 tweets (benchmarks/results)."""
         placement = Placement(ranks=1, resident_layers=30)
-        seconds = step_seconds(seven_billion, placement, TWEETS, GPUS["H100-80GB"], row_tokens=2048)
+        seconds = step_seconds(
+            seven_billion, placement, TWEETS, GPUS["H100-80GB"], sequence_tokens=2048
+        )
         assert seconds == pytest.approx(20.49e-3, rel=0.2)
 
     def test_what_is_gathered_costs(self, seven_billion):
         gpu = GPUS["RTX4090"]
         resident, half, till_backward, sharded = (
-            step_seconds(seven_billion, placement, TWEETS, gpu, row_tokens=2048)
+            step_seconds(seven_billion, placement, TWEETS, gpu, sequence_tokens=2048)
             for placement in (
                 Placement(2, 30),
                 Placement(2, 15),

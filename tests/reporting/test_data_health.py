@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lora_fsdp.reporting.data_health import data_health, same_but_for_trifles
+from lora_fsdp.reporting.recording.data_health import data_health, same_but_for_trifles
 from lora_fsdp.reporting.texts import one_line
 
 

@@ -23,13 +23,13 @@ from lora_fsdp import (
     finetune,
 )
 from lora_fsdp.errors import OutputFolderError
+from lora_fsdp.evaluation.outputs import LOG_FILE
 from lora_fsdp.evaluation.prediction import Predictor
-from lora_fsdp.evaluation.report import LOG_FILE
 from lora_fsdp.reporting import write_report
-from lora_fsdp.reporting.environment import _masked, launch_command, source_commit
+from lora_fsdp.reporting.recording.environment import _masked, launch_command, source_commit
 from lora_fsdp.reporting.run_files import RECORD_FILES
-from lora_fsdp.training.log_history import KeepLog
-from lora_fsdp.training.run_lock import LOCK_FILE
+from lora_fsdp.training.logging.log_history import KeepLog
+from lora_fsdp.training.saving.run_lock import LOCK_FILE
 from tests.support.runs import toy_trainer
 from tests.support.tiny import toy_table
 

@@ -18,7 +18,7 @@ import pytest
 import lora_fsdp
 from lora_fsdp.errors import ArgumentError, DamagedRunError, RunNotFoundError
 from lora_fsdp.reporting import write_comparison, write_report
-from lora_fsdp.reporting.figures import SERIES
+from lora_fsdp.reporting.sections.figures import SERIES
 from lora_fsdp.tasks import Example, Prompt, Task
 from tests.support.reported import HOSTILE, HOSTILE_TEXTS, made_up_run, save_run
 

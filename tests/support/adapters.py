@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
-from lora_fsdp.modeling.adapters import attach_adapter, save_adapter
+from lora_fsdp.adapter.attach import attach_adapter
+from lora_fsdp.adapter.saved import save_adapter
 from tests.support.tiny import randomise_adapter, tiny_model, tiny_tokenizer
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 120, 33]])

@@ -11,10 +11,10 @@ import yaml
 from peft import LoraConfig
 
 from lora_fsdp import DataArguments, FineTuningArguments, LoraTrainer, ModelArguments
+from lora_fsdp.base.loading import load_base, load_tokenizer
 from lora_fsdp.data.rows import TaskData, load_task_data
 from lora_fsdp.evaluation.metrics import evaluation_metrics
 from lora_fsdp.evaluation.prediction import Predictor
-from lora_fsdp.modeling.loading import load_base, load_tokenizer
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

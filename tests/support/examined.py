@@ -12,8 +12,8 @@ import pandas as pd
 import yaml
 
 from lora_fsdp import DataArguments, LoraArguments, ModelArguments
-from lora_fsdp.planning.doctor import Diagnosis, Machine, MachineGpu, diagnose
-from lora_fsdp.planning.doctor.machine import installed_packages
+from lora_fsdp.doctor import Diagnosis, Machine, MachineGpu, diagnose
+from lora_fsdp.doctor.machine import installed_packages
 from lora_fsdp.tasks import Task
 from tests.support.ranks import CONFIGS
 from tests.support.tiny import toy_table

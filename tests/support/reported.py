@@ -13,9 +13,9 @@ import torch
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.evaluation.comparison import answers_of, compare
-from lora_fsdp.evaluation.report import write_json
+from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.evaluation.scoring import Scores
-from lora_fsdp.reporting.data_health import data_health
+from lora_fsdp.reporting.recording.data_health import data_health
 from lora_fsdp.tasks import ClassificationTask, Example, Task
 
 HOSTILE = '<script>document.title="broken"</script>'

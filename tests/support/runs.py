@@ -9,10 +9,10 @@ import torch
 from peft import LoraConfig
 
 from lora_fsdp import FineTuningArguments, LoraTrainer, ModelArguments
+from lora_fsdp.adapter.saved import adapter_state
+from lora_fsdp.base.loading import load_base
+from lora_fsdp.base.streaming import open_base
 from lora_fsdp.distributed.status import fsdp_status
-from lora_fsdp.modeling.adapters import adapter_state
-from lora_fsdp.modeling.loading import load_base
-from lora_fsdp.modeling.streaming import open_base
 from tests.support.tiny import ToyTask, tiny_model, tiny_tokenizer, toy_table
 
 

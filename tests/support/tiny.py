@@ -14,7 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from lora_fsdp.modeling.adapters import attach_adapter
+from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.tasks import ClassificationTask
 
 WORDS = "the flight was late good bad cancelled crew friendly lost my bag again thanks for help"

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from lora_fsdp import DataArguments, Example, Prompt, Task
+from lora_fsdp.compute.label_head import RowComputation
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.data.rows import load_task_data
 from lora_fsdp.data.streams import open_stream
@@ -25,7 +26,6 @@ from lora_fsdp.evaluation.file_prediction import predict_file
 from lora_fsdp.evaluation.metrics import evaluation_metrics
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.evaluation.scoring import Scores
-from lora_fsdp.modeling.label_head import RowComputation
 from lora_fsdp.tasks import ClassificationTask, MultipleChoiceTask, get_task
 from tests.support.tiny import adapted_model, randomise_adapter, tiny_tokenizer
 

@@ -1,14 +1,14 @@
 """Which adapter counts as trained: one that a step with a learning rate has moved.
 
-An adapter that was moved and is zero is an error: tests/modeling/test_verification.py.
+An adapter that was moved and is zero is an error: tests/adapter/test_verification.py.
 
 Run: python -m pytest tests/training/test_adapter_moves.py
 """
 
 import logging
 
-from lora_fsdp.modeling.adapter_folders import read_adapter_folder, zero_lora_b
-from lora_fsdp.modeling.proof import read_proof
+from lora_fsdp.adapter.folder import read_adapter_folder, zero_lora_b
+from lora_fsdp.adapter.proof import read_proof
 from tests.support.runs import toy_trainer
 
 # The first step of a warm-up has the learning rate 0.

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from lora_fsdp.data.packing import RowSize, Tree, empty_row, pack_row
+from lora_fsdp.adapter.saved import adapter_state
+from lora_fsdp.data.packing import SequenceSize, Tree, empty_sequence, pack_sequence
 from lora_fsdp.distributed.captured_gathers import why_gathers_not_captured
-from lora_fsdp.distributed.memory import RowSizes
 from lora_fsdp.errors import CaptureError
-from lora_fsdp.modeling.adapters import adapter_state
-from lora_fsdp.training.step import CapturedStep
+from lora_fsdp.placement.memory import LargestSequence
+from lora_fsdp.training.step.captured import CapturedStep
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_run, toy_trainer
 
@@ -50,7 +50,7 @@ class StandIn(CapturedStep):
     def _capture(self, size):
         gradients = self.adapter.copy_gradients()
         graph = Replayed(self, size)
-        graph.load(empty_row(), scale=0.0)
+        graph.load(empty_sequence(), scale=0.0)
         for _ in range(1 if self._graphs else 2):
             graph.replay()
         self.adapter.set_gradients(gradients)
@@ -60,7 +60,8 @@ class StandIn(CapturedStep):
 def step_like(trainer, kind, *, tokens=400, gathers=True):
     eager = trainer.step
     return kind(
-        eager.model, largest=RowSizes(tokens=tokens, labels=40 if tokens else 0), gathers=gathers,
+        eager.model, gathers=gathers,
+        largest=LargestSequence(tokens=tokens, labels=40 if tokens else 0),
         computation=eager.computation, adapter=eager.adapter, device=eager.device,
         autocast=eager.autocast,
     )  # fmt: skip
@@ -116,10 +117,10 @@ def long_and_short(folder):
     trainer = toy_trainer(folder)
     step = step_like(trainer, StandIn, tokens=0)
     second, replayed = trainer.args.process_index == 1, []
-    short, long = RowSize(20, 8, False), RowSize(5000, 8, False)
+    short, long = SequenceSize(20, 8, False), SequenceSize(5000, 8, False)
     for sizes in ([short, short], [short, long]):
         tokens = sizes[second].tokens
-        row = pack_row([Tree([5] * (tokens - 7), [[7] * 8])], share_prefix=True)
+        row = pack_sequence([Tree([5] * (tokens - 7), [[7] * 8])], share_prefix=True)
         step.run(row, label_tokens=8, sizes_of_ranks=sizes)
         replayed.append(step.replayed)
         step.replayed = False
@@ -128,8 +129,8 @@ def long_and_short(folder):
 
 def test_sizes_of_other_ranks_must_be_given(tmp_path):
     step = step_like(toy_trainer(tmp_path), StandIn)
-    row = pack_row([Tree([5, 6], [[7]])], share_prefix=True)
-    with pytest.raises(ValueError, match="2 ranks' rows were given, and there are 1"):
+    row = pack_sequence([Tree([5, 6], [[7]])], share_prefix=True)
+    with pytest.raises(ValueError, match="2 ranks were given, and there are 1"):
         step([row], label_tokens=1, sizes_of_ranks=[[row.size, row.size]])
 
 
@@ -137,9 +138,9 @@ def test_the_largest_row_is_captured_first_as_rows_are(tmp_path):
     """As one sequence where the first row is one, though too short for that to matter to it."""
     step = step_like(toy_trainer(tmp_path), StandIn, tokens=2900, gathers=False)
     step._capture = lambda size: Replayed(step, size)
-    row = pack_row([Tree([5] * 300, [[7] * 8])], share_prefix=True)
+    row = pack_sequence([Tree([5] * 300, [[7] * 8])], share_prefix=True)
     step([row], label_tokens=8)
-    assert step.captured == [RowSize(3072, 64, True), RowSize(320, 32, False)]
+    assert step.captured == [SequenceSize(3072, 64, True), SequenceSize(320, 32, False)]
 
 
 def test_a_capture_that_fails_ends_the_run(tmp_path):

@@ -12,8 +12,8 @@ from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import TrainerCallback
 
+from lora_fsdp.adapter.saved import adapter_state
 from lora_fsdp.errors import AdapterVerificationError
-from lora_fsdp.modeling.adapters import adapter_state
 from tests.support.ranks import RankError, launch_environment, run_ranks
 from tests.support.runs import toy_run, toy_trainer
 from tests.support.tiny import tiny_model

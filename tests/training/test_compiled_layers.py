@@ -10,13 +10,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.base.layers import base_model, decoder_layers
+from lora_fsdp.compute.compiled_layers import compile_layers
+from lora_fsdp.compute.label_head import RowComputation
 from lora_fsdp.distributed.replication import ReplicatedParameters
-from lora_fsdp.modeling.adapters import base_model, trainable_parameters
-from lora_fsdp.modeling.label_head import RowComputation
-from lora_fsdp.modeling.layers import compile_layers, decoder_layers
-from lora_fsdp.training.step import EagerStep
+from lora_fsdp.training.step.eager import EagerStep
+from tests.compute.test_decoder_layer import adapted
 from tests.gpu.test_fast_step_on_gpu import rows
-from tests.modeling.test_decoder_layer import adapted
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.sampling import TrainingSteps
 from lora_fsdp.tasks import Example, Prompt
-from lora_fsdp.training.figures import RunFigures
+from lora_fsdp.training.logging.figures import RunFigures
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_trainer
 

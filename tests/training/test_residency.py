@@ -10,11 +10,11 @@ import torch.distributed.fsdp._fully_shard._fsdp_param_group as groups
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lora_fsdp.adapter.saved import adapter_state
+from lora_fsdp.base.layers import decoder_layers
 from lora_fsdp.distributed.residency import plan_residency
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.modeling.adapters import adapter_state
-from lora_fsdp.modeling.layers import decoder_layers
-from lora_fsdp.training import placement
+from lora_fsdp.training import place as placement
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_run, toy_trainer
 from tests.support.tiny import tiny_model

@@ -14,7 +14,7 @@ import pytest
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from lora_fsdp.errors import TrainingInterrupted
-from lora_fsdp.training.checkpoints import find_damage, list_checkpoints
+from lora_fsdp.training.saving.checkpoints import find_damage, list_checkpoints
 from tests.faults.toy_run import ending
 from tests.support.ranks import RankError, launch_environment, run_ranks
 from tests.support.runs import toy_trainer

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_fsdp.distributed.launch import FsdpSettings
+from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.training.placement import TrainingPlan
-from lora_fsdp.training.step_choice import (
+from lora_fsdp.training.place import TrainingPlan
+from lora_fsdp.training.step.choice import (
     choose_step,
     why_gathers_stay_out,
     why_not_captured,

@@ -19,10 +19,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_fsdp import FineTuningArguments
 from lora_fsdp.data.sampling import TrainingSteps, shares_of_step
 from lora_fsdp.errors import ArgumentError, NonFiniteError, RankDriftError
-from lora_fsdp.training import log_warnings
-from lora_fsdp.training.checkpoints import find_damage, list_checkpoints
-from lora_fsdp.training.heartbeat import EXIT_CODE
-from lora_fsdp.training.log_warnings import WarnFlatLoss, WarnSlowdown
+from lora_fsdp.training.saving.checkpoints import find_damage, list_checkpoints
+from lora_fsdp.training.watching import log_warnings
+from lora_fsdp.training.watching.heartbeat import EXIT_CODE
+from lora_fsdp.training.watching.log_warnings import WarnFlatLoss, WarnSlowdown
 from tests.support.ranks import RankError, launch_environment, run_ranks, start_ranks
 from tests.support.runs import toy_trainer
 

@@ -77,7 +77,7 @@ class StopAfter(TrainerCallback):
 def load_stored(folder: Path, setup: Setup) -> Any:
     """The base in `folder`, to be read where it stays."""
     # The one internal module: the package offers no name of its own for this.
-    from lora_fsdp.modeling.streaming import open_base
+    from lora_fsdp.base.streaming import open_base
 
     named = ModelArguments(str(folder), dtype=setup.dtype, load_in_4bit=setup.in_4bit)
     return open_base(named, device=torch.device("cpu"))

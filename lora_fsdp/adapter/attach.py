@@ -1,0 +1,122 @@
+"""The LoRA adapter: its settings, and how it is attached to the base."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_fsdp.arguments import LoraArguments
+from lora_fsdp.base.streaming import StoredBase, needs_weights
+from lora_fsdp.errors import ArgumentError, TargetModulesError
+
+# What PEFT takes in any type, to fail when it computes with it.
+_NUMBERS = ("r", "lora_alpha", "lora_dropout")
+
+
+def lora_config(arguments: LoraArguments, *, revision: str | None = None) -> LoraConfig:
+    """The `peft.LoraConfig` that the arguments describe.
+
+    Args:
+        arguments: the adapter's settings.
+        revision: of the base on the Hub, which the adapter is to remember; `None` = the main one.
+    """
+    targets: list[str] | str = arguments.lora_target_modules
+    if targets == ["all-linear"]:  # PEFT knows this word only outside a list
+        targets = "all-linear"
+    settings = {
+        "r": arguments.lora_r,
+        "lora_alpha": arguments.lora_alpha,
+        "lora_dropout": arguments.lora_dropout,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+        "revision": revision,
+    }
+    extra = arguments.lora_kwargs or {}
+    try:
+        config = LoraConfig(**{**settings, **extra})  # type: ignore[dict-item]
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"peft.LoraConfig refuses lora_kwargs {extra}: {error}") from error
+    for name in _NUMBERS:
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ArgumentError(f"lora_kwargs: {name} must be a number, not {value!r}.")
+    return config
+
+
+def attach_adapter(
+    base: PreTrainedModel, config: LoraConfig, *, stored: StoredBase | None = None
+) -> PeftModel:
+    """Attach a new adapter to the frozen base: float32, whatever the base's dtype.
+
+    Attach before sharding: an adapter attached afterwards would be a different one on every rank.
+
+    Args:
+        base: the base.
+        config: the adapter's settings.
+        stored: where the base's weights are, if it has not got them yet.
+
+    Raises:
+        TargetModulesError: a target module that matches nothing.
+        ArgumentError: the adapter's first values depend on weights that the base has not got.
+    """
+    _check_targets(base, config)
+    if stored is not None and (reason := needs_weights(config)):
+        raise ArgumentError(f"The base has no weights yet, but {reason}: load it with load_base.")
+    try:
+        with nullcontext() if stored is None else stored.stand_ins():
+            model = get_peft_model(base, config, autocast_adapter_dtype=True)
+    except ValueError as error:
+        raise TargetModulesError(f"PEFT cannot adapt {type(base).__name__}: {error}") from error
+    for parameter in trainable_parameters(model).values():  # also what PEFT copies from the base
+        parameter.data = parameter.data.float()
+    if base.name_or_path and Path(base.name_or_path).expanduser().is_dir():
+        # A relative path would be lost on whoever loads the adapter from another folder.
+        absolute = str(Path(base.name_or_path).expanduser().absolute())
+        config.base_model_name_or_path, config.revision = absolute, None
+    return model
+
+
+def has_dropout(model: PeftModel) -> bool:
+    """Whether the adapter drops part of its input while it trains."""
+    config = model.peft_config[str(model.active_adapter)]
+    return bool(getattr(config, "lora_dropout", 0.0))
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _check_targets(base: PreTrainedModel, config: LoraConfig) -> None:
+    names = [name for name, _ in base.named_modules() if name]
+    targets = config.target_modules
+    if targets == "all-linear" or targets is None:
+        return
+    if isinstance(targets, str):  # to PEFT a plain string is a regular expression
+        try:
+            missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+        except re.error as error:
+            raise TargetModulesError(
+                f"LoRA target_modules {targets!r} is no regular expression ({error}), as which "
+                "PEFT takes a plain string: give a list of names."
+            ) from error
+    else:
+        missing = [t for t in sorted(targets) if not any(f".{n}".endswith(f".{t}") for n in names)]
+    if missing:
+        known = sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in base.named_modules()
+                if isinstance(module, nn.Linear | Conv1D)
+            }
+        )
+        raise TargetModulesError(
+            f"LoRA target modules {missing} match nothing in {type(base).__name__}. Its linear "
+            f"modules are {known}; --lora_target_modules all-linear adapts all but the head."
+        )

@@ -1,0 +1,100 @@
+"""The adapter on disk: written as a plain PEFT folder, read back and compared, loaded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+
+from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.adapter.folder import (
+    load_with_peft,
+    read_adapter_folder,
+    read_adapter_tensors,
+    zero_lora_b,
+)
+from lora_fsdp.base.layers import base_model
+from lora_fsdp.errors import AdapterVerificationError
+
+
+def adapter_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's live tensors under their names on disk. Gathers nothing: every rank has them.
+
+    Made from the adapter's parameters and not from `model.state_dict()`, which reshards FSDP2's
+    groups: called on rank 0 alone it would set the ranks' collectives apart.
+    """
+    state: dict[str, torch.Tensor] = {
+        name: parameter.detach() for name, parameter in trainable_parameters(model).items()
+    }
+    # A bool, because "auto" asks the Hub about the base's vocabulary.
+    return get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+
+
+def save_adapter(model: PeftModel, folder: str | Path, *, trained: bool = False) -> None:
+    """Write the adapter as a plain PEFT folder and prove it: what was written is what is in memory,
+    and PEFT can load it.
+
+    Args:
+        model: may be sharded; rank 0 can save alone, nothing here is a collective call.
+        folder: where to.
+        trained: whether training has moved it, so that every `lora_B` must have values.
+
+    Raises:
+        AdapterVerificationError: it holds NaN or infinity, a `lora_B` is still zero, it was not
+            written as it is, or PEFT could not load it. The message names the folder.
+    """
+    state = adapter_state(model)
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise AdapterVerificationError(
+            f"The adapter is not saved to {folder}: {len(broken)} of its tensors hold NaN or "
+            f"infinity (for example {broken[0]}). The run has diverged: lower --learning_rate."
+        )
+    if trained and (zero := zero_lora_b(state)):
+        raise AdapterVerificationError(
+            f"The adapter is not saved to {folder}: {len(zero)} of its lora_B are zero everywhere "
+            f"although it was trained (for example {zero[0]}): their gradients do not arrive."
+        )
+    model.save_pretrained(
+        str(folder),
+        state_dict=dict(trainable_parameters(model)),
+        safe_serialization=True,
+        save_embedding_layers=False,
+    )
+    verify_adapter(model, folder)
+    load_with_peft(read_adapter_folder(folder), base_model(model))
+
+
+def verify_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Compare the adapter in `folder` with the live one, bit for bit.
+
+    Raises:
+        AdapterVerificationError: a tensor is missing or differs.
+    """
+    saved, live = read_adapter_tensors(Path(folder)), adapter_state(model)
+    if saved.keys() != live.keys():
+        raise AdapterVerificationError(
+            f"{folder}: tensors on disk and in memory differ: {sorted(saved.keys() ^ live.keys())}"
+        )
+    for name, tensor in live.items():
+        if not torch.equal(saved[name], tensor.detach().to("cpu")):
+            raise AdapterVerificationError(f"{folder}: {name} is not what is in memory.")
+
+
+def load_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Load the adapter in `folder` into the one already attached to `model`, in place."""
+    saved, live = read_adapter_tensors(Path(folder)), adapter_state(model)
+    wrong = [
+        name
+        for name in saved.keys() | live.keys()
+        if name not in saved or name not in live or saved[name].shape != live[name].shape
+    ]
+    if wrong:
+        raise AdapterVerificationError(
+            f"The adapter in {folder} has other modules or ranks than this run's "
+            f"(for example {min(wrong)}): give the same lora_r and lora_target_modules."
+        )
+    for name, tensor in live.items():
+        tensor.copy_(saved[name])
+    verify_adapter(model, folder)

@@ -1,0 +1,251 @@
+"""`verify`: is an adapter whole, and does it still do on its base what it did when it was saved?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_fsdp.adapter.folder import (
+    ADAPTER_FILE,
+    AdapterFolder,
+    attach_saved,
+    find_base,
+    load_with_peft,
+    read_adapter_folder,
+    zero_lora_b,
+)
+from lora_fsdp.adapter.probes import probe_difference, probe_log_likelihoods, probe_tolerance
+from lora_fsdp.adapter.proof import PROOF_FILE, Proof, read_proof
+from lora_fsdp.arguments import ModelArguments
+from lora_fsdp.base.fingerprints import (
+    fingerprint_base,
+    fingerprint_tokenizer,
+    same_vocabulary,
+)
+from lora_fsdp.base.folders import read_json_object, sha256_of_file
+from lora_fsdp.base.loading import LOADING_ERRORS, TOKENIZER_FILES, load_tokenizer
+from lora_fsdp.base.streaming import load_on_device
+from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.data.encoding import end_of_answer
+from lora_fsdp.errors import LoraFsdpError
+
+Outcome = Literal["passed", "failed", "not possible"]
+_NO_PROOF = f"no {PROOF_FILE}: this library did not write the folder"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a verification."""
+
+    name: str
+    outcome: Outcome
+    detail: str
+
+
+@dataclass(frozen=True)
+class AdapterVerification:
+    """What was checked of an adapter's folder, and what came of it.
+
+    Attributes:
+        folder: the adapter's.
+        base: the base it was checked against; empty if there was none.
+        checks: in order.
+    """
+
+    folder: Path
+    base: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no check failed (those that were not possible do not count)."""
+        return all(check.outcome != "failed" for check in self.checks)
+
+    def __str__(self) -> str:
+        width = max(len(check.name) for check in self.checks)
+        lines = [f"{self.folder} against {self.base or 'no base'}"]
+        lines += [
+            f"  {check.name:<{width}}  {check.outcome:<12}  {check.detail}" for check in self.checks
+        ]
+        undone = sum(check.outcome == "not possible" for check in self.checks)
+        lines.append(
+            f"{'Verified' if self.passed else 'NOT verified'}: "
+            f"{sum(check.outcome == 'passed' for check in self.checks)} passed, "
+            f"{sum(check.outcome == 'failed' for check in self.checks)} failed, "
+            f"{undone} not possible."
+        )
+        return "\n".join(lines)
+
+
+def verify_adapter_folder(
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto",
+    trust_remote_code: bool = False,
+) -> AdapterVerification:
+    """Check an adapter's folder against its base: files, base, shapes, tokenizer, answers.
+
+    Args:
+        folder: the adapter's; one that this library did not write has fewer checks.
+        base: the base's folder or Hub name; `None` = the one that the adapter names.
+        dtype: in which the base is loaded; auto = bfloat16 on a GPU, float32 on a CPU.
+        trust_remote_code: run Python code that comes with the base.
+
+    Returns:
+        the checks; nothing wrong with the adapter raises an exception.
+    """
+    path = Path(folder)
+    checks: list[Check] = []
+    try:
+        adapter = read_adapter_folder(path)
+        proof = read_proof(path)
+    except LoraFsdpError as error:
+        checks.append(Check("files", "failed", str(error)))
+        return AdapterVerification(path, "", tuple(checks))
+    checks.append(Check("files", "passed", f"{len(adapter.tensors)} tensors, all finite"))
+    checks += _check_weights(adapter, proof)
+    try:
+        name, revision = (
+            find_base(adapter, beside=proof.base_beside if proof else None)
+            if base is None
+            else (str(base), "main")
+        )
+        arguments = ModelArguments(
+            name,
+            revision,
+            dtype,
+            load_in_4bit=proof is not None and proof.base_in_4bit,
+            trust_remote_code=trust_remote_code,
+        )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_on_device(arguments, device=device)
+    except LoraFsdpError as error:
+        checks.append(Check("base model", "failed", str(error)))
+        return AdapterVerification(path, "" if base is None else str(base), tuple(checks))
+    checks += _check_base(model, proof)
+    checks += _check_tokenizer(adapter, proof, arguments)
+    checks += _check_answers(adapter, proof, model, device)
+    return AdapterVerification(path, name, tuple(checks))
+
+
+def _check_weights(adapter: AdapterFolder, proof: Proof | None) -> Iterator[Check]:
+    if proof is None:
+        yield Check("SHA-256", "not possible", _NO_PROOF)
+    else:
+        now = sha256_of_file(adapter.path / ADAPTER_FILE)
+        same = now == proof.adapter_sha256
+        yield Check(
+            "SHA-256",
+            "passed" if same else "failed",
+            now[:16] if same else f"{ADAPTER_FILE} was changed after it was saved",
+        )
+    zero = zero_lora_b(adapter.tensors)
+    if not zero:
+        yield Check("lora_B", "passed", "every lora_B has values")
+    elif proof is None or not proof.trained:
+        reason = "saved before any training" if proof else "perhaps not trained"
+        yield Check("lora_B", "not possible", f"{len(zero)} are zero everywhere ({reason})")
+    else:
+        yield Check("lora_B", "failed", f"{len(zero)} are zero everywhere, such as {zero[0]}")
+
+
+def _check_base(model: PreTrainedModel, proof: Proof | None) -> Iterator[Check]:
+    if proof is None:
+        yield Check("base model", "not possible", _NO_PROOF)
+        return
+    found = proof.base.differences(fingerprint_base(model))
+    if found:
+        yield Check("base model", "failed", f"not {proof.base_name}: {'; '.join(found)}")
+    else:
+        count = len(proof.base.weights)
+        yield Check("base model", "passed", f"settings and samples of {count} tensors agree")
+
+
+def _check_tokenizer(
+    adapter: AdapterFolder, proof: Proof | None, arguments: ModelArguments
+) -> Iterator[Check]:
+    names = ("tokenizer", "end token")
+    own = any((adapter.path / file).is_file() for file in TOKENIZER_FILES)
+    try:
+        of_base = load_tokenizer(arguments)
+        tokenizer = load_tokenizer(ModelArguments(str(adapter.path.absolute()))) if own else of_base
+        chat = own and _uses_chat_template(adapter.path)
+    except LoraFsdpError as error:
+        yield from (Check(name, "failed", str(error)) for name in names)
+        return
+    yield _compare_tokenizers(tokenizer, of_base, proof, own=own)
+    if proof is None:
+        yield Check(names[1], "not possible", _NO_PROOF)
+        return
+    now = end_of_answer(tokenizer, chat_template=chat)
+    right = now == proof.end_token_id
+    text = repr(tokenizer.convert_ids_to_tokens(now))
+    wrong = f"{text} ({now}), but the adapter learnt to end with {proof.end_token_id}"
+    yield Check(names[1], "passed" if right else "failed", text if right else wrong)
+
+
+def _compare_tokenizers(
+    tokenizer: PreTrainedTokenizerBase,
+    of_base: PreTrainedTokenizerBase,
+    proof: Proof | None,
+    *,
+    own: bool,
+) -> Check:
+    if proof is not None and fingerprint_tokenizer(tokenizer) != proof.tokenizer_sha256:
+        return Check("tokenizer", "failed", "other tokens than when the adapter was saved")
+    if not same_vocabulary(of_base, tokenizer):
+        return Check("tokenizer", "failed", "the base's tokenizer gives its tokens other ids")
+    if not own and proof is None:
+        return Check("tokenizer", "not possible", "the folder holds no tokenizer")
+    return Check("tokenizer", "passed", f"{len(tokenizer)} tokens, the same ids as the base's")
+
+
+def _uses_chat_template(folder: Path) -> bool:
+    if not (folder / "task.json").is_file():
+        return False
+    return read_json_object(folder, "task.json").get("chat_template") is True
+
+
+def _check_answers(
+    adapter: AdapterFolder, proof: Proof | None, base: PreTrainedModel, device: torch.device
+) -> Iterator[Check]:
+    try:
+        load_with_peft(adapter, base)
+    except LoraFsdpError as error:
+        yield Check("shapes", "failed", str(error))
+        yield Check("answers", "not possible", "the adapter does not fit the base")
+        return
+    yield Check("shapes", "passed", "PEFT has a place for every tensor")
+    if proof is None:
+        yield Check("answers", "not possible", _NO_PROOF)
+        return
+    sequences = [ids for probe in proof.probes for ids in (probe.prompt_ids, *probe.answers)]
+    highest = max(map(max, sequences))
+    if highest >= base.config.get_text_config().vocab_size:
+        yield Check("answers", "failed", f"token {highest} is outside the base's vocabulary")
+        return
+    dtype = str(base.dtype).removeprefix("torch.")
+    try:
+        model = attach_saved(adapter, base).to(device)
+        computation = RowComputation(base.dtype)
+        now = probe_log_likelihoods(model, proof.probes, device=device, computation=computation)
+    except torch.OutOfMemoryError:
+        raise
+    except LOADING_ERRORS as error:  # a variant of LoRA with settings that make no sense
+        yield Check("answers", "failed", f"the base cannot run with the adapter: {error}")
+        return
+    difference = probe_difference(proof.probes, proof.log_likelihoods, now)
+    tolerance = probe_tolerance(dtype, proof.base_dtype)
+    close = difference <= tolerance
+    yield Check(
+        "answers",
+        "passed" if close else "failed",
+        f"differ by {difference:.2g} nats a token from those at saving (tolerance {tolerance:g}; "
+        f"saved in {proof.base_dtype}, now {dtype})",
+    )

@@ -1,0 +1,166 @@
+"""Checkpoint to tokenizer and base model."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lora_fsdp.arguments import ModelArguments
+from lora_fsdp.errors import (
+    ArgumentError,
+    ModelNotFoundError,
+    TokenizerNotFoundError,
+    UnsupportedModelError,
+)
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+#: What a config.json that is no causal language model's, or a damaged .bin file, makes
+#: transformers and torch raise.
+LOADING_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    UnpicklingError,
+    ValueError,
+)
+#: Attention that takes the 4-D mask of packed rows.
+_MASKED_ATTENTION = ("sdpa", "eager")
+
+
+def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
+    """The model's tokenizer, with a padding token for batched generation.
+
+    A padding token that equals the end token is harmless here: labels are masked by position,
+    never by token id.
+    """
+    name = existing_model(arguments)
+    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in TOKENIZER_FILES):
+        raise TokenizerNotFoundError(
+            f"The model folder {name} holds no tokenizer (none of {', '.join(TOKENIZER_FILES)}): "
+            "copy the tokenizer's files of the same model into it."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=arguments.model_revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        # What its settings break, they break here, and not in the middle of a run.
+        tokenizer(["Does it work?"], add_special_tokens=False)
+        tokenizer("Does it work?")
+    except Exception as error:  # a damaged file gives a plain Exception of the Rust library
+        raise TokenizerNotFoundError(
+            f"No tokenizer could be loaded from {name}: {_first_line(error)}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedModel:
+    """The frozen base in host memory, in the dtype it will be used in on `device`.
+
+    Raises:
+        ModelNotFoundError: there is no such model, or its weights are damaged or incomplete.
+        UnsupportedModelError: it is not a causal language model, or cannot run as asked.
+    """
+    name = existing_model(arguments)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ModelNotFoundError(f"The folder {name} holds no model (config.json is missing).")
+    if arguments.load_in_4bit:
+        raise ArgumentError(
+            "load_base loads whole bases in the dtype asked for: for load_in_4bit use "
+            "lora_fsdp.base.streaming.load_on_device."
+        )
+    warn_of_remote_code(arguments)
+    attention = arguments.attn_implementation
+    model: PreTrainedModel
+    loaded: dict[str, Any]
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            name,
+            revision=arguments.model_revision,
+            dtype=resolve_dtype(arguments.dtype, device=device),
+            attn_implementation=None if attention == "auto" else attention,
+            trust_remote_code=arguments.trust_remote_code,
+            weights_only=True,  # should the weights be a pickle: nothing in it is run
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ModelNotFoundError(f"No model could be loaded from {name}: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except LOADING_ERRORS as error:
+        raise UnsupportedModelError(
+            f"{name} cannot be loaded as a causal language model: {_first_line(error)}"
+        ) from error
+    # transformers fills missing weights with random ones and says so in a log line only.
+    if absent := sorted({*loaded["missing_keys"], *map(str, loaded["mismatched_keys"])}):
+        raise ModelNotFoundError(
+            f"The checkpoint {name} lacks {len(absent)} of the weights of {type(model).__name__} "
+            f"(for example {absent[0]}): it is incomplete, or not a causal language model's."
+        )
+    check_attention(model, name)
+    return model.requires_grad_(False)
+
+
+def warn_of_remote_code(arguments: ModelArguments) -> None:
+    """Say that code which comes with the model may run."""
+    if arguments.trust_remote_code:
+        logger.warning(
+            "trust_remote_code is on: Python code that comes with %s may run on this machine.",
+            existing_model(arguments),
+        )
+
+
+def check_attention(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose attention takes no mask for packed rows."""
+    if model.config._attn_implementation not in _MASKED_ATTENTION:
+        raise UnsupportedModelError(
+            f"{name} runs with {model.config._attn_implementation} attention, which takes no mask "
+            "for packed rows: set --attn_implementation eager."
+        )
+
+
+def _first_line(error: Exception) -> str:
+    """What follows it lists every architecture there is."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:500]
+
+
+def resolve_dtype(name: str, *, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def existing_model(arguments: ModelArguments) -> str:
+    """The folder of the model, or its name on the Hub."""
+    name = arguments.model_name_or_path
+    if not name:
+        raise ArgumentError("No model given: set --model_name_or_path to a folder or Hub name.")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelNotFoundError(
+            f"There is no model folder {folder.absolute()}: check the path, or give a Hub name "
+            "such as deepseek-ai/deepseek-llm-7b-base."
+        )
+    return name

@@ -1,0 +1,71 @@
+"""Linear layers whose frozen weight is stored packed, whatever the packing.
+
+What of the library computes with weights knows these two things only: how a packed weight is turned
+back into numbers, and how a module is made that has the numbers instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+#: In a base's quantization settings: its files are not quantised (`--load_in_4bit`).
+QUANTIZED_WHILE_READ = "quantized_while_read"
+
+
+class QuantizedLayer(nn.Module):
+    """A linear layer that packs its weight when it is read (`lora_fsdp.base.four_bit`)."""
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    #: In which it computes.
+    compute_dtype: torch.dtype
+
+    def quantize(self, values: torch.Tensor) -> torch.Tensor:
+        """What becomes the weight: `values`, which are the whole weight, packed."""
+        raise NotImplementedError
+
+    def set_whole(self, packed: torch.Tensor) -> None:
+        """Make what `quantize` gave the weight, on a rank that holds all of it."""
+        raise NotImplementedError
+
+    def unpack(self, out: torch.Tensor) -> torch.Tensor:
+        """Write the weight's numbers into `out` [out_features, in_features], contiguous."""
+        raise NotImplementedError
+
+    @classmethod
+    def unpack_all(cls, layers: Sequence[QuantizedLayer], out: torch.Tensor) -> torch.Tensor:
+        """Write the numbers of several layers' weights into `out`, one below the other."""
+        for layer, rows in zip(
+            layers, out.split([layer.out_features for layer in layers]), strict=True
+        ):
+            layer.unpack(rows)
+        return out
+
+
+def unpacked(module: nn.Module) -> nn.Module:
+    """The module itself, or a copy with plain linear layers in place of its packed ones.
+
+    Their weights are the packed ones' numbers, or on the meta device where those have none yet.
+    """
+    packed = [part for part in module.modules() if isinstance(part, QuantizedLayer)]
+    if not packed:
+        return module
+    return deepcopy(module, {id(layer): _plain(layer) for layer in packed})
+
+
+def _plain(layer: QuantizedLayer) -> nn.Linear:
+    has_bias = layer.bias is not None
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=has_bias, device="meta")
+    values = torch.empty_like(plain.weight, dtype=layer.compute_dtype, device=layer.weight.device)
+    if not layer.weight.is_meta:
+        layer.unpack(values)
+    plain.weight = nn.Parameter(values, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = deepcopy(layer.bias)
+    return plain

@@ -1,0 +1,221 @@
+"""A base model's weights on disk, read tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lora_fsdp.base.fingerprints import (
+    BaseFingerprint,
+    base_parameters,
+    comparable_config,
+    sample_digest,
+)
+from lora_fsdp.base.folders import contained_file, open_safetensors, read_json_object
+from lora_fsdp.base.loading import LOADING_ERRORS
+from lora_fsdp.errors import (
+    AdapterVerificationError,
+    ModelNotFoundError,
+    UnsafeFileError,
+    UnsupportedModelError,
+)
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_MAPPED_AT_MOST = 256_000_000
+_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+_SAMPLED = ("F32", "BF16", "F16", "F64")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file: shape, dtype in safetensors' words, and file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+
+
+class BaseWeights:
+    """The safetensors files of a model folder.
+
+    One file is open at a time, and opened anew after every 256 MB: what was read of it stays mapped
+    until then, so that no more than that, and a tensor, counts as memory in use.
+
+    Attributes:
+        folder: the model's folder.
+        tensors: what is stored, by name, in the order of the files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read the files' headers.
+
+        Raises:
+            ModelNotFoundError: there are no safetensors weights, or they are incomplete or damaged.
+            UnsafeFileError: the index names a file outside the folder.
+        """
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        self._open_name = ""
+        self._open_file: Any = None
+        self._mapped = 0
+        try:
+            listed = _listed_tensors(folder)
+            for file in sorted(set(listed.values())) or [WEIGHTS_FILE]:
+                self._read_header(file, listed)
+        except AdapterVerificationError as error:
+            raise ModelNotFoundError(f"The base model is incomplete: {error}") from error
+        if missing := sorted(listed.keys() - self.tensors.keys()):
+            raise ModelNotFoundError(
+                f"{folder} lacks {len(missing)} of the tensors that its {INDEX_FILE} names (for "
+                f"example {missing[0]})."
+            )
+
+    def _read_header(self, file: str, listed: Mapping[str, str]) -> None:
+        opened = self._file(file)
+        for name in opened.keys():  # noqa: SIM118 (not a mapping)
+            if listed and listed.get(name) != file:
+                continue
+            part = opened.get_slice(name)
+            self.tensors[name] = StoredTensor(tuple(part.get_shape()), part.get_dtype(), file)
+
+    def _file(self, name: str) -> Any:
+        if name != self._open_name or self._mapped > _MAPPED_AT_MOST:
+            self._open_file = None
+            self._open_file = open_safetensors(self.folder, name)
+            self._open_name = name
+            self._mapped = 0
+        return self._open_file
+
+    def _file_of(self, name: str) -> Any:
+        """The file that holds a tensor, which is about to be read."""
+        stored = self.tensors[name]
+        file = self._file(stored.file)
+        self._mapped += prod(stored.shape) * _BYTES.get(stored.dtype, 4)
+        return file
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, on the CPU."""
+        return self._file_of(name).get_tensor(name)
+
+    def reader(self, name: str) -> Callable[[tuple[slice, ...]], torch.Tensor]:
+        """Reads parts of a tensor."""
+        return self._file_of(name).get_slice(name).__getitem__
+
+    def first_values(self, name: str, count: int) -> torch.Tensor:
+        """The first `count` values of a tensor, flat."""
+        shape = self.tensors[name].shape
+        if not shape:
+            return self.read(name).flatten()
+        rows = min(shape[0], -(-count // max(1, prod(shape[1:]))))
+        part = self.reader(name)((slice(0, rows), *(slice(0, size) for size in shape[1:])))
+        return part.flatten()[:count]
+
+
+def _listed_tensors(folder: Path) -> dict[str, str]:
+    """File by tensor name from the index; empty if there is a single file."""
+    if not (folder / INDEX_FILE).is_file():
+        if not (folder / WEIGHTS_FILE).is_file():
+            pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+            hint = (
+                f" Its {pickles[0]} is a pickle, which is not read tensor by tensor: load the "
+                "model once with transformers and save it with save_pretrained."
+                if pickles
+                else ""
+            )
+            raise AdapterVerificationError(f"{folder} holds no {WEIGHTS_FILE}.{hint}")
+        return {}
+    listed = read_json_object(folder, INDEX_FILE).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise AdapterVerificationError(f"{folder / INDEX_FILE} is damaged: weight_map is missing.")
+    for file in listed.values():
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise UnsafeFileError(
+                f"{folder / INDEX_FILE} names {str(file)[:80]!r}, which is no .safetensors file: "
+                "it is not opened."
+            )
+        contained_file(folder, file)
+    return listed
+
+
+def base_folder(name: str, *, revision: str = "main", with_weights: bool = True) -> Path:
+    """The model's folder; a Hub name is downloaded, or taken from the cache.
+
+    Args:
+        name: a folder or a Hub name.
+        revision: on the Hub.
+        with_weights: download the weights too, and not only what describes them.
+
+    Raises:
+        ModelNotFoundError: there is no such folder or model.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        patterns = _DOWNLOADED if with_weights else _DOWNLOADED[1:]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelNotFoundError(
+            f"There is no model folder {folder.absolute()}, and the Hub gives no model {name!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def base_skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a folder's config.json describes, on the meta device.
+
+    Raises:
+        ModelNotFoundError: there is no config.json.
+        UnsupportedModelError: it is not a causal language model's.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelNotFoundError(f"The folder {folder} holds no model (config.json is missing).")
+    contained_file(folder, "config.json")
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, *LOADING_ERRORS) as error:
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'} describes no causal language model: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    skeleton.tie_weights()
+    return skeleton
+
+
+def stored_names(skeleton: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """For each parameter of the model its name in the files, where one holds it as it is.
+
+    Files may leave the model's prefix out (GPT-2 does) or have one that the class does not.
+    """
+    known = set(stored)
+    prefix = f"{skeleton.base_model_prefix}."
+    found = {}
+    for name, _ in base_parameters(skeleton):
+        choices = (name, name.removeprefix(prefix), f"{prefix}{name}")
+        match = next((choice for choice in choices if choice in known), None)
+        if match is not None:
+            found[name] = match
+    return found
+
+
+def fingerprint_stored(skeleton: PreTrainedModel, weights: BaseWeights) -> BaseFingerprint:
+    """The fingerprint of a base on disk: what `fingerprint_base` would be, without loading it."""
+    digests = {
+        name: sample_digest(weights.tensors[stored].shape, weights.reader(stored))
+        for name, stored in stored_names(skeleton, weights.tensors).items()
+        if weights.tensors[stored].dtype in _SAMPLED
+    }
+    config = comparable_config(skeleton.config.to_dict())
+    return BaseFingerprint(type(skeleton).__name__, config, digests)

@@ -1,0 +1,272 @@
+"""A base that is still in its files: its model without weights, filled tensor by tensor.
+
+`from_pretrained` puts a whole model into host memory before anything is sharded, on every rank.
+Here the model is built on the meta device, the adapter attached, the base sharded, and only then is
+each tensor read, by each rank the rows that it keeps, straight to where they stay. No rank ever
+holds more than that and one layer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
+
+from lora_fsdp.arguments import ModelArguments
+from lora_fsdp.base.fingerprints import BaseFingerprint, base_parameters
+from lora_fsdp.base.loading import load_base, resolve_dtype
+from lora_fsdp.base.quantized_layers import QuantizedLayer, unpacked
+from lora_fsdp.base.skeletons import CannotStreamError, empty_base
+from lora_fsdp.base.stored_weights import BaseWeights, fingerprint_stored
+from lora_fsdp.errors import MissingPackageError, UnsupportedModelError
+from lora_fsdp.ranks import rank
+
+logger = logging.getLogger(__name__)
+
+
+#: Modules that hold a parameter, and its name there: several, if it is shared.
+_Places = list[tuple[nn.Module, str]]
+
+
+@dataclass(frozen=True)
+class StoredBase:
+    """A base whose weights have not been read yet.
+
+    Attributes:
+        model: the model, its parameters on the meta device, its buffers real.
+        weights: its files.
+        names: for each parameter of the model, what it is called in the files.
+    """
+
+    model: PreTrainedModel
+    weights: BaseWeights
+    names: Mapping[str, str]
+
+    def fingerprint(self) -> BaseFingerprint:
+        """What `fingerprint_base` would give of the loaded base, before it was quantised."""
+        return fingerprint_stored(self.model, self.weights)
+
+    def first_values(self, count: int) -> Iterator[list[float]]:
+        """The first `count` values of every parameter, in the base's dtype and not quantised."""
+        for name, _ in base_parameters(self.model):
+            values = self.weights.first_values(self.names[name], count)
+            yield values.to(self.model.dtype).float().tolist()
+
+    @contextmanager
+    def stand_ins(self) -> Iterator[None]:
+        """Within the block, the parameters are on the CPU and take no memory.
+
+        PEFT makes an adapter where the base's weights are, and on the meta device an adapter would
+        lose its first values. They must not be read or written.
+        """
+        originals: dict[int, nn.Parameter] = {}
+        made = []  # kept, so that no other parameter gets an id of theirs
+        for places in _empty_places([self.model]):
+            parameter = _parameter_at(places)
+            made.append(_stand_in(parameter))
+            originals[id(made[-1])] = parameter
+            _set(places, made[-1])
+        yield
+        for places in _places(self.model):
+            original = originals.get(id(_parameter_at(places)))
+            if original is not None:
+                _set(places, original)
+
+    def fill(
+        self, modules: Iterable[nn.Module], *, device: torch.device, keep_on: torch.device
+    ) -> None:
+        """Read what of `modules` is still on the meta device; of a sharded parameter, this rank's
+        rows.
+
+        Args:
+            modules: modules of the model.
+            device: where the run computes.
+            keep_on: where the weights stay (host memory, if they are offloaded).
+        """
+        names = self._names_by_id()
+        order = {stored: index for index, stored in enumerate(self.weights.tensors)}
+
+        def place_in_files(places: _Places) -> int:
+            return order[names[id(_parameter_at(places))]]
+
+        # In the files' order, of which one is open at a time.
+        for places in sorted(_empty_places(modules), key=place_in_files):
+            stored = names[id(_parameter_at(places))]
+            self._fill_one(places, stored, device=device, keep_on=keep_on)
+
+    def filled_copy(self, layer: nn.Module) -> nn.Module:
+        """A copy of a layer of the model with its weights, unpacked and in host memory."""
+        names = self._names_by_id()
+        copied, host = deepcopy(unpacked(layer)), torch.device("cpu")
+        for original, places in zip(layer.parameters(), _places(copied), strict=True):
+            if original.is_meta:
+                self._fill_one(places, names[id(original)], device=host, keep_on=host)
+        return copied
+
+    def _names_by_id(self) -> dict[int, str]:
+        """What each parameter, as it is now, is called in the files."""
+        return {id(value): self.names[name] for name, value in base_parameters(self.model)}
+
+    def _fill_one(
+        self, places: _Places, stored: str, *, device: torch.device, keep_on: torch.device
+    ) -> None:
+        parameter = _parameter_at(places)
+        owner, attribute = places[0]
+        if isinstance(owner, QuantizedLayer) and attribute == "weight":
+            # All of it: the scales are in relation to their mean over the whole tensor.
+            packed = owner.quantize(self.weights.read(stored).to(device))
+            if not isinstance(parameter, DTensor):
+                owner.set_whole(packed.to(keep_on))
+                return
+            filled = torch.empty_like(parameter, device=keep_on, requires_grad=False)
+            _copy_shard(filled, packed.__getitem__)
+        else:
+            filled = torch.empty_like(parameter, device=keep_on, requires_grad=False)
+            if isinstance(filled, DTensor):
+                _copy_shard(filled, self.weights.reader(stored))
+            else:
+                filled.copy_(self.weights.read(stored))
+        _set(places, nn.Parameter(filled, requires_grad=False))
+
+
+def open_base(
+    arguments: ModelArguments, *, device: torch.device, peft_config: LoraConfig | None = None
+) -> StoredBase | PreTrainedModel:
+    """The frozen base, to be read when it is known which parts of it this rank keeps.
+
+    Where that cannot be (the weights are pickles, or laid out otherwise than the model has them;
+    the adapter's first values depend on them), it is loaded whole into host memory by transformers,
+    and a line in the log says why.
+
+    Args:
+        arguments: which base, and how.
+        device: where the run computes.
+        peft_config: of the adapter that will be attached.
+
+    Raises:
+        ModelNotFoundError: there is no such model, or its weights are damaged or incomplete.
+        UnsupportedModelError: it is not a causal language model, or cannot run as asked.
+        MissingPackageError: 4 bits were asked for, and bitsandbytes is not installed.
+    """
+    if arguments.load_in_4bit:
+        check_bitsandbytes()
+    try:
+        if peft_config is not None and (reason := needs_weights(peft_config)):
+            raise CannotStreamError(reason)
+        dtype = resolve_dtype(arguments.dtype, device=device)
+        model, weights, names = empty_base(arguments, dtype=dtype)
+    except CannotStreamError as reason:
+        if arguments.load_in_4bit:
+            raise UnsupportedModelError(
+                f"{arguments.model_name_or_path} cannot be turned into 4 bits while it is read: "
+                f"{reason}. Run without --load_in_4bit."
+            ) from reason
+        whole = load_base(arguments, device=device)
+        if rank() == 0:
+            logger.warning(
+                "Every process held the whole base in host memory while it was loaded, because %s.",
+                reason,
+            )
+        return whole
+    if arguments.load_in_4bit:
+        from lora_fsdp.base.four_bit import replace_linear_layers
+
+        replace_linear_layers(model, dtype=dtype)
+    return StoredBase(model, weights, names)
+
+
+def load_on_device(arguments: ModelArguments, *, device: torch.device) -> PreTrainedModel:
+    """The frozen base, whole on `device`; see `open_base`."""
+    base = open_base(arguments, device=device)
+    if isinstance(base, StoredBase):
+        base.fill([base.model], device=device, keep_on=device)
+        base = base.model
+    return base.to(device)  # type: ignore[arg-type]
+
+
+def check_bitsandbytes() -> None:
+    """Check that the package for 4 bits is there.
+
+    Raises:
+        MissingPackageError: it is not.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingPackageError(
+            "--load_in_4bit needs the package bitsandbytes, which is not installed: "
+            'pip install "lora-fsdp[4bit]".'
+        )
+
+
+def needs_weights(config: LoraConfig) -> str | None:
+    """Why an adapter of these settings cannot be attached before the base has its weights."""
+    if config.init_lora_weights not in (True, False, "gaussian"):
+        return f"init_lora_weights {config.init_lora_weights!r} computes with the base's weights"
+    settings = {
+        "use_dora": config.use_dora,
+        "modules_to_save": config.modules_to_save,
+        "trainable_token_indices": config.trainable_token_indices,
+        "target_parameters": config.target_parameters,
+        "layer_replication": config.layer_replication,
+        "bias": config.bias != "none",
+    }
+    used = [name for name, value in settings.items() if value]
+    return f"{used[0]} copies or changes the base's weights" if used else None
+
+
+# ---- parameters and where they are --------------------------------------------------------------
+
+
+def _places(module: nn.Module) -> list[_Places]:
+    """For each parameter where it is, in the order of `module.parameters()`."""
+    found: dict[int, _Places] = {}
+    for owner in module.modules():
+        for attribute, parameter in owner._parameters.items():
+            if parameter is not None:
+                found.setdefault(id(parameter), []).append((owner, attribute))
+    return list(found.values())
+
+
+def _empty_places(modules: Iterable[nn.Module]) -> list[_Places]:
+    """As `_places`, of several modules, for the parameters that have no values yet."""
+    everywhere = [places for module in modules for places in _places(module)]
+    return [places for places in everywhere if _parameter_at(places).is_meta]
+
+
+def _parameter_at(places: _Places) -> nn.Parameter:
+    owner, attribute = places[0]
+    return owner.get_parameter(attribute)
+
+
+def _set(places: _Places, parameter: nn.Parameter) -> None:
+    for owner, attribute in places:
+        owner.register_parameter(attribute, parameter)
+
+
+def _stand_in(meta: nn.Parameter) -> nn.Parameter:
+    """A parameter of one number, seen from everywhere in the shape of `meta`."""
+    zeros = torch.zeros((), dtype=meta.dtype).expand(meta.shape)
+    stand_in = type(meta)(zeros, requires_grad=False)
+    vars(stand_in).update(vars(meta))  # what PEFT asks a quantised one
+    return stand_in
+
+
+def _copy_shard(shard: torch.Tensor, read: Callable[[tuple[slice, ...]], torch.Tensor]) -> None:
+    """Copy into this rank's part what `read` gives of the whole."""
+    sharded = cast(DTensor, shard)
+    shape, start = compute_local_shape_and_global_offset(
+        sharded.shape, sharded.device_mesh, sharded.placements
+    )
+    if all(shape):  # more ranks than rows: this one has none
+        rows = tuple(slice(first, first + n) for first, n in zip(start, shape, strict=True))
+        sharded.to_local().copy_(read(rows))

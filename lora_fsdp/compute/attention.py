@@ -1,0 +1,123 @@
+"""Who attends to whom in a packed row, and the kernels that compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from lora_fsdp.data.packing import SHARED, PackedSequence
+
+#: From this length on a row's attention is computed by blocks instead of by one dense mask.
+BLOCKS_FROM_TOKENS = 2048
+
+
+def avoid_kernels_planned_by_shape() -> None:
+    """Keep SDPA from cuDNN's attention, which plans a kernel for every new row length.
+
+    Packed rows have a new length at nearly every step, and planning takes longer than computing:
+    without it the shape of a 7B on an H100 trains at 50.8 examples/s instead of 31.8 (8 a step,
+    `tests/gpu`).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def sequence_mask(
+    row: PackedSequence, *, dtype: torch.dtype, by_blocks: bool
+) -> torch.Tensor | BlockMask:
+    """The row's mask, which transformers hands to its attention as it is (`masking_utils`).
+
+    Args:
+        row: the packed row.
+        dtype: the dtype in which attention runs.
+        by_blocks: whether the model's attention takes a `BlockMask` (`attend` does). Long rows then
+            skip what is masked; short ones have a dense mask all the same.
+    """
+    if not by_blocks or len(row) < BLOCKS_FROM_TOKENS:
+        return dense_mask(row, dtype=dtype)
+    if row.is_one_sequence:
+        return _block_mask(causal, len(row), row.example_ids.device)
+    example, answer = row.example_ids, row.answer_ids
+
+    def on_path(
+        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        same_path = (answer[key] == 0) | (answer[query] == answer[key])
+        same_example = (example[query] == example[key]) & same_path
+        return (query >= key) & ((example[key] == SHARED) | same_example)
+
+    return _block_mask(on_path, len(row), row.example_ids.device)
+
+
+def dense_mask(row: PackedSequence, *, dtype: torch.dtype) -> torch.Tensor:
+    """Additive attention mask of a packed row, [1, 1, T, T], 0 where allowed and -inf elsewhere.
+
+    A token sees itself and what comes before it in the row, if that is the shared prefix, its own
+    example's prompt, or its own answer. transformers hands a 4-D mask to SDPA and eager attention
+    as it is (`masking_utils`), which is what makes packing work without a kernel of our own.
+    """
+    example, answer = row.example_ids, row.answer_ids
+    index = torch.arange(len(row), device=example.device)
+    same_example = example[:, None] == example[None, :]
+    same_path = (answer[None, :] == 0) | (answer[:, None] == answer[None, :])
+    allowed = (example[None, :] == SHARED) | (same_example & same_path)
+    allowed &= index[:, None] >= index[None, :]
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=example.device)
+    return mask.masked_fill_(~allowed, float("-inf"))[None, None]
+
+
+def causal(
+    batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor:
+    """The mask of a row that is one sequence; `attend` knows it by its identity."""
+    return query >= key
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | BlockMask,
+    *,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of a packed row: SDPA, or flex attention where the mask has blocks.
+
+    Args:
+        query: [1, query heads, T, D].
+        key, value: [1, key heads, T, D].
+        mask: of `sequence_mask`.
+        scaling: of the scores.
+
+    Returns:
+        [1, query heads, T, D].
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if isinstance(mask, torch.Tensor):
+        if grouped:  # with a mask, SDPA's fast kernels want a key for every query head
+            repeats = query.shape[1] // key.shape[1]
+            key, value = (part.repeat_interleave(repeats, dim=1) for part in (key, value))
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling
+        )
+    if mask.mask_mod is causal:
+        return functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
+    attention: Callable[..., torch.Tensor] = flex_attention
+    if query.is_cuda:
+        attention = _compiled_flex_attention()
+    return attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
+
+
+def _block_mask(mask_mod: object, length: int, device: torch.device) -> BlockMask:
+    return create_block_mask(mask_mod, None, None, length, length, device=device)  # type: ignore[arg-type]
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    """Compiled once, for every length: uncompiled flex attention writes out all scores."""
+    return torch.compile(flex_attention, dynamic=True)

@@ -1,0 +1,250 @@
+"""A run that is to be examined, and the facts about it that rules ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lora_fsdp.adapter.attach import attach_adapter, lora_config
+from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
+from lora_fsdp.base.loading import load_tokenizer
+from lora_fsdp.base.stored_weights import BaseWeights, base_folder, base_skeleton
+from lora_fsdp.data.checking import TaskCheck, check_task_data
+from lora_fsdp.data.encoding import EncodedExample, Encoder
+from lora_fsdp.data.rows import TaskData, load_task_data
+from lora_fsdp.distributed.launch import fsdp_requested, read_fsdp_settings, read_plugin
+from lora_fsdp.doctor.fact import Fact, UnknownFactError
+from lora_fsdp.doctor.launching import Launch, as_launched, read_launch, read_launch_yaml
+from lora_fsdp.doctor.machine import Machine
+from lora_fsdp.errors import ArgumentError, Fsdp1ConfigError
+from lora_fsdp.tasks import Task
+
+T = TypeVar("T")
+
+#: Rows that are tokenised; of a longer table so many, evenly spread.
+LOOKED_AT = 5000
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run before it starts. Its facts are worked out when the first rule asks for them.
+
+    Attributes:
+        model_args, lora_args, data_args: as for a run.
+        training: values of `FineTuningArguments`, which may be such that it refuses them.
+        accelerate_config: the YAML.
+        num_processes: instead of the YAML's number.
+        task: stands in for `data_args.task`.
+        machine: where it is to run.
+    """
+
+    model_args: ModelArguments
+    lora_args: LoraArguments
+    data_args: DataArguments
+    training: Mapping[str, Any]
+    accelerate_config: Path
+    num_processes: int | None
+    task: Task | None
+    machine: Machine
+
+    # ---- the launch -----------------------------------------------------------------------------
+
+    @cached_property
+    def launch_yaml(self) -> Fact[dict[str, Any]]:
+        """The YAML as it is written."""
+        return Fact(lambda: read_launch_yaml(self.accelerate_config))
+
+    @cached_property
+    def launch(self) -> Fact[Launch]:
+        """What accelerate makes of it."""
+
+        def find() -> Launch:
+            self.launch_yaml.value  # noqa: B018 (is known, or this is not either)
+            return read_launch(self.accelerate_config, processes=self.num_processes)
+
+        return Fact(find)
+
+    @cached_property
+    def fsdp(self) -> Fact[Any]:
+        """The run's reading of the FSDP settings: `FsdpSettings`, or `None` without FSDP."""
+
+        def find() -> Any:
+            with as_launched(self.launch.value):
+                return read_fsdp_settings()
+
+        return Fact(find)
+
+    @cached_property
+    def plugin(self) -> Fact[FullyShardedDataParallelPlugin | None]:
+        """accelerate's reading of the FSDP2 settings; `None` without FSDP2."""
+
+        def find() -> FullyShardedDataParallelPlugin | None:
+            with as_launched(self.launch.value):
+                if not fsdp_requested() or isinstance(self.fsdp.error, Fsdp1ConfigError):
+                    return None
+                return read_plugin()
+
+        return Fact(find)
+
+    @cached_property
+    def arguments(self) -> Fact[FineTuningArguments]:
+        """The training arguments, as each process would have them."""
+
+        def find() -> FineTuningArguments:
+            with as_launched(self.launch.value):
+                try:
+                    return FineTuningArguments(**self.training)
+                except ArgumentError:
+                    raise
+                except (ImportError, TypeError, ValueError) as error:  # upstream's own checks
+                    raise ArgumentError(str(error)) from error
+
+        return Fact(find)
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run would write."""
+        return Path(str(self.training.get("output_dir") or "."))
+
+    @property
+    def gpus_used(self) -> bool:
+        """Whether the run would be on GPUs."""
+        asked = self.launch.value.use_cpu or bool(self.training.get("use_cpu"))
+        return bool(self.machine.gpus) and not asked
+
+    @property
+    def device(self) -> torch.device:
+        """The kind of device that the run would be on."""
+        return torch.device("cuda" if self.gpus_used else "cpu")
+
+    # ---- base and adapter -----------------------------------------------------------------------
+
+    @cached_property
+    def folder(self) -> Fact[Path]:
+        """The base's folder; of a Hub model one without weights, unless they are cached."""
+
+        def find() -> Path:
+            if not (name := self.model_args.model_name_or_path):
+                raise ArgumentError(
+                    "No model given: set --model_name_or_path to a folder or Hub name."
+                )
+            return base_folder(name, revision=self.model_args.model_revision, with_weights=False)
+
+        return Fact(find)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the base is a folder rather than a Hub name."""
+        return Path(self.model_args.model_name_or_path).expanduser().is_dir()
+
+    @cached_property
+    def skeleton(self) -> Fact[PreTrainedModel]:
+        """The base without values, on the meta device."""
+        return Fact(self._build)
+
+    def _build(self) -> PreTrainedModel:
+        remote = self.model_args.trust_remote_code
+        return base_skeleton(self.folder.value, trust_remote_code=remote)
+
+    @cached_property
+    def weights(self) -> Fact[BaseWeights]:
+        """The headers of the base's safetensors files."""
+        return Fact(lambda: BaseWeights(self.folder.value))
+
+    @cached_property
+    def lora(self) -> Fact[LoraConfig]:
+        """The adapter's settings, as PEFT takes them."""
+        return Fact(lambda: lora_config(self.lora_args))
+
+    @cached_property
+    def adapted(self) -> Fact[PeftModel]:
+        """Base and adapter without values. A base of its own: attaching changes it."""
+
+        def find() -> PeftModel:
+            base, config = self._build(), lora_config(self.lora_args)
+            with torch.device("meta"):
+                return attach_adapter(base, config)
+
+        return Fact(find)
+
+    # ---- rows -----------------------------------------------------------------------------------
+
+    @cached_property
+    def tokenizer(self) -> Fact[PreTrainedTokenizerBase]:
+        """The tokenizer."""
+
+        def find() -> PreTrainedTokenizerBase:
+            folder = str(self.folder.value)
+            return load_tokenizer(replace(self.model_args, model_name_or_path=folder))
+
+        return Fact(find)
+
+    @cached_property
+    def rows(self) -> Fact[TaskData]:
+        """All rows, as examples of the task."""
+
+        def find() -> TaskData:
+            if (seed := int(self.training.get("seed", 42))) < 0:
+                raise UnknownFactError  # the rule over the training's numbers says so
+            return load_task_data(self.data_args, seed=seed, task=self.task)
+
+        return Fact(find)
+
+    @cached_property
+    def encoder(self) -> Fact[Encoder]:
+        """What turns examples into tokens."""
+
+        def find() -> Encoder:
+            return Encoder(
+                self.tokenizer.value,
+                task=self.rows.value.task,
+                max_length=self.data_args.max_length,
+                chat_template=self.data_args.chat_template,
+            )
+
+        return Fact(find)
+
+    @cached_property
+    def sample(self) -> Fact[TaskData]:
+        """The rows that are tokenised: all, or evenly spread ones of a long table."""
+
+        def find() -> TaskData:
+            rows = self.rows.value
+            held_out = _spread(rows.held_out, LOOKED_AT // 5)
+            return replace(rows, train=_spread(rows.train, LOOKED_AT), held_out=held_out)
+
+        return Fact(find)
+
+    @cached_property
+    def encoded(self) -> Fact[list[EncodedExample]]:
+        """The sample as tokens, training rows first."""
+
+        def find() -> list[EncodedExample]:
+            sample = self.sample.value
+            return self.encoder.value.encode([*sample.train, *sample.held_out])
+
+        return Fact(find)
+
+    @cached_property
+    def task_check(self) -> Fact[TaskCheck]:
+        """What `lora-fsdp tasks check` says of all rows."""
+        return Fact(lambda: check_task_data(self.rows.value, None))
+
+    @cached_property
+    def sample_check(self) -> Fact[TaskCheck]:
+        """What `lora-fsdp tasks check` says of the sample, with its tokens."""
+        return Fact(lambda: check_task_data(self.sample.value, self.encoded.value))
+
+
+def _spread(items: Sequence[T], most: int) -> list[T]:
+    if len(items) <= most:
+        return list(items)
+    return [items[index * len(items) // most] for index in range(most)]

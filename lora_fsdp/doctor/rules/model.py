@@ -1,0 +1,179 @@
+"""Rules over the base model's folder and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lora_fsdp.base.fingerprints import base_parameters
+from lora_fsdp.base.stored_weights import stored_names
+from lora_fsdp.compute.label_head import check_architecture
+from lora_fsdp.data.encoding import end_of_answer
+from lora_fsdp.doctor.case import Case
+from lora_fsdp.doctor.fact import UnknownFactError
+from lora_fsdp.doctor.finding import Problem, Rule, Severity
+from lora_fsdp.errors import ArgumentError, UnsupportedModelError
+
+
+def _folder(case: Case) -> Iterator[Problem]:
+    if (error := case.folder.error) is not None:
+        yield Problem(str(error))
+
+
+def _not_causal(case: Case) -> Iterator[Problem]:
+    if (error := case.skeleton.error) is not None:
+        yield Problem(str(error))
+
+
+def _weights(case: Case) -> Iterator[Problem]:
+    folder = case.folder.value
+    if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+        raise UnknownFactError  # pickles: their names are known only when they are read
+    if not case.is_local and not any(folder.glob("*.safetensors")):
+        raise UnknownFactError  # on the Hub
+    if (error := case.weights.error) is not None:
+        yield Problem(str(error))
+        return
+    skeleton, stored = case.skeleton.value, case.weights.value.tensors
+    if getattr(skeleton.config, "quantization_config", None) is not None:
+        raise UnknownFactError  # stored under names of its own
+    found = stored_names(skeleton, stored)
+    absent, shapes = [], []
+    for name, parameter in base_parameters(skeleton):
+        if name not in found:
+            absent.append(name)
+        elif stored[found[name]].shape != tuple(parameter.shape):
+            shapes.append(name)
+    kind = type(skeleton).__name__
+    if absent:
+        yield Problem(
+            f"The files of {folder} lack {len(absent)} of the weights of {kind} (for example "
+            f"{absent[0]})."
+        )
+    if shapes:
+        yield Problem(
+            f"{len(shapes)} weights of {folder} have other shapes than config.json says (for "
+            f"example {shapes[0]})."
+        )
+
+
+def _pickles(case: Case) -> Iterator[Problem]:
+    folder = case.folder.value
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        yield Problem(f"{folder} has its weights in a pickle ({pickles[0]}).")
+
+
+def _architecture(case: Case) -> Iterator[Problem]:
+    try:
+        check_architecture(case.skeleton.value, longest=case.data_args.max_length)
+    except UnsupportedModelError as error:
+        yield Problem(str(error))
+
+
+def _remote_code(case: Case) -> Iterator[Problem]:
+    if case.model_args.trust_remote_code:
+        yield Problem(
+            f"trust_remote_code is on: Python code that comes with "
+            f"{case.model_args.model_name_or_path} may run on this machine."
+        )
+
+
+def _tokenizer(case: Case) -> Iterator[Problem]:
+    if (error := case.tokenizer.error) is not None:
+        yield Problem(str(error))
+
+
+def _end_token(case: Case) -> Iterator[Problem]:
+    try:
+        end_of_answer(case.tokenizer.value, chat_template=False)
+    except ArgumentError as error:
+        yield Problem(str(error))
+
+
+def _chat_template(case: Case) -> Iterator[Problem]:
+    if case.tokenizer.value.eos_token_id is not None and case.encoder.error is not None:
+        yield Problem(str(case.encoder.error))
+
+
+def _pad_is_end(case: Case) -> Iterator[Problem]:
+    tokenizer = case.tokenizer.value
+    if tokenizer.eos_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
+        yield Problem(
+            f"The padding token is the end token ({tokenizer.eos_token!r}). This is handled: "
+            "labels are masked by position, so the end of an answer is learnt all the same."
+        )
+
+
+RULES = (
+    Rule(
+        "model-missing",
+        Severity.ERROR,
+        "There is no such model folder, and the Hub gives no such model.",
+        "Check --model_name_or_path.",
+        _folder,
+    ),
+    Rule(
+        "model-not-causal",
+        Severity.ERROR,
+        "`config.json` is missing, or describes no causal language model.",
+        "Choose a causal language model.",
+        _not_causal,
+    ),
+    Rule(
+        "model-incomplete",
+        Severity.ERROR,
+        "The safetensors files lack weights, are cut off, or do not fit `config.json`.",
+        "Download the model again (lora-fsdp download).",
+        _weights,
+    ),
+    Rule(
+        "model-pickled",
+        Severity.WARNING,
+        "The weights are a pickle, which is read whole and cannot be checked here.",
+        "Load the model once with transformers and save it with save_pretrained.",
+        _pickles,
+    ),
+    Rule(
+        "architecture",
+        Severity.ERROR,
+        "An architecture that cannot keep the examples of a packed row apart, or rows longer than "
+        "it can see.",
+        "Choose an attention-only model with rotary positions, or lower --max_length.",
+        _architecture,
+    ),
+    Rule(
+        "remote-code",
+        Severity.WARNING,
+        "`--trust_remote_code true`: the model's own Python code may run.",
+        "Leave it out unless the model needs it and you have read its code.",
+        _remote_code,
+    ),
+    Rule(
+        "tokenizer-missing",
+        Severity.ERROR,
+        "The folder has no tokenizer, or one that cannot be loaded.",
+        "Copy the tokenizer's files of the same model into the folder.",
+        _tokenizer,
+    ),
+    Rule(
+        "no-end-token",
+        Severity.ERROR,
+        "The tokenizer has no end token, so the end of an answer could not be learnt.",
+        "Set eos_token in tokenizer_config.json.",
+        _end_token,
+    ),
+    Rule(
+        "no-chat-template",
+        Severity.ERROR,
+        "`--chat_template true`, and a tokenizer without a chat template.",
+        "Leave it out, or use the chat model's own tokenizer.",
+        _chat_template,
+    ),
+    Rule(
+        "pad-is-end-token",
+        Severity.NOTE,
+        "The padding token is the end token: handled, labels are masked by position.",
+        "Nothing to do.",
+        _pad_is_end,
+    ),
+)

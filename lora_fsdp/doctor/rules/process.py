@@ -1,0 +1,62 @@
+"""Rules over the processes that a launch would start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lora_fsdp.distributed.launch import check_gpus_suffice, check_sharding_has_ranks
+from lora_fsdp.doctor.case import Case
+from lora_fsdp.doctor.finding import Problem, Rule, Severity
+from lora_fsdp.errors import LaunchError
+
+
+def _one_process(case: Case) -> Iterator[Problem]:
+    if case.fsdp.value is None or case.training.get("allow_fsdp_on_one_process"):
+        return
+    try:
+        check_sharding_has_ranks(case.launch.value.processes)
+    except LaunchError as error:
+        yield Problem(str(error))
+
+
+def _too_many_processes(case: Case) -> Iterator[Problem]:
+    if not case.gpus_used:
+        return
+    try:
+        check_gpus_suffice(case.launch.value.processes_here, len(case.machine.gpus))
+    except LaunchError as error:
+        yield Problem(str(error))
+
+
+def _use_cpu_missing(case: Case) -> Iterator[Problem]:
+    launch = case.launch.value
+    if launch.processes > 1 and not case.machine.gpus and not launch.use_cpu:
+        yield Problem(
+            f"The accelerate YAML starts {launch.processes} processes, and this machine has no "
+            "GPU. A run of this library joins them all the same; accelerate by itself would not."
+        )
+
+
+RULES = (
+    Rule(
+        "fsdp-on-one-process",
+        Severity.ERROR,
+        "An FSDP YAML, and one process, where nothing is sharded.",
+        "Use accelerate_configs/single.yaml, or raise --num_processes.",
+        _one_process,
+    ),
+    Rule(
+        "more-processes-than-gpus",
+        Severity.ERROR,
+        "More processes on this machine than it has GPUs.",
+        "Lower --num_processes, or set use_cpu: true for a rehearsal.",
+        _too_many_processes,
+    ),
+    Rule(
+        "use-cpu-missing",
+        Severity.NOTE,
+        "Several processes without a GPU, and no `use_cpu: true`.",
+        "Set use_cpu: true, or start from accelerate_configs/fsdp2_cpu.yaml.",
+        _use_cpu_missing,
+    ),
+)

@@ -1,0 +1,180 @@
+"""Rules over the training arguments and the output folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+
+from lora_fsdp.doctor.case import Case
+from lora_fsdp.doctor.finding import Problem, Rule, Severity
+from lora_fsdp.doctor.numbers import impossible_numbers
+from lora_fsdp.errors import ArgumentError, CheckpointError, OutputFolderError
+from lora_fsdp.training.saving.output_folder import check_output_folder
+from lora_fsdp.training.saving.run_lock import holder_of
+from lora_fsdp.training.setup import check_checkpointing, check_sequence_length
+
+_QUANTIZED_OPTIMIZER = re.compile(r"8bit|4bit|paged", re.IGNORECASE)
+
+
+def _precision(case: Case) -> str:
+    """What of mixed precision the training arguments and the YAML ask for."""
+    for name in ("fp16", "bf16"):
+        if case.training.get(name):
+            return name
+    return case.launch.value.environment.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def _fp16(case: Case) -> Iterator[Problem]:
+    if _precision(case) == "fp16" and (error := case.arguments.error) is not None:
+        yield Problem(str(error))
+
+
+def _bf16(case: Case) -> Iterator[Problem]:
+    if _precision(case) == "bf16":
+        yield Problem(
+            "Mixed precision bf16 runs the float32 adapter under autocast, for which the fused "
+            "layers and CUDA graphs are not made: the run is slower, and no smaller."
+        )
+
+
+def _refused(case: Case) -> Iterator[Problem]:
+    if (error := case.arguments.error) is not None and _precision(case) != "fp16":
+        yield Problem(str(error))
+
+
+def _numbers(case: Case) -> Iterator[Problem]:
+    for name, value, wanted in impossible_numbers(case.arguments.value):
+        yield Problem(f"--{name} {value} must be {wanted}.")
+
+
+def _checkpointing_twice(case: Case) -> Iterator[Problem]:
+    try:
+        check_checkpointing(case.arguments.value, case.fsdp.value)
+    except ArgumentError as error:
+        yield Problem(str(error))
+
+
+def _short_rows(case: Case) -> Iterator[Problem]:
+    try:
+        check_sequence_length(case.arguments.value, max_length=case.data_args.max_length)
+    except ArgumentError as error:
+        yield Problem(str(error))
+
+
+def _quantized_optimizer(case: Case) -> Iterator[Problem]:
+    name = str(getattr(case.arguments.value.optim, "value", case.arguments.value.optim))
+    if case.fsdp.value is not None and _QUANTIZED_OPTIMIZER.search(name):
+        yield Problem(
+            f"--optim {name} under FSDP: the adapter's optimizer state is small, is not sharded, "
+            "and cannot be held still when a step is not finite, so this saves next to nothing."
+        )
+
+
+def _nan_filter(case: Case) -> Iterator[Problem]:
+    if case.arguments.value.logging_nan_inf_filter:
+        yield Problem(
+            "--logging_nan_inf_filter true hides losses that are not finite and makes host and "
+            "GPU wait for each other at every step."
+        )
+
+
+def _folder_taken(case: Case) -> Iterator[Problem]:
+    try:
+        check_output_folder(case.output_dir, case.arguments.value)
+    except (OutputFolderError, CheckpointError) as error:
+        yield Problem(str(error))
+
+
+def _folder_in_use(case: Case) -> Iterator[Problem]:
+    if (holder := holder_of(case.output_dir)) is not None:
+        yield Problem(f"{case.output_dir} is in use by {holder}.")
+
+
+def _folder_closed(case: Case) -> Iterator[Problem]:
+    folder = case.output_dir.absolute()
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        yield Problem(f"--output_dir {case.output_dir} cannot be written to.")
+
+
+RULES = (
+    Rule(
+        "mixed-precision-fp16",
+        Severity.ERROR,
+        "`--fp16`, or `mixed_precision: fp16` in the YAML: loss scaling hides small gradients.",
+        "Use --dtype bfloat16 (or float32) and mixed_precision: 'no'.",
+        _fp16,
+    ),
+    Rule(
+        "mixed-precision-bf16",
+        Severity.WARNING,
+        "`--bf16`, or `mixed_precision: bf16` in the YAML: the base already is in `--dtype`.",
+        "Set mixed_precision: 'no' in the YAML and leave --bf16 out.",
+        _bf16,
+    ),
+    Rule(
+        "training-arguments",
+        Severity.ERROR,
+        "Training arguments that contradict each other, or that packed rows cannot honour.",
+        "Change the argument that is named.",
+        _refused,
+    ),
+    Rule(
+        "training-numbers",
+        Severity.ERROR,
+        "A batch size, number of epochs, learning rate, interval or seed that no run can have.",
+        "Give a number in the range that is named.",
+        _numbers,
+    ),
+    Rule(
+        "checkpointing-twice",
+        Severity.ERROR,
+        "`--gradient_checkpointing` and `fsdp_activation_checkpointing` together.",
+        "Keep one of the two.",
+        _checkpointing_twice,
+    ),
+    Rule(
+        "rows-too-short",
+        Severity.ERROR,
+        "`--max_tokens_per_row` below `--max_length`: a row must hold the longest example.",
+        "Raise --max_tokens_per_row, or leave it out.",
+        _short_rows,
+    ),
+    Rule(
+        "quantized-optimizer",
+        Severity.WARNING,
+        "An 8-bit, 4-bit or paged optimizer under FSDP.",
+        "Leave --optim out: fused AdamW.",
+        _quantized_optimizer,
+    ),
+    Rule(
+        "nan-filter",
+        Severity.WARNING,
+        "`--logging_nan_inf_filter true`: a synchronisation at every step.",
+        "Leave it out: a run stops at the first step that is not finite.",
+        _nan_filter,
+    ),
+    Rule(
+        "output-folder-taken",
+        Severity.ERROR,
+        "`--output_dir` holds a run, or no whole checkpoint to resume from.",
+        "Choose another --output_dir, --resume_from_checkpoint true, or --overwrite_output_dir "
+        "true.",
+        _folder_taken,
+    ),
+    Rule(
+        "output-folder-in-use",
+        Severity.ERROR,
+        "Another run is writing into `--output_dir` now.",
+        "Wait for it to end, or choose another --output_dir.",
+        _folder_in_use,
+    ),
+    Rule(
+        "output-folder-closed",
+        Severity.ERROR,
+        "`--output_dir` cannot be written to.",
+        "Choose another --output_dir, or change its permissions.",
+        _folder_closed,
+    ),
+)

@@ -1,0 +1,209 @@
+"""A model's sizes, counted: parameters, and what a token leaves for backward.
+
+Both are counted on the meta device, where a model has shapes and no numbers, with the adapter that
+will be trained and the layers that will compute: whatever the architecture, nothing is estimated
+from its name.
+"""
+
+from __future__ import annotations
+
+# autograd.Function's forward and backward take what each function needs.
+# mypy: disable-error-code="override, no-untyped-call, no-untyped-def"
+import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from torch.autograd import Function
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
+from lora_fsdp.base.layers import base_model, decoder_layers
+from lora_fsdp.base.loading import LOADING_ERRORS
+from lora_fsdp.compute.decoder_layer import FusedLayer, exchange_forwards, why_not_fused
+from lora_fsdp.errors import UnsupportedModelError
+from lora_fsdp.placement.shape import ModelShape
+
+
+def shape_of(skeleton: PreTrainedModel, adapter: LoraConfig, *, fuse: bool = True) -> ModelShape:
+    """Count a model that has no numbers yet; `skeleton` gets the adapter and is of no further use.
+
+    Args:
+        skeleton: the base on the meta device, in bfloat16 (`build_on_meta`).
+        adapter: what is trained.
+        fuse: let fused layers compute where the model has their shape.
+
+    Raises:
+        UnsupportedModelError: it has no list of decoder layers.
+        TargetModulesError: the adapter's target modules match nothing.
+    """
+    base = skeleton
+    adapter = copy.deepcopy(adapter)  # PEFT writes the base's name into it
+    adapter.init_lora_weights = True  # of whatever values: there are none
+    layers = decoder_layers(base)
+    model = attach_adapter(base, adapter)
+    is_fused = fuse and not any(why_not_fused(layer) for layer in layers)
+    (per_token, per_pair), note = _saved_or_estimated(model, layers, is_fused=is_fused)
+    widths = base.config.get_text_config()
+    linears = [_linear_sizes(layer) for layer in layers]
+    adapted: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    return ModelShape(
+        class_name=type(base).__name__,
+        layers=len(layers),
+        layer_parameters=max(_frozen(layer) for layer in layers),
+        linear_parameters=max(sum(sizes) for sizes in linears),
+        largest_linear=max(_largest_linear(layer, is_fused=is_fused) for layer in layers),
+        embedding_parameters=_frozen(embedding),
+        head_parameters=0 if tied else _frozen(head),
+        parameters=_frozen(model),
+        hidden_size=int(widths.hidden_size),
+        vocabulary_size=int(widths.vocab_size),
+        adapter_parameters=sum(p.numel() for p in trainable_parameters(model).values()),
+        adapted_linears=len(adapted),
+        adapted_width=sum(int(m.in_features) + int(m.out_features) for m in adapted),
+        saved_per_token=per_token,
+        repeated_per_token=sum(map(_repeated_bytes, layers)) if is_fused else 0,
+        saved_per_pair=per_pair,
+        is_fused=is_fused,
+        drops=bool(adapter.lora_dropout),
+        note=note,
+    )
+
+
+def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config in bfloat16, without numbers.
+
+    Raises:
+        UnsupportedModelError: it is not a causal language model's.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+            )
+    except (OSError, *LOADING_ERRORS) as error:
+        raise UnsupportedModelError(
+            f"The config describes no causal language model: "
+            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
+    model.tie_weights()
+    return model
+
+
+def _saved_or_estimated(
+    model: PeftModel, layers: list[nn.Module], *, is_fused: bool
+) -> tuple[tuple[int, int], str]:
+    """Bytes kept a token and a pair of tokens, and a note if they could only be estimated."""
+    base = base_model(model)
+    try:
+        if is_fused:
+            exchange_forwards(base.base_model, [FusedLayer(layer) for layer in layers])
+        return _saved(model), ""
+    # Layers that look at numbers (experts that tokens are sent to) do not run without any.
+    except (NotImplementedError, *LOADING_ERRORS) as error:
+        config = base.config.get_text_config()
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        used = getattr(config, "num_experts_per_tok", None) or 1
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        return (
+            (2 * len(layers) * (10 * config.hidden_size + 4 * inner * used), 0),
+            f"{type(base).__name__} does not run without numbers ({reason}): its activations are "
+            "estimated from its widths, and may be far off",
+        )
+
+
+def _saved(model: PeftModel) -> tuple[int, int]:
+    """The linear and the square part of what a forward keeps, from three row lengths."""
+    unit = 64
+    short, middle, long = (_saved_bytes(model, unit * times) for times in (1, 2, 3))
+    pair = (long - 2 * middle + short) / (2 * unit**2)
+    return round((middle - short) / unit - 3 * unit * pair), round(pair)
+
+
+def _saved_bytes(model: PeftModel, tokens: int) -> int:
+    """Bytes that autograd keeps of a forward over one row on the meta device."""
+    own = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.Tensor] = {}  # the tensors too, so that no storage is used again
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if _storage(tensor) not in own:
+            kept[_storage(tensor)] = tensor
+        return tensor
+
+    model.train()
+    with saved_tensors_hooks(keep, lambda tensor: tensor), _AttentionByKernel():
+        model(
+            input_ids=torch.zeros(1, tokens, dtype=torch.int64, device="meta"),
+            attention_mask=torch.zeros(1, 1, tokens, tokens, dtype=torch.bfloat16, device="meta"),
+            position_ids=torch.zeros(1, tokens, dtype=torch.int64, device="meta"),
+            use_cache=False,
+            logits_to_keep=1,
+        )
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+class _AttentionByKernel(TorchFunctionMode):
+    """Scaled dot-product attention keeps what a GPU's kernels do; on meta it is written out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return _KernelAttention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _KernelAttention(Function):
+    @staticmethod
+    def forward(ctx: Any, query, key, value):
+        batch, heads, tokens, _ = query.shape
+        # Token by token, as the kernels lay it down: what follows needs no copy of it.
+        output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+        log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient):
+        raise NotImplementedError("only what is kept for backward is counted here")
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Identity of a tensor's memory; meta tensors have no address."""
+    return tensor.untyped_storage()._cdata
+
+
+def _linear_sizes(layer: nn.Module) -> list[int]:
+    """Weights of a layer's linear modules, the adapter's excluded."""
+    return [
+        module.weight.numel()
+        for module in layer.modules()
+        if isinstance(module, nn.Linear) and not module.weight.requires_grad
+    ] or [0]
+
+
+def _largest_linear(layer: nn.Module, *, is_fused: bool) -> int:
+    """Weights of the largest product, in numbers."""
+    if not is_fused:
+        return max(_linear_sizes(layer))
+    return max(
+        sum(member.linear.weight.numel() for member in projections.members)
+        for projections in FusedLayer(layer).projections
+    )
+
+
+def _repeated_bytes(layer: nn.Module) -> int:
+    """A token's keys and values once for every query head, where these share them; bfloat16."""
+    fused = FusedLayer(layer)
+    queries, keys, _ = fused.heads
+    columns = fused.query_key_value.members[0].columns
+    return 2 * 2 * (columns.stop - columns.start) if queries != keys else 0
+
+
+def _frozen(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if not p.requires_grad)

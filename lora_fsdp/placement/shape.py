@@ -1,0 +1,83 @@
+"""The sizes of a model with its adapter: all that placement knows of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_fsdp.compute.attention import BLOCKS_FROM_TOKENS
+
+#: Bytes of one 4-bit weight: 4 bits, an 8-bit scale for 64 weights, a 32-bit one for 256 scales.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a base with an adapter; parameters in numbers, not bytes.
+
+    Attributes:
+        class_name: of the model.
+        layers: decoder layers.
+        layer_parameters: of the largest layer.
+        linear_parameters: of the linear layers of one decoder layer, which 4-bit storage shrinks.
+        largest_linear: of the largest linear layer, or of those that fused layers compute as one:
+            what is unpacked at once where weights are packed.
+        embedding_parameters: input embeddings; of the head too where they are tied.
+        head_parameters: output head; 0 where it is tied.
+        parameters: of the whole base.
+        hidden_size, vocabulary_size: widths.
+        adapter_parameters: that are trained.
+        adapted_linears: linear layers with an adapter.
+        adapted_width: their inputs and outputs, added up.
+        saved_per_token: bytes that a token's forward keeps for backward, all layers, in bfloat16.
+        repeated_per_token: of that, keys and values that are repeated for every query head, which
+            rows of `BLOCKS_FROM_TOKENS` tokens and more do without.
+        saved_per_pair: the same of a pair of tokens: 0 unless attention keeps its matrix.
+        is_fused: whether the layers have the shape of the fused layer.
+        drops: whether LoRA drops part of its input while it trains.
+        note: what could not be counted, and what stands in for it; empty if all was.
+    """
+
+    class_name: str
+    layers: int
+    layer_parameters: int
+    linear_parameters: int
+    largest_linear: int
+    embedding_parameters: int
+    head_parameters: int
+    parameters: int
+    hidden_size: int
+    vocabulary_size: int
+    adapter_parameters: int
+    adapted_linears: int
+    adapted_width: int
+    saved_per_token: int
+    repeated_per_token: int
+    saved_per_pair: int
+    is_fused: bool
+    drops: bool = False
+    note: str = ""
+
+    def saved_bytes(self, tokens: int, *, recomputed: bool) -> int:
+        """What a row keeps for backward; recomputed: its layers' inputs, and one layer."""
+        repeated = self.repeated_per_token if tokens >= BLOCKS_FROM_TOKENS else 0
+        whole = (self.saved_per_token - repeated) * tokens + self.saved_per_pair * tokens**2
+        if not recomputed:
+            return whole
+        return 2 * self.hidden_size * self.layers * tokens + whole // self.layers
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that every token is multiplied with: the layers', not the embeddings'."""
+        return self.layer_parameters * self.layers
+
+    def layer_bytes(self, *, quantized: bool) -> int:
+        """One decoder layer, bfloat16 or 4-bit."""
+        if not quantized:
+            return 2 * self.layer_parameters
+        rest = self.layer_parameters - self.linear_parameters
+        return int(2 * rest + NF4_BYTES * self.linear_parameters)
+
+    def base_bytes(self, *, quantized: bool) -> int:
+        """The whole base; embeddings, head and norms stay bfloat16."""
+        rest = self.parameters - self.layers * self.layer_parameters
+        return 2 * rest + self.layers * self.layer_bytes(quantized=quantized)

@@ -1,0 +1,141 @@
+"""Seconds that a run will take: what its GPUs compute, read, receive and launch.
+
+A prediction and no promise: the rates below come from measurements on one H100 and one H200
+(docs/planning.md shows them beside what was predicted), and other GPUs are taken to reach the same
+shares of their data sheets.
+"""
+
+from __future__ import annotations
+
+from lora_fsdp.data.workload import Work
+from lora_fsdp.placement.gpus import Gpu
+from lora_fsdp.placement.memory import Placement, is_captured
+from lora_fsdp.placement.shape import ModelShape
+
+# Share of the data sheet's operations that a long row's products reach, with the norms, rotations
+# and activations between them; fused layers or not.
+_SHARE = {True: 0.74, False: 0.57}
+# Tokens at which products reach half of that, as their tiles and weights weigh on short rows.
+_HALF_AT_TOKENS = 164
+# How many times longer than a product's an operation of attention takes.
+_ATTENTION_FACTOR = 2.8
+# Share of the data sheet's bandwidth at which weights are unpacked; in a captured step, where a
+# part of it runs beside the products, at which they seem to be.
+_COPY_SHARE = {True: 0.81, False: 0.71}
+# An adapter's part in a layer: its few small kernels; or how often it reads or writes the layer's
+# inputs and outputs, and the share of the data sheet's operations that products this thin reach.
+_ADAPTER_SECONDS = 3e-5
+_ADAPTER_COPIES = 5.3
+_ADAPTER_SHARE = 0.28
+# What the CPU needs to launch a layer's forward and backward where no graph was captured.
+_LAUNCH_SECONDS = {True: 3.4e-3, False: 4.7e-3}
+# What FSDP adds to that for each time that a layer is gathered, on two H200 of a host whose CPU was
+# rather slow.
+_GATHER_SECONDS = 2.7e-3
+# What a layer's kernels wait for one another in a captured graph.
+_GRAPH_SECONDS = 4e-5
+# Outside forward and backward: the optimizer, the logs.
+_STEP_SECONDS = 1.5e-3
+
+
+def step_seconds(
+    shape: ModelShape, placement: Placement, work: Work, gpu: Gpu, *, sequence_tokens: int
+) -> float:
+    """One optimizer step, the slowest of what happens at once."""
+    rows = max(1.0, work.step_tokens / sequence_tokens)
+    computing = _computing(shape, placement, gpu, work=work, rows=rows)
+    layers = rows * shape.layers * _passes(placement) / 2
+    if is_captured(shape, placement, tokens=work.step_tokens / rows):
+        computing += layers * _GRAPH_SECONDS
+        launching = 0.0
+    else:
+        launching = layers * _LAUNCH_SECONDS[shape.is_fused] + _GATHER_SECONDS * _gathers(
+            shape, placement, rows=rows
+        )
+    receiving = rows * _receiving(shape, placement, gpu)
+    return max(computing, launching, receiving) + _STEP_SECONDS
+
+
+def run_seconds(
+    shape: ModelShape, placement: Placement, work: Work, gpu: Gpu, *, sequence_tokens: int
+) -> float:
+    """Training, and scoring the held-out rows; loading the model is not counted."""
+    steps = work.steps(placement.ranks)
+    training = steps * step_seconds(shape, placement, work, gpu, sequence_tokens=sequence_tokens)
+    tokens = work.scored_tokens / placement.ranks
+    rate = gpu.flops * _SHARE[shape.is_fused]
+    return training + 2.0 * shape.active_parameters * tokens / rate
+
+
+def _passes(placement: Placement) -> float:
+    """Times that a step goes through every layer."""
+    return 3.0 if placement.recomputed else 2.0
+
+
+def _computing(
+    shape: ModelShape,
+    placement: Placement,
+    gpu: Gpu,
+    *,
+    work: Work,
+    rows: float,
+) -> float:
+    """Seconds of the GPU. The frozen weights have no gradient, so a product costs 2 operations a
+    weight and token in forward and 2 in backward, and 2 more where it is recomputed.
+    """
+    passes = _passes(placement)
+    tokens, length = work.step_tokens, work.step_tokens / rows
+    layers = passes * 2.0 * shape.active_parameters * tokens
+    # The head gives its gradient at once: 3 products.
+    head = 6.0 * shape.hidden_size * shape.vocabulary_size * work.step_labels
+    # Causal attention: half a square of tokens, two products in forward and five in backward.
+    attention = (passes - 1.0 + 2.5) * 2.0 * length * tokens * shape.hidden_size * shape.layers
+    rate = gpu.flops * _SHARE[shape.is_fused]
+    products = (layers + head) / (rate * length / (length + _HALF_AT_TOKENS))
+    reading = rows * passes * 2.0 * shape.active_parameters / gpu.bandwidth
+    # 4-bit weights are read and written as bfloat16, before they are read as any weight.
+    unpacking = 0.0
+    if placement.quantized:
+        share = _COPY_SHARE[is_captured(shape, placement, tokens=length)]
+        unpacked = 2.5 * shape.linear_parameters * shape.layers
+        unpacking = rows * passes * unpacked / (gpu.bandwidth * share)
+    adapting = passes / 2.0 * _adapting(shape, gpu, tokens=tokens, rows=rows)
+    return max(products, reading) + _ATTENTION_FACTOR * attention / rate + unpacking + adapting
+
+
+def _adapting(shape: ModelShape, gpu: Gpu, *, tokens: float, rows: float) -> float:
+    """Seconds of the adapter's products, forward and backward."""
+    launching = rows * shape.adapted_linears * _ADAPTER_SECONDS
+    copying = _ADAPTER_COPIES * 2.0 * tokens * shape.adapted_width / gpu.bandwidth
+    multiplying = 6.0 * tokens * shape.adapter_parameters / (gpu.flops * _ADAPTER_SHARE)
+    return max(launching, copying + multiplying)
+
+
+def _gathers(shape: ModelShape, placement: Placement, *, rows: float) -> float:
+    """How often a step gathers layers."""
+    gathered = shape.layers if placement.offloaded else shape.layers - placement.resident_layers
+    if placement.one_group:
+        gathered = min(gathered, 1)
+    return rows * _gathers_of_a_layer(placement) * gathered
+
+
+def _gathers_of_a_layer(placement: Placement) -> float:
+    """For one row, if it is sharded."""
+    return 1.0 if placement.kept_until_backward or placement.one_group else 2.0
+
+
+def _receiving(shape: ModelShape, placement: Placement, gpu: Gpu) -> float:
+    """Seconds in which a rank receives what it lacks for one row, from host memory and others."""
+    if placement.resident_layers >= shape.layers and not placement.offloaded:
+        return 0.0
+    sharded = shape.base_bytes(quantized=placement.quantized) - (
+        placement.resident_layers * shape.layer_bytes(quantized=placement.quantized)
+    )
+    if placement.whole_head:
+        sharded -= 2 * shape.head_parameters
+    passes = _gathers_of_a_layer(placement)
+    # Embeddings are gathered once a row; tied ones stay in the root group.
+    received = passes * sharded - (passes - 1.0) * 2 * shape.embedding_parameters
+    own = 1 / placement.ranks
+    seconds = (1 - own) / gpu.link + (own / gpu.host_link if placement.offloaded else 0.0)
+    return received * seconds

@@ -1,7 +1,0 @@
-"""The doctor: what would go wrong with a run, said before anything expensive is done."""
-
-from lora_fsdp.planning.doctor.diagnosis import RULES, Diagnosis, diagnose
-from lora_fsdp.planning.doctor.finding import Finding, Severity
-from lora_fsdp.planning.doctor.machine import Machine, MachineGpu
-
-__all__ = ["RULES", "Diagnosis", "Finding", "Machine", "MachineGpu", "Severity", "diagnose"]

@@ -1,0 +1,166 @@
+"""What is known when a run starts, written at once: also a run that fails can be reported on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lora_fsdp.base.folders import sha256_of_file
+from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.data.rows import TaskData
+from lora_fsdp.distributed.status import FsdpStatus
+from lora_fsdp.evaluation.comparison import answers_of
+from lora_fsdp.evaluation.outputs import write_json
+from lora_fsdp.reporting.recording.data_health import HELD_OUT, TRAINING, data_health
+from lora_fsdp.reporting.recording.environment import environment, launch_command
+from lora_fsdp.reporting.run_files import DATA_HEALTH_FILE, RECORD_FILE
+from lora_fsdp.tasks import Example
+from lora_fsdp.training.trainer import LoraTrainer
+
+_SAMPLE_CHARACTERS = 200
+# What `TrainingArguments` works out by itself from the machine or from other arguments.
+_DERIVED = {"accelerator_config", "dataloader_pin_memory", "do_eval", "use_cpu"}
+
+
+def record_start(
+    folder: Path,
+    *,
+    trainer: LoraTrainer,
+    data: TaskData,
+    status: FsdpStatus,
+    asked: Mapping[str, Any],
+) -> None:
+    """Write `run_record.json` and `data_health.json` into `folder`; for one rank to call.
+
+    Args:
+        folder: the run's output folder.
+        trainer, data, status: of the run.
+        asked: by their group the argument objects (dataclasses) beside the trainer's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    arguments = {group: (given, asdict(given)) for group, given in asked.items()}
+    arguments["training"] = (trainer.args, trainer.args.to_dict())
+    settings = None if trainer.fsdp_settings is None else asdict(trainer.fsdp_settings)
+    record = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": launch_command(),
+        "working_directory": Path.cwd(),
+        "environment": environment(),
+        "arguments": {group: values for group, (_, values) in arguments.items()},
+        "not_default": {group: _not_default(*given) for group, given in arguments.items()},
+        **_facts(trainer, data),
+        "prompt": _sample_prompt(trainer, data.held_out),
+        "asking": _asking(trainer, data),
+        "data_sha256": _digests(asked["data"]),
+        "fsdp": asdict(status) | {"settings": settings},
+    }
+    write_json(folder / RECORD_FILE, record)
+    rows = pd.concat(
+        [
+            _rows(data, data.train, trainer.train_dataset, part=TRAINING),
+            _rows(data, data.held_out, trainer.eval_dataset or [], part=HELD_OUT),
+        ]
+    )
+    write_json(folder / DATA_HEALTH_FILE, data_health(rows, labels=data.task.labels))
+
+
+def _facts(trainer: LoraTrainer, data: TaskData) -> dict[str, Any]:
+    return {
+        "task": data.task.name,
+        "labels": None if data.task.labels is None else list(data.task.labels),
+        "primary_metric": data.task.primary_metric,
+        "training_rows": len(data.train),
+        "held_out_rows": len(data.held_out),
+        "rows_left_out": data.dropped,
+        "processes": trainer.args.world_size,
+        "device": trainer.args.device.type,
+        "examples_per_step": trainer.examples_per_step,
+        "share_prefix": trainer.share_prefix,
+    }
+
+
+def _rows(
+    data: TaskData, examples: Sequence[Example], encoded: Sequence[EncodedExample], *, part: str
+) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "part": part,
+            "row": [example.row for example in examples],
+            "text": pd.Series([example.prompt.content for example in examples], dtype=object),
+            "answer": pd.Series(answers_of(data.task, examples), dtype=object),
+            "tokens": [len(one.prompt_ids) + len(one.target_ids) for one in encoded],
+            "shortened": pd.Series([one.shortened for one in encoded], dtype=bool),
+        }
+    )
+
+
+def _sample_prompt(trainer: LoraTrainer, held_out: Sequence[Example]) -> dict[str, Any] | None:
+    """A prompt as the model sees it, for the snippet that asks the adapter."""
+    if not held_out:
+        return None
+    encoder, prompt = trainer.encoder, held_out[0].prompt
+    short = replace(prompt, text=prompt.text[:_SAMPLE_CHARACTERS])
+    answers = [len(one.target_ids) for one in trainer.train_dataset]
+    return {
+        "row": held_out[0].row,
+        "text": short.text,
+        "rendered": encoder.render(short),
+        "chat_template": encoder.chat_template,
+        "end_token_id": encoder.end_token_id,
+        "longest_answer_tokens": max(answers, default=0),
+    }
+
+
+def _asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
+    """How the adapter is asked, to the token: for whoever asks it without this library.
+
+    `None` for conversations and for rows that bring their own choices: no one text stands for them.
+    """
+    examples = [*data.train, *data.held_out]
+    encoded = [*trainer.train_dataset, *(trainer.eval_dataset or [])]
+    if not examples or any(one.prompt.turns or one.choices for one in examples):
+        return None
+    encoder, prompt = trainer.encoder, examples[0].prompt
+    before, after = encoder.frame(prompt.before, prompt.after)
+    labels = [str(label) for label in data.task.labels or ()]
+    answers = dict(zip(labels, encoded[0].candidate_ids, strict=True)) if labels else None
+    return {
+        "before": before,
+        "after": after,
+        # Of a task whose instruction says something else in every row, the first is one of many.
+        "frames": len({(one.prompt.before, one.prompt.after) for one in examples}),
+        "leading_ids": encoder.leading_ids,
+        "answers": answers,
+        "end_token_id": encoder.end_token_id,
+        "max_length": encoder.max_length,
+    }
+
+
+def _digests(arguments: Any) -> dict[str, str]:
+    """SHA-256 of the files that the rows came from."""
+    named = {"data_file": arguments.data_file, "eval_file": arguments.eval_file}
+    return {
+        option: sha256_of_file(Path(name))
+        for option, name in named.items()
+        if name is not None and Path(name).is_file()
+    }
+
+
+def _not_default(arguments: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The fields that were set to something else than their default."""
+    changed = {}
+    for field in fields(arguments):
+        default = field.default
+        if default is MISSING and field.default_factory is not MISSING:
+            default = field.default_factory()
+        value = values.get(field.name)
+        # Paths and enumerations are compared as they are shown; unset is unset in any form.
+        same = str(value) == str(default) or (not value and not default)
+        if not same and field.name not in _DERIVED and not field.name.endswith("_token"):
+            changed[field.name] = value
+    return changed

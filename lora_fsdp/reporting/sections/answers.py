@@ -1,0 +1,168 @@
+"""The tuned model's answers row by row: confusions, confident mistakes, suspected label errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from lora_fsdp.reporting.recording.label_errors import suspected_label_errors
+from lora_fsdp.reporting.run_files import RunFiles, label_columns
+from lora_fsdp.reporting.sections.calibration import calibration
+from lora_fsdp.reporting.texts import one_line
+
+_CONFUSIONS, _ROWS_A_CONFUSION, _MISTAKES, _SUSPECTED, _SAMPLES = 6, 2, 10, 10, 6
+# More cells than this are not a table that anyone reads.
+_MOST_LABELS_IN_MATRIX = 120
+
+
+def labels_section(predictions: pd.DataFrame) -> dict[str, Any]:
+    """What the answers from a closed label set show, JSON-ready."""
+    labels = list(label_columns(predictions))
+    right = predictions["tuned"] == predictions["target"]
+    return {
+        "rows": len(predictions),
+        "mistakes": int((~right).sum()),
+        "matrix": _matrix(predictions, labels),
+        "by_label": _by_label(predictions, labels),
+        "confusions": _confusions(predictions[~right]),
+        "confident_mistakes": _confident_mistakes(predictions[~right]),
+        "calibration": calibration(predictions["probability"].to_numpy(), right.to_numpy()),
+        "suspected_labels": _suspected(predictions, labels),
+    }
+
+
+def choices_section(predictions: pd.DataFrame) -> dict[str, Any]:
+    """What the answers to questions with choices of their own show, JSON-ready."""
+    right = predictions["tuned"] == predictions["target"]
+    return {
+        "rows": len(predictions),
+        "mistakes": int((~right).sum()),
+        "confident_mistakes": _confident_mistakes(predictions[~right]),
+        "calibration": calibration(predictions["probability"].to_numpy(), right.to_numpy()),
+    }
+
+
+def free_text_section(predictions: pd.DataFrame) -> dict[str, Any]:
+    """Which held-out targets the tuned model writes to the letter, with samples, JSON-ready."""
+    right = (predictions["tuned"] == predictions["target"]) & (predictions["tuned"] != "")
+    return {
+        "rows": len(predictions),
+        "exact": int(right.sum()),
+        "exact_untrained": int(
+            ((predictions["base"] == predictions["target"]) & (predictions["base"] != "")).sum()
+        ),
+        "written": _lines(predictions[right].head(_SAMPLES)),
+        "not_written": _lines(predictions[~right].head(_SAMPLES)),
+    }
+
+
+def written_section(run: RunFiles) -> list[dict[str, Any]]:
+    """What both models wrote by themselves, beside the row's text and target."""
+    if run.metrics is None:
+        return []
+    known: dict[int, Any] = {}
+    if run.predictions is not None:
+        known = {int(line["row"]): line for line in run.predictions.to_dict("records")}
+    shown = []
+    for entry in run.metrics.get("written") or []:
+        row = known.get(int(entry["row"]), {})
+        shown.append(
+            {
+                "row": int(entry["row"]),
+                "text": one_line(row.get("text", "")),
+                "target": one_line(row.get("target", "")),
+                **{
+                    who: {
+                        "text": one_line(entry[who]["text"]),
+                        "answer": None
+                        if entry[who]["answer"] is None
+                        else one_line(entry[who]["answer"]),
+                    }
+                    for who in ("base", "tuned")
+                },
+            }
+        )
+    return shown
+
+
+def _matrix(predictions: pd.DataFrame, labels: list[str]) -> dict[str, Any] | None:
+    if len(labels) > _MOST_LABELS_IN_MATRIX:
+        return None
+    counts = pd.crosstab(predictions["target"], predictions["tuned"])
+    counts = counts.reindex(index=labels, columns=labels, fill_value=0)
+    return {
+        "labels": [one_line(label, limit=60) for label in labels],
+        "counts": counts.to_numpy().tolist(),
+    }
+
+
+def _by_label(predictions: pd.DataFrame, labels: list[str]) -> list[dict[str, Any]]:
+    """Precision, recall and F1 of each label; the label with the lowest F1 first."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    scores = precision_recall_fscore_support(
+        predictions["target"], predictions["tuned"], labels=labels, zero_division=0
+    )
+    lines = [
+        {
+            "label": one_line(label, limit=80),
+            "rows": int(support),
+            "precision": float(precision),
+            "recall": float(recall),
+            "f1": float(f1),
+        }
+        for label, precision, recall, f1, support in zip(labels, *scores, strict=True)
+    ]
+    return sorted(lines, key=lambda line: line["f1"])
+
+
+def _confusions(mistakes: pd.DataFrame) -> list[dict[str, Any]]:
+    groups = sorted(
+        mistakes.groupby(["target", "tuned"], sort=True), key=lambda group: -len(group[1])
+    )
+    return [
+        {
+            "target": one_line(target, limit=80),
+            "tuned": one_line(tuned, limit=80),
+            "count": len(group),
+            "rows": _lines(_by_confidence(group).head(_ROWS_A_CONFUSION)),
+        }
+        for (target, tuned), group in groups[:_CONFUSIONS]
+    ]
+
+
+def _confident_mistakes(mistakes: pd.DataFrame) -> list[dict[str, Any]]:
+    return _lines(_by_confidence(mistakes).head(_MISTAKES))
+
+
+def _suspected(predictions: pd.DataFrame, labels: list[str]) -> dict[str, Any]:
+    known = predictions[predictions["target"].isin(labels)]
+    columns = [label_columns(predictions)[label] for label in labels]
+    found = suspected_label_errors(known["target"].tolist(), known[columns].to_numpy(), labels)
+    first = found.head(_SUSPECTED)
+    lines = _lines(known.iloc[first["position"].to_numpy()])
+    for line, suspect in zip(lines, first.itertuples(index=False), strict=True):
+        line |= {
+            "suggested": one_line(suspect.suggested, limit=80),
+            "probability_suggested": float(suspect.probability_suggested),
+            "probability_given": float(suspect.probability_given),
+        }
+    return {"examined": len(known), "count": len(found), "first": lines}
+
+
+def _by_confidence(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.sort_values("probability", ascending=False, kind="stable")
+
+
+def _lines(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    return [
+        {
+            "row": int(row.row),
+            "text": one_line(row.text, limit=200),
+            "target": one_line(row.target, limit=80),
+            "tuned": one_line(row.tuned, limit=80),
+            "probability": float(row.probability),
+        }
+        for row in rows.itertuples(index=False)
+    ]

@@ -1,0 +1,53 @@
+"""Whether a model's probabilities mean what they say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from lora_fsdp.reporting.sections.intervals import wilson_interval
+
+BINS = 10
+
+
+def calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    """Confidence against accuracy in ten bins of equal width, and the expected calibration error.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017,
+    https://arxiv.org/abs/1706.04599
+
+    Args:
+        confidence: [N] probability of the answer given, 0 to 1.
+        right: [N] bool, whether that answer is right.
+
+    Returns:
+        `error`: the mean over rows of |accuracy - confidence| of their bin; `confidence` and
+        `accuracy` over all rows, the latter with its Wilson interval; `bins`: those that
+        hold rows, each with its bounds.
+    """
+    places = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins = []
+    for place in range(BINS):
+        chosen = places == place
+        if chosen.any():
+            bins.append(
+                {
+                    "from": place / BINS,
+                    "to": (place + 1) / BINS,
+                    "rows": int(chosen.sum()),
+                    "confidence": float(confidence[chosen].mean()),
+                    "accuracy": float(right[chosen].mean()),
+                }
+            )
+    gaps = sum(one["rows"] * abs(one["accuracy"] - one["confidence"]) for one in bins)
+    accuracy = wilson_interval(int(right.sum()), len(right))
+    return {
+        "error": gaps / len(confidence),
+        "confidence": float(confidence.mean()),
+        "accuracy": accuracy.value,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        "rows": len(confidence),
+        "bins": bins,
+    }

@@ -1,0 +1,196 @@
+"""The systems of a run side by side, each score with its interval, and the verdict in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lora_fsdp.evaluation.outputs import CHANCE, TFIDF, TUNED, UNTRAINED
+from lora_fsdp.reporting.run_files import RunFiles, baseline_columns, label_columns
+from lora_fsdp.reporting.sections.intervals import Interval, PairedBootstrap, wilson_interval
+
+# Below these, resampling says nothing and no verdict is given.
+_LEAST_ROWS_TO_RESAMPLE = 10
+_LEAST_ROWS_FOR_A_VERDICT = 30
+_SHOWN = ("accuracy", "macro_f1", "exact_match", "loss")
+# The metric of the bootstrap that each of the shown ones is.
+_RESAMPLED = {"accuracy": "accuracy", "exact_match": "accuracy", "macro_f1": "macro_f1"}
+NAMES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "exact_match": "exact match",
+    "loss": "loss",
+    TUNED: "tuned model",
+    UNTRAINED: "untrained model",
+    TFIDF: "TF-IDF + logistic regression",
+    "majority": "majority label",
+    CHANCE: "guess among the choices",
+    "token_f1": "F1 of words",
+    "field_f1": "F1 of fields",
+    "rougeL": "ROUGE-L",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "valid_json": "valid JSON",
+    "whole_object": "whole object",
+}
+
+
+def name_of(key: str) -> str:
+    """A metric or a system as it is called in a sentence."""
+    return NAMES.get(key, key)
+
+
+def score_table(run: RunFiles) -> dict[str, Any] | None:
+    """Every system's scores, the differences to the tuned model, and a verdict; JSON-ready.
+
+    `None` before the run has finished.
+    """
+    if run.metrics is None:
+        return None
+    metrics: dict[str, dict[str, float]] = run.metrics["metrics"]
+    primary = str(run.metrics["primary_metric"])
+    shown = [key for key in dict.fromkeys((primary, *_SHOWN)) if key in metrics[TUNED]]
+    if run.predictions is not None and not label_columns(run.predictions):
+        # A task with metrics of its own; those of a classification go on label by label.
+        own = [key for key in metrics[TUNED] if key not in shown]
+        shown = [*shown[:1], *own, *shown[1:]]
+    bootstrap = bootstrap_of(run.predictions)
+    systems = [
+        {
+            "system": system,
+            "scores": {
+                key: score(values[key], run.predictions, bootstrap, system=system, metric=key)
+                for key in shown
+                if key in values
+            },
+        }
+        for system, values in metrics.items()
+    ]
+    differences = {
+        system: difference(metrics, run.predictions, bootstrap, system=system, metric=primary)
+        for system in metrics
+        if system != TUNED and primary in metrics[system]
+    }
+    table = {
+        "rows": _rows(run),
+        "primary_metric": primary,
+        "metrics": shown,
+        "systems": systems,
+        "differences": differences,
+    }
+    return table | {"verdict": _verdict(table, tuned=metrics[TUNED][primary])}
+
+
+def bootstrap_of(predictions: pd.DataFrame | None) -> PairedBootstrap | None:
+    """All systems of a table of predictions on the same resampled rows."""
+    if predictions is None or len(predictions) < _LEAST_ROWS_TO_RESAMPLE:
+        return None
+    return PairedBootstrap(
+        predictions["target"].tolist(),
+        {system: answers.tolist() for system, answers in answers_by_system(predictions).items()},
+        labels=list(label_columns(predictions)),
+    )
+
+
+def answers_by_system(predictions: pd.DataFrame) -> dict[str, pd.Series]:
+    """The answers of every system in a table of predictions."""
+    columns = {**baseline_columns(predictions), UNTRAINED: "base", TUNED: "tuned"}
+    return {system: predictions[column] for system, column in columns.items()}
+
+
+def score(
+    value: float,
+    predictions: pd.DataFrame | None,
+    bootstrap: PairedBootstrap | None,
+    *,
+    system: str,
+    metric: str,
+) -> dict[str, float | None]:
+    """A score with its interval, where the predictions give this very score."""
+    plain: dict[str, float | None] = {"value": float(value), "low": None, "high": None}
+    if predictions is None or predictions.empty or metric not in _RESAMPLED:
+        return plain
+    answers = answers_by_system(predictions)
+    if system not in answers:
+        return plain
+    if metric == "macro_f1":
+        if bootstrap is None or not bootstrap.labels:
+            return plain
+        found = bootstrap.interval(system, "macro_f1")
+    else:
+        right = int((answers[system] == predictions["target"]).sum())
+        found = wilson_interval(right, len(predictions))
+    # A task may mean something of its own by the name, or the file is of another run.
+    return asdict(found) if np.isclose(found.value, value, atol=1e-6) else plain
+
+
+def difference(
+    scores: Mapping[str, Mapping[str, float]],
+    predictions: pd.DataFrame | None,
+    bootstrap: PairedBootstrap | None,
+    *,
+    system: str,
+    metric: str,
+) -> dict[str, float | None]:
+    """By how much the tuned model scores above `system`, with a paired interval if there is one.
+
+    Args:
+        scores: of every system, by the metric's name.
+        predictions: the held-out rows with every system's answers, if they were kept.
+        bootstrap: of these predictions.
+        system: which one the tuned model is compared with.
+        metric: by which.
+    """
+    value = float(scores[TUNED][metric]) - float(scores[system][metric])
+    found: Interval | None = None
+    known = (
+        metric in _RESAMPLED
+        and predictions is not None
+        and system in answers_by_system(predictions)
+    )
+    if bootstrap is not None and known and (metric != "macro_f1" or bootstrap.labels):
+        found = bootstrap.difference(TUNED, system, _RESAMPLED[metric])
+    if found is None or not np.isclose(found.value, value, atol=1e-6):
+        return {"value": value, "low": None, "high": None}
+    return asdict(found)
+
+
+def _rows(run: RunFiles) -> int | None:
+    if run.predictions is not None:
+        return len(run.predictions)
+    return None if run.metrics is None else run.metrics.get("held_out_rows")
+
+
+def _verdict(table: dict[str, Any], *, tuned: float) -> dict[str, Any]:
+    """Whether tuning was worth it, by the primary metric against the best of the others."""
+    differences, metric = table["differences"], name_of(table["primary_metric"])
+    best = min(differences, key=lambda system: differences[system]["value"])
+    margin, rival = differences[best], name_of(best)
+    few = table["rows"] is not None and table["rows"] < _LEAST_ROWS_FOR_A_VERDICT
+    if few:
+        outcome = "unclear"
+        headline = f"Too few held-out rows to tell: {table['rows']}."
+    elif margin["low"] is not None and margin["low"] > 0:
+        outcome, headline = "yes", f"Worth it: the tuned model beats the {rival}."
+    elif margin["high"] is not None and margin["high"] < 0:
+        outcome, headline = "no", f"Not worth it: the {rival} is better than the tuned model."
+    elif margin["value"] > 0:
+        outcome = "unclear"
+        headline = f"Not proven: the lead over the {rival} may be chance."
+    else:
+        outcome = "no"
+        headline = f"Not worth it so far: the tuned model does not beat the {rival}."
+    return {
+        "outcome": outcome,
+        "headline": headline,
+        "rival": best,
+        "metric": metric,
+        "tuned": tuned,
+        "rival_score": tuned - margin["value"],
+        "difference": margin,
+        "few_rows": few,
+    }

@@ -1,0 +1,222 @@
+"""Folders that are whole or not there.
+
+What is to be saved is written into a folder beside its place (`checkpoint-8.partial`), every file
+is flushed to the disk, a marker with the size and SHA-256 of every file is written last, and only
+then is the folder renamed. A process killed at any instant, a full disk or a power cut leaves
+either the whole folder or a `.partial` one, which nothing reads and the next start removes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import SafetensorError
+
+from lora_fsdp.errors import CheckpointSaveError, DamagedCheckpointError, LoraFsdpError
+
+MARKER = "manifest.json"
+PARTIAL = ".partial"
+REPLACED = ".replaced"
+_FORMAT = 1
+
+
+@contextmanager
+def atomic_folder(folder: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """Give a folder to write into, which takes the place of `folder` when it is whole.
+
+    Args:
+        folder: the place; a folder that is there already is kept until the new one stands.
+        facts: what defines the folder's contents, for the marker.
+
+    Raises:
+        CheckpointSaveError: it cannot be written; `folder` is as it was.
+    """
+    with _clear_message(folder):
+        partial = _begin(folder)
+        try:
+            yield partial
+            _seal(partial, facts)
+            _take_place(partial, folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def atomic_files(folder: Path, facts: Mapping[str, Any], *, last: str) -> Iterator[Path]:
+    """As `atomic_folder`, for files in a folder that also holds other things.
+
+    They are moved in one by one, the file `last` at the end: without it nobody can take the others
+    for whole, so it is also the first to go where a former set is replaced.
+    """
+    with _clear_message(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = _begin(folder / "adapter")
+        try:
+            yield partial
+            _seal(partial, facts)
+            (folder / last).unlink(missing_ok=True)
+            _move_files(partial, folder, last=last)
+            shutil.rmtree(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """The marker of a folder.
+
+    Raises:
+        DamagedCheckpointError: it is missing or unreadable.
+    """
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        digest = marker.pop("sha256")
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"its marker {MARKER} is missing") from None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedCheckpointError(f"its marker {MARKER} cannot be read ({error})") from error
+    if digest != _digest_marker(marker):
+        raise DamagedCheckpointError(f"its marker {MARKER} is not as it was written")
+    if marker["format"] != _FORMAT:
+        raise DamagedCheckpointError(f"its format is {marker['format']}, this version's {_FORMAT}")
+    return marker
+
+
+def check_whole(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
+    """The marker of a folder whose files are as they were written.
+
+    Args:
+        folder: the folder.
+        hashes: compare the files' SHA-256, not their sizes alone.
+
+    Raises:
+        DamagedCheckpointError: says what is wrong, as the end of a sentence about the folder.
+    """
+    marker = read_marker(folder)
+    for name, expected in marker["files"].items():
+        file = folder / name
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DamagedCheckpointError(f"{name!r} is outside it")
+        if file.is_symlink() or not file.is_file():
+            raise DamagedCheckpointError(f"{name} is missing or no regular file")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise DamagedCheckpointError(f"{name} has {size} bytes instead of {expected['bytes']}")
+        if hashes and _digest_file(file) != expected["sha256"]:
+            raise DamagedCheckpointError(f"{name} is not as it was written (its SHA-256 differs)")
+    return marker
+
+
+def remove_leftovers(parent: Path) -> list[Path]:
+    """Remove what a killed process left half-written in `parent`; the paths removed.
+
+    A folder that had made way for one that never took its place is put back.
+    """
+    removed = []
+    for path in sorted(parent.glob(f"*{REPLACED}")):
+        place = path.with_name(path.name.removesuffix(REPLACED))
+        if place.exists():
+            shutil.rmtree(path)
+            removed.append(path)
+        else:
+            path.rename(place)
+    for path in sorted(parent.glob(f"*{PARTIAL}")):
+        shutil.rmtree(path)
+        removed.append(path)
+    return removed
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; killed in the middle, it leaves no damaged one under the folder's name."""
+    doomed = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _begin(folder: Path) -> Path:
+    partial = folder.with_name(folder.name + PARTIAL)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _seal(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Flush every file and write the marker."""
+    files = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _flush(file)
+        name = file.relative_to(folder).as_posix()
+        files[name] = {"bytes": file.stat().st_size, "sha256": _digest_file(file)}
+    marker = {"format": _FORMAT, "facts": dict(facts), "files": files}
+    text = json.dumps({"sha256": _digest_marker(marker), **marker}, indent=2)
+    (folder / MARKER).write_text(text, encoding="utf-8")
+    _flush(folder / MARKER)
+    for inner in [path for path in folder.rglob("*") if path.is_dir()]:
+        _flush_folder(inner)
+    _flush_folder(folder)
+
+
+def _take_place(partial: Path, folder: Path) -> None:
+    replaced = folder.with_name(folder.name + REPLACED)
+    if folder.exists():
+        folder.rename(replaced)
+    partial.rename(folder)
+    _flush_folder(folder.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _move_files(partial: Path, folder: Path, *, last: str) -> None:
+    names = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
+    for name in sorted(names, key=lambda name: (str(name) == last, name)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial / name, folder / name)
+    _flush_folder(folder)
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest_file(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest_marker(marker: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _clear_message(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # safetensors and tokenizers report the system's errors as text only.
+        from_system = isinstance(error, OSError | SafetensorError) or "(os error" in str(error)
+        if isinstance(error, LoraFsdpError) or not from_system:
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise CheckpointSaveError(
+            f"{folder} cannot be written ({reason}): what was saved before is as it was. Make room "
+            "or choose another --output_dir, then continue with --resume_from_checkpoint true."
+        ) from error

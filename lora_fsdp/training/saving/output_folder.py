@@ -1,0 +1,64 @@
+"""Whether a run may write into its output folder, and what of an earlier run it would replace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+from lora_fsdp.arguments import FineTuningArguments
+from lora_fsdp.errors import OutputFolderError
+from lora_fsdp.training.saving.checkpoints import check_named_checkpoint, newest_whole_checkpoint
+
+# What a run leaves in its folder and no other program does; nothing else is ever removed.
+_RUN_FILES = (
+    "checkpoint-*",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "confusion_matrix.png",
+    "diverged-step-*",
+    "manifest.json",
+    "metrics.json",
+    "predictions.csv",
+    "report.html",
+    "report.json",
+    "report_figures",
+    "proof.json",
+    "stalled",
+    "task.json",
+    "training_args.json",
+)
+
+
+def check_output_folder(folder: Path, arguments: FineTuningArguments) -> list[Path]:
+    """What is in the folder of an earlier run and would be replaced; nothing is changed.
+
+    Raises:
+        OutputFolderError: it holds a run, and neither resuming nor overwriting was asked for.
+        DamagedCheckpointError: it is to be resumed and holds no whole checkpoint.
+    """
+    left = files_of(folder, _RUN_FILES)
+    resume = cast(str | bool | None, arguments.resume_from_checkpoint)
+    if isinstance(resume, str):
+        check_named_checkpoint(Path(resume))
+        elsewhere = Path(resume).absolute().parent != folder.absolute()
+        if left and elsewhere and not arguments.overwrite_output_dir:
+            raise OutputFolderError(
+                f"{folder} already holds another run than {resume} is of: choose another "
+                "--output_dir, or replace it with --overwrite_output_dir true."
+            )
+        return []
+    if resume:
+        newest_whole_checkpoint(folder)
+        return []
+    if left and not arguments.overwrite_output_dir:
+        raise OutputFolderError(
+            f"{folder} already holds a run: choose another --output_dir, continue it with "
+            "--resume_from_checkpoint true, or replace it with --overwrite_output_dir true."
+        )
+    return left
+
+
+def files_of(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files and folders in `folder` that match one of the patterns."""
+    return [path for pattern in patterns for path in folder.glob(pattern)]

@@ -1,0 +1,215 @@
+"""Forward and backward of one optimizer step's packed sequences as captured CUDA graphs.
+
+A sequence of a few hundred tokens is some 10 ms of work for a GPU and many times that for the CPU
+that launches it kernel by kernel. A graph is launched at once. It has fixed shapes and addresses:
+sequences are padded to one of a few sizes, inputs are copied to where the graph reads them, and
+gradients add up in the adapter's one block (`ReplicatedParameters.zero_gradients`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lora_fsdp.compute.captured_sizes import captured_size
+from lora_fsdp.data.packing import PackedSequence, SequenceSize
+from lora_fsdp.errors import CaptureError
+from lora_fsdp.placement.memory import LargestSequence
+from lora_fsdp.ranks import is_joined, world_size
+from lora_fsdp.training.step.eager import EagerStep
+
+logger = logging.getLogger(__name__)
+
+_MOST_GRAPHS = 32
+_UNKNOWN = LargestSequence(tokens=0, labels=0)
+# cuDNN's attention is the fastest, and a captured size is planned only once.
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+class CapturedStep(EagerStep):
+    """Computes rows by CUDA graphs, one a size; eagerly where a row is too long or capture fails.
+
+    All graphs share their memory: one runs at a time. Where layers are gathered within the step,
+    all ranks must capture, replay or launch the same at once, as NCCL asks: rows that run at once
+    are padded to one size. A capture that fails then ends the run, as the others cannot know of it.
+
+    Args:
+        model: the model with its adapter.
+        largest: what the largest row is expected to have. That is captured first, if it can be, so
+            that the others' tensors find room in its memory, and what does not fit fails at once.
+        gathers: whether forward and backward gather layers.
+        settings: of `EagerStep`.
+
+    Attributes:
+        captured: the sizes that were captured, in their order; kept when they are released.
+        failed: why nothing is captured any more.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        largest: LargestSequence = _UNKNOWN,
+        gathers: bool = False,
+        **settings: object,
+    ) -> None:
+        super().__init__(model, **settings)  # type: ignore[arg-type]
+        self.gathers = gathers
+        self.captured: list[SequenceSize] = []
+        self.failed: str | None = None
+        self._largest = largest
+        self._graphs: dict[SequenceSize, _CapturedSequence] = {}
+
+    @cached_property
+    def _pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """One for all captures: memory is used again by the stream that it was allocated for only.
+
+        Of a high priority: what the step does on other streams meanwhile (unpacking weights) takes
+        what this one leaves.
+        """
+        return torch.cuda.Stream(priority=-1)
+
+    def run(
+        self, row: PackedSequence, *, label_tokens: int, sizes_of_ranks: Sequence[SequenceSize]
+    ) -> torch.Tensor:
+        """Add one row's gradients; its loss.
+
+        Raises:
+            CaptureError: layers are gathered, and a capture failed.
+        """
+        graph = self._graph_for(_common(sizes_of_ranks) if self.gathers else row.size)
+        if graph is None:
+            return super().run(row, label_tokens=label_tokens, sizes_of_ranks=sizes_of_ranks)
+        graph.load(row, scale=1.0 / label_tokens)
+        graph.graph.replay()
+        return graph.loss
+
+    def release(self) -> None:
+        """Let go of the graphs: of their memory, and of NCCL's communicator, which a process could
+        not close while one holds it.
+
+        Waits for nothing, as another rank may be gone: CUDA destroys a graph when it has run.
+        """
+        self._graphs.clear()
+        self.__dict__.pop("_pool", None)  # torch opens no pool again whose graphs are all gone
+
+    def _graph_for(self, size: SequenceSize) -> _CapturedSequence | None:
+        """For rows of `size`, captured if there is none yet; `None` if none can be."""
+        padded = captured_size(size)
+        if padded is None or self.failed:
+            return None
+        if not self._graphs:
+            self.captured.clear()
+        if padded not in self._graphs and len(self._graphs) < _MOST_GRAPHS:
+            # The largest one comes before all others.
+            for new in dict.fromkeys((padded if self._graphs else self._first(size), padded)):
+                self._add_graph(new)
+        return self._graphs.get(padded)
+
+    def _first(self, size: SequenceSize) -> SequenceSize:
+        """What is captured first, where rows of `size` come first."""
+        largest = size._replace(
+            tokens=max(self._largest.tokens, size.tokens),
+            labels=max(self._largest.labels, size.labels),
+        )
+        return captured_size(largest) or cast(SequenceSize, captured_size(size))
+
+    def _add_graph(self, size: SequenceSize) -> None:
+        """Capture `size`, unless a capture has failed, as this one may, too."""
+        if self.failed:
+            return
+        try:
+            self._graphs[size] = self._capture(size)
+            self.captured.append(size)
+        except RuntimeError as error:
+            # Ending a capture that was broken off is an error of its own.
+            broken_off_by = error.__context__
+            if broken_off_by is not None and not isinstance(broken_off_by, Exception):
+                raise
+            cause = broken_off_by if isinstance(broken_off_by, RuntimeError) else error
+            self.failed = str(cause).splitlines()[0]
+            self._graphs.clear()  # their memory is free for the eager step
+            if self.gathers:
+                raise CaptureError(
+                    f"A row of {size.tokens} tokens cannot be captured with the gathers in it: "
+                    f"{self.failed}. Run with --step auto."
+                ) from error
+            logger.warning("The step cannot be captured and runs eagerly: %s", self.failed)
+
+    def _capture(self, size: SequenceSize) -> _CapturedSequence:
+        """Capture rows of `size`; gradients and random numbers are left as they were."""
+        static = _CapturedSequence(size, device=self.device)
+        gradients = self.adapter.copy_gradients()
+        random_state = torch.cuda.get_rng_state(self.device)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream), sdpa_kernel(_ATTENTION, set_priority=True):
+                # Kernels are compiled and workspaces allocated before the capture.
+                for _ in range(1 if self._graphs else 2):
+                    self._forward_backward(static.row, scale=static.scale)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            with (
+                torch.cuda.graph(
+                    static.graph,
+                    pool=self._pool,
+                    stream=self._stream,
+                    # A thread of NCCL's watches over its kernels meanwhile.
+                    capture_error_mode="thread_local" if is_joined() else "global",
+                ),
+                sdpa_kernel(_ATTENTION, set_priority=True),
+            ):
+                static.loss = self._forward_backward(static.row, scale=static.scale)
+        finally:
+            torch.cuda.synchronize()
+            torch.cuda.set_rng_state(random_state, self.device)
+            self.adapter.set_gradients(gradients)
+        return static
+
+
+def _common(sizes: Sequence[SequenceSize]) -> SequenceSize:
+    """The least that rows of all `sizes`, one of each rank, can be padded to."""
+    if len(sizes) != world_size():
+        raise ValueError(f"Sizes of {len(sizes)} ranks were given, and there are {world_size()}.")
+    return SequenceSize(
+        tokens=max(size.tokens for size in sizes),
+        labels=max(size.labels for size in sizes),
+        is_one_sequence=all(size.is_one_sequence for size in sizes),
+    )
+
+
+class _CapturedSequence:
+    """A captured forward and backward, and the memory it reads and writes."""
+
+    def __init__(self, size: SequenceSize, *, device: torch.device) -> None:
+        empty = PackedSequence(
+            torch.empty(4, 0, dtype=torch.int64),
+            torch.empty(3, 0, dtype=torch.int64),
+            is_one_sequence=size.is_one_sequence,
+        )
+        self.size = size
+        self.row = empty.padded(tokens=size.tokens, labels=size.labels).to(device)
+        self.scale = torch.zeros((), device=device)
+        self.graph = torch.cuda.CUDAGraph()
+        self.loss = torch.zeros((), device=device)
+
+    def load(self, row: PackedSequence, *, scale: float) -> None:
+        """Put `row` where the graph reads it."""
+        padded = row.padded(tokens=self.size.tokens, labels=self.size.labels).pin_memory()
+        self.row.tokens.copy_(padded.tokens, non_blocking=True)
+        self.row.labels.copy_(padded.labels, non_blocking=True)
+        self.scale.fill_(scale)

@@ -1,0 +1,270 @@
+"""The head at label positions, and which architectures can compute a packed row at all.
+
+Run: python -m pytest tests/compute/test_label_head.py
+"""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen3NextConfig,
+    RecurrentGemmaConfig,
+)
+
+from lora_fsdp.compute.label_head import (
+    RowComputation,
+    check_architecture,
+    check_packing,
+    label_log_probs,
+    label_logits,
+)
+from lora_fsdp.data.packing import Tree, empty_sequence, pack_sequence
+from lora_fsdp.errors import UnsupportedModelError
+from tests.support.tiny import CONFIGS, adapted_model, tiny_model
+
+FP32 = torch.float32
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def read_across_examples(inputs):
+    length = inputs["input_ids"].shape[1]
+    return inputs | {"attention_mask": torch.full((1, 1, length, length), -torch.inf).triu(1)}
+
+
+def count_along_the_row(inputs):
+    return inputs | {"position_ids": None}
+
+
+@pytest.mark.parametrize("fault", [read_across_examples, count_along_the_row])
+def test_live_check_refuses_a_model_that_cannot_be_packed(fault):
+    """Whatever its name and signature say."""
+    model = adapted_model()
+    check_packing(model, device=torch.device("cpu"), computation=RowComputation(FP32))
+    forward = model.forward
+    model.forward = lambda **inputs: forward(**fault(inputs))
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM computes packed examples"):
+        check_packing(model, device=torch.device("cpu"), computation=RowComputation(FP32))
+
+
+def model_from(config):
+    attention = "eager" if isinstance(config, BloomConfig | MambaConfig) else "sdpa"
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def two_trees():
+    return [Tree([5, 6, 7, 8, 9], [[11, 0]]), Tree([5, 6, 17, 18], [[12, 13, 0]])]
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_logits_are_those_of_the_label_positions(kind):
+    model = tiny_model(kind).eval()
+    [tree, *_] = two_trees()
+    with torch.no_grad():
+        plain = model(input_ids=torch.tensor([[*tree.prompt_ids, 11]]), use_cache=False).logits[0]
+        logits = label_logits(
+            model, pack_sequence([tree], share_prefix=False), computation=RowComputation(FP32)
+        )
+    torch.testing.assert_close(logits, plain[-2:], rtol=1e-5, atol=1e-5)
+
+
+def test_head_runs_at_label_positions_only():
+    model = tiny_model().eval()
+    rows = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
+    row = pack_sequence(two_trees(), share_prefix=True)
+    label_log_probs(model, row, computation=RowComputation(FP32))
+    assert rows == [row.label_ids.numel()] == [5]
+
+
+def test_model_without_logits_to_keep():
+    """Older and custom models compute all logits; the labels' are picked afterwards."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids, attention_mask, position_ids, use_cache):
+            return self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                use_cache=use_cache,
+            )
+
+    model = tiny_model().eval()
+    row = pack_sequence(two_trees(), share_prefix=True)
+    with torch.no_grad():
+        expected = label_log_probs(model, row, computation=RowComputation(FP32))
+        found = label_log_probs(Wrapper(model), row, computation=RowComputation(FP32))
+    torch.testing.assert_close(found, expected)
+
+
+def test_logits_are_float32_over_a_bf16_base():
+    model = tiny_model(dtype=torch.bfloat16).eval()
+    logits = label_logits(
+        model,
+        pack_sequence(two_trees(), share_prefix=True),
+        computation=RowComputation(torch.bfloat16),
+    )
+    assert logits.dtype == FP32
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_a_row_without_labels(kind):
+    assert label_log_probs(
+        tiny_model(kind).eval(), empty_sequence(), computation=RowComputation(FP32)
+    ).shape == (0,)
+
+
+class TestCacheTrap:
+    """Without an explicit mask, examples of a row attend to each other, and nothing says so."""
+
+    def rows(self):
+        first, second = [5, 6, 7, 8, 9, 11, 0], [15, 16, 17, 18, 12, 0]
+        other = [25, 26, 27, 28, 29, 21, 0]
+        return first + second, other + second, len(second)
+
+    def naive(self, ids, second, **keywords):
+        """What packing by position ids alone computes, with the cache left on by default."""
+        positions = [*range(len(ids) - second), *range(second)]
+        with torch.no_grad():
+            return (
+                tiny_model()
+                .eval()(
+                    input_ids=torch.tensor([ids]),
+                    position_ids=torch.tensor([positions]),
+                    **keywords,
+                )
+                .logits[0, -second:]
+            )
+
+    @pytest.mark.parametrize(
+        "keywords",
+        [{}, {"use_cache": True}, {"attention_mask": torch.ones(1, 13, dtype=torch.int64)}],
+        ids=["use_cache unset", "use_cache on", "mask of ones"],
+    )
+    def test_naive_packing_contaminates(self, keywords):
+        ids, changed, second = self.rows()
+        before = self.naive(ids, second, **keywords)
+        after = self.naive(changed, second, **keywords)
+        assert (before - after).abs().max() > 1e-3
+
+    def test_ours_does_not(self):
+        model = tiny_model().eval()
+        answers = [[12, 0]]
+        second = Tree([3, 4, 15, 16, 17, 18], answers)
+        before, after = (
+            label_log_probs(
+                model,
+                pack_sequence([Tree(first, [[11, 0]]), second], share_prefix=True),
+                computation=RowComputation(FP32),
+            )
+            for first in ([3, 4, 5, 6, 7, 8, 9], [3, 4, 25, 26, 27, 28, 29])
+        )
+        assert torch.equal(before[2:], after[2:])
+        assert not torch.equal(before[:2], after[:2])
+        with torch.no_grad():
+            alone = label_log_probs(
+                model, pack_sequence([second], share_prefix=False), computation=RowComputation(FP32)
+            )
+        torch.testing.assert_close(before[2:], alone, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("use_cache", [True, False])
+    def test_the_model_s_own_setting_changes_nothing(self, use_cache):
+        model = tiny_model().eval()
+        row = pack_sequence(two_trees(), share_prefix=True)
+        expected = label_log_probs(model, row, computation=RowComputation(FP32))
+        model.config.use_cache = use_cache
+        assert torch.equal(label_log_probs(model, row, computation=RowComputation(FP32)), expected)
+
+
+class TestArchitectures:
+    @pytest.mark.parametrize("kind", sorted(CONFIGS))
+    def test_accepted(self, kind):
+        check_architecture(tiny_model(kind), longest=512)
+
+    def test_no_position_ids(self):
+        bloom = model_from(BloomConfig(vocab_size=60, hidden_size=32, n_layer=1, n_head=2))
+        with pytest.raises(UnsupportedModelError, match="BloomForCausalLM takes no `position_ids`"):
+            check_architecture(bloom, longest=64)
+
+    def test_recurrent(self):
+        sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
+        with pytest.raises(UnsupportedModelError, match=r"MambaForCausalLM.*choose"):
+            check_architecture(model_from(MambaConfig(**sizes)), longest=64)
+
+    def test_hybrid_by_layer_types(self):
+        config = Qwen3NextConfig(
+            **SIZES,
+            head_dim=16,
+            num_key_value_heads=1,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            layer_types=["linear_attention", "full_attention"],
+        )
+        with pytest.raises(UnsupportedModelError, match=r"linear_attention.*attention-only"):
+            check_architecture(model_from(config), longest=64)
+
+    def test_hybrid_by_block_types(self):
+        config = RecurrentGemmaConfig(
+            **SIZES, num_key_value_heads=1, block_types=("recurrent", "attention"), lru_width=32
+        )
+        with pytest.raises(UnsupportedModelError, match="RecurrentGemmaForCausalLM"):
+            check_architecture(model_from(config), longest=64)
+
+    @pytest.mark.parametrize(("longest", "refused"), [(63, False), (64, False), (65, True)])
+    def test_window_against_the_longest_example(self, longest, refused):
+        model = model_from(MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=64))
+        if not refused:
+            check_architecture(model, longest=longest)
+            return
+        with pytest.raises(UnsupportedModelError, match=r"windows of 64 .*--max_length .* 64"):
+            check_architecture(model, longest=longest)
+
+    def test_an_example_as_long_as_the_window_is_exact(self):
+        """The boundary case that the check lets through."""
+        config = MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=8)
+        model = model_from(config)
+        ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
+        with torch.no_grad():
+            windowed = model(input_ids=ids, use_cache=False).logits[0, -1].log_softmax(-1)[3]
+            row = pack_sequence([Tree([2], [[4]]), Tree(ids[0].tolist(), [[3]])], share_prefix=True)
+            packed = label_log_probs(model, row, computation=RowComputation(FP32))[-1]
+        torch.testing.assert_close(packed, windowed)
+
+    def test_no_window(self):
+        config = MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=None)
+        check_architecture(model_from(config), longest=100_000)
+
+    def test_longer_than_the_learnt_positions(self):
+        config = GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+        with pytest.raises(UnsupportedModelError, match=r"64.*--max_length"):
+            check_architecture(model_from(config), longest=65)
+
+    def test_encoder(self):
+        config = BertConfig(**SIZES)
+        model = model_from(config)
+        with pytest.raises(UnsupportedModelError, match="BertLMHeadModel"):
+            check_architecture(model, longest=64)
+
+    def test_refusal_is_about_the_class(self):
+        assert issubclass(type(tiny_model()), PreTrainedModel)
+        sizes = {**SIZES, "num_hidden_layers": 1}
+        check_architecture(model_from(LlamaConfig(**sizes)), longest=1)
