@@ -127,18 +127,18 @@ def ours(
     result = clock.result(examples_per_step=trainer.examples_per_step, lengths=lengths)
     rows = [row for step in range(3) for row in trainer.get_train_dataloader().dataset[step].rows]
     if os.environ.get("RANK", "0") == "0":
-        print(trainer.plan, flush=True)
+        print(trainer.placement, flush=True)
     result |= {
         "examples_hash": examples_hash([e.row for e in seen]),
         "computed_tokens_per_step": sum(map(len, rows)) / 3 * work.processes,
         "parameters": multiplied_parameters(work),
-        "plan": str(trainer.plan),
-        "row_tokens": trainer.plan.max_tokens_per_row,
+        "plan": str(trainer.placement),
+        "row_tokens": trainer.placement.sequence_length,
     }
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(trainer.args.device)
         gpu = known_gpu(device.name, memory=device.total_memory)
-        result["foretold"] = predicted(trainer.plan, trainer.work, gpu)
+        result["foretold"] = predicted(trainer.placement, trainer.work, gpu)
     if held_out:
         result |= _scoring(trainer, held_out)
     return result

@@ -39,7 +39,9 @@ from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.data.workload import measure_work
 from lora_fsdp.placement.counting import build_on_meta, shape_of
 from lora_fsdp.placement.gpus import parse_gpus
-from lora_fsdp.placement.memory import Placement, largest_sequence, peak_allocated
+from lora_fsdp.placement.layout import Layout
+from lora_fsdp.placement.memory import peak_allocated
+from lora_fsdp.placement.sequences import largest_sequence
 from lora_fsdp.placement.timing import step_seconds
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
@@ -181,20 +183,20 @@ def predicted(
     device: str,
     measured: dict[str, Any],
     ranks: int = 1,
-    placed: Callable[[Placement], Placement] = lambda placement: placement,
+    placed: Callable[[Layout], Layout] = lambda placement: placement,
 ) -> dict[str, Any]:
     """As the trainer foretells it, from the same examples; `placed` changes where the base lies."""
     work = point.work
     task, examples = task_and_examples(work)
     encoder = Encoder(load_tokenizer(work), task=task, max_length=longest_length(work))
-    asked = measure_work(
-        encoder.encode(examples), [], examples_per_rank=work.examples,
-        epochs=work.steps * work.examples * ranks / len(examples), share_prefix=True,
-        max_tokens_per_row=None, ranks=ranks, seed=SEED,
-    )  # fmt: skip
+    training = {
+        "per_device_train_batch_size": work.examples, "gradient_accumulation_steps": 1,
+        "max_steps": work.steps, "seed": SEED, "data_seed": None, "max_tokens_per_row": None,
+    }  # fmt: skip
+    asked = measure_work(training, encoder.encode(examples), [], ranks=ranks, share_prefix=True)
     shape = shape_of(build_on_meta(SHAPES[work.model]), lora(work))
     placement = placed(
-        Placement(
+        Layout(
             ranks,
             shape.layers,
             quantized=work.in_4bit,

@@ -173,7 +173,7 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
         f"  prompts' common prefix computed once a row: {'yes' if trainer.share_prefix else 'no'}"
     )
     print(status)
-    print(trainer.plan)
+    print(trainer.placement)
     untrained = f"Scoring the untrained model on {len(data.held_out)} held-out rows, then training."
     print(untrained, flush=True)
 
@@ -209,8 +209,8 @@ def _facts(
     steps = trainer.state.global_step
     tokens = [len(one.prompt_ids) + len(one.target_ids) for one in trainer.train_dataset]
     # Counted here: not every version of the Trainer leaves out what a resumed run did before.
-    seen = [_examples_seen(trainer, step) for step in (first_step, steps)]
-    speed = (seen[1] - seen[0]) / max(trained["train_runtime"], 1e-9)
+    seen = trainer.schedule.examples_before(steps) - trainer.schedule.examples_before(first_step)
+    speed = seen / max(trained["train_runtime"], 1e-9)
     facts: dict[str, Any] = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "task": data.task.name,
@@ -243,16 +243,9 @@ def _predicted_and_measured(trainer: LoraTrainer, seconds: float) -> dict[str, A
         facts |= {"peak_memory_gb": max(peaks), "peak_memory_gb_of_ranks": peaks}
         device = torch.cuda.get_device_properties(trainer.args.device)
         gpu = known_gpu(device.name, memory=device.total_memory)
-        facts["plan"] = predicted(trainer.plan, trainer.work, gpu)
+        facts["plan"] = predicted(trainer.placement, trainer.work, gpu)
     if (price := trainer.args.price_per_hour) is not None:
         facts["cost"] = price * paid * seconds / 3600
         if "training_seconds" in facts.get("plan", {}):
             facts["plan"]["cost"] = price * paid * facts["plan"]["training_seconds"] / 3600
     return facts
-
-
-def _examples_seen(trainer: LoraTrainer, steps: int) -> int:
-    """Examples of the first `steps` optimizer steps; an epoch's last step may have fewer."""
-    examples, per_step = len(trainer.train_dataset), trainer.examples_per_step
-    epochs, rest = divmod(steps, -(-examples // per_step))
-    return epochs * examples + rest * per_step

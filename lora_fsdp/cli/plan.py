@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
-from lora_fsdp.cli.command import Command, print_json, required
+from lora_fsdp.cli.command import print_json, required
+from lora_fsdp.cli.configs import find_config, suggested_config
 from lora_fsdp.cli.terminal import table_text, write
+from lora_fsdp.cli.train import LaunchOptions, TrainCommand
 from lora_fsdp.errors import ArgumentError
+from lora_fsdp.options import OptionParser
 
 if TYPE_CHECKING:
     from lora_fsdp.data.workload import Work
@@ -20,22 +24,11 @@ if TYPE_CHECKING:
 class PlanOptions:
     """Which GPUs, and how much is to be trained."""
 
+    _argument_group_name: ClassVar[str] = "plan"
+
     gpus: list[str] = field(
         default_factory=lambda: ["2xRTX4090", "1xA100", "1xH100"],
         metadata={"help": "GPUs to look at, such as 2xRTX4090 8xH100."},
-    )
-    price_per_hour: float | None = field(
-        default=None, metadata={"help": "Price of one GPU for an hour."}
-    )
-    num_train_epochs: float = field(default=3.0, metadata={"help": "How often rows are seen."})
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "Examples per process and accumulation step."}
-    )
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "Accumulation steps of an optimizer step."}
-    )
-    max_tokens_per_row: int | None = field(
-        default=None, metadata={"help": "Longest packed row in tokens; not given: by memory."}
     )
     examples: int | None = field(
         default=None, metadata={"help": "Training rows, instead of --task and --data_file."}
@@ -49,42 +42,65 @@ class PlanOptions:
     output: str | None = field(
         default=None, metadata={"help": "Write the fastest fitting strategy as accelerate YAML."}
     )
-    seed: int = field(default=42, metadata={"help": "Of the sample and the split."})
     json: bool = field(default=False, metadata={"help": "Print JSON."})
 
 
-def plan(
-    options: PlanOptions,
-    model_args: ModelArguments,
-    lora_args: LoraArguments,
-    data_args: DataArguments,
-) -> int:
+class PlanCommand(TrainCommand):
+    """Takes the command line of `train`, so that a recipe is planned for as it would be run."""
+
+    def __call__(self, arguments: Sequence[str]) -> int:
+        """Count, compare, print."""
+        if {"-h", "--help"} & set(arguments):
+            self.parser().print_help()
+            return 0
+        own = OptionParser((PlanOptions, LaunchOptions))
+        given, rest = own.parse_known_args(list(arguments))
+        options, launch = (
+            cls(**{one.name: getattr(given, one.name) for one in fields(cls)})
+            for cls in (PlanOptions, LaunchOptions)
+        )
+        return self.run(options, launch, rest)
+
+
+def plan(options: PlanOptions, launch: LaunchOptions, arguments: Sequence[str]) -> int:
     """Count, compare, print; 0 also where nothing fits, as that is an answer."""
-    name = required(
+    from lora_fsdp.arguments import FineTuningArguments
+
+    classes = (ModelArguments, LoraArguments, DataArguments, FineTuningArguments)
+    model, lora, data, training = OptionParser(classes).parse_values(arguments)
+    model_args, lora_args, data_args = (
+        ModelArguments(**model),
+        LoraArguments(**lora),
+        DataArguments(**data),
+    )
+    required(
         model_args.model_name_or_path,
         "--model_name_or_path",
         "a model folder, a name on the Hub, or a size such as 70B",
     )
-    _refuse_impossible(options)
+    _refuse_impossible(options, training, max_length=data_args.max_length)
     from lora_fsdp.adapter.attach import lora_config
     from lora_fsdp.planning.models import planned_config
     from lora_fsdp.planning.plan import make_plan
     from lora_fsdp.planning.plan_text import accelerate_yaml, plan_as_json
+    from lora_fsdp.planning.question import question_of_recipe
 
     config = planned_config(
-        name,
+        model_args.model_name_or_path,
         revision=model_args.model_revision,
         trust_remote_code=model_args.trust_remote_code,
     )
-    found = make_plan(
-        name,
+    question = question_of_recipe(
         config,
+        model_args=model_args,
         adapter=lora_config(lora_args),
-        work=_work(options, model_args, lora_args, data_args),
-        gpus=options.gpus,
-        price_per_hour=options.price_per_hour,
-        trust_remote_code=model_args.trust_remote_code,
+        training=training,
+        work=_work(options, training, model_args, data_args),
+        yaml_for=lambda gpus: find_config(launch.accelerate_config or suggested_config(gpus)),
+        shipped={name: find_config(name) for name in ("fsdp2", "fsdp2_offload")},
+        is_open=launch.accelerate_config is None,
     )
+    found = make_plan(question, gpus=options.gpus, price_per_hour=training["price_per_hour"])
     if options.output is not None and found.best is not None:
         _write_yaml(Path(options.output), accelerate_yaml(found, found.best))
     if options.json:
@@ -101,7 +117,11 @@ def _write_yaml(file: Path, text: str) -> None:
         raise ArgumentError(f"--output {file} cannot be written: {error.strerror}.") from error
 
 
-def _refuse_impossible(options: PlanOptions) -> None:
+def _refuse_impossible(
+    options: PlanOptions, training: Mapping[str, Any], *, max_length: int
+) -> None:
+    from lora_fsdp.placement.sequences import check_sequence_length
+
     for name in (
         "num_train_epochs",
         "per_device_train_batch_size",
@@ -111,31 +131,33 @@ def _refuse_impossible(options: PlanOptions) -> None:
         "tokens_per_example",
         "label_tokens_per_example",
     ):
-        value = getattr(options, name)
+        value = {**training, **vars(options)}[name]
         if value is not None and not 0 < value < float("inf"):
             raise ArgumentError(f"--{name} must be more than 0, not {value}.")
+    check_sequence_length(training["max_tokens_per_row"], max_length=max_length)
 
 
 def _work(
     options: PlanOptions,
+    training: Mapping[str, Any],
     model_args: ModelArguments,
-    lora_args: LoraArguments,
     data_args: DataArguments,
-) -> Work:
+) -> Callable[[int, bool], Work]:
     """From the task's rows if there are any, or from the numbers given for them."""
     from lora_fsdp.data.workload import given_work, measure_work
 
-    per_rank = options.per_device_train_batch_size * options.gradient_accumulation_steps
     if options.examples is not None:
         if options.tokens_per_example is None:
             raise ArgumentError("--examples needs --tokens_per_example as well.")
-        return given_work(
-            examples=options.examples,
-            tokens_per_example=options.tokens_per_example,
+        examples = options.examples
+        # Longer texts are shortened, as a run would.
+        tokens = min(options.tokens_per_example, data_args.max_length)
+        return lambda ranks, share_prefix: given_work(
+            training,
+            examples=examples,
+            tokens_per_example=tokens,
             label_tokens_per_example=options.label_tokens_per_example,
-            examples_per_rank=per_rank,
-            epochs=options.num_train_epochs,
-            max_tokens_per_row=options.max_tokens_per_row,
+            ranks=ranks,
         )
     if not data_args.task:
         raise ArgumentError(
@@ -146,20 +168,16 @@ def _work(
     from lora_fsdp.data.encoding import Encoder
     from lora_fsdp.data.rows import load_task_data
 
-    data = load_task_data(data_args, seed=options.seed)
+    data = load_task_data(data_args, seed=training["seed"])
     encoder = Encoder(
         load_tokenizer(model_args),
         task=data.task,
         max_length=data_args.max_length,
         chat_template=data_args.chat_template,
     )
-    return measure_work(
-        encoder.encode(data.train),
-        encoder.encode(data.held_out),
-        examples_per_rank=per_rank,
-        epochs=options.num_train_epochs,
-        share_prefix=lora_args.lora_dropout == 0.0,
-        max_tokens_per_row=options.max_tokens_per_row,
+    train, held_out = encoder.encode(data.train), encoder.encode(data.held_out)
+    return lambda ranks, share_prefix: measure_work(
+        training, train, held_out, ranks=ranks, share_prefix=share_prefix
     )
 
 
@@ -182,7 +200,9 @@ def _print(found: Plan, output: str | None) -> None:
         f"{work.examples:.0f} examples, {work.examples_per_rank} a step and GPU, "
         f"{work.step_tokens:.0f} tokens of which {work.step_labels:.0f} are learnt"
     )
-    write(table_text(SUMMARY_HEADINGS, summary_rows(found)))
+    columns = len(SUMMARY_HEADINGS) - all(one.cost is None for one in found.candidates)
+    rows = [row[:columns] for row in summary_rows(found)]
+    write(table_text(SUMMARY_HEADINGS[:columns], rows))
     for note in found.notes:
         write(f"note: {note}")
     best = found.best
@@ -195,14 +215,16 @@ def _print(found: Plan, output: str | None) -> None:
         f"{weights_of(best)}: {duration(best.seconds)}{cost}; loading the model comes on top"
     )
     write(table_text(("on each GPU", "GB"), part_rows(best)))
-    if options := options_for(best):
+    if options := options_for(best, shipped=found.shipped):
         write(f"options of lora-fsdp train: {' '.join(options)}")
+        if "plan.yaml" in options and output is None:
+            write("plan.yaml is written by this command with --output plan.yaml")
     if output is not None:
         write(f"accelerate YAML: {output}")
 
 
 COMMANDS = (
-    Command(
+    PlanCommand(
         name="plan",
         summary="Say what a run will need and cost, on GPUs not rented yet.",
         examples=(
@@ -212,8 +234,7 @@ COMMANDS = (
             "plan --model_name_or_path 70B --examples 1000 --tokens_per_example 500 \\\n"
             "      --gpus 2xRTX4090 --output plan.yaml",
         ),
-        options=(PlanOptions, ModelArguments, LoraArguments, DataArguments),
+        options=(PlanOptions, LaunchOptions, ModelArguments, LoraArguments, DataArguments),
         run=plan,
-        shares_recipe=True,
     ),
 )

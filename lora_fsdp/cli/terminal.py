@@ -23,10 +23,13 @@ def write(text: str, *, marked: str = "") -> None:
 
 
 def table_text(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as plain text, in the width of the terminal; the first column is text."""
-    table = Table(box=box.SIMPLE_HEAD)
+    """A table as plain text, in the width of the terminal; the first column is text.
+
+    Where it is too wide, the second column's cells take several lines: words stay whole.
+    """
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if place else "left", overflow="fold")
+        table.add_column(heading, justify="right" if place else "left", no_wrap=place != 1)
     for row in rows:
         table.add_row(*map(Text, row))
     console = Console(color_system=None, width=width())

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.packing import PADDING, Tree, common_prefix
 from lora_fsdp.data.sampling import TrainingStep, TrainingSteps, epoch_order
+from lora_fsdp.data.schedule import Schedule, examples_per_rank
 
 _STEPS_LOOKED_AT = 20
 # For the largest step: longer runs see the same examples over and over.
@@ -22,18 +24,19 @@ class Work:
     """What a run computes.
 
     Attributes:
+        steps: optimizer steps.
         examples: training examples, all epochs together.
         examples_per_rank: of one optimizer step on one rank.
         step_tokens: tokens that a rank computes in an optimizer step; a prefix that examples share
-            counts once a row.
+            counts once a packed sequence.
         step_labels: at how many of them the head runs.
         largest_step: tokens of the largest step on any rank, of those with the first two million
             examples (in any case of the first epoch).
         longest_example: a prompt with its longest answer, in tokens.
         scored_tokens: of held-out rows, all evaluations together.
-        max_tokens_per_row: longest row; `None` = by memory.
     """
 
+    steps: int
     examples: float
     examples_per_rank: int
     step_tokens: float
@@ -41,65 +44,58 @@ class Work:
     largest_step: int
     longest_example: int
     scored_tokens: float = 0.0
-    max_tokens_per_row: int | None = None
-
-    def steps(self, ranks: int) -> int:
-        """Optimizer steps of the run."""
-        return max(1, math.ceil(self.examples / (self.examples_per_rank * ranks)))
 
 
 def measure_work(
+    training: Mapping[str, Any],
     train: Sequence[EncodedExample],
     held_out: Sequence[EncodedExample],
     *,
-    examples_per_rank: int,
-    epochs: float,
+    ranks: int,
     share_prefix: bool,
-    max_tokens_per_row: int | None,
-    ranks: int = 1,
-    seed: int = 0,
 ) -> Work:
     """Pack some optimizer steps as training will, and count: the first ones, and the largest.
 
     Args:
+        training: values of `FineTuningArguments` by name.
         train, held_out: the rows as tokens.
-        examples_per_rank: of one optimizer step on one rank.
-        epochs: how many times the rows are seen.
-        share_prefix: compute the prompts' common prefix once a row.
-        max_tokens_per_row: longest row; `None` = by memory.
         ranks: that share a step.
-        seed: of the order of the examples.
+        share_prefix: compute the prompts' common prefix once a packed sequence.
     """
+    if not train:
+        return replace(NO_WORK, longest_example=max(1, longest_example(held_out)))
+    schedule = Schedule.of(training, rows=len(train), ranks=ranks)
+    seed = training["seed"] if training["data_seed"] is None else training["data_seed"]
 
     def steps_of(rank: int, *, epoch: int) -> TrainingSteps:
         steps = TrainingSteps(
             train,
-            examples_per_step=min(examples_per_rank * ranks, len(train)),
+            examples_per_step=min(schedule.examples_per_step, len(train)),
             rank=rank,
             world_size=ranks,
-            seed=seed,
+            seed=int(seed),
             share_prefix=share_prefix,
-            max_tokens=max_tokens_per_row or 2**31,
+            max_tokens=training["max_tokens_per_row"] or 2**31,
         )
         steps.set_epoch(epoch)
         return steps
 
     first = steps_of(0, epoch=0)
-    looked_at = min(len(first), max(1, math.ceil(epochs * len(first))), _STEPS_LOOKED_AT)
+    looked_at = min(len(first), max(1, schedule.steps), _STEPS_LOOKED_AT)
     seen = [first[index] for index in range(looked_at)]
     sizes = [_tokens(step) for step in seen]
     labels = [int((row.label_answers != PADDING).sum()) for step in seen for row in step.rows]
-    epoch, index, rank = _largest_step(first, epochs=epochs)
+    epoch, index, rank = _largest_step(first, epochs=schedule.epochs)
     return Work(
-        examples=len(train) * epochs,
-        examples_per_rank=examples_per_rank,
+        steps=max(1, schedule.steps),
+        examples=schedule.examples,
+        examples_per_rank=examples_per_rank(training),
         step_tokens=sum(sizes) / len(seen),
         step_labels=sum(labels) / len(seen),
         largest_step=max(*sizes, _tokens(steps_of(rank, epoch=epoch)[index])),
         longest_example=longest_example([*train, *held_out]),
         # Before and after training.
         scored_tokens=2.0 * sum(len(e.prompt_ids) + len(e.target_ids) for e in held_out),
-        max_tokens_per_row=max_tokens_per_row,
     )
 
 
@@ -111,7 +107,7 @@ def _largest_step(steps: TrainingSteps, *, epochs: float) -> tuple[int, int, int
     """Epoch, place in it and rank of the step with the most tokens, by the examples' lengths."""
     examples = steps.examples
     lengths = np.array([len(example.prompt_ids) + len(example.target_ids) for example in examples])
-    if steps.share_prefix:  # as if a step were one row
+    if steps.share_prefix:  # as if a step were one sequence
         lengths -= len(common_prefix([Tree(example.prompt_ids, []) for example in examples]))
     most, found = -1, (0, 0, 0)
     most_epochs = max(1, _EXAMPLES_LOOKED_AT // len(examples))
@@ -131,23 +127,32 @@ def _largest_step(steps: TrainingSteps, *, epochs: float) -> tuple[int, int, int
 
 
 def given_work(
+    training: Mapping[str, Any],
     *,
-    examples: float,
+    examples: int,
     tokens_per_example: float,
     label_tokens_per_example: float,
-    examples_per_rank: int,
-    epochs: float,
-    max_tokens_per_row: int | None,
+    ranks: int,
 ) -> Work:
-    """The work of examples of which only numbers are known; all are taken to be equally long."""
+    """The work of examples of which only numbers are known; all are taken to be equally long.
+
+    Args:
+        training: values of `FineTuningArguments` by name.
+        examples: rows to train on.
+        tokens_per_example: of a row with its answer.
+        label_tokens_per_example: of its answer.
+        ranks: that share a step.
+    """
+    schedule = Schedule.of(training, rows=examples, ranks=ranks)
+    per_rank = examples_per_rank(training)
     return Work(
-        examples=examples * epochs,
-        examples_per_rank=examples_per_rank,
-        step_tokens=tokens_per_example * examples_per_rank,
-        step_labels=label_tokens_per_example * examples_per_rank,
-        largest_step=math.ceil(tokens_per_example * examples_per_rank),
+        steps=max(1, schedule.steps),
+        examples=schedule.examples,
+        examples_per_rank=per_rank,
+        step_tokens=tokens_per_example * per_rank,
+        step_labels=label_tokens_per_example * per_rank,
+        largest_step=math.ceil(tokens_per_example * per_rank),
         longest_example=math.ceil(tokens_per_example),
-        max_tokens_per_row=max_tokens_per_row,
     )
 
 
@@ -161,3 +166,15 @@ def longest_example(examples: Sequence[EncodedExample]) -> int:
         ),
         default=0,
     )
+
+
+#: Of a model that is only evaluated.
+NO_WORK = Work(
+    steps=1,
+    examples=0,
+    examples_per_rank=1,
+    step_tokens=1,
+    step_labels=1,
+    largest_step=1,
+    longest_example=1,
+)

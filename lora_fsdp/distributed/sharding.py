@@ -23,17 +23,17 @@ from lora_fsdp.adapter.attach import trainable_parameters
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.base.streaming import StoredBase
-from lora_fsdp.distributed.residency import Residency
 from lora_fsdp.errors import FsdpDroppedError, FsdpSettingError
+from lora_fsdp.placement.decide import Placement
 
 
 def place_model(
     model: PeftModel,
     *,
+    layers: Sequence[nn.Module],
+    placement: Placement,
     settings: FsdpSettings | None,
-    residency: Residency,
     device: torch.device,
-    world_size: int,
     stored: StoredBase | None = None,
 ) -> frozenset[nn.Parameter]:
     """Put base and adapter where they stay for the run, in place.
@@ -43,6 +43,11 @@ def place_model(
     whole base resident, each rank keeps a whole copy.
 
     Args:
+        model: base and adapter.
+        layers: those that FSDP would shard one by one.
+        placement: what was decided.
+        settings: the YAML's FSDP settings.
+        device: where the run computes.
         stored: where the base's weights are to be read from, once it is sharded; `None` = the model
             has them already.
 
@@ -50,32 +55,42 @@ def place_model(
         the base's parameters that every rank holds whole.
     """
     adapter = trainable_parameters(model)
-    if settings is None or residency.is_whole:
+    if settings is None or placement.is_whole:
         if stored is not None:
             stored.fill([base_model(model)], device=device, keep_on=device)
         model.to(device)
         return frozenset(model.parameters()) - set(adapter.values())
     for parameter in adapter.values():
         parameter.data = parameter.data.to(device)
-    kept = residency.kept
+    kept = _kept_whole(base_model(model), layers, placement)
     if stored is not None:
         stored.fill(kept, device=device, keep_on=device)
     for module in kept:
         module.to(device)
     whole = frozenset(p for module in kept for p in module.parameters()) - set(adapter.values())
-    mesh = init_device_mesh(device.type, (world_size,))
+    mesh = init_device_mesh(device.type, (placement.layout.ranks,))
     shard_base(
         base_model(model),
         settings=settings,
         mesh=mesh,
         ignored=whole | set(adapter.values()),
-        groups=[layer for layer in residency.layers_of_model if layer not in kept],
+        groups=[layer for layer in layers if layer not in kept],
     )
     if stored is not None:
         host = torch.device("cpu")
         keep_on = host if settings.offload else device
         stored.fill([base_model(model)], device=device, keep_on=keep_on)
     return whole
+
+
+def _kept_whole(
+    base: PreTrainedModel, layers: Sequence[nn.Module], placement: Placement
+) -> list[nn.Module]:
+    """The modules that every rank keeps, where it does not keep all."""
+    kept = [layers[index] for index in placement.resident_indices]
+    if placement.layout.whole_head:
+        kept.append(base.get_output_embeddings())
+    return kept
 
 
 def shard_base(

@@ -21,8 +21,8 @@ from lora_fsdp.data.checking import TaskCheck, check_task_data
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.rows import TaskData, load_task_data
 from lora_fsdp.distributed.launch import fsdp_requested, read_fsdp_settings, read_plugin
+from lora_fsdp.distributed.launch_files import Launch, as_launched, read_launch, read_launch_yaml
 from lora_fsdp.doctor.fact import Fact, UnknownFactError
-from lora_fsdp.doctor.launching import Launch, as_launched, read_launch, read_launch_yaml
 from lora_fsdp.doctor.machine import Machine
 from lora_fsdp.errors import ArgumentError, Fsdp1ConfigError
 from lora_fsdp.tasks import Task

@@ -30,13 +30,16 @@ from lora_fsdp.errors import UnsupportedModelError
 from lora_fsdp.placement.shape import ModelShape
 
 
-def shape_of(skeleton: PreTrainedModel, adapter: LoraConfig, *, fuse: bool = True) -> ModelShape:
+def shape_of(
+    skeleton: PreTrainedModel, adapter: LoraConfig, *, stay: str | None = None
+) -> ModelShape:
     """Count a model that has no numbers yet; `skeleton` gets the adapter and is of no further use.
 
     Args:
-        skeleton: the base on the meta device, in bfloat16 (`build_on_meta`).
+        skeleton: the base on the meta device, in the dtype it computes in (`build_on_meta`).
         adapter: what is trained.
-        fuse: let fused layers compute where the model has their shape.
+        stay: why the model's own layers are to compute; `None` = fused ones do, where the model has
+            their shape.
 
     Raises:
         UnsupportedModelError: it has no list of decoder layers.
@@ -47,7 +50,9 @@ def shape_of(skeleton: PreTrainedModel, adapter: LoraConfig, *, fuse: bool = Tru
     adapter.init_lora_weights = True  # of whatever values: there are none
     layers = decoder_layers(base)
     model = attach_adapter(base, adapter)
-    is_fused = fuse and not any(why_not_fused(layer) for layer in layers)
+    reasons = [stay] if stay is not None else [why_not_fused(layer) for layer in layers]
+    unfused = next((reason for reason in reasons if reason is not None), "")
+    is_fused = not unfused
     (per_token, per_pair), note = _saved_or_estimated(model, layers, is_fused=is_fused)
     widths = base.config.get_text_config()
     linears = [_linear_sizes(layer) for layer in layers]
@@ -73,12 +78,26 @@ def shape_of(skeleton: PreTrainedModel, adapter: LoraConfig, *, fuse: bool = Tru
         saved_per_pair=per_pair,
         is_fused=is_fused,
         drops=bool(adapter.lora_dropout),
+        why_not_fused=unfused,
+        itemsize=base.dtype.itemsize,
         note=note,
     )
 
 
-def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model of a config in bfloat16, without numbers.
+def build_on_meta(
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of a config, without numbers.
+
+    Args:
+        config: its config.
+        dtype: in which it computes.
+        attention: its attention kernel, as transformers calls it; `None` = the model's choice.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
         UnsupportedModelError: it is not a causal language model's.
@@ -86,7 +105,10 @@ def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) 
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+                config,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
             )
     except (OSError, *LOADING_ERRORS) as error:
         raise UnsupportedModelError(
@@ -113,7 +135,7 @@ def _saved_or_estimated(
         used = getattr(config, "num_experts_per_tok", None) or 1
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         return (
-            (2 * len(layers) * (10 * config.hidden_size + 4 * inner * used), 0),
+            (base.dtype.itemsize * len(layers) * (10 * config.hidden_size + 4 * inner * used), 0),
             f"{type(base).__name__} does not run without numbers ({reason}): its activations are "
             "estimated from its widths, and may be far off",
         )
@@ -138,10 +160,11 @@ def _saved_bytes(model: PeftModel, tokens: int) -> int:
         return tensor
 
     model.train()
+    dtype = base_model(model).dtype
     with saved_tensors_hooks(keep, lambda tensor: tensor), _AttentionByKernel():
         model(
             input_ids=torch.zeros(1, tokens, dtype=torch.int64, device="meta"),
-            attention_mask=torch.zeros(1, 1, tokens, tokens, dtype=torch.bfloat16, device="meta"),
+            attention_mask=torch.zeros(1, 1, tokens, tokens, dtype=dtype, device="meta"),
             position_ids=torch.zeros(1, tokens, dtype=torch.int64, device="meta"),
             use_cache=False,
             logits_to_keep=1,
@@ -198,11 +221,11 @@ def _largest_linear(layer: nn.Module, *, is_fused: bool) -> int:
 
 
 def _repeated_bytes(layer: nn.Module) -> int:
-    """A token's keys and values once for every query head, where these share them; bfloat16."""
+    """A token's keys and values once for every query head, where these share them."""
     fused = FusedLayer(layer)
     queries, keys, _ = fused.heads
     columns = fused.query_key_value.members[0].columns
-    return 2 * 2 * (columns.stop - columns.start) if queries != keys else 0
+    return 2 * fused.dtype.itemsize * (columns.stop - columns.start) if queries != keys else 0
 
 
 def _frozen(module: nn.Module) -> int:

@@ -28,12 +28,14 @@ class ModelShape:
         adapter_parameters: that are trained.
         adapted_linears: linear layers with an adapter.
         adapted_width: their inputs and outputs, added up.
-        saved_per_token: bytes that a token's forward keeps for backward, all layers, in bfloat16.
+        saved_per_token: bytes that a token's forward keeps for backward, all layers.
         repeated_per_token: of that, keys and values that are repeated for every query head, which
-            rows of `BLOCKS_FROM_TOKENS` tokens and more do without.
+            sequences of `BLOCKS_FROM_TOKENS` tokens and more do without.
         saved_per_pair: the same of a pair of tokens: 0 unless attention keeps its matrix.
-        is_fused: whether the layers have the shape of the fused layer.
+        is_fused: whether fused layers compute.
         drops: whether LoRA drops part of its input while it trains.
+        why_not_fused: why they do not, in words; empty if they do.
+        itemsize: bytes of a value of the base, where it is not quantised.
         note: what could not be counted, and what stands in for it; empty if all was.
     """
 
@@ -55,15 +57,17 @@ class ModelShape:
     saved_per_pair: int
     is_fused: bool
     drops: bool = False
+    why_not_fused: str = ""
+    itemsize: int = 2
     note: str = ""
 
     def saved_bytes(self, tokens: int, *, recomputed: bool) -> int:
-        """What a row keeps for backward; recomputed: its layers' inputs, and one layer."""
+        """What a sequence keeps for backward; recomputed: its layers' inputs, and one layer."""
         repeated = self.repeated_per_token if tokens >= BLOCKS_FROM_TOKENS else 0
         whole = (self.saved_per_token - repeated) * tokens + self.saved_per_pair * tokens**2
         if not recomputed:
             return whole
-        return 2 * self.hidden_size * self.layers * tokens + whole // self.layers
+        return self.itemsize * self.hidden_size * self.layers * tokens + whole // self.layers
 
     @property
     def active_parameters(self) -> int:
@@ -71,13 +75,13 @@ class ModelShape:
         return self.layer_parameters * self.layers
 
     def layer_bytes(self, *, quantized: bool) -> int:
-        """One decoder layer, bfloat16 or 4-bit."""
+        """One decoder layer, in its dtype or in 4 bits."""
         if not quantized:
-            return 2 * self.layer_parameters
+            return self.itemsize * self.layer_parameters
         rest = self.layer_parameters - self.linear_parameters
-        return int(2 * rest + NF4_BYTES * self.linear_parameters)
+        return int(self.itemsize * rest + NF4_BYTES * self.linear_parameters)
 
     def base_bytes(self, *, quantized: bool) -> int:
-        """The whole base; embeddings, head and norms stay bfloat16."""
+        """The whole base; embeddings, head and norms are not quantised."""
         rest = self.parameters - self.layers * self.layer_parameters
-        return 2 * rest + self.layers * self.layer_bytes(quantized=quantized)
+        return self.itemsize * rest + self.layers * self.layer_bytes(quantized=quantized)

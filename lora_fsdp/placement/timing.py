@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from lora_fsdp.data.workload import Work
 from lora_fsdp.placement.gpus import Gpu
-from lora_fsdp.placement.memory import Placement, is_captured
+from lora_fsdp.placement.layout import Layout, is_captured
 from lora_fsdp.placement.shape import ModelShape
 
 # Share of the data sheet's operations that a long row's products reach, with the norms, rotations
@@ -39,42 +39,41 @@ _STEP_SECONDS = 1.5e-3
 
 
 def step_seconds(
-    shape: ModelShape, placement: Placement, work: Work, gpu: Gpu, *, sequence_tokens: int
+    shape: ModelShape, layout: Layout, work: Work, gpu: Gpu, *, sequence_tokens: int
 ) -> float:
     """One optimizer step, the slowest of what happens at once."""
     rows = max(1.0, work.step_tokens / sequence_tokens)
-    computing = _computing(shape, placement, gpu, work=work, rows=rows)
-    layers = rows * shape.layers * _passes(placement) / 2
-    if is_captured(shape, placement, tokens=work.step_tokens / rows):
+    computing = _computing(shape, layout, gpu, work=work, rows=rows)
+    layers = rows * shape.layers * _passes(layout) / 2
+    if is_captured(shape, layout, tokens=work.step_tokens / rows):
         computing += layers * _GRAPH_SECONDS
         launching = 0.0
     else:
         launching = layers * _LAUNCH_SECONDS[shape.is_fused] + _GATHER_SECONDS * _gathers(
-            shape, placement, rows=rows
+            shape, layout, rows=rows
         )
-    receiving = rows * _receiving(shape, placement, gpu)
+    receiving = rows * _receiving(shape, layout, gpu)
     return max(computing, launching, receiving) + _STEP_SECONDS
 
 
 def run_seconds(
-    shape: ModelShape, placement: Placement, work: Work, gpu: Gpu, *, sequence_tokens: int
+    shape: ModelShape, layout: Layout, work: Work, gpu: Gpu, *, sequence_tokens: int
 ) -> float:
     """Training, and scoring the held-out rows; loading the model is not counted."""
-    steps = work.steps(placement.ranks)
-    training = steps * step_seconds(shape, placement, work, gpu, sequence_tokens=sequence_tokens)
-    tokens = work.scored_tokens / placement.ranks
+    training = work.steps * step_seconds(shape, layout, work, gpu, sequence_tokens=sequence_tokens)
+    tokens = work.scored_tokens / layout.ranks
     rate = gpu.flops * _SHARE[shape.is_fused]
     return training + 2.0 * shape.active_parameters * tokens / rate
 
 
-def _passes(placement: Placement) -> float:
+def _passes(layout: Layout) -> float:
     """Times that a step goes through every layer."""
-    return 3.0 if placement.recomputed else 2.0
+    return 3.0 if layout.recomputed else 2.0
 
 
 def _computing(
     shape: ModelShape,
-    placement: Placement,
+    layout: Layout,
     gpu: Gpu,
     *,
     work: Work,
@@ -83,7 +82,7 @@ def _computing(
     """Seconds of the GPU. The frozen weights have no gradient, so a product costs 2 operations a
     weight and token in forward and 2 in backward, and 2 more where it is recomputed.
     """
-    passes = _passes(placement)
+    passes = _passes(layout)
     tokens, length = work.step_tokens, work.step_tokens / rows
     layers = passes * 2.0 * shape.active_parameters * tokens
     # The head gives its gradient at once: 3 products.
@@ -95,8 +94,8 @@ def _computing(
     reading = rows * passes * 2.0 * shape.active_parameters / gpu.bandwidth
     # 4-bit weights are read and written as bfloat16, before they are read as any weight.
     unpacking = 0.0
-    if placement.quantized:
-        share = _COPY_SHARE[is_captured(shape, placement, tokens=length)]
+    if layout.quantized:
+        share = _COPY_SHARE[is_captured(shape, layout, tokens=length)]
         unpacked = 2.5 * shape.linear_parameters * shape.layers
         unpacking = rows * passes * unpacked / (gpu.bandwidth * share)
     adapting = passes / 2.0 * _adapting(shape, gpu, tokens=tokens, rows=rows)
@@ -111,31 +110,31 @@ def _adapting(shape: ModelShape, gpu: Gpu, *, tokens: float, rows: float) -> flo
     return max(launching, copying + multiplying)
 
 
-def _gathers(shape: ModelShape, placement: Placement, *, rows: float) -> float:
+def _gathers(shape: ModelShape, layout: Layout, *, rows: float) -> float:
     """How often a step gathers layers."""
-    gathered = shape.layers if placement.offloaded else shape.layers - placement.resident_layers
-    if placement.one_group:
+    gathered = shape.layers if layout.offloaded else shape.layers - layout.resident_layers
+    if layout.one_group:
         gathered = min(gathered, 1)
-    return rows * _gathers_of_a_layer(placement) * gathered
+    return rows * _gathers_of_a_layer(layout) * gathered
 
 
-def _gathers_of_a_layer(placement: Placement) -> float:
+def _gathers_of_a_layer(layout: Layout) -> float:
     """For one row, if it is sharded."""
-    return 1.0 if placement.kept_until_backward or placement.one_group else 2.0
+    return 1.0 if layout.kept_until_backward or layout.one_group else 2.0
 
 
-def _receiving(shape: ModelShape, placement: Placement, gpu: Gpu) -> float:
+def _receiving(shape: ModelShape, layout: Layout, gpu: Gpu) -> float:
     """Seconds in which a rank receives what it lacks for one row, from host memory and others."""
-    if placement.resident_layers >= shape.layers and not placement.offloaded:
+    if layout.resident_layers >= shape.layers and not layout.offloaded:
         return 0.0
-    sharded = shape.base_bytes(quantized=placement.quantized) - (
-        placement.resident_layers * shape.layer_bytes(quantized=placement.quantized)
+    sharded = shape.base_bytes(quantized=layout.quantized) - (
+        layout.resident_layers * shape.layer_bytes(quantized=layout.quantized)
     )
-    if placement.whole_head:
+    if layout.whole_head:
         sharded -= 2 * shape.head_parameters
-    passes = _gathers_of_a_layer(placement)
+    passes = _gathers_of_a_layer(layout)
     # Embeddings are gathered once a row; tied ones stay in the root group.
     received = passes * sharded - (passes - 1.0) * 2 * shape.embedding_parameters
-    own = 1 / placement.ranks
-    seconds = (1 - own) / gpu.link + (own / gpu.host_link if placement.offloaded else 0.0)
+    own = 1 / layout.ranks
+    seconds = (1 - own) / gpu.link + (own / gpu.host_link if layout.offloaded else 0.0)
     return received * seconds

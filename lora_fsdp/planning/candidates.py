@@ -5,68 +5,87 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.data.workload import Work
+from lora_fsdp.errors import ArgumentError
+from lora_fsdp.placement.decide import Placement, decide
 from lora_fsdp.placement.gpus import Gpu
-from lora_fsdp.placement.memory import (
-    LONGEST_SEQUENCE,
-    USUAL_SEQUENCE,
-    DeviceMemory,
-    LargestSequence,
-    Placement,
-    can_capture,
-    device_memory,
-    largest_sequence,
-    layers_that_fit,
-    with_head_placed,
-)
+from lora_fsdp.placement.hardware import Hardware
+from lora_fsdp.placement.memory import DeviceMemory
+from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.shape import ModelShape
 from lora_fsdp.placement.timing import run_seconds
 
-#: Of a GPU's memory, what a run may plan with: the allocator cannot fill every gap.
-USABLE = 0.97
+#: FSDP as accelerate_configs/fsdp2.yaml asks for it.
+SHARDED = FsdpSettings(
+    reshard_after_forward=True,
+    offload=False,
+    activation_checkpointing=False,
+    layer_classes=None,
+    wrap_layers=True,
+)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One strategy on one choice of GPUs.
+    """One way to run on one choice of GPUs: what is asked for, and what is decided then.
 
     Attributes:
         gpu, count: which GPUs, one rank each.
-        strategy: its name.
-        placement: how the base lies.
-        rows: the largest row.
-        memory: bytes on each GPU.
+        request: what is asked for.
+        placement: what a run would decide.
         seconds: of training and scoring, loading not counted.
         cost: in the price's currency; `None` without a price.
-        sequences_are_short: whether a step's tokens need several rows for lack of memory.
-        base_bytes: of the whole base.
+        yaml_is_default: whether the YAML is the recipe's, or the one that so many GPUs get.
     """
 
     gpu: Gpu
     count: int
-    strategy: str
+    request: Request
     placement: Placement
-    rows: LargestSequence
-    memory: DeviceMemory
     seconds: float
     cost: float | None
-    sequences_are_short: bool
-    base_bytes: int
+    yaml_is_default: bool
+
+    @property
+    def strategy(self) -> str:
+        """How the base lies, in words."""
+        layout = self.placement.layout
+        if layout.offloaded:
+            name = "offload"
+        elif self.placement.is_whole:
+            name = "resident"
+        elif layout.resident_layers:
+            name = f"{layout.resident_layers} of {self.placement.shape.layers} resident"
+        else:
+            name = "till backward" if layout.kept_until_backward else "full shard"
+        return name + (", recomputing" if layout.recomputed else "")
+
+    @property
+    def memory(self) -> DeviceMemory:
+        """Bytes on each GPU."""
+        return self.placement.memory
 
     @property
     def spare(self) -> int:
         """Bytes left of what can be used; less than 0 = it does not fit."""
-        return int(self.gpu.memory * USABLE) - self.memory.total
+        return (self.placement.free or 0) - self.memory.allocated
 
     @property
     def fits(self) -> bool:
         """Whether a step's peak fits the GPU."""
-        return self.spare >= 0
+        return self.placement.fits
 
     @property
     def host_bytes(self) -> int:
         """Host memory that offloaded shards take, all ranks together."""
-        return self.base_bytes if self.placement.offloaded else 0
+        layout, shape = self.placement.layout, self.placement.shape
+        return shape.base_bytes(quantized=layout.quantized) if layout.offloaded else 0
+
+    @property
+    def is_compromise(self) -> bool:
+        """Whether the base is rounded to 4 bits, or fetched from host memory at every step."""
+        return self.placement.layout.quantized or self.placement.layout.offloaded
 
 
 def candidates(
@@ -75,86 +94,64 @@ def candidates(
     gpu: Gpu,
     count: int,
     *,
+    asked: Request,
     price_per_hour: float | None,
+    is_open: bool = True,
 ) -> list[Candidate]:
-    """Every strategy on `count` GPUs, in bfloat16 and in 4 bits.
+    """What was asked for on `count` GPUs, and what else could be asked for.
 
     Args:
         shape: of the base.
-        work: what the run computes.
+        work: what the run computes on so many ranks.
         gpu, count: the GPUs.
+        asked: what the recipe asks for.
         price_per_hour: of one GPU; `None` = no cost.
+        is_open: whether the accelerate YAML may be another one.
+
+    Raises:
+        ArgumentError: what was asked for cannot be.
     """
-    found = []
-    for quantized in (False, True):
-        for name, placement in _placements(shape, work, gpu, count, quantized=quantized):
-            tried = [
-                _candidate(
-                    name,
-                    replace(
-                        placement,
-                        recomputed=again,
-                        captured=can_capture(shape, recomputed=again),
-                    ),
-                    shape,
-                    work,
-                    gpu,
-                )
-                for again in (False, True)
-            ]
-            # Recomputing costs time: it is for what does not fit without.
-            chosen = tried[0] if tried[0].fits or not tried[1].fits else tried[1]
-            cost = None
-            if price_per_hour is not None:
-                cost = price_per_hour * count * chosen.seconds / 3600
-            found.append(replace(chosen, cost=cost))
-    return found
-
-
-def _placements(
-    shape: ModelShape, work: Work, gpu: Gpu, count: int, *, quantized: bool
-) -> Iterator[tuple[str, Placement]]:
-    """Strategies by name; those that share something need several ranks."""
-    none = Placement(ranks=count, resident_layers=0, quantized=quantized)
-    yield "resident", replace(none, resident_layers=shape.layers)
-    if count > 1:
-        rows = _usual_sequence(work)
-        free = int(gpu.memory * USABLE) - device_memory(shape, none, rows).context
-        layers = layers_that_fit(shape, none, rows, free=free)
-        if 0 < layers < shape.layers:
-            yield f"{layers} of {shape.layers} resident", replace(none, resident_layers=layers)
-        yield "till backward", replace(none, kept_until_backward=True)
-        yield "full shard", none
-    yield "offload", replace(none, offloaded=True)
-
-
-def _usual_sequence(work: Work) -> LargestSequence:
-    """By which a run decides what stays (`lora_fsdp.training.place`)."""
-    return largest_sequence(
-        work, max(work.longest_example, work.max_tokens_per_row or USUAL_SEQUENCE)
-    )
-
-
-def _candidate(
-    name: str, placement: Placement, shape: ModelShape, work: Work, gpu: Gpu
-) -> Candidate:
-    """With the longest rows that fit, as the run will choose them."""
-    shorter = (USUAL_SEQUENCE >> halvings for halvings in range(USUAL_SEQUENCE.bit_length()))
-    placement = with_head_placed(shape, placement, _usual_sequence(work))
-    for longest in (work.max_tokens_per_row or LONGEST_SEQUENCE, *shorter):
-        rows = largest_sequence(work, max(longest, work.longest_example))
-        made = Candidate(
-            gpu=gpu,
-            count=placement.ranks,
-            strategy=name + (", recomputing" if placement.recomputed else ""),
-            placement=placement,
-            rows=rows,
-            memory=device_memory(shape, placement, rows),
-            seconds=run_seconds(shape, placement, work, gpu, sequence_tokens=rows.tokens),
-            cost=None,
-            base_bytes=shape.base_bytes(quantized=placement.quantized),
-            sequences_are_short=rows.tokens < min(LONGEST_SEQUENCE, work.largest_step),
+    hardware = Hardware.of(gpu, count)
+    found: dict[Placement, Candidate] = {}
+    for place, request in enumerate(_requests(asked, count, is_open=is_open)):
+        try:
+            placement = decide(shape, work, hardware, request)
+        except ArgumentError:
+            if place == 0:
+                raise
+            continue  # another one than was asked for
+        seconds = run_seconds(
+            shape, placement.layout, work, gpu, sequence_tokens=placement.largest.tokens
         )
-        if made.fits:
-            break
-    return made
+        cost = None if price_per_hour is None else price_per_hour * count * seconds / 3600
+        known = replace(placement, residency=replace(placement.residency, reason=""))
+        is_default = request.fsdp == asked.fsdp
+        found.setdefault(
+            known, Candidate(gpu, count, request, placement, seconds, cost, is_default)
+        )
+    return list(found.values())
+
+
+def _requests(asked: Request, count: int, *, is_open: bool) -> Iterator[Request]:
+    """What was asked for, then what differs from it where the recipe leaves something open.
+
+    Args:
+        asked: what the recipe asks for.
+        count: of ranks; what they share needs several.
+        is_open: whether the accelerate YAML may be another one.
+    """
+    yield asked
+    for quantized in (True,) if asked.quantized else (False, True):
+        one = replace(asked, quantized=quantized)
+        yield one
+        by_memory = asked.resident_layers == "auto"
+        if by_memory and asked.fsdp is not None and not asked.fsdp.offload:
+            yield replace(one, resident_layers="all")
+            yield replace(one, resident_layers="none")
+        if not is_open:
+            continue
+        base = asked.fsdp or SHARDED
+        if by_memory and count > 1:
+            kept = replace(base, reshard_after_forward=False)
+            yield replace(one, fsdp=kept, resident_layers="none")
+        yield replace(one, fsdp=replace(base, reshard_after_forward=True, offload=True))

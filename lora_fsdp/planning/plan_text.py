@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import yaml
 
+from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.planning.candidates import Candidate
 from lora_fsdp.planning.plan import Plan
 
@@ -19,12 +21,12 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "shape": asdict(plan.shape),
         "work": asdict(plan.work),
         "notes": list(plan.notes),
-        "best": None if best is None else candidate_as_json(best),
-        "candidates": [candidate_as_json(candidate) for candidate in plan.candidates],
+        "best": None if best is None else candidate_as_json(best, plan),
+        "candidates": [candidate_as_json(candidate, plan) for candidate in plan.candidates],
     }
 
 
-def candidate_as_json(candidate: Candidate) -> dict[str, Any]:
+def candidate_as_json(candidate: Candidate, plan: Plan) -> dict[str, Any]:
     """One strategy with its bytes."""
     return {
         "gpu": candidate.gpu.name,
@@ -33,22 +35,26 @@ def candidate_as_json(candidate: Candidate) -> dict[str, Any]:
         "weights": weights_of(candidate),
         "fits": candidate.fits,
         "spare": candidate.spare,
-        "row_tokens": candidate.rows.tokens,
+        "step": str(candidate.placement.step),
+        "row_tokens": candidate.placement.largest.tokens,
+        "max_tokens_per_row": candidate.placement.sequence_length,
         "bytes": {**asdict(candidate.memory), "total": candidate.memory.total},
         "host_bytes": candidate.host_bytes,
         "seconds": candidate.seconds,
         "cost": candidate.cost,
-        "options": options_for(candidate),
+        "options": options_for(candidate, shipped=plan.shipped),
+        "accelerate": accelerate_settings(candidate),
     }
 
 
 def weights_of(candidate: Candidate) -> str:
     """How the base is stored."""
-    return "4-bit" if candidate.placement.quantized else "bf16"
+    layout, shape = candidate.placement.layout, candidate.placement.shape
+    return "4-bit" if layout.quantized else {2: "bf16", 4: "fp32"}[shape.itemsize]
 
 
 def summary_rows(plan: Plan) -> list[tuple[str, ...]]:
-    """A line a strategy: what it needs, whether it fits, how long, what it costs."""
+    """A line a strategy: GB it needs of each GPU and leaves, whether it fits, time, cost."""
     return [
         (
             f"{one.count} x {one.gpu.name}",
@@ -64,7 +70,7 @@ def summary_rows(plan: Plan) -> list[tuple[str, ...]]:
     ]
 
 
-SUMMARY_HEADINGS = ("GPUs", "strategy", "weights", "needs GB", "spare GB", "fits", "time", "cost")
+SUMMARY_HEADINGS = ("GPUs", "strategy", "base", "GB", "spare", "fits", "time", "cost")
 
 
 def part_rows(candidate: Candidate) -> list[tuple[str, str]]:
@@ -82,51 +88,60 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def options_for(candidate: Candidate) -> list[str]:
-    """What `lora-fsdp train` is to be given beside the YAML."""
-    placement = candidate.placement
-    options = []
-    if candidate.sequences_are_short:
-        options += ["--max_tokens_per_row", str(candidate.rows.tokens)]
-    if candidate.count > 1 and not placement.offloaded:
-        kept = placement.resident_layers
-        name = "all" if candidate.strategy.startswith("resident") else str(kept or "none")
-        options += ["--resident_layers", name]
-    if placement.quantized:
+def options_for(candidate: Candidate, *, shipped: Mapping[str, FsdpSettings | None]) -> list[str]:
+    """What `lora-fsdp train` is to be given beside the recipe, so that it decides the same.
+
+    Args:
+        candidate: a strategy.
+        shipped: the accelerate YAMLs that have a name, by it.
+    """
+    request, options = candidate.request, []
+    if not candidate.yaml_is_default:
+        named = [name for name, settings in shipped.items() if settings == request.fsdp]
+        options += ["--accelerate_config", named[0] if named else "plan.yaml"]
+    if request.fsdp is not None and candidate.count == 1:
+        options += ["--num_processes", "1", "--allow_fsdp_on_one_process", "true"]
+    if request.resident_layers != "auto":
+        options += ["--resident_layers", request.resident_layers]
+    if request.quantized:
         options += ["--load_in_4bit", "true"]
-    if candidate.count == 1 and placement.recomputed and not placement.offloaded:
-        options += ["--gradient_checkpointing", "true"]
     return options
 
 
-def accelerate_yaml(plan: Plan, candidate: Candidate) -> str:
-    """The accelerate YAML of a strategy; its first lines say the options that go with it."""
+def accelerate_settings(candidate: Candidate) -> dict[str, Any]:
+    """The accelerate YAML of a strategy, as a mapping."""
     settings: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
-        "distributed_type": "NO",
+        "distributed_type": "NO" if candidate.count == 1 else "MULTI_GPU",
         "num_machines": 1,
         "num_processes": candidate.count,
         "main_process_port": 0,
         "mixed_precision": "no",
     }
-    placement = candidate.placement
-    if candidate.count > 1 or placement.offloaded:
+    fsdp = candidate.request.fsdp
+    if fsdp is not None:
         settings["distributed_type"] = "FSDP"
         settings["fsdp_config"] = {
             "fsdp_version": 2,
-            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "fsdp_reshard_after_forward": not placement.kept_until_backward,
-            "fsdp_activation_checkpointing": placement.recomputed,
-            "fsdp_offload_params": placement.offloaded,
+            "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP" if fsdp.wrap_layers else "NO_WRAP",
+            "fsdp_reshard_after_forward": fsdp.reshard_after_forward,
+            "fsdp_activation_checkpointing": fsdp.activation_checkpointing,
+            "fsdp_offload_params": fsdp.offload,
             "fsdp_cpu_ram_efficient_loading": False,
         }
-    one_process = candidate.count == 1 and placement.offloaded
-    options = options_for(candidate) + (
-        ["--allow_fsdp_on_one_process", "true"] if one_process else []
-    )
+        if fsdp.layer_classes is not None:
+            classes = ",".join(fsdp.layer_classes)
+            settings["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = classes
+    return settings
+
+
+def accelerate_yaml(plan: Plan, candidate: Candidate) -> str:
+    """The accelerate YAML of a strategy; its first lines say the options that go with it."""
+    options = options_for(replace(candidate, yaml_is_default=True), shipped={})
+    command = ["lora-fsdp train --accelerate_config THIS_FILE", *options, "..."]
     heading = (
         f"# {plan.model} on {candidate.count} x {candidate.gpu.name}: {candidate.strategy}, "
         f"{weights_of(candidate)}, {candidate.memory.total / 1e9:.1f} GB a GPU.\n"
-        f"# lora-fsdp train --accelerate_config THIS_FILE {' '.join(options)} ...\n"
+        f"# {' '.join(command)}\n"
     )
-    return heading + yaml.safe_dump(settings, sort_keys=False)
+    return heading + yaml.safe_dump(accelerate_settings(candidate), sort_keys=False)

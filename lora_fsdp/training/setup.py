@@ -13,16 +13,16 @@ import torch
 from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_fsdp.adapter.attach import has_dropout, trainable_parameters
+from lora_fsdp.adapter.attach import trainable_parameters
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.data.workload import Work, measure_work
 from lora_fsdp.distributed.launch import launch_fingerprint
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.batched_generation import LEAST_NEW_TOKENS
+from lora_fsdp.placement.sequences import check_sequence_length
 
 
 def check_arguments(
@@ -34,7 +34,7 @@ def check_arguments(
         ArgumentError: names the keys and what to do.
     """
     check_checkpointing(args, settings)
-    check_sequence_length(args, max_length=max_length)
+    check_sequence_length(args.max_tokens_per_row, max_length=max_length)
 
 
 def check_checkpointing(args: FineTuningArguments, settings: FsdpSettings | None) -> None:
@@ -50,50 +50,11 @@ def check_checkpointing(args: FineTuningArguments, settings: FsdpSettings | None
         )
 
 
-def check_sequence_length(args: FineTuningArguments, *, max_length: int) -> None:
-    """Refuse rows too short for an example.
-
-    Raises:
-        ArgumentError: names both lengths.
-    """
-    if args.max_tokens_per_row is not None and args.max_tokens_per_row < max_length:
-        raise ArgumentError(
-            f"--max_tokens_per_row {args.max_tokens_per_row} is less than --max_length "
-            f"{max_length}: a row must hold the longest example."
-        )
-
-
 def check_targets(examples: Sequence[EncodedExample]) -> None:
     """Refuse training examples without an answer."""
     for example in examples:
         if not example.target_ids:
             raise ArgumentError(f"Row {example.row} has no target: it cannot be trained on.")
-
-
-def work_of_run(
-    args: FineTuningArguments,
-    train: Sequence[EncodedExample],
-    held_out: Sequence[EncodedExample],
-    *,
-    share_prefix: bool,
-) -> Work | None:
-    """What training will compute on each rank; `None` if there is nothing to train on."""
-    if not train:
-        return None
-    per_rank = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    epochs = args.num_train_epochs
-    if args.max_steps > 0:
-        epochs = args.max_steps * per_rank * args.world_size / len(train)
-    return measure_work(
-        train,
-        held_out,
-        examples_per_rank=per_rank,
-        epochs=epochs,
-        share_prefix=share_prefix,
-        max_tokens_per_row=args.max_tokens_per_row,
-        ranks=args.world_size,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-    )
 
 
 def fold_accumulation(args: FineTuningArguments) -> FineTuningArguments:
@@ -103,13 +64,6 @@ def fold_accumulation(args: FineTuningArguments) -> FineTuningArguments:
     folded.gradient_accumulation_steps = 1
     folded._n_gpu = min(args.n_gpu, 1)  # several GPUs are used by several processes
     return folded
-
-
-def shares_prefix(args: FineTuningArguments, model: PeftModel) -> bool:
-    """Whether training rows compute their prompts' common prefix once."""
-    if args.share_prefix == "auto":
-        return not has_dropout(model)
-    return args.share_prefix == "always"
 
 
 def enable_checkpointing(

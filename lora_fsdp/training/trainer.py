@@ -36,7 +36,8 @@ from lora_fsdp.compute.label_head import (
 )
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences, TrainingStep, TrainingSteps
-from lora_fsdp.data.workload import longest_example
+from lora_fsdp.data.schedule import Schedule
+from lora_fsdp.data.workload import measure_work
 from lora_fsdp.distributed.launch import accelerate_without_fsdp, check_launch, read_fsdp_settings
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.sharding import release_gathered
@@ -49,7 +50,7 @@ from lora_fsdp.tasks import ClassificationTask, Example, Task
 from lora_fsdp.training.epochs import ShuffleEachEpoch
 from lora_fsdp.training.logging.figures import RunFigures
 from lora_fsdp.training.logging.progress import RunProgress
-from lora_fsdp.training.place import place_for_training
+from lora_fsdp.training.place import place_for_training, request_of_run
 from lora_fsdp.training.saving.resume import run_facts
 from lora_fsdp.training.setup import (
     check_arguments,
@@ -59,10 +60,8 @@ from lora_fsdp.training.setup import (
     longest_answer,
     recompute_without_random_state,
     run_fingerprints,
-    shares_prefix,
-    work_of_run,
 )
-from lora_fsdp.training.step.choice import build_step
+from lora_fsdp.training.step.build import build_step
 from lora_fsdp.training.watching.adapter_moves import CheckAdapterMoves
 from lora_fsdp.training.watching.watched import WatchedTrainer
 
@@ -141,7 +140,6 @@ class LoraTrainer(WatchedTrainer):
         held_out = self.encoder.encode(eval_dataset)
         check_targets(train)
         self.max_new_tokens = longest_answer(args, train)
-        self.longest_example = longest_example([*train, *held_out])
         self.shortened = sum(example.shortened for example in (*train, *held_out))
         if isinstance(model, PeftModel) == (peft_config is not None):
             raise ArgumentError("Give a peft_config, or a model that already has an adapter.")
@@ -158,8 +156,12 @@ class LoraTrainer(WatchedTrainer):
         self.probes = build_probes(self.encoder, [*train_dataset, *eval_dataset])
         if not isinstance(model, PeftModel):
             model = attach_adapter(model, cast(LoraConfig, peft_config), stored=self.stored)
-        self.share_prefix = shares_prefix(args, model)
-        self.work = work_of_run(args, train, held_out, share_prefix=self.share_prefix)
+        self.request = request_of_run(model, args, settings=self.fsdp_settings)
+        self.share_prefix = self.request.shares_prefix
+        self.schedule = Schedule.of(vars(args), rows=len(train), ranks=args.world_size)
+        self.work = measure_work(
+            vars(args), train, held_out, ranks=args.world_size, share_prefix=self.share_prefix
+        )
         fingerprints = run_fingerprints(
             args, model, train=train, held_out=held_out, stored=self.stored
         )
@@ -175,8 +177,8 @@ class LoraTrainer(WatchedTrainer):
         )
         # What was chosen for this machine: a run that goes on elsewhere rounds otherwise.
         self.run_facts["may_change"] |= {
-            "--step": self.plan.step,
-            "--max_tokens_per_row": str(self.plan.max_tokens_per_row),
+            "--step": str(self.placement.step),
+            "--max_tokens_per_row": str(self.placement.sequence_length),
         }
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -201,33 +203,32 @@ class LoraTrainer(WatchedTrainer):
             super().create_accelerator_and_postprocess()
         avoid_kernels_planned_by_shape()
         self.parameter_count = self.model.num_parameters()
-        self.plan = place_for_training(
+        placed = place_for_training(
             self.model,
-            args=self.args,
-            settings=self.fsdp_settings,
-            autocast=self.accelerator.mixed_precision != "no",
+            request=self.request,
+            device=self.args.device,
             work=self.work,
-            longest_example=self.longest_example,
             stored=self.stored,
         )
+        self.placement = placed.placement
         self.stored = None  # its files are closed
-        if self.plan.placement.recomputed and self.plan.is_captured:
+        if self.placement.layout.recomputed and self.placement.step.is_captured:
             recompute_without_random_state(self.args)
         # What the arguments ask for, the Trainer itself switches on.
-        if self.plan.placement.recomputed and not self.args.gradient_checkpointing:
+        if self.placement.layout.recomputed and not self.args.gradient_checkpointing:
             enable_checkpointing(self.model, self.args, self.fsdp_settings)
         self.adapter = ReplicatedParameters(trainable_parameters(self.model))
         self.adapter.broadcast()
         self.adapter.check_equal()
         self.computation = check_packing(
-            self.model, device=self.args.device, computation=self.plan.computation
+            self.model, device=self.args.device, computation=placed.computation
         )
         release_gathered(self.model)
         self.step = build_step(
-            self.plan.step,
+            self.placement.step,
             self.model,
-            largest=self.plan.rows,
-            gathers=not self.plan.residency.is_whole,
+            largest=self.placement.largest,
+            gathers=not self.placement.is_whole,
             computation=self.computation,
             adapter=self.adapter,
             device=self.args.device,
@@ -263,7 +264,7 @@ class LoraTrainer(WatchedTrainer):
             world_size=self.args.world_size,
             seed=self.order_seed,
             share_prefix=self.share_prefix,
-            max_tokens=self.plan.max_tokens_per_row,
+            max_tokens=self.placement.sequence_length,
         )
         self.remove_callback(ShuffleEachEpoch)
         self.add_callback(ShuffleEachEpoch(steps))
@@ -340,7 +341,7 @@ class LoraTrainer(WatchedTrainer):
                 examples,
                 rank=self.args.process_index,
                 world_size=self.args.world_size,
-                max_tokens=self.plan.max_tokens_per_row,
+                max_tokens=self.placement.sequence_length,
             )
         )
 

@@ -10,6 +10,7 @@ import importlib.util
 import pandas as pd
 import pytest
 import torch
+from lora_fsdp.distributed.residency import Residency
 from peft import LoraConfig
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,7 +34,6 @@ from lora_fsdp.base.streaming import StoredBase, load_on_device, open_base
 from lora_fsdp.compute.decoder_layer import fuse_layers
 from lora_fsdp.compute.label_head import RowComputation, label_log_probs
 from lora_fsdp.data.packing import Tree, pack_sequence
-from lora_fsdp.distributed.residency import Residency
 from lora_fsdp.distributed.sharding import check_placement, decoder_layers, place_model, shard_base
 from lora_fsdp.errors import (
     ArgumentError,

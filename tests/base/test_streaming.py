@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_fsdp.distributed.residency import Residency
 from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -25,7 +26,6 @@ from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.loading import load_base
 from lora_fsdp.base.streaming import StoredBase, load_on_device, needs_weights, open_base
 from lora_fsdp.compute.decoder_layer import fuse_layers
-from lora_fsdp.distributed.residency import Residency
 from lora_fsdp.distributed.sharding import decoder_layers, place_model
 from lora_fsdp.errors import ArgumentError, ModelNotFoundError
 from tests.support.adapters import save_base

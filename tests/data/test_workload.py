@@ -22,6 +22,14 @@ def examples_of(tmp_path, rows):
     return examples
 
 
+def training(per_rank, epochs, seed=0):
+    return {
+        "per_device_train_batch_size": per_rank, "gradient_accumulation_steps": 1,
+        "num_train_epochs": epochs, "max_steps": -1, "seed": seed, "data_seed": None,
+        "max_tokens_per_row": None,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("share_prefix", [False, True])
 @pytest.mark.parametrize(
     ("ranks", "per_rank", "epochs", "seed"),
@@ -30,9 +38,8 @@ def examples_of(tmp_path, rows):
 def test_the_largest_step_is_found(tmp_path, share_prefix, ranks, per_rank, epochs, seed):
     examples = examples_of(tmp_path, 120)
     work = measure_work(
-        examples, [], examples_per_rank=per_rank, epochs=epochs, share_prefix=share_prefix,
-        max_tokens_per_row=None, ranks=ranks, seed=seed,
-    )  # fmt: skip
+        training(per_rank, epochs, seed), examples, [], ranks=ranks, share_prefix=share_prefix
+    )
     largest = 0
     for rank in range(ranks):
         steps = TrainingSteps(
@@ -49,13 +56,12 @@ def test_the_largest_step_is_found(tmp_path, share_prefix, ranks, per_rank, epoc
 
 def test_many_epochs_are_not_all_looked_at(tmp_path, monkeypatch):
     examples = examples_of(tmp_path, 120)
-    options = {"examples_per_rank": 2, "share_prefix": True, "max_tokens_per_row": None}
-    first = measure_work(examples, [], epochs=2.0, **options)
+    first = measure_work(training(2, 2.0), examples, [], ranks=1, share_prefix=True)
     monkeypatch.setattr(workload, "_EXAMPLES_LOOKED_AT", 240)
     orders = []
     monkeypatch.setattr(
         workload, "epoch_order", lambda *a, **k: orders.append(k["epoch"]) or epoch_order(*a, **k)
     )
-    work = measure_work(examples, [], epochs=1e9, **options)
+    work = measure_work(training(2, 1e9), examples, [], ranks=1, share_prefix=True)
     assert orders == [0, 1]
     assert work.largest_step == first.largest_step

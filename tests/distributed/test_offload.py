@@ -5,6 +5,7 @@ Run: python -m pytest tests/distributed/test_offload.py
 
 import pytest
 import torch
+from lora_fsdp.distributed.residency import plan_residency
 
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
@@ -12,7 +13,6 @@ from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers
 from lora_fsdp.compute.label_head import RowComputation, label_log_probs
 from lora_fsdp.data.packing import Tree, pack_sequence
-from lora_fsdp.distributed.residency import plan_residency
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.training.setup import enable_checkpointing
 from tests.support.ranks import launch_environment, run_ranks

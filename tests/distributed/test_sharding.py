@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from lora_fsdp.distributed.residency import Residency
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,7 +18,6 @@ from lora_fsdp.adapter.attach import trainable_parameters
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import decoder_layers
 from lora_fsdp.distributed.replication import ReplicatedParameters
-from lora_fsdp.distributed.residency import Residency
 from lora_fsdp.distributed.sharding import (
     check_placement,
     layers_to_shard,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -347,21 +348,19 @@ def test_this_machine(tmp_path):
     assert not (tmp_path / "not").exists()
 
 
-class SavingArguments:
-    """As much of `FineTuningArguments` as the number of checkpoints depends on."""
-
-    per_device_train_batch_size = 4
-    gradient_accumulation_steps = 1
-    max_steps = -1
-    num_train_epochs = 3.0
-    save_strategy = "epoch"
-    save_steps = 10
-    save_total_limit = None
-    load_best_model_at_end = False
-
-    def __init__(self, **changes):
-        for name, value in changes.items():
-            setattr(self, name, value)
+def saving_arguments(**changes):
+    """Those that say how often is saved, and on how much."""
+    usual = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": -1,
+        "num_train_epochs": 3.0,
+        "save_strategy": "epoch",
+        "save_steps": 10,
+        "save_total_limit": None,
+        "load_best_model_at_end": False,
+    }
+    return SimpleNamespace(**{**usual, **changes})
 
 
 @pytest.mark.parametrize(
@@ -378,7 +377,7 @@ class SavingArguments:
 )
 def test_checkpoints_on_disk(changes, count):
     """200 examples, 8 a step: 25 steps an epoch."""
-    assert checkpoints_on_disk(SavingArguments(**changes), examples=200, processes=2) == count
+    assert checkpoints_on_disk(saving_arguments(**changes), examples=200, processes=2) == count
 
 
 def test_documentation_lists_the_rules():

@@ -33,7 +33,6 @@ from lora_fsdp.compute.decoder_layer import fuse_layers, unpack_ahead
 from lora_fsdp.compute.label_head import RowComputation, label_log_probs
 from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.distributed.replication import ReplicatedParameters
-from lora_fsdp.placement.memory import device_memory
 from lora_fsdp.tasks import Prompt
 from lora_fsdp.training.setup import enable_checkpointing, recompute_without_random_state
 from lora_fsdp.training.step.captured import CapturedStep
@@ -219,7 +218,7 @@ def test_activations_are_recomputed_where_nothing_else_fits(tmp_path):
         gc.collect()
         torch.cuda.empty_cache()
         if left:
-            memory = device_memory(plans[0].shape, plans[0].placement, plans[0].rows)
+            memory = plans[0].memory
             left = memory.allocated - memory.activations // 2
         free = torch.cuda.mem_get_info()[0]
         ballast = torch.empty(free - left if left else 0, dtype=torch.uint8, device=GPU)
@@ -238,9 +237,9 @@ def test_activations_are_recomputed_where_nothing_else_fits(tmp_path):
         )  # fmt: skip
         trainer.train()
         losses.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
-        plans.append(trainer.plan)
+        plans.append(trainer.placement)
         assert trainer.step.failed is None
-        print(f"\n{ballast.numel() / 1e9:.1f} GB of the GPU taken:\n{trainer.plan}")
+        print(f"\n{ballast.numel() / 1e9:.1f} GB of the GPU taken:\n{trainer.placement}")
         del trainer, ballast
     assert not plans[0].recomputing
     assert "free" in plans[1].recomputing

@@ -11,24 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
-import torch
 from peft import LoraConfig
 from transformers import LlamaConfig
 
-from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.arguments.fsdp import FsdpSettings
-from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.data.workload import Work, given_work
-from lora_fsdp.distributed import residency
 from lora_fsdp.errors import LoraFsdpError
-from lora_fsdp.placement import memory
 from lora_fsdp.placement.counting import build_on_meta, shape_of
+from lora_fsdp.placement.decide import decide
+from lora_fsdp.placement.gpus import GPUS
+from lora_fsdp.placement.hardware import Hardware
+from lora_fsdp.placement.request import Request
+from lora_fsdp.placement.shape import ModelShape
 from lora_fsdp.planning.models import dense_config
-from lora_fsdp.training import place
-from lora_fsdp.training.step import choice
 
 TABLE = Path(__file__).with_suffix(".txt")
 SEVEN_BILLION = LlamaConfig(
@@ -109,99 +105,52 @@ def cases() -> Iterator[Case]:
 
 
 def work_of(case: Case) -> Work:
+    training = {
+        "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+        "num_train_epochs": 3, "max_steps": -1,
+    }  # fmt: skip
     return given_work(
+        training,
         examples=4500,
         tokens_per_example=case.tokens,
         label_tokens_per_example=2,
-        examples_per_rank=8,
-        epochs=3,
-        max_tokens_per_row=case.row,
+        ranks=case.ranks,
     )
 
 
 @cache
-def counted(model: str, dropout: float, fuse: bool) -> memory.ModelShape:
+def counted(model: str, dropout: float, stay: str | None) -> ModelShape:
     adapter = LoraConfig(
         r=8, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, task_type="CAUSAL_LM"
     )
-    return shape_of(build_on_meta(MODELS[model]), adapter, fuse=fuse)
-
-
-@cache
-def adapted(model: str, dropout: float):
-    adapter = LoraConfig(
-        r=8, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, task_type="CAUSAL_LM"
-    )
-    with torch.device("meta"):
-        return attach_adapter(build_on_meta(MODELS[model]), adapter)
+    return shape_of(build_on_meta(MODELS[model]), adapter, stay=stay)
 
 
 def decision(case: Case) -> str:
+    request = Request(
+        step=case.step,
+        resident_layers=case.resident,
+        max_tokens_per_row=case.row,
+        gradient_checkpointing=case.recomputing,
+        fsdp=YAMLS[case.yaml],
+        quantized=case.quantized,
+        lora_dropout=bool(case.dropout),
+    )
+    card = replace(GPUS["H100-80GB"], memory=case.gigabytes * 2**30)
+    shape = counted(case.model, case.dropout, request.why_not_fused)
     try:
-        return _decision(case)
+        found = decide(shape, work_of(case), Hardware.of(card, case.ranks), request)
     except LoraFsdpError as error:
         return f"refused: {error}"
-
-
-def _decision(case: Case) -> str:
-    """As `place_for_training` decides, with what a GPU of that size would have free."""
-    model, settings, work = adapted(case.model, case.dropout), YAMLS[case.yaml], work_of(case)
-    base = base_model(model)
-    layers = decoder_layers(base)
-    free = int(case.gigabytes * 2**30 * 0.97) - memory.CONTEXT
-    args = SimpleNamespace(
-        device=torch.device("cuda"), step=case.step, resident_layers=case.resident,
-        gradient_checkpointing=case.recomputing, gradient_checkpointing_kwargs=None,
-        max_tokens_per_row=case.row, world_size=case.ranks, share_prefix="auto",
-    )  # fmt: skip
-    not_fused = choice.why_run_not_fused(model, args, autocast=False)
-    fused = not_fused or []
-    if args.step == "fused" and isinstance(fused, str):
-        return "refused"
-    is_fused = not isinstance(fused, str)
-    shape = counted(case.model, case.dropout, is_fused)
-    gathers_stay_out = choice.why_gathers_stay_out(args, settings)
-    base.is_loaded_in_4bit = case.quantized
-    longest = work.longest_example
-    with (
-        mock.patch.object(place, "least_free_memory", lambda device: free),
-        mock.patch.object(residency, "least_free_memory", lambda device: free),
-    ):
-        placement, recomputing = place._choose_placement(
-            model, args, settings, layers=len(layers), shape=shape, is_fused=is_fused,
-            gathers_captured=gathers_stay_out is None,
-            shortest=memory.largest_sequence(work, max(longest, case.row or 0)),
-        )  # fmt: skip
-        found = place._choose_residency(
-            base, layers, args=args, settings=settings, shape=shape, least=placement,
-            rows=memory.largest_sequence(work, max(longest, case.row or memory.USUAL_SEQUENCE)),
-        )  # fmt: skip
-    uncaptured = choice.why_not_captured(
-        model, args, settings, is_fused=is_fused, recomputed=placement.recomputed
-    )
-    if uncaptured is None and not found.is_whole:
-        uncaptured = gathers_stay_out
-    seconds = 4.0 * shape.parameters * work.step_tokens * work.steps(case.ranks) / 3e14
-    step, _ = choice.choose_step(args, fused=fused, why_not_captured=uncaptured, seconds=seconds)
-    final = replace(
-        placement, resident_layers=len(found.indices), whole_head=found.head is not None
-    )
-    tiny = memory.device_memory(shape, final, memory.LargestSequence(1, 1))
-    free_beside = free - tiny.base_shard - tiny.resident - 4 * shape.adapter_parameters
-    length = case.row or memory.longest_sequence(
-        shape, free=free_beside, longest_example=longest, recomputed=placement.recomputed,
-        most=memory.LONGEST_SEQUENCE if is_fused else memory.USUAL_SEQUENCE,
-    )  # fmt: skip
-    rows = memory.largest_sequence(work, length)
-    needed = memory.device_memory(shape, final, rows)
+    layout = found.layout
     parts = [
-        f"{len(found.indices)}/{shape.layers} resident",
-        "head whole" if final.whole_head else "",
-        step,
-        f"sequences of {length}",
-        "recomputing" if final.recomputed else "",
-        f"{needed.total / 1e9:.1f} GB",
-        "" if needed.allocated <= free else "does not fit",
+        f"{layout.resident_layers}/{shape.layers} resident",
+        "head whole" if layout.whole_head else "",
+        str(found.step),
+        f"sequences of {found.sequence_length}",
+        "recomputing" if layout.recomputed else "",
+        f"{found.memory.total / 1e9:.1f} GB",
+        "" if found.fits else "does not fit",
     ]
     return ", ".join(part for part in parts if part)
 

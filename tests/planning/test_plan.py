@@ -14,25 +14,23 @@ from peft import LoraConfig
 from transformers import LlamaConfig
 
 from benchmarks.planning import PAGE
+from lora_fsdp.arguments import ModelArguments
+from lora_fsdp.cli.configs import find_config, suggested_config
 from lora_fsdp.cli.main import main
 from lora_fsdp.data.workload import given_work
 from lora_fsdp.errors import ArgumentError, ModelNotFoundError, UnsupportedModelError
 from lora_fsdp.placement.counting import build_on_meta, shape_of
 from lora_fsdp.placement.gpus import GPUS, known_gpu, parse_gpus
-from lora_fsdp.placement.memory import (
-    LargestSequence,
-    Placement,
-    can_capture,
-    device_memory,
-    is_captured,
-    largest_sequence,
-    layers_that_fit,
-    longest_sequence,
-    with_head_placed,
-)
+from lora_fsdp.placement.hardware import Hardware
+from lora_fsdp.placement.layout import Layout, is_captured
+from lora_fsdp.placement.memory import LargestSequence, device_memory
+from lora_fsdp.placement.request import Request
+from lora_fsdp.placement.residency import layers_that_fit, with_head_placed
+from lora_fsdp.placement.sequences import largest_sequence, sequence_length
 from lora_fsdp.placement.timing import step_seconds
 from lora_fsdp.planning.models import dense_config, planned_config
 from lora_fsdp.planning.plan import make_plan
+from lora_fsdp.planning.question import question_of_recipe
 
 ADAPTER = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 DEEPSEEK_7B = LlamaConfig(
@@ -43,14 +41,29 @@ DEEPSEEK_7B = LlamaConfig(
     num_attention_heads=32,
     num_key_value_heads=32,
 )
-TWEETS = given_work(
-    examples=4500,
-    tokens_per_example=36.2,
-    label_tokens_per_example=2,
-    examples_per_rank=8,
-    epochs=3,
-    max_tokens_per_row=None,
-)
+TRAINING = {
+    "step": "auto",
+    "resident_layers": "auto",
+    "share_prefix": "auto",
+    "max_tokens_per_row": None,
+    "gradient_checkpointing": False,
+    "gradient_checkpointing_kwargs": None,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 3,
+    "max_steps": -1,
+    "bf16": False,
+    "fp16": False,
+}
+
+
+def tweets(ranks):
+    return given_work(
+        TRAINING, examples=4500, tokens_per_example=36.2, label_tokens_per_example=2, ranks=ranks
+    )
+
+
+TWEETS = tweets(1)
 ROWS = largest_sequence(TWEETS, 2048)
 
 
@@ -60,65 +73,67 @@ def seven_billion():
 
 
 @cache
-def plan(model, gpus):
+def plan(model, gpus, in_4bit=False):
     config = DEEPSEEK_7B if model == "deepseek" else planned_config(model)
-    return make_plan(model, config, adapter=ADAPTER, work=TWEETS, gpus=[gpus])
+    question = question_of_recipe(
+        config,
+        model_args=ModelArguments(model, load_in_4bit=in_4bit),
+        adapter=ADAPTER,
+        training=TRAINING,
+        work=lambda ranks, share_prefix: tweets(ranks),
+        yaml_for=lambda gpus: find_config(suggested_config(gpus)),
+        shipped={},
+        is_open=True,
+    )
+    return make_plan(question, gpus=[gpus])
 
 
 class TestMemory:
     def test_as_measured_on_an_h100(self, seven_billion):
         """15.32 GB allocated at 8 tweets a step (benchmarks/results)."""
-        placement = Placement(ranks=1, resident_layers=30)
+        placement = Layout(ranks=1, resident_layers=30)
         assert device_memory(seven_billion, placement, ROWS).allocated == pytest.approx(
             15.32e9, rel=0.04
         )
 
     def test_nothing_is_sharded_where_all_is_resident(self, seven_billion):
-        memory = device_memory(seven_billion, Placement(ranks=4, resident_layers=30), ROWS)
+        memory = device_memory(seven_billion, Layout(ranks=4, resident_layers=30), ROWS)
         assert memory.resident == 2 * seven_billion.parameters
         assert (memory.base_shard, memory.in_flight, memory.communication) == (0, 0, 0)
 
     def test_shards_and_residents_make_the_base(self, seven_billion):
         for layers in (0, 7, 29):
-            memory = device_memory(seven_billion, Placement(ranks=4, resident_layers=layers), ROWS)
+            memory = device_memory(seven_billion, Layout(ranks=4, resident_layers=layers), ROWS)
             base = 2 * seven_billion.parameters
             assert 4 * memory.base_shard + memory.resident == pytest.approx(base, abs=8)
 
     def test_more_ranks_need_less_each(self, seven_billion):
         totals = [
-            device_memory(seven_billion, Placement(ranks=n, resident_layers=0), ROWS).total
+            device_memory(seven_billion, Layout(ranks=n, resident_layers=0), ROWS).total
             for n in (1, 2, 4, 8)
         ]
         assert totals == sorted(totals, reverse=True)
 
     def test_offloaded_shards_are_not_on_the_gpu(self, seven_billion):
-        kept = device_memory(seven_billion, Placement(2, 0), ROWS)
-        away = device_memory(seven_billion, Placement(2, 0, offloaded=True), ROWS)
+        kept = device_memory(seven_billion, Layout(2, 0), ROWS)
+        away = device_memory(seven_billion, Layout(2, 0, offloaded=True), ROWS)
         assert kept.total - away.total == kept.base_shard
 
     def test_recomputing_keeps_the_layers_inputs(self, seven_billion):
         rows = LargestSequence(tokens=4096, labels=4096)
-        kept = device_memory(seven_billion, Placement(1, 30), rows)
-        again = device_memory(seven_billion, Placement(1, 30, recomputed=True), rows)
+        kept = device_memory(seven_billion, Layout(1, 30), rows)
+        again = device_memory(seven_billion, Layout(1, 30, recomputed=True), rows)
         assert again.activations < kept.activations / 8
 
-    def test_what_is_recomputed_in_a_graph_draws_nothing(self, seven_billion):
-        dropping = shape_of(build_on_meta(DEEPSEEK_7B), replace(ADAPTER, lora_dropout=0.1))
-        plain = replace(seven_billion, is_fused=False)
-        assert can_capture(seven_billion, recomputed=True)
-        assert not can_capture(dropping, recomputed=True)
-        assert not can_capture(plain, recomputed=True)
-        assert can_capture(dropping, recomputed=False)
-
     def test_captured_is_what_gathers_nothing_within_a_step(self, seven_billion):
-        assert is_captured(seven_billion, Placement(2, 30), tokens=4096)
-        assert not is_captured(seven_billion, Placement(2, 30), tokens=4097)
-        assert not is_captured(seven_billion, Placement(2, 30, captured=False), tokens=300)
-        assert not is_captured(seven_billion, Placement(2, 29), tokens=300)
-        assert not is_captured(seven_billion, Placement(2, 30, offloaded=True), tokens=300)
+        assert is_captured(seven_billion, Layout(2, 30), tokens=4096)
+        assert not is_captured(seven_billion, Layout(2, 30), tokens=4097)
+        assert not is_captured(seven_billion, Layout(2, 30, captured=False), tokens=300)
+        assert not is_captured(seven_billion, Layout(2, 29), tokens=300)
+        assert not is_captured(seven_billion, Layout(2, 30, offloaded=True), tokens=300)
 
     def test_captured_rows_are_padded(self, seven_billion):
-        placement, eager = Placement(1, 30), Placement(1, 30, captured=False)
+        placement, eager = Layout(1, 30), Layout(1, 30, captured=False)
         rows, padded = LargestSequence(tokens=522, labels=8), LargestSequence(tokens=640, labels=32)
         captured = device_memory(seven_billion, placement, rows)
         assert captured == device_memory(seven_billion, placement, padded)
@@ -129,17 +144,17 @@ class TestMemory:
 
     def test_the_head_is_there_twice_while_it_computes(self, seven_billion):
         """Gathered, and in the buffer that it was gathered into."""
-        memory = device_memory(seven_billion, Placement(2, 0, quantized=True), ROWS)
+        memory = device_memory(seven_billion, Layout(2, 0, quantized=True), ROWS)
         assert memory.communication == 2 * seven_billion.head_parameters
 
     def test_layers_that_fit_do_and_one_more_does_not(self, seven_billion):
         free = int(12e9)
-        layers = layers_that_fit(seven_billion, Placement(2, 0), ROWS, free=free)
+        layers = layers_that_fit(seven_billion, Layout(2, 0), ROWS, free=free)
         assert 0 < layers < 30
         fits, too_many = (
             device_memory(
                 seven_billion,
-                with_head_placed(seven_billion, Placement(2, layers + more), ROWS),
+                with_head_placed(seven_billion, Layout(2, layers + more), ROWS),
                 ROWS,
             ).allocated
             for more in (0, 1)
@@ -149,11 +164,11 @@ class TestMemory:
     @pytest.mark.parametrize(
         ("placement", "whole"),
         [
-            (Placement(2, 0), True),
-            (Placement(2, 0, quantized=True), True),
-            (Placement(2, 15), True),
-            (Placement(2, 0, offloaded=True), False),
-            (Placement(2, 30), False),
+            (Layout(2, 0), True),
+            (Layout(2, 0, quantized=True), True),
+            (Layout(2, 15), True),
+            (Layout(2, 0, offloaded=True), False),
+            (Layout(2, 30), False),
         ],
     )
     def test_the_head_is_whole_where_that_takes_less(self, seven_billion, placement, whole):
@@ -166,7 +181,7 @@ class TestMemory:
     def test_embeddings_are_gathered_before_there_are_activations(self, seven_billion):
         """There twice then; what a step needs at its peak is the larger of both moments."""
         short = LargestSequence(tokens=40, labels=2)
-        placement = Placement(2, 0, quantized=True, whole_head=True)
+        placement = Layout(2, 0, quantized=True, whole_head=True)
         memory = device_memory(seven_billion, placement, short)
         embeddings = 2 * seven_billion.embedding_parameters
         assert memory.in_flight == memory.communication == embeddings
@@ -176,7 +191,7 @@ class TestMemory:
         assert longer.total > memory.total
 
     def test_one_group_is_gathered_at_once(self, seven_billion):
-        placement = Placement(2, 0, one_group=True)
+        placement = Layout(2, 0, one_group=True)
         memory = device_memory(seven_billion, placement, ROWS)
         assert memory.in_flight == memory.communication == 2 * seven_billion.parameters
         assert with_head_placed(seven_billion, placement, ROWS) == placement
@@ -184,34 +199,38 @@ class TestMemory:
     def test_a_small_head_is_sharded(self):
         config = LlamaConfig(**{**DEEPSEEK_7B.to_dict(), "vocab_size": 8192})
         shape = shape_of(build_on_meta(config), ADAPTER)
-        assert with_head_placed(shape, Placement(2, 0), ROWS) == Placement(2, 0)
+        assert with_head_placed(shape, Layout(2, 0), ROWS) == Layout(2, 0)
 
     def test_a_tied_head_stays_with_the_embeddings(self):
         config = LlamaConfig(**{**DEEPSEEK_7B.to_dict(), "tie_word_embeddings": True})
         shape = shape_of(build_on_meta(config), ADAPTER)
-        assert with_head_placed(shape, Placement(2, 0), ROWS) == Placement(2, 0)
+        assert with_head_placed(shape, Layout(2, 0), ROWS) == Layout(2, 0)
 
     def test_none_fits_where_all_is_gathered_till_backward_anyway(self, seven_billion):
-        till_backward = Placement(2, 0, kept_until_backward=True)
+        till_backward = Layout(2, 0, kept_until_backward=True)
         assert layers_that_fit(seven_billion, till_backward, ROWS, free=int(12e9)) == 0
 
-    def test_longest_row_fits_half_of_what_is_free(self, seven_billion):
-        free = int(40e9)
-        length = longest_sequence(seven_billion, free=free, longest_example=60, recomputed=False)
-        assert seven_billion.saved_bytes(length, recomputed=False) <= free / 2
-        assert longest_sequence(seven_billion, free=0, longest_example=60, recomputed=False) == 60
-        assert (
-            longest_sequence(seven_billion, free=0, longest_example=9000, recomputed=False) == 9000
-        )
-        options = {"longest_example": 60, "recomputed": False, "most": 2048}
-        assert longest_sequence(seven_billion, free=free, **options) == 2048
-        assert longest_sequence(seven_billion, free=int(5e9), **options) < 2048
+    def test_a_sequence_fits_half_of_what_is_free(self, seven_billion):
+        def length(free, longest, shape=seven_billion):
+            work = replace(TWEETS, longest_example=longest, largest_step=10**6)
+            hardware = Hardware(ranks=1, has_gpu=True, free=free)
+            return sequence_length(shape, Layout(1, 30), work, hardware, Request())
+
+        free = int(55e9)
+        left = free - 2 * seven_billion.parameters
+        assert 2048 < length(free, 60) <= 8192
+        assert seven_billion.saved_bytes(length(free, 60), recomputed=False) <= left / 2
+        assert length(0, 60) == 60
+        assert length(0, 9000) == 9000
+        plain = replace(seven_billion, is_fused=False)
+        assert length(free, 60, plain) == 2048
+        assert length(int(20e9), 60, plain) < 2048
 
 
 class TestTime:
     def test_as_measured_on_an_h100(self, seven_billion):
         """20.49 ms a step of 8 tweets (benchmarks/results)."""
-        placement = Placement(ranks=1, resident_layers=30)
+        placement = Layout(ranks=1, resident_layers=30)
         seconds = step_seconds(
             seven_billion, placement, TWEETS, GPUS["H100-80GB"], sequence_tokens=2048
         )
@@ -222,10 +241,10 @@ class TestTime:
         resident, half, till_backward, sharded = (
             step_seconds(seven_billion, placement, TWEETS, gpu, sequence_tokens=2048)
             for placement in (
-                Placement(2, 30),
-                Placement(2, 15),
-                Placement(2, 0, kept_until_backward=True),
-                Placement(2, 0),
+                Layout(2, 30),
+                Layout(2, 15),
+                Layout(2, 0, kept_until_backward=True),
+                Layout(2, 0),
             )
         )
         assert resident < till_backward < sharded
@@ -242,32 +261,35 @@ class TestClaims:
     def test_600_gb_of_weights_do_not_fit_8x80_gb_without_help(self):
         found = plan("300B", "8xH100")
         assert 2 * found.shape.parameters == pytest.approx(600e9, rel=0.1)
-        fitting = {(one.strategy, one.placement.quantized) for one in found.candidates if one.fits}
-        assert ("full shard", False) not in fitting
+        fitting = {
+            (one.strategy, one.placement.layout.quantized) for one in found.candidates if one.fits
+        }
+        assert ("full shard, recomputing", False) not in fitting
         assert ("full shard", True) in fitting
         assert ("offload", False) in fitting
 
     def test_70b_on_two_24_gb_gpus(self):
-        """In 4 bits a gigabyte is missing if sharded, when embeddings are gathered; by offload."""
+        """In 4 bits a little is missing if sharded, when the head is gathered; by offload, not."""
         found = plan("70B", "2xRTX4090")
-        assert not [c for c in found.candidates if c.fits and not c.placement.offloaded]
+        assert not [c for c in found.candidates if c.fits and not c.placement.layout.offloaded]
         [sharded] = [
-            c for c in found.candidates if c.strategy == "full shard" and c.placement.quantized
+            c
+            for c in found.candidates
+            if c.strategy == "full shard, recomputing" and c.placement.layout.quantized
         ]
         assert -1e9 < sharded.spare < 0
-        embeddings = 2 * found.shape.embedding_parameters
-        assert sharded.memory.in_flight == sharded.memory.communication == embeddings
-        assert found.best.placement.offloaded
-        assert found.best.placement.quantized
+        assert sharded.memory.communication == 2 * found.shape.head_parameters
+        assert found.best.placement.layout.offloaded
+        assert found.best.placement.layout.quantized
 
     @pytest.mark.parametrize(
         ("claim", "model", "gpus", "strategy", "quantized"),
         [
             ("7B on two GPUs", "deepseek", "2xRTX4090", "resident", False),
             ("7B on two GPUs", "deepseek", "2xRTX4090", "full shard", False),
-            ("600 GB of bfloat16", "300B", "8xH100", "full shard", False),
+            ("600 GB of bfloat16", "300B", "8xH100", "full shard, recomputing", False),
             ("The same in 4 bits", "300B", "8xH100", "full shard", True),
-            ("70B in 4 bits", "70B", "2xRTX4090", "full shard", True),
+            ("70B in 4 bits", "70B", "2xRTX4090", "full shard, recomputing", True),
             ("70B in 4 bits", "70B", "2xRTX4090", "offload", True),
         ],
     )
@@ -278,7 +300,7 @@ class TestClaims:
         [one] = [
             c
             for c in plan(model, gpus).candidates
-            if (c.strategy, c.placement.quantized) == (strategy, quantized)
+            if (c.strategy, c.placement.layout.quantized) == (strategy, quantized)
         ]
         assert f"{one.memory.total / 1e9:.1f}" in said
         if not one.fits:

@@ -90,5 +90,5 @@ def toy_run(output_dir: str | Path, resume: str | bool | None = None, **options:
         "steps": trainer.state.global_step,
         "confusion": {s: m.to_numpy().sum() for s, m in trainer.confusion_matrices.items()},
         "best": trainer.state.best_model_checkpoint,
-        "step": trainer.plan.step,
+        "step": str(trainer.placement.step),
     }

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-
-import torch
 
 from lora_fsdp.base.loading import resolve_dtype
-from lora_fsdp.data.workload import longest_example
+from lora_fsdp.data.workload import measure_work
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.fact import UnknownFactError
 from lora_fsdp.doctor.finding import Problem, Rule, Severity
 from lora_fsdp.doctor.numbers import impossible_numbers
 from lora_fsdp.errors import ModelError
 from lora_fsdp.placement.counting import build_on_meta, shape_of
-from lora_fsdp.placement.memory import (
-    DeviceMemory,
-    device_memory,
-    largest_sequence,
-    with_head_placed,
-)
-from lora_fsdp.training.place import least_placement
-from lora_fsdp.training.setup import shares_prefix, work_of_run
-from lora_fsdp.training.step.choice import why_run_not_fused
+from lora_fsdp.placement.decide import least_layout
+from lora_fsdp.placement.hardware import Hardware
+from lora_fsdp.placement.memory import DeviceMemory, device_memory
+from lora_fsdp.placement.request import Request
+from lora_fsdp.placement.residency import with_head_placed
+from lora_fsdp.placement.sequences import largest_sequence
 
 _GB = 1e9
 
@@ -33,40 +27,40 @@ def least_device_memory(case: Case) -> DeviceMemory:
     to, recomputes activations, and takes one example at a time.
 
     Raises:
-        UnknownFactError: the base is not in bfloat16, which is what the plan counts in, or nothing
-            can be trained.
+        UnknownFactError: nothing can be trained.
     """
-    arguments, settings, model = case.arguments.value, case.fsdp.value, case.adapted.value
+    arguments, lora = case.arguments.value, case.lora.value
+    if any(impossible_numbers(arguments)) or not case.sample.value.train:
+        raise UnknownFactError
     dtype = resolve_dtype(case.model_args.dtype, device=case.device)
-    if dtype != torch.bfloat16 or any(impossible_numbers(arguments)):
-        raise UnknownFactError
-    encoded, trained = case.encoded.value, len(case.sample.value.train)
-    work = work_of_run(
-        arguments,
-        encoded[:trained],
-        encoded[trained:],
-        share_prefix=shares_prefix(arguments, model),
-    )
-    if work is None:
-        raise UnknownFactError
-    autocast = arguments.mixed_precision != "no"
-    fuse = why_run_not_fused(model, arguments, autocast=autocast) is None
     try:
-        shape = shape_of(build_on_meta(case.skeleton.value.config), case.lora.value, fuse=fuse)
+        skeleton = build_on_meta(case.skeleton.value.config, dtype=dtype)
+        request = Request.of(
+            vars(arguments),
+            fsdp=case.fsdp.value,
+            quantized=case.model_args.load_in_4bit,
+            autocast=arguments.mixed_precision != "no",
+            config=skeleton.config,
+            lora_dropout=bool(lora.lora_dropout),
+        )
+        shape = shape_of(skeleton, lora, stay=request.why_not_fused)
     except ModelError as error:  # other rules say what is wrong with the model
         raise UnknownFactError from error
-    placement = least_placement(
-        arguments,
-        settings,
-        layers=shape.layers,
-        ranks=case.launch.value.processes,
-        quantized=case.model_args.load_in_4bit,
+    encoded, trained = case.encoded.value, len(case.sample.value.train)
+    processes = case.launch.value.processes
+    work = measure_work(
+        vars(arguments),
+        encoded[:trained],
+        encoded[trained:],
+        ranks=processes,
+        share_prefix=request.shares_prefix,
     )
+    hardware = Hardware(ranks=processes, has_gpu=True, free=None)
     # As training does where memory is short.
-    row = max(longest_example(encoded), arguments.max_tokens_per_row or 0)
-    placement = replace(placement, recomputed=True, captured=False)
-    rows = largest_sequence(work, row)
-    return device_memory(shape, with_head_placed(shape, placement, rows), rows)
+    longest = max(work.longest_example, arguments.max_tokens_per_row or 0)
+    largest = largest_sequence(work, longest)
+    layout = least_layout(shape, hardware, request)
+    return device_memory(shape, with_head_placed(shape, layout, largest), largest)
 
 
 def _gpu_memory(case: Case) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from lora_fsdp.adapter.attach import trainable_parameters
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.loading import resolve_dtype
+from lora_fsdp.data.schedule import Schedule
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.fact import UnknownFactError
 from lora_fsdp.doctor.finding import Problem, Rule, Severity
@@ -41,11 +42,8 @@ def host_bytes_to_load(
 
 def checkpoints_on_disk(arguments: FineTuningArguments, *, examples: int, processes: int) -> int:
     """How many checkpoints lie on the disk at the same time at most."""
-    per_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    per_epoch = math.ceil(examples / (per_step * processes))
-    steps = arguments.max_steps
-    if steps <= 0:
-        steps = math.ceil(arguments.num_train_epochs * per_epoch)
+    schedule = Schedule.of(vars(arguments), rows=examples, ranks=processes)
+    steps, per_epoch = schedule.steps, schedule.steps_per_epoch
     strategy = str(getattr(arguments.save_strategy, "value", arguments.save_strategy))
     if strategy == "no":
         return 0

@@ -10,9 +10,10 @@ from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.finding import Problem, Rule, Severity
 from lora_fsdp.doctor.numbers import impossible_numbers
 from lora_fsdp.errors import ArgumentError, CheckpointError, OutputFolderError
+from lora_fsdp.placement.sequences import check_sequence_length
 from lora_fsdp.training.saving.output_folder import check_output_folder
 from lora_fsdp.training.saving.run_lock import holder_of
-from lora_fsdp.training.setup import check_checkpointing, check_sequence_length
+from lora_fsdp.training.setup import check_checkpointing
 
 _QUANTIZED_OPTIMIZER = re.compile(r"8bit|4bit|paged", re.IGNORECASE)
 
@@ -57,7 +58,9 @@ def _checkpointing_twice(case: Case) -> Iterator[Problem]:
 
 def _short_rows(case: Case) -> Iterator[Problem]:
     try:
-        check_sequence_length(case.arguments.value, max_length=case.data_args.max_length)
+        check_sequence_length(
+            case.arguments.value.max_tokens_per_row, max_length=case.data_args.max_length
+        )
     except ArgumentError as error:
         yield Problem(str(error))
 

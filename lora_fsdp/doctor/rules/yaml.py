@@ -11,9 +11,9 @@ from accelerate.commands.to_fsdp2 import ARGUMENT_KEY_MAPPING
 from accelerate.utils import DistributedType
 
 from lora_fsdp.distributed.launch import unsupported_settings
+from lora_fsdp.distributed.launch_files import as_launched
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.finding import Problem, Rule, Severity
-from lora_fsdp.doctor.launching import as_launched
 from lora_fsdp.errors import Fsdp1ConfigError
 
 # What accelerate reads without having an option for it, and old names that it still takes.

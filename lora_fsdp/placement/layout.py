@@ -1,0 +1,51 @@
+"""How a base lies across ranks, and whether a CUDA graph holds what is computed with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_fsdp.compute.captured_sizes import CAPTURE_UP_TO_TOKENS
+from lora_fsdp.placement.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a base lies across ranks.
+
+    Attributes:
+        ranks: how many share it.
+        resident_layers: decoder layers that every rank keeps whole; all of them = nothing is
+            sharded.
+        whole_head: every rank keeps the output head whole, too.
+        kept_until_backward: gathered layers stay until their backward.
+        one_group: what is sharded is gathered all at once, not layer by layer.
+        offloaded: shards lie in host memory.
+        quantized: linear layers are stored in 4 bits.
+        recomputed: activations are recomputed in backward.
+        captured: steps are CUDA graphs where nothing is gathered within them.
+        gathers_captured: they are too where layers are gathered.
+    """
+
+    ranks: int
+    resident_layers: int
+    whole_head: bool = False
+    kept_until_backward: bool = False
+    one_group: bool = False
+    offloaded: bool = False
+    quantized: bool = False
+    recomputed: bool = False
+    captured: bool = True
+    gathers_captured: bool = False
+
+    def gathers(self, shape: ModelShape) -> bool:
+        """Whether a step gathers layers, from other ranks or from host memory."""
+        return self.offloaded or self.resident_layers < shape.layers
+
+
+def is_captured(shape: ModelShape, layout: Layout, *, tokens: float) -> bool:
+    """Whether sequences of `tokens` are computed by CUDA graphs."""
+    return (
+        layout.captured
+        and (layout.gathers_captured or not layout.gathers(shape))
+        and tokens <= CAPTURE_UP_TO_TOKENS
+    )

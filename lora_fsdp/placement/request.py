@@ -1,0 +1,107 @@
+"""What a run asks for of its placement: arguments, the YAML, and what the model brings along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from lora_fsdp.arguments.fsdp import FsdpSettings
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for, and what of the model limits the choice.
+
+    Attributes:
+        step: `auto`, or the step that is asked for.
+        resident_layers: `auto`, `all`, `none` or a number.
+        share_prefix: `auto`, `always` or `never`.
+        max_tokens_per_row: the longest packed sequence; `None` = by memory.
+        gradient_checkpointing: recompute activations, asked for by the arguments.
+        own_checkpointing: it is set how (`gradient_checkpointing_kwargs`).
+        fsdp: the YAML's FSDP settings; `None` = no FSDP.
+        quantized: the base's linear layers are stored in 4 bits.
+        autocast: the forward runs under autocast (the YAML's `mixed_precision`).
+        attention: the model's attention kernel, as transformers calls it.
+        attention_dropout: whether the model drops attention weights.
+        lora_dropout: whether LoRA drops part of its input.
+    """
+
+    step: str = "auto"
+    resident_layers: str = "auto"
+    share_prefix: str = "auto"
+    max_tokens_per_row: int | None = None
+    gradient_checkpointing: bool = False
+    own_checkpointing: bool = False
+    fsdp: FsdpSettings | None = None
+    quantized: bool = False
+    autocast: bool = False
+    attention: str = "sdpa"
+    attention_dropout: bool = False
+    lora_dropout: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        training: Mapping[str, Any],
+        *,
+        fsdp: FsdpSettings | None,
+        quantized: bool,
+        autocast: bool,
+        config: PretrainedConfig,
+        lora_dropout: bool,
+    ) -> Request:
+        """The request of a run with these values of `FineTuningArguments`.
+
+        Args:
+            training: the values by name.
+            config: of the model that was built from it.
+            fsdp, quantized, autocast, lora_dropout: as above.
+        """
+        return cls(
+            step=training["step"],
+            resident_layers=training["resident_layers"],
+            share_prefix=training["share_prefix"],
+            max_tokens_per_row=training["max_tokens_per_row"],
+            gradient_checkpointing=bool(training["gradient_checkpointing"]),
+            own_checkpointing=bool(training["gradient_checkpointing_kwargs"]),
+            fsdp=fsdp,
+            quantized=quantized,
+            autocast=autocast,
+            attention=str(config._attn_implementation),
+            attention_dropout=bool(getattr(config.get_text_config(), "attention_dropout", 0.0)),
+            lora_dropout=lora_dropout,
+        )
+
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether packed sequences compute their prompts' common prefix once.
+
+        With LoRA's dropout examples of a sequence would share the prefix's dropout masks.
+        """
+        if self.share_prefix == "auto":
+            return not self.lora_dropout
+        return self.share_prefix == "always"
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether recomputing activations is asked for."""
+        return self.gradient_checkpointing or (
+            self.fsdp is not None and self.fsdp.activation_checkpointing
+        )
+
+    @property
+    def why_not_fused(self) -> str | None:
+        """Why the model's own layers are to compute; `None` = fused ones may."""
+        if self.step in ("eager", "compiled"):
+            return f"--step {self.step}"
+        if self.autocast:
+            return "mixed_precision in the accelerate YAML"
+        if self.attention != "sdpa":
+            return f"{self.attention} attention was chosen"
+        if self.attention_dropout:
+            return "the model drops attention weights"
+        return None

@@ -1,0 +1,93 @@
+"""What is planned for: a recipe's run, on any number of GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import PretrainedConfig
+
+from lora_fsdp.arguments import ModelArguments
+from lora_fsdp.arguments.fsdp import FsdpSettings
+from lora_fsdp.base.loading import resolve_dtype
+from lora_fsdp.data.workload import Work
+from lora_fsdp.distributed.launch import read_fsdp_settings
+from lora_fsdp.distributed.launch_files import as_launched, read_launch
+from lora_fsdp.placement.counting import build_on_meta, shape_of
+from lora_fsdp.placement.request import Request
+from lora_fsdp.planning.plan import Question
+
+_GPU = torch.device("cuda")
+
+
+def question_of_recipe(
+    config: PretrainedConfig,
+    *,
+    model_args: ModelArguments,
+    adapter: LoraConfig,
+    training: Mapping[str, Any],
+    work: Callable[[int, bool], Work],
+    yaml_for: Callable[[int], Path],
+    shipped: Mapping[str, Path],
+    is_open: bool,
+) -> Question:
+    """The run of a recipe, to be planned.
+
+    Args:
+        config: the base's.
+        model_args: which base, and how it is loaded.
+        adapter: what is trained.
+        training: values of `FineTuningArguments` by name.
+        work: what the run computes on so many ranks, with the prompts' common prefix shared or not.
+        yaml_for: the accelerate YAML for a number of GPUs.
+        shipped: the accelerate YAMLs that have a name, by it.
+        is_open: whether the YAML may be another one.
+
+    Raises:
+        UnsupportedModelError, TargetModulesError: as `shape_of`.
+    """
+    dtype = resolve_dtype(model_args.dtype, device=_GPU)
+    attention = model_args.attn_implementation
+    skeleton = build_on_meta(
+        config,
+        dtype=dtype,
+        attention=None if attention == "auto" else attention,
+        trust_remote_code=model_args.trust_remote_code,
+    )
+
+    @cache
+    def request(ranks: int) -> Request:
+        fsdp, mixed_precision = _read_yaml(yaml_for(ranks), ranks)
+        return Request.of(
+            training,
+            fsdp=fsdp,
+            quantized=model_args.load_in_4bit,
+            autocast=mixed_precision or bool(training["bf16"] or training["fp16"]),
+            config=skeleton.config,
+            lora_dropout=bool(adapter.lora_dropout),
+        )
+
+    asked = request(1)
+    return Question(
+        model=model_args.model_name_or_path,
+        shape=shape_of(skeleton, adapter, stay=asked.why_not_fused),
+        request=request,
+        work=cache(lambda ranks: work(ranks, asked.shares_prefix)),
+        shipped={name: _read_yaml(file, 2)[0] for name, file in shipped.items()},
+        dtype=str(dtype).removeprefix("torch."),
+        is_open=is_open,
+    )
+
+
+def _read_yaml(file: Path, ranks: int) -> tuple[FsdpSettings | None, bool]:
+    """The FSDP settings that ranks started from a YAML read, and whether they compute in mixed
+    precision.
+    """
+    launch = read_launch(file, processes=ranks)
+    with as_launched(launch):
+        settings = read_fsdp_settings()
+    return settings, launch.environment.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
