@@ -49,7 +49,9 @@ def shape_of(
     adapter = copy.deepcopy(adapter)  # PEFT writes the base's name into it
     adapter.init_lora_weights = True  # of whatever values: there are none
     layers = decoder_layers(base)
-    model = attach_adapter(base, adapter)
+    # An adapter draws its first values, though there are none: the run's own come after.
+    with torch.random.fork_rng(devices=[]):
+        model = attach_adapter(base, adapter)
     reasons = [stay] if stay is not None else [why_not_fused(layer) for layer in layers]
     unfused = next((reason for reason in reasons if reason is not None), "")
     is_fused = not unfused
