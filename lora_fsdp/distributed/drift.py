@@ -10,12 +10,12 @@ from collections import Counter
 
 import torch
 
-from lora_fsdp.distributed.replication import ReplicatedParameters
+from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.errors import RankDriftError
 from lora_fsdp.ranks import gather_tensors, has_others
 
 
-def check_no_drift(adapter: ReplicatedParameters, *, step: int, last_equal: int | None) -> None:
+def check_no_drift(adapter: AdapterSet, *, step: int, last_equal: int | None) -> None:
     """Compare the adapter across ranks. Waits for the device; a collective call.
 
     Args:

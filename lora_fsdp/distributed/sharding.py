@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.base.streaming import StoredBase

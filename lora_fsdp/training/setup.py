@@ -13,7 +13,8 @@ import torch
 from peft import PeftModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_fsdp.adapter.attach import has_dropout, trainable_parameters
+from lora_fsdp.adapter.attach import has_dropout
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import base_model

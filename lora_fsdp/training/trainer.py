@@ -23,7 +23,8 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
+from lora_fsdp.adapter.adapter_set import AdapterSet
+from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.adapter.probes import build_probes
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.fingerprints import fingerprint_base
@@ -38,7 +39,6 @@ from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences, TrainingStep, TrainingSteps
 from lora_fsdp.data.workload import longest_example
 from lora_fsdp.distributed.launch import accelerate_without_fsdp, check_launch, read_fsdp_settings
-from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.batched_generation import generate_answers
@@ -216,7 +216,7 @@ class LoraTrainer(WatchedTrainer):
         # What the arguments ask for, the Trainer itself switches on.
         if self.plan.placement.recomputed and not self.args.gradient_checkpointing:
             enable_checkpointing(self.model, self.args, self.fsdp_settings)
-        self.adapter = ReplicatedParameters(trainable_parameters(self.model))
+        self.adapter = AdapterSet.of(self.model)
         self.adapter.broadcast()
         self.adapter.check_equal()
         self.computation = check_packing(

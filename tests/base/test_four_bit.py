@@ -16,8 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lora_fsdp import finetune
-from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
+from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.adapter.merging import merge_adapter
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.adapter.proof import read_proof
 from lora_fsdp.adapter.verification import verify_adapter_folder
 from lora_fsdp.arguments import (

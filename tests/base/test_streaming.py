@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MixtralConfig
 
-from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
+from lora_fsdp.adapter.attach import attach_adapter
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.fingerprints import base_parameters, fingerprint_base

@@ -11,7 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
+from lora_fsdp.adapter.attach import attach_adapter
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.arguments import FineTuningArguments, ModelArguments
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import open_base

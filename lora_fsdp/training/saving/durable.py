@@ -23,6 +23,7 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput
 
+from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.adapter.folder import ADAPTER_FILE
 from lora_fsdp.adapter.probes import Probe, probe_log_likelihoods
 from lora_fsdp.adapter.proof import PROOF_FILE, Proof, beside, read_proof
@@ -34,7 +35,6 @@ from lora_fsdp.base.layers import base_model
 from lora_fsdp.compute.label_head import RowComputation
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.distributed.orphans import end_with_launcher
-from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import CheckpointError
 from lora_fsdp.evaluation.outputs import write_json
@@ -89,7 +89,7 @@ class DurableTrainer(Trainer):
     args: FineTuningArguments
     model: PeftModel
     processing_class: PreTrainedTokenizerBase
-    adapter: ReplicatedParameters
+    adapter: AdapterSet
     encoder: Encoder
     max_new_tokens: int
     run_facts: dict[str, Any]

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.adapter.attach import has_dropout
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
@@ -20,7 +21,6 @@ from lora_fsdp.base.layers import base_model
 from lora_fsdp.compute.decoder_layer import FusedLayer
 from lora_fsdp.compute.label_head import RowComputation
 from lora_fsdp.distributed.captured_gathers import why_gathers_not_captured
-from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.placement.memory import LargestSequence
 from lora_fsdp.training.step.captured import CapturedStep
@@ -150,7 +150,7 @@ def build_step(
     largest: LargestSequence,
     gathers: bool,
     computation: RowComputation,
-    adapter: ReplicatedParameters,
+    adapter: AdapterSet,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> EagerStep:

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_fsdp.distributed.replication import ReplicatedParameters
+from lora_fsdp.adapter.adapter_set import AdapterSet
 
 
 class CheckAdapterMoves(TrainerCallback):
@@ -17,7 +17,7 @@ class CheckAdapterMoves(TrainerCallback):
             and an adapter that is loaded may have been saved after it.
     """
 
-    def __init__(self, adapter: ReplicatedParameters) -> None:
+    def __init__(self, adapter: AdapterSet) -> None:
         self.adapter = adapter
         self.done = False
         self.moved = False

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_fsdp.distributed.replication import ReplicatedParameters
+from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.ranks import from_every_rank
 
 
@@ -44,7 +44,7 @@ class FiniteSteps:
         device: where they are.
     """
 
-    def __init__(self, adapter: ReplicatedParameters, device: torch.device) -> None:
+    def __init__(self, adapter: AdapterSet, device: torch.device) -> None:
         self.adapter = adapter
         self.holds_optimizer = False
         self._now = torch.zeros(2, dtype=torch.bool, device=device)
