@@ -22,7 +22,7 @@ from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers
 from lora_fsdp.compute.label_head import RowComputation
 from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.placement.memory import LargestSequence
-from lora_fsdp.training.setup import enable_checkpointing, recompute_without_random_state
+from lora_fsdp.training.recomputing import enable_checkpointing, recompute_without_random_state
 from lora_fsdp.training.step.captured import CapturedStep
 from lora_fsdp.training.step.eager import EagerStep
 from tests.compute.test_decoder_layer import adapted

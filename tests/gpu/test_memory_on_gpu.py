@@ -35,7 +35,7 @@ from lora_fsdp.compute.label_head import RowComputation, label_log_probs
 from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.placement.memory import device_memory
 from lora_fsdp.tasks import Prompt
-from lora_fsdp.training.setup import enable_checkpointing, recompute_without_random_state
+from lora_fsdp.training.recomputing import enable_checkpointing, recompute_without_random_state
 from lora_fsdp.training.step.captured import CapturedStep
 from lora_fsdp.training.step.eager import EagerStep
 from tests.base.test_four_bit import adapted, assert_close, outputs, reference

@@ -22,7 +22,7 @@ from lora_fsdp.placement.memory import (
     with_head_placed,
 )
 from lora_fsdp.training.place import least_placement
-from lora_fsdp.training.setup import shares_prefix, work_of_run
+from lora_fsdp.training.prepared import shares_prefix, work_of_run
 from lora_fsdp.training.step.choice import why_run_not_fused
 
 _GB = 1e9

@@ -1,0 +1,175 @@
+"""A run before its model is placed: data as tokens, the adapter attached, the ranks compared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel
+
+from lora_fsdp.adapter.attach import attach_adapter, has_dropout
+from lora_fsdp.adapter.probes import Probe, build_probes
+from lora_fsdp.arguments import FineTuningArguments
+from lora_fsdp.base.fingerprints import BaseFingerprint, fingerprint_base
+from lora_fsdp.base.layers import base_model
+from lora_fsdp.base.streaming import StoredBase
+from lora_fsdp.compute.label_head import check_architecture
+from lora_fsdp.data.encoding import EncodedExample, Encoder
+from lora_fsdp.data.workload import Work, longest_example, measure_work
+from lora_fsdp.errors import ArgumentError
+from lora_fsdp.evaluation.batched_generation import LEAST_NEW_TOKENS
+from lora_fsdp.ranks import check_ranks_agree
+from lora_fsdp.tasks import Example
+from lora_fsdp.training.checks import check_targets
+from lora_fsdp.training.run_fingerprints import run_fingerprints
+from lora_fsdp.training.saving.resume import run_facts
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What a trainer settles before its model is placed, the same on every rank.
+
+    Attributes:
+        model: the base with its adapter, not yet where it stays.
+        stored: where the base's weights are, if the model has not got them yet.
+        train, held_out: the examples as tokens.
+        base_fingerprint: of the base before the adapter was attached.
+        probes: fixed questions for the saved adapter's proof.
+        share_prefix: packed sequences compute their prompts' common prefix once.
+        work: what training will compute on each rank; `None` if there is nothing to train on.
+        facts: what a checkpoint says of the run.
+    """
+
+    model: PeftModel
+    stored: StoredBase | None
+    train: list[EncodedExample]
+    held_out: list[EncodedExample]
+    base_fingerprint: BaseFingerprint
+    probes: list[Probe]
+    share_prefix: bool
+    work: Work | None
+    facts: dict[str, Any]
+
+    @property
+    def longest_example(self) -> int:
+        """In tokens, of those to train on and those held out."""
+        return longest_example([*self.train, *self.held_out])
+
+    @property
+    def shortened(self) -> int:
+        """How many examples had their text shortened."""
+        return sum(example.shortened for example in (*self.train, *self.held_out))
+
+
+def prepare_run(
+    model: PreTrainedModel | PeftModel | StoredBase,
+    args: FineTuningArguments,
+    *,
+    encoder: Encoder,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    peft_config: LoraConfig | None,
+) -> PreparedRun:
+    """Tokenise, attach the adapter, and compare the ranks. A collective call.
+
+    The arguments are `LoraTrainer`'s, as they were given.
+
+    Raises:
+        ArgumentError: an example has no target, or not just one adapter is given.
+        UnsupportedModelError: the model cannot compute packed sequences.
+        RankMismatchError: the ranks were given different things.
+    """
+    to_train, to_score = encoder.encode(train), encoder.encode(held_out)
+    check_targets(to_train)
+    adapted, stored, base_fingerprint = _with_adapter(
+        model, peft_config, longest=encoder.max_length
+    )
+    share_prefix = shares_prefix(args, adapted)
+    fingerprints = run_fingerprints(args, adapted, train=to_train, held_out=to_score, stored=stored)
+    check_ranks_agree(fingerprints)
+    return PreparedRun(
+        model=adapted,
+        stored=stored,
+        train=to_train,
+        held_out=to_score,
+        base_fingerprint=base_fingerprint,
+        probes=build_probes(encoder, [*train, *held_out]),
+        share_prefix=share_prefix,
+        work=work_of_run(args, to_train, to_score, share_prefix=share_prefix),
+        facts=run_facts(args, adapted, fingerprints=fingerprints),
+    )
+
+
+def _with_adapter(
+    model: PreTrainedModel | PeftModel | StoredBase, config: LoraConfig | None, *, longest: int
+) -> tuple[PeftModel, StoredBase | None, BaseFingerprint]:
+    """The model with its adapter, where its weights are, and which base it is."""
+    if isinstance(model, PeftModel) == (config is not None):
+        raise ArgumentError("Give a peft_config, or a model that already has an adapter.")
+    if isinstance(model, PeftModel):
+        check_architecture(base_model(model), longest=longest)
+        return model, None, fingerprint_base(model)
+    stored = model if isinstance(model, StoredBase) else None
+    base = model.model if isinstance(model, StoredBase) else model
+    check_architecture(base, longest=longest)
+    # Before the adapter is attached, which may change the base (PiSSA), and before sharding.
+    fingerprint = fingerprint_base(base) if stored is None else stored.fingerprint()
+    return attach_adapter(base, cast(LoraConfig, config), stored=stored), stored, fingerprint
+
+
+def work_of_run(
+    args: FineTuningArguments,
+    train: Sequence[EncodedExample],
+    held_out: Sequence[EncodedExample],
+    *,
+    share_prefix: bool,
+) -> Work | None:
+    """What training will compute on each rank; `None` if there is nothing to train on."""
+    if not train:
+        return None
+    per_rank = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    epochs = args.num_train_epochs
+    if args.max_steps > 0:
+        epochs = args.max_steps * per_rank * args.world_size / len(train)
+    return measure_work(
+        train,
+        held_out,
+        examples_per_rank=per_rank,
+        epochs=epochs,
+        share_prefix=share_prefix,
+        max_tokens_per_row=args.max_tokens_per_row,
+        ranks=args.world_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+    )
+
+
+def fold_accumulation(args: FineTuningArguments) -> FineTuningArguments:
+    """A copy with accumulation folded into the batch, which packed rows make needless."""
+    folded = copy.copy(args)
+    folded.per_device_train_batch_size *= args.gradient_accumulation_steps
+    folded.gradient_accumulation_steps = 1
+    folded._n_gpu = min(args.n_gpu, 1)  # several GPUs are used by several processes
+    return folded
+
+
+def shares_prefix(args: FineTuningArguments, model: PeftModel) -> bool:
+    """Whether training rows compute their prompts' common prefix once."""
+    if args.share_prefix == "auto":
+        return not has_dropout(model)
+    return args.share_prefix == "always"
+
+
+def longest_answer(args: FineTuningArguments, examples: Sequence[EncodedExample]) -> int:
+    """How many tokens a generated text may have: what was asked for, or the longest to be learnt.
+
+    Args:
+        args: the run's.
+        examples: to train on.
+    """
+    if args.max_new_tokens is not None:
+        return args.max_new_tokens
+    longest = max((len(example.target_ids) for example in examples), default=0)
+    return max(LEAST_NEW_TOKENS, longest)
