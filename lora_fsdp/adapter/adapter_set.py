@@ -50,17 +50,6 @@ class Adapter:
         self.gradients.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
         return norm
 
-    def lora_b_sums(self) -> dict[str, float]:
-        """The sum of every `lora_B`'s absolute values, which is zero before training.
-
-        Those of experts are left out: a step may send them no token.
-        """
-        return {
-            name: float(parameter.detach().double().abs().sum())
-            for name, parameter in self.parameters.items()
-            if "lora_B" in name and ".experts." not in name
-        }
-
 
 class AdapterSet:
     """The adapters of a run by name, with one block of gradients.
@@ -193,5 +182,9 @@ class AdapterSet:
         return digest.hexdigest()[:16]
 
     def _lora_b_sums(self) -> dict[str, float]:
-        sums = (adapter.lora_b_sums() for adapter in self.adapters.values())
-        return {name: value for own in sums for name, value in own.items()}
+        """Of their absolute values. Experts' are left out: a step may send them no token."""
+        return {
+            name: float(parameter.detach().double().abs().sum())
+            for name, parameter in self.parameters.items()
+            if "lora_B" in name and ".experts." not in name
+        }

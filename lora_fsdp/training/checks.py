@@ -39,7 +39,7 @@ def check_checkpointing(args: FineTuningArguments, settings: FsdpSettings | None
 
 
 def check_sequence_length(args: FineTuningArguments, *, max_length: int) -> None:
-    """Refuse rows too short for an example.
+    """Refuse packed sequences too short for an example.
 
     Raises:
         ArgumentError: names both lengths.

@@ -147,7 +147,7 @@ def work_of_run(
 
 
 def fold_accumulation(args: FineTuningArguments) -> FineTuningArguments:
-    """A copy with accumulation folded into the batch, which packed rows make needless."""
+    """A copy with accumulation folded into the batch, which packed sequences make needless."""
     folded = copy.copy(args)
     folded.per_device_train_batch_size *= args.gradient_accumulation_steps
     folded.gradient_accumulation_steps = 1
@@ -156,7 +156,7 @@ def fold_accumulation(args: FineTuningArguments) -> FineTuningArguments:
 
 
 def shares_prefix(args: FineTuningArguments, model: PeftModel) -> bool:
-    """Whether training rows compute their prompts' common prefix once."""
+    """Whether packed sequences compute their prompts' common prefix once."""
     if args.share_prefix == "auto":
         return not has_dropout(model)
     return args.share_prefix == "always"

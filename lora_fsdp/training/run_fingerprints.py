@@ -38,7 +38,7 @@ def run_fingerprints(
         "the number of held-out examples": str(len(held_out)),
         "the held-out examples (SHA-256)": _digest_examples(held_out),
         "the adapter's modules (SHA-256)": _digest(adapter),
-        "the LoRA settings": str(sorted((k, _ordered(v)) for k, v in settings.items())),
+        "the LoRA settings": str(sorted((k, as_text(v)) for k, v in settings.items())),
         "the base model (SHA-256 of a sample)": _digest_base(model, stored),
         **arguments,
     }
@@ -75,6 +75,6 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def _ordered(value: object) -> str:
-    """As text; sets in order, since theirs differs between processes."""
+def as_text(value: object) -> str:
+    """A setting as text; sets in order, since theirs differs between processes."""
     return str(sorted(value, key=str)) if isinstance(value, set) else str(value)

@@ -1,6 +1,6 @@
 """`transformers.Trainer` for LoRA over a sharded, frozen base."""
 
-# Steps and rows stand where the Trainer has dicts of tensors.
+# Steps and packed sequences stand where the Trainer has dicts of tensors.
 # mypy: disable-error-code="override"
 
 from __future__ import annotations
