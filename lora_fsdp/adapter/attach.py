@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from typing import cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.arguments import LoraArguments
 from lora_fsdp.base.streaming import StoredBase, needs_weights
 from lora_fsdp.errors import ArgumentError, TargetModulesError
@@ -84,13 +86,8 @@ def attach_adapter(
 
 def has_dropout(model: PeftModel) -> bool:
     """Whether the adapter drops part of its input while it trains."""
-    config = model.peft_config[str(model.active_adapter)]
-    return bool(getattr(config, "lora_dropout", 0.0))
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    config = cast(LoraConfig, model.peft_config[str(model.active_adapter)])
+    return bool(config.lora_dropout)
 
 
 def _check_targets(base: PreTrainedModel, config: LoraConfig) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 
-from lora_fsdp.adapter.attach import trainable_parameters
 from lora_fsdp.adapter.folder import (
     load_with_peft,
     read_adapter_folder,
     read_adapter_tensors,
     zero_lora_b,
 )
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.errors import AdapterVerificationError
 

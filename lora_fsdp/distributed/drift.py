@@ -10,16 +10,16 @@ from collections import Counter
 
 import torch
 
-from lora_fsdp.distributed.replication import ReplicatedParameters
+from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.errors import RankDriftError
 from lora_fsdp.ranks import gather_tensors, has_others
 
 
-def check_no_drift(adapter: ReplicatedParameters, *, step: int, last_equal: int | None) -> None:
+def check_no_drift(adapters: AdapterSet, *, step: int, last_equal: int | None) -> None:
     """Compare the adapter across ranks. Waits for the device; a collective call.
 
     Args:
-        adapter: this rank's.
+        adapters: this rank's.
         step: optimizer steps made, for the message.
         last_equal: after which step the ranks were last found equal.
 
@@ -28,7 +28,7 @@ def check_no_drift(adapter: ReplicatedParameters, *, step: int, last_equal: int 
     """
     if not has_others():
         return
-    everyone = gather_tensors(adapter.checksums())
+    everyone = gather_tensors(adapters.checksums())
     sums = [tuple(values) for values in torch.stack(everyone).tolist()]
     if len(set(sums)) == 1:
         return
@@ -40,7 +40,7 @@ def check_no_drift(adapter: ReplicatedParameters, *, step: int, last_equal: int 
     since = "" if last_equal is None else f", and was equal after step {last_equal}"
     raise RankDriftError(
         f"After step {step} the adapter is not the same on every rank{since}: {who}, first in "
-        f"{list(adapter.parameters)[place]}. Something changed it on one rank only (a callback, "
+        f"{list(adapters.parameters)[place]}. Something changed it on one rank only (a callback, "
         "a faulty GPU): remove it, then continue with --resume_from_checkpoint true."
     )
 

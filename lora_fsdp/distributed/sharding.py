@@ -19,19 +19,19 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.base.streaming import StoredBase
 from lora_fsdp.errors import FsdpDroppedError, FsdpSettingError
-from lora_fsdp.placement.decide import Placement
+from lora_fsdp.placement.layout import Layout
 
 
 def place_model(
     model: PeftModel,
     *,
     layers: Sequence[nn.Module],
-    placement: Placement,
+    layout: Layout,
     settings: FsdpSettings | None,
     device: torch.device,
     stored: StoredBase | None = None,
@@ -45,7 +45,7 @@ def place_model(
     Args:
         model: base and adapter.
         layers: those that FSDP would shard one by one.
-        placement: what was decided.
+        layout: how the base is to lie.
         settings: the YAML's FSDP settings.
         device: where the run computes.
         stored: where the base's weights are to be read from, once it is sharded; `None` = the model
@@ -55,20 +55,20 @@ def place_model(
         the base's parameters that every rank holds whole.
     """
     adapter = trainable_parameters(model)
-    if settings is None or placement.is_whole:
+    if settings is None or not layout.gathers(len(layers)):
         if stored is not None:
             stored.fill([base_model(model)], device=device, keep_on=device)
         model.to(device)
         return frozenset(model.parameters()) - set(adapter.values())
     for parameter in adapter.values():
         parameter.data = parameter.data.to(device)
-    kept = _kept_whole(base_model(model), layers, placement)
+    kept = _kept_whole(base_model(model), layers, layout)
     if stored is not None:
         stored.fill(kept, device=device, keep_on=device)
     for module in kept:
         module.to(device)
     whole = frozenset(p for module in kept for p in module.parameters()) - set(adapter.values())
-    mesh = init_device_mesh(device.type, (placement.layout.ranks,))
+    mesh = init_device_mesh(device.type, (layout.ranks,))
     shard_base(
         base_model(model),
         settings=settings,
@@ -84,11 +84,11 @@ def place_model(
 
 
 def _kept_whole(
-    base: PreTrainedModel, layers: Sequence[nn.Module], placement: Placement
+    base: PreTrainedModel, layers: Sequence[nn.Module], layout: Layout
 ) -> list[nn.Module]:
     """The modules that every rank keeps, where it does not keep all."""
-    kept = [layers[index] for index in placement.resident_indices]
-    if placement.layout.whole_head:
+    kept = [layers[index] for index in layout.resident_of(len(layers))]
+    if layout.whole_head:
         kept.append(base.get_output_embeddings())
     return kept
 

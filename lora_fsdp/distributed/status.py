@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.ranks import from_every_rank, rank
 
 

@@ -23,7 +23,6 @@ from lora_fsdp.placement.residency import (
     Residency,
     asked_layers,
     choose_residency,
-    spread,
     with_head_placed,
 )
 from lora_fsdp.placement.sequences import largest_sequence, sequence_length, usual_length
@@ -75,12 +74,7 @@ class Placement:
     @property
     def is_whole(self) -> bool:
         """Whether every rank keeps the whole base, so that nothing is sharded."""
-        return not self.layout.gathers(self.shape)
-
-    @property
-    def resident_indices(self) -> frozenset[int]:
-        """Which layers every rank keeps."""
-        return spread(self.layout.resident_layers, self.shape.layers)
+        return not self.layout.gathers(self.shape.layers)
 
     @property
     def memory(self) -> DeviceMemory:

@@ -37,15 +37,20 @@ class Layout:
     captured: bool = True
     gathers_captured: bool = False
 
-    def gathers(self, shape: ModelShape) -> bool:
-        """Whether a step gathers layers, from other ranks or from host memory."""
-        return self.offloaded or self.resident_layers < shape.layers
+    def gathers(self, layers: int) -> bool:
+        """Whether a step of a model of so many layers gathers some, from other ranks or the host."""
+        return self.offloaded or self.resident_layers < layers
+
+    def resident_of(self, layers: int) -> frozenset[int]:
+        """Which of so many layers every rank keeps: evenly spread ones."""
+        kept = self.resident_layers
+        return frozenset(index * layers // kept for index in range(kept))
 
 
 def is_captured(shape: ModelShape, layout: Layout, *, tokens: float) -> bool:
     """Whether sequences of `tokens` are computed by CUDA graphs."""
     return (
         layout.captured
-        and (layout.gathers_captured or not layout.gathers(shape))
+        and (layout.gathers_captured or not layout.gathers(shape.layers))
         and tokens <= CAPTURE_UP_TO_TOKENS
     )

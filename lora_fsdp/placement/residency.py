@@ -119,8 +119,3 @@ def with_head_placed(shape: ModelShape, layout: Layout, largest: LargestSequence
     whole = replace(layout, whole_head=True)
     needed = [device_memory(shape, one, largest).allocated for one in (whole, layout)]
     return whole if needed[0] <= needed[1] else layout
-
-
-def spread(count: int, total: int) -> frozenset[int]:
-    """`count` of `total` indices, evenly."""
-    return frozenset(index * total // count for index in range(count))

@@ -106,7 +106,7 @@ def choose_step(
     if request.step in (Step.EAGER, Step.FUSED):
         return StepChoice(Step(request.step), f"--step {request.step}")
     uncaptured = why_not_captured(shape, hardware, request, recomputed=layout.recomputed)
-    if uncaptured is None and layout.gathers(shape):
+    if uncaptured is None and layout.gathers(shape.layers):
         uncaptured = why_gathers_not_captured(hardware, request)
     if uncaptured is not None:
         if request.step != "auto":

@@ -6,17 +6,16 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_fsdp.data.sampling import TrainingSteps
-
 
 class ShuffleEachEpoch(TrainerCallback):
-    """Gives the training steps their epoch, also when a run resumes in the middle of one."""
+    """Gives the training steps their epoch, also when a run resumes in the middle of one.
 
-    def __init__(self, steps: TrainingSteps) -> None:
-        self.steps = steps
+    The Trainer tells a data loader its epoch, but not where it skips steps that were made before.
+    """
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Shuffle for the epoch that begins."""
-        self.steps.set_epoch(state.global_step // len(self.steps))
+        loader = kwargs["train_dataloader"]
+        loader.dataset.set_epoch(state.global_step // len(loader))

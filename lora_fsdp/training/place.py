@@ -79,7 +79,12 @@ def place_for_training(
         else:
             fused = found
     resident = place_model(
-        model, layers=layers, placement=placement, settings=settings, device=device, stored=stored
+        model,
+        layers=layers,
+        layout=placement.layout,
+        settings=settings,
+        device=device,
+        stored=stored,
     )
     check_placement(model, resident=resident)
     _prepare_layers(layers, fused, placement)

@@ -1,89 +1,102 @@
 """`transformers.Trainer` for LoRA over a sharded, frozen base."""
 
-# Steps and rows stand where the Trainer has dicts of tensors.
+# Steps and packed sequences stand where the Trainer has dicts of tensors.
 # mypy: disable-error-code="override"
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import islice
+from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
+    Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
-from lora_fsdp.adapter.probes import build_probes
+from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.arguments import FineTuningArguments
-from lora_fsdp.base.fingerprints import fingerprint_base
-from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
-from lora_fsdp.compute.label_head import (
-    check_architecture,
-    check_packing,
-)
+from lora_fsdp.compute.label_head import check_packing
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences, TrainingStep, TrainingSteps
-from lora_fsdp.data.schedule import Schedule
-from lora_fsdp.data.workload import measure_work
-from lora_fsdp.distributed.launch import accelerate_without_fsdp, check_launch, read_fsdp_settings
-from lora_fsdp.distributed.replication import ReplicatedParameters
+from lora_fsdp.distributed.launch import accelerate_without_fsdp, read_fsdp_settings
+from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.batched_generation import generate_answers
 from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
 from lora_fsdp.evaluation.scoring import Scores, score_sequences
-from lora_fsdp.ranks import check_ranks_agree
+from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.tasks import ClassificationTask, Example, Task
+from lora_fsdp.training.checks import check_arguments
 from lora_fsdp.training.epochs import ShuffleEachEpoch
 from lora_fsdp.training.logging.figures import RunFigures
 from lora_fsdp.training.logging.progress import RunProgress
-from lora_fsdp.training.place import place_for_training, request_of_run
-from lora_fsdp.training.saving.resume import run_facts
-from lora_fsdp.training.setup import (
-    check_arguments,
-    check_targets,
-    enable_checkpointing,
+from lora_fsdp.training.place import place_for_training
+from lora_fsdp.training.prepared import (
+    PreparedRun,
     fold_accumulation,
     longest_answer,
-    recompute_without_random_state,
-    run_fingerprints,
+    prepare_run,
 )
+from lora_fsdp.training.recomputing import enable_checkpointing, recompute_without_random_state
+from lora_fsdp.training.saving.adapter_writer import AdapterWriter
+from lora_fsdp.training.saving.checkpointer import Checkpointer
+from lora_fsdp.training.saving.edges import AtTheEdges
+from lora_fsdp.training.saving.run_lock import run_lock
+from lora_fsdp.training.saving.training_state import LoopState, TrainingState
 from lora_fsdp.training.step.build import build_step
-from lora_fsdp.training.watching.adapter_moves import CheckAdapterMoves
-from lora_fsdp.training.watching.watched import WatchedTrainer
+from lora_fsdp.training.watching.adapter_moves import AdapterMoves
+from lora_fsdp.training.watching.watchdogs import Watchdogs
 
 
-class LoraTrainer(WatchedTrainer):
+class LoraTrainer(Trainer):
     """Trains a LoRA adapter for a task.
 
     It derives from `transformers.Trainer` and not from `trl.SFTTrainer`, whose loss gathers over
-    the ranks and waits for the device several times a step. What it overrides, and why:
+    the ranks and waits for the device several times a step. Its overrides are thin; what they do
+    stands in parts: `Checkpointer` and `AtTheEdges` (saving), `Watchdogs` (watching), `RunFigures`
+    (logging), a step, and the adapters. What it overrides, and why:
 
-    * `create_accelerator_and_postprocess`: shards the frozen base and replicates the adapter, so
-      that to the Trainer the model is an ordinary one; its own FSDP paths would gather or write the
-      whole base at every checkpoint.
-    * `get_train_dataloader`, `get_batch_samples`, `training_step`: packed rows, loss at label
+    * `create_accelerator_and_postprocess`, `_move_model_to_device`: the model is placed here, the
+      frozen base in shards and the adapter whole, so that to the Trainer it is an ordinary one; its
+      own FSDP paths would gather or write the whole base at every checkpoint.
+    * `get_train_dataloader`, `get_batch_samples`, `training_step`: packed sequences, loss at label
       positions over the global number of label tokens, one all-reduce of the adapter's gradients.
-    * `_clip_grad_norm`, `_get_grad_norm` and the model's `zero_grad`: on the adapter alone; the
+    * `_clip_grad_norm`, `_get_grad_norm` (and the model's `zero_grad`): on the adapter alone; the
       Trainer's walk through every module of the base, which takes longer than a captured step.
-    * `log`: the run's speed, cost and GPU load, for every tracker.
-    * `get_eval_dataloader`, `evaluation_loop`: the task's metrics, from the likelihoods of answers
-      or from what the model writes.
-    * saving, loading, resuming and stopping: see `DurableTrainer`; what watches a run: see
-      `WatchedTrainer`.
+    * `create_optimizer`: a fused one can be held still on the device.
+    * `floating_point_ops`, `num_examples`: of a frozen base, and of examples instead of steps.
+    * `log`: the run's speed, cost and GPU load, for every tracker; the watchdogs, where the host
+      waits for the device anyway; and `train_loss` is of the whole run, also of a resumed one.
+    * `get_eval_dataloader`, `get_test_dataloader`, `evaluation_loop`: the task's metrics, from the
+      likelihoods of answers or from the text that the model generates.
+    * `evaluate`: may rightly take long.
+    * `train`: takes the newest whole checkpoint, refuses one of another run, stops on request,
+      watches for ranks that stall, and releases the step's graphs.
+    * `set_initial_training_values`: a run that is resumed after its last step trains no further.
+    * `_save_checkpoint`: a folder that is whole or not there. The Trainer's own writes in place,
+      pickles optimizer and random state, and lets the other ranks hang when rank 0 cannot write.
+    * `_load_from_checkpoint`, `_load_best_model`, `_load_optimizer_and_scheduler`,
+      `_load_rng_state`, `_load_scaler`: the counterparts; nothing is unpickled.
+    * `save_model`: the adapter only, from rank 0, checked on every rank.
+    * `_finalize_training`: the newest checkpoint stays; the last steps were finite.
 
     Args:
         model: a causal LM (with `peft_config`), loaded or yet to be read (`open_base`), or a PEFT
@@ -99,9 +112,11 @@ class LoraTrainer(WatchedTrainer):
         callbacks: further callbacks.
 
     Attributes:
+        adapter: the run's adapters (`AdapterSet`).
+        placement: how the run computes.
         confusion_matrices: of every evaluation by the optimizer step it was made at, counts of true
             by predicted label (loggers take single numbers only); of classifications only.
-        max_new_tokens: longest answer that is written.
+        max_new_tokens: of the longest text that is generated.
 
     Raises:
         LaunchError: the ranks did not get what the accelerate YAML asked for.
@@ -129,95 +144,61 @@ class LoraTrainer(WatchedTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.fsdp_settings = read_fsdp_settings()
-        check_launch(args, self.fsdp_settings, allow_one_process=args.allow_fsdp_on_one_process)
         check_arguments(args, self.fsdp_settings, max_length=max_length)
-        self.task = task
-        self.confusion_matrices: dict[int, pd.DataFrame] = {}
         self.encoder = Encoder(
             processing_class, task=task, max_length=max_length, chat_template=chat_template
         )
-        train = self.encoder.encode(train_dataset)
-        held_out = self.encoder.encode(eval_dataset)
-        check_targets(train)
-        self.max_new_tokens = longest_answer(args, train)
-        self.shortened = sum(example.shortened for example in (*train, *held_out))
-        if isinstance(model, PeftModel) == (peft_config is not None):
-            raise ArgumentError("Give a peft_config, or a model that already has an adapter.")
-        self.stored = model if isinstance(model, StoredBase) else None
-        if isinstance(model, StoredBase):
-            model = model.model
-        check_architecture(
-            base_model(model) if isinstance(model, PeftModel) else model, longest=max_length
+        run = prepare_run(
+            model,
+            args,
+            settings=self.fsdp_settings,
+            encoder=self.encoder,
+            train=train_dataset,
+            held_out=eval_dataset,
+            peft_config=peft_config,
         )
-        # Before the adapter is attached, which may change the base (PiSSA), and before sharding.
-        self.base_fingerprint = (
-            fingerprint_base(model) if self.stored is None else self.stored.fingerprint()
-        )
-        self.probes = build_probes(self.encoder, [*train_dataset, *eval_dataset])
-        if not isinstance(model, PeftModel):
-            model = attach_adapter(model, cast(LoraConfig, peft_config), stored=self.stored)
-        self.request = request_of_run(model, args, settings=self.fsdp_settings)
-        self.share_prefix = self.request.shares_prefix
-        self.schedule = Schedule.of(vars(args), rows=len(train), ranks=args.world_size)
-        self.work = measure_work(
-            vars(args), train, held_out, ranks=args.world_size, share_prefix=self.share_prefix
-        )
-        fingerprints = run_fingerprints(
-            args, model, train=train, held_out=held_out, stored=self.stored
-        )
-        check_ranks_agree(fingerprints)
-        self.run_facts = run_facts(args, model, fingerprints=fingerprints)
+        self.task, self.max_new_tokens = task, longest_answer(args, run.train)
+        self.shortened, self.share_prefix = run.shortened, run.request.shares_prefix
+        self.schedule, self.work = run.schedule, run.work
         super().__init__(
-            model=model,
+            model=run.model,
             args=fold_accumulation(args),
-            train_dataset=train,
-            eval_dataset=held_out or None,
+            train_dataset=run.train,
+            eval_dataset=run.held_out or None,
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        # What was chosen for this machine: a run that goes on elsewhere rounds otherwise.
-        self.run_facts["may_change"] |= {
-            "--step": str(self.placement.step),
-            "--max_tokens_per_row": str(self.placement.sequence_length),
-        }
-        self.remove_callback(ProgressCallback)
-        self.remove_callback(PrinterCallback)
-        self.figures = RunFigures(
-            train,
-            examples_per_step=self.examples_per_step,
-            seed=self.order_seed,
-            device=args.device,
-            world_size=args.world_size,
-            price_per_hour=args.price_per_hour,
-        )
-        self.moves = CheckAdapterMoves(self.adapter)
-        self.add_callback(self.moves)
-        self.add_callback(RunProgress(self.figures, primary_metric=task.primary_metric))
-        self.watch()
+        self._place(run)
+        self._add_parts(run)
 
     # ---- placement ------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator, then put base and adapter where they stay."""
+        """Create the accelerator, which is to shard nothing."""
         with accelerate_without_fsdp():
             super().create_accelerator_and_postprocess()
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Nothing: `_place` puts the model where it stays (its shards perhaps in host memory)."""
+
+    def _place(self, run: PreparedRun) -> None:
+        """Put base and adapter where they stay, and make the step that computes with them."""
         avoid_kernels_planned_by_shape()
         self.parameter_count = self.model.num_parameters()
         placed = place_for_training(
             self.model,
-            request=self.request,
+            request=run.request,
             device=self.args.device,
-            work=self.work,
-            stored=self.stored,
+            work=run.work,
+            stored=run.stored,
         )
         self.placement = placed.placement
-        self.stored = None  # its files are closed
         if self.placement.layout.recomputed and self.placement.step.is_captured:
             recompute_without_random_state(self.args)
         # What the arguments ask for, the Trainer itself switches on.
         if self.placement.layout.recomputed and not self.args.gradient_checkpointing:
             enable_checkpointing(self.model, self.args, self.fsdp_settings)
-        self.adapter = ReplicatedParameters(trainable_parameters(self.model))
+        self.adapter = AdapterSet.of(self.model)
         self.adapter.broadcast()
         self.adapter.check_equal()
         self.computation = check_packing(
@@ -238,10 +219,104 @@ class LoraTrainer(WatchedTrainer):
         # accelerate must not wrap the model in DDP: the adapter's gradients are summed here.
         self.model._is_accelerate_prepared = True  # type: ignore[assignment]
 
-    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """Nothing: the model already lies where it stays (its shards perhaps in host memory)."""
+    def _add_parts(self, run: PreparedRun) -> None:
+        """Make what saves, watches and logs."""
+        self.confusion_matrices: dict[int, pd.DataFrame] = {}
+        moves = AdapterMoves(self.adapter)
+        self.checkpointer = self._checkpointer(run, moves)
+        self.watchdogs = Watchdogs(
+            self.args,
+            model=self.model,
+            adapters=self.adapter,
+            moves=moves,
+            examples=run.train,
+            examples_per_step=self.examples_per_step,
+            seed=self.order_seed,
+            tokenizer=self.processing_class,
+        )
+        self.edges = AtTheEdges(self.args, restore_loop=self._restore_loop)
+        self.figures = RunFigures(
+            run.train,
+            examples_per_step=self.examples_per_step,
+            seed=self.order_seed,
+            device=self.args.device,
+            world_size=self.args.world_size,
+            price_per_hour=self.args.price_per_hour,
+        )
+        progress = RunProgress(self.figures, primary_metric=self.task.primary_metric)
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        parts = (moves, progress, ShuffleEachEpoch(), *self.watchdogs.warnings)
+        for callback in (*parts, self.watchdogs, self.edges):
+            self.add_callback(callback)
+
+    def _checkpointer(self, run: PreparedRun, moves: AdapterMoves) -> Checkpointer:
+        # What was chosen for this machine: a run that goes on elsewhere rounds otherwise.
+        chosen = {
+            "--step": str(self.placement.step),
+            "--max_tokens_per_row": str(self.placement.sequence_length),
+        }
+        facts = run.facts | {"may_change": run.facts["may_change"] | chosen}
+        writer = AdapterWriter(
+            model=self.model,
+            args=self.args,
+            encoder=self.encoder,
+            max_new_tokens=self.max_new_tokens,
+            base_fingerprint=run.base_fingerprint,
+            probes=run.probes,
+            computation=self.computation,
+            autocast=self.accelerator.autocast,
+        )
+        return Checkpointer(writer, adapters=self.adapter, moves=moves, facts=facts)
 
     # ---- training -------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, from the beginning or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or `True` for the newest whole one of the
+                output folder.
+            trial: of a hyperparameter search.
+            ignore_keys_for_eval: of no effect; the Trainer's.
+
+        Raises:
+            DamagedCheckpointError: there is no whole checkpoint to resume from.
+            ResumeMismatchError: it is of a run with other data or settings.
+            TrainingInterrupted: stopped by SIGTERM or `max_hours`, with a checkpoint.
+            WatchdogError: a step was not finite, or the ranks drifted apart.
+        """
+        end_with_launcher()
+        folder = Path(str(self.args.output_dir))
+        for part in (self.watchdogs, self.edges):  # last: they see what other callbacks decide
+            part.begin()
+            self.remove_callback(part)
+            self.add_callback(part)
+        with ExitStack() as held:
+            held.enter_context(self.watchdogs.watching())
+            held.callback(lambda: self.step.release())
+            on_first_rank(lambda: held.enter_context(run_lock(folder)))
+            checkpoint = self.checkpointer.begin(folder, resume_from_checkpoint)
+            held.enter_context(self.edges.watching())
+            return super().train(
+                None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval
+            )
+
+    def set_initial_training_values(
+        self, args: TrainingArguments, dataloader: DataLoader[Any]
+    ) -> tuple[int, int, int, int, int, int | None, int]:
+        """The Trainer's; no epoch is left where the checkpoint is that of a finished run."""
+        values = super().set_initial_training_values(args, dataloader)
+        resumed = self.checkpointer.resumed
+        if resumed is not None and resumed.is_finished(values[-1]):
+            self._load_rng_state(None)  # which the Trainer does where an epoch begins
+            return (0, *values[1:])
+        return values
 
     @property
     def examples_per_step(self) -> int:
@@ -254,7 +329,7 @@ class LoraTrainer(WatchedTrainer):
         return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def get_train_dataloader(self) -> DataLoader[TrainingStep]:
-        """One item per optimizer step: this rank's packed rows."""
+        """One item per optimizer step: this rank's packed sequences."""
         if not self.train_dataset:
             raise ArgumentError("There are no training examples: give a train_dataset.")
         steps = TrainingSteps(
@@ -266,8 +341,6 @@ class LoraTrainer(WatchedTrainer):
             share_prefix=self.share_prefix,
             max_tokens=self.placement.sequence_length,
         )
-        self.remove_callback(ShuffleEachEpoch)
-        self.add_callback(ShuffleEachEpoch(steps))
         return self._loader(steps)
 
     def get_batch_samples(
@@ -282,7 +355,7 @@ class LoraTrainer(WatchedTrainer):
         inputs: TrainingStep,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Forward and backward of this rank's rows, then the sum of gradients over the ranks.
+        """Forward and backward of this rank's sequences, then the sum of gradients over the ranks.
 
         Returns:
             the step's mean loss per label token, scaled so that the Trainer's mean over ranks is
@@ -293,8 +366,7 @@ class LoraTrainer(WatchedTrainer):
         loss = self.step(
             inputs.rows, label_tokens=inputs.label_tokens, sizes_of_ranks=inputs.sizes_of_ranks
         )
-        self.finite.see_rank(loss)
-        self.heartbeat.beat(self.state.global_step + 1, "summing gradients over ranks")
+        self.watchdogs.before_sum(loss, step=self.state.global_step + 1)
         self.adapter.sum_gradients()
         return loss * self.args.world_size
 
@@ -307,23 +379,138 @@ class LoraTrainer(WatchedTrainer):
     ) -> torch.Tensor:
         """The norm that clipping gave, or the norm; the last thing before the optimizer's step."""
         norm = self.adapter.gradient_norm() if grad_norm is None else grad_norm
-        self.before_optimizer(norm)
+        self.watchdogs.before_optimizer(norm, step=self.state.global_step + 1)
         return norm
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's, held still once a step was not finite."""
+        optimizer = super().create_optimizer(model)
+        self.watchdogs.hold(optimizer)
+        return optimizer
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the run's figures beside the loss, so that every tracker gets them."""
+        """Log, with the run's figures beside the loss, unless a watchdog stops the run."""
         if "loss" in logs:
             logs.update(self.figures.at(self.state.global_step, last=self.state.max_steps))
+            self.watchdogs.at_log(step=self.state.global_step)
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         self.figures.leave_out(logs.get("eval_runtime", 0.0))
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: TrainingStep) -> int:
         """4 per parameter and token: a frozen weight has no gradient of its own."""
-        return 4 * self.parameter_count * sum(len(row) for row in inputs.rows)
+        return 4 * self.parameter_count * sum(len(sequence) for sequence in inputs.rows)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
-        """Examples, not steps or rows."""
+        """Examples, not steps or packed sequences."""
         return len(dataloader.dataset.examples)  # type: ignore[attr-defined]
+
+    # ---- saving and loading ---------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write adapter, tokenizer and arguments from rank 0. Nothing of the base is gathered.
+
+        Raises:
+            CheckpointSaveError: they cannot be written; on every rank.
+        """
+        self.checkpointer.save_final(Path(str(output_dir or self.args.output_dir)))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint from rank 0, then remove those beyond `save_total_limit`."""
+        with self.watchdogs.away("saving a checkpoint"):
+            self.watchdogs.check_finite()
+            if self.hp_search_backend is None and trial is None:
+                self.store_flos()
+            folder = Path(self._get_output_dir(trial=trial))
+            folder = folder / f"checkpoint-{self.state.global_step}"
+            self.checkpointer.save(
+                folder,
+                state=self.state,
+                callbacks=self.callback_handler.callbacks,
+                training=None if self.args.save_only_model else self._training_state(),
+                limit=self.args.save_total_limit,
+            )
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(folder))
+
+    def _training_state(self) -> TrainingState:
+        """All that the next step depends on beside the adapter. A collective call."""
+        stops = self.control.should_training_stop and not self.edges.stopped_by_callback
+        return TrainingState.take(
+            optimizer=cast(torch.optim.Optimizer, self.optimizer),
+            scheduler=cast(LRScheduler, self.lr_scheduler),
+            device=self.args.device,
+            loss_since_log=self._tr_loss.item(),
+            loop=LoopState(
+                step=self.state.global_step,
+                epochs=self.state.num_train_epochs,
+                stopped_early=stops and self.state.global_step < self.state.max_steps,
+                total_loss=self._total_loss_scalar,
+                step_last_logged=self._globalstep_last_logged,
+                confusion_matrices=self.confusion_matrices,
+            ),
+        )
+
+    def _restore_loop(self) -> None:
+        """Continue what the Trainer starts anew at every `train`: called when the loop begins."""
+        resumed = self.checkpointer.resumed
+        if resumed is None:
+            return
+        rank, world_size = self.args.process_index, self.args.world_size
+        self._tr_loss.fill_(resumed.loss_since_log(rank=rank, world_size=world_size))
+        self._total_loss_scalar = resumed.loop.total_loss
+        self._globalstep_last_logged = resumed.loop.step_last_logged
+        self.state.train_batch_size = self._train_batch_size
+        # It is 0 where no epoch is left.
+        self.state.num_train_epochs = self.state.num_train_epochs or resumed.loop.epochs
+        self.confusion_matrices.update(resumed.loop.confusion_matrices)
+        if self.state.best_global_step:  # also where the folder was moved
+            best = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        """Load a checkpoint's adapter."""
+        self.checkpointer.load_adapter(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Load the adapter with the best metric."""
+        self.checkpointer.load_best_adapter(self.state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Continue optimizer and schedule."""
+        if (resumed := self.checkpointer.resumed) is not None:
+            cast(torch.optim.Optimizer, self.optimizer).load_state_dict(resumed.optimizer)
+            cast(LRScheduler, self.lr_scheduler).load_state_dict(resumed.scheduler)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing: fp16, which has one, is refused."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Continue this rank's random numbers; draw new ones for another number of ranks."""
+        if (resumed := self.checkpointer.resumed) is not None:
+            resumed.put_back_random_numbers(
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
+                device=self.args.device,
+                seed=self.args.seed,
+            )
+
+    def _finalize_training(
+        self, trial: Any, num_train_samples: int, start_time: float
+    ) -> TrainOutput:
+        """The Trainer's, which with a limit of 1 would keep the best checkpoint only."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with self.watchdogs.away("the end of training"):
+                self.watchdogs.check_finite()
+                return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
 
     # ---- evaluation -----------------------------------------------------------------------------
 
@@ -348,6 +535,16 @@ class LoraTrainer(WatchedTrainer):
     def get_test_dataloader(self, test_dataset: Sequence[Example]) -> DataLoader[ScoringSequence]:
         """As `get_eval_dataloader`."""
         return self.get_eval_dataloader(test_dataset)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The Trainer's."""
+        with self.watchdogs.away("evaluation"):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def score(self, examples: Sequence[Example]) -> Scores:
         """Scores of every answer to `examples`; a collective call, the same on every rank."""

@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from lora_fsdp.adapter.attach import attach_adapter, lora_config, trainable_parameters
+from lora_fsdp.adapter.attach import attach_adapter, lora_config
 from lora_fsdp.adapter.folder import ADAPTER_FILE
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.adapter.saved import adapter_state, load_adapter, save_adapter, verify_adapter
 from lora_fsdp.arguments import LoraArguments
 from lora_fsdp.errors import AdapterVerificationError, ArgumentError, TargetModulesError

@@ -10,15 +10,15 @@ import importlib.util
 import pandas as pd
 import pytest
 import torch
-from lora_fsdp.distributed.residency import Residency
 from peft import LoraConfig
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from lora_fsdp import finetune
-from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
+from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.adapter.merging import merge_adapter
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.adapter.proof import read_proof
 from lora_fsdp.adapter.verification import verify_adapter_folder
 from lora_fsdp.arguments import (
@@ -44,6 +44,7 @@ from lora_fsdp.errors import (
     UnsupportedModelError,
 )
 from lora_fsdp.evaluation.prediction import Predictor
+from lora_fsdp.placement.layout import Layout
 from tests.support.adapters import save_base
 from tests.support.ranks import RankError, launch_environment, run_ranks
 from tests.support.runs import toy_run
@@ -196,10 +197,10 @@ def sharded_outputs(folder, resident):
     dist.init_process_group("gloo")
     model, stored = adapted(folder)
     layers = decoder_layers(base_model(model))
-    residency = Residency(layers, frozenset(range(resident)), "a test")
     whole = place_model(
-        model, settings=SETTINGS, residency=residency, device=CPU, world_size=2, stored=stored
-    )
+        model, layers=layers, layout=Layout(2, resident), settings=SETTINGS, device=CPU,
+        stored=stored,
+    )  # fmt: skip
     check_placement(model, resident=whole)
     packed = [layer.self_attn.q_proj.base_layer.weight for layer in layers]
     assert [isinstance(weight, DTensor) for weight in packed] == [i >= resident for i in range(3)]

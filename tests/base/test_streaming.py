@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_fsdp.distributed.residency import Residency
 from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MixtralConfig
 
-from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
+from lora_fsdp.adapter.attach import attach_adapter
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.fingerprints import base_parameters, fingerprint_base
@@ -28,6 +28,7 @@ from lora_fsdp.base.streaming import StoredBase, load_on_device, needs_weights, 
 from lora_fsdp.compute.decoder_layer import fuse_layers
 from lora_fsdp.distributed.sharding import decoder_layers, place_model
 from lora_fsdp.errors import ArgumentError, ModelNotFoundError
+from lora_fsdp.placement.layout import Layout
 from tests.support.adapters import save_base
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_run
@@ -268,10 +269,9 @@ def compare_shards(folder, kind, resident):
         stored = base if isinstance(base, StoredBase) else None
         model = attach_adapter(stored.model if stored else base, lora(kind), stored=stored)
         layers = decoder_layers(base_model(model))
-        residency = Residency(layers, frozenset(range(resident)), "a test")
         place_model(
-            model, settings=SETTINGS, residency=residency, device=CPU, world_size=world_size,
-            stored=stored,
+            model, layers=layers, layout=Layout(world_size, resident), settings=SETTINGS,
+            device=CPU, stored=stored,
         )  # fmt: skip
         placed.append(base_model(model))
     found, expected = (dict(base_parameters(base)) for base in placed)
@@ -337,9 +337,8 @@ def load_and_shard(folder, load):
     filled_copy = stored.filled_copy if stored else None
     assert isinstance(fuse_layers(base_model(model), layers, filled_copy=filled_copy), list)
     place_model(
-        model, settings=SETTINGS, residency=Residency(layers, frozenset(), "a test"), device=CPU,
-        world_size=2, stored=stored,
-    )  # fmt: skip
+        model, layers=layers, layout=Layout(2, 0), settings=SETTINGS, device=CPU, stored=stored
+    )
     assert all(isinstance(p, DTensor) for _, p in base_parameters(base_model(model)))
 
 

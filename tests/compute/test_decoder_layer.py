@@ -11,7 +11,8 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
+from lora_fsdp.adapter.attach import attach_adapter
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.compute import attention
 from lora_fsdp.compute.attention import dense_mask, sequence_mask
 from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers

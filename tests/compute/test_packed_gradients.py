@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.compute.label_head import RowComputation, label_log_probs
 from lora_fsdp.data.packing import Tree, pack_sequence
 from tests.support.tiny import CONFIGS, adapted_model, randomise_adapter

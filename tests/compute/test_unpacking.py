@@ -11,7 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
+from lora_fsdp.adapter.attach import attach_adapter
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.arguments import FineTuningArguments, ModelArguments
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import open_base
@@ -20,7 +21,7 @@ from lora_fsdp.compute.decoder_layer import fuse_layers, unpack_ahead
 from lora_fsdp.compute.label_head import RowComputation, label_log_probs
 from lora_fsdp.compute.unpacking import QuantizedBlock
 from lora_fsdp.data.packing import Tree, pack_sequence
-from lora_fsdp.training.setup import enable_checkpointing
+from lora_fsdp.training.recomputing import enable_checkpointing
 from tests.support.adapters import save_base
 from tests.support.tiny import randomise_adapter
 

@@ -14,7 +14,7 @@ from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers
 from lora_fsdp.compute.label_head import RowComputation, label_log_probs
 from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.training.setup import enable_checkpointing
+from lora_fsdp.training.recomputing import enable_checkpointing
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_run
 from tests.support.tiny import adapted_model, randomise_adapter, tiny_model

@@ -7,17 +7,16 @@ import os
 
 import pytest
 import torch
-from lora_fsdp.distributed.residency import Residency
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
-from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.adapter.adapter_set import AdapterSet
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import decoder_layers
-from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.sharding import (
     check_placement,
     layers_to_shard,
@@ -29,9 +28,10 @@ from lora_fsdp.errors import (
     FsdpSettingError,
     UnsupportedModelError,
 )
+from lora_fsdp.placement.layout import Layout
 from tests.support.ranks import RankError, launch_environment, run_ranks
 from tests.support.runs import toy_trainer
-from tests.support.tiny import CONFIGS, adapted_model, randomise_adapter, tiny_model
+from tests.support.tiny import CONFIGS, adapted_model, tiny_model
 
 CPU = torch.device("cpu")
 FSDP = launch_environment("fsdp2_cpu.yaml")
@@ -134,9 +134,10 @@ def whole(model):
     return [p for p in model.parameters() if not p.requires_grad]
 
 
-def resident(model, count):
+def shard_all(model):
+    """Every layer, over two ranks."""
     layers = decoder_layers(model.get_base_model())
-    return Residency(layers, frozenset(range(count)), "a test")
+    place_model(model, layers=layers, layout=Layout(2, 0), settings=SETTINGS, device=CPU)
 
 
 class TestCheckPlacement:
@@ -170,34 +171,6 @@ class TestCheckPlacement:
             check_placement(model, resident=whole(model))
 
 
-class TestReplicated:
-    def test_adapter_that_does_not_move_is_named(self):
-        model = adapted_model()
-        replicated = ReplicatedParameters(trainable_parameters(model))
-        with pytest.raises(AdapterVerificationError, match=r"21 of 21 lora_B did not move"):
-            replicated.check_moved()
-        randomise_adapter(model)
-        replicated.check_moved()
-
-    def test_one_that_does_not_move_is_named(self):
-        model = adapted_model()
-        replicated = ReplicatedParameters(trainable_parameters(model))
-        randomise_adapter(model)
-        name, parameter = next((n, p) for n, p in trainable_parameters(model).items() if "B" in n)
-        parameter.data.zero_()
-        with pytest.raises(AdapterVerificationError, match="1 of 21") as caught:
-            replicated.check_moved()
-        assert name in str(caught.value)
-
-    def test_fingerprint_sees_one_bit(self):
-        model = adapted_model()
-        replicated = ReplicatedParameters(trainable_parameters(model))
-        before = replicated.fingerprint()
-        parameter = next(iter(replicated.parameters.values()))
-        parameter.data.view(torch.int32).view(-1)[0] ^= 1
-        assert replicated.fingerprint() != before
-
-
 # ---- on real ranks ------------------------------------------------------------------------------
 
 
@@ -226,12 +199,12 @@ def seeds_apart(folder):
     generator = torch.Generator().manual_seed(rank)
     for parameter in trainable_parameters(model).values():
         parameter.data = torch.randn(parameter.shape, generator=generator)
-    place_model(model, settings=SETTINGS, residency=resident(model, 0), device=CPU, world_size=2)
-    replicated = ReplicatedParameters(trainable_parameters(model))
-    before = replicated.fingerprint()
-    replicated.broadcast()
-    replicated.check_equal()
-    return before, replicated.fingerprint()
+    shard_all(model)
+    adapters = AdapterSet.of(model)
+    before = adapters.fingerprint()
+    adapters.broadcast()
+    adapters.check_equal()
+    return before, adapters.fingerprint()
 
 
 def drifted(folder):
@@ -245,12 +218,12 @@ def sums(folder):
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     first, second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))
-    replicated = ReplicatedParameters({"first": first, "second": second})
-    replicated.zero_gradients()
+    adapters = AdapterSet({"default": {"first": first, "second": second}})
+    adapters.zero_gradients()
     first.grad += float(rank + 1)
     if rank == 1:
         second.grad += 1.0
-    replicated.sum_gradients()
+    adapters.sum_gradients()
     return first.grad.tolist(), second.grad.tolist()
 
 
@@ -266,7 +239,7 @@ def adapter_swept_into_the_shards(folder):
 def base_sharded_unasked(folder):
     torch.distributed.init_process_group("gloo")
     model = adapted_model()
-    place_model(model, settings=SETTINGS, residency=resident(model, 0), device=CPU, world_size=2)
+    shard_all(model)
     check_placement(model, resident=whole(model))
 
 

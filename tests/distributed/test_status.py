@@ -6,7 +6,7 @@ Run: python -m pytest tests/distributed/test_status.py
 import pytest
 import torch
 
-from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.distributed.status import fsdp_status
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_trainer

@@ -11,7 +11,8 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
+from lora_fsdp.adapter.adapter_set import AdapterSet
+from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.compute import fused_functions
@@ -20,9 +21,8 @@ from lora_fsdp.compute.compiled_layers import compile_layers
 from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers
 from lora_fsdp.compute.label_head import RowComputation
 from lora_fsdp.data.packing import Tree, pack_sequence
-from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.placement.memory import LargestSequence
-from lora_fsdp.training.setup import enable_checkpointing, recompute_without_random_state
+from lora_fsdp.training.recomputing import enable_checkpointing, recompute_without_random_state
 from lora_fsdp.training.step.captured import CapturedStep
 from lora_fsdp.training.step.eager import EagerStep
 from tests.compute.test_decoder_layer import adapted
@@ -52,7 +52,7 @@ def rows(count, *, longest=40, seed=0):
 
 
 def step_of(kind, model, *, computation=FP32, **options):
-    adapter = ReplicatedParameters(trainable_parameters(model))
+    adapter = AdapterSet.of(model)
     options |= {"computation": computation, "device": GPU, "autocast": nullcontext}
     return kind(model, adapter=adapter, **options)
 

@@ -21,8 +21,9 @@ from torch.nn.attention import SDPBackend
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from lora_fsdp import FineTuningArguments, LoraTrainer
-from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.adapter.merging import merge_adapter
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.adapter.verification import verify_adapter_folder
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.fingerprints import base_parameters
@@ -32,9 +33,8 @@ from lora_fsdp.base.streaming import StoredBase, load_on_device, open_base
 from lora_fsdp.compute.decoder_layer import fuse_layers, unpack_ahead
 from lora_fsdp.compute.label_head import RowComputation, label_log_probs
 from lora_fsdp.data.packing import Tree, pack_sequence
-from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.tasks import Prompt
-from lora_fsdp.training.setup import enable_checkpointing, recompute_without_random_state
+from lora_fsdp.training.recomputing import enable_checkpointing, recompute_without_random_state
 from lora_fsdp.training.step.captured import CapturedStep
 from lora_fsdp.training.step.eager import EagerStep
 from tests.base.test_four_bit import adapted, assert_close, outputs, reference
@@ -132,7 +132,7 @@ def test_4_bits_in_a_captured_step(tmp_path):
         step = (CapturedStep if captured else EagerStep)(
             model.to(GPU),
             computation=RowComputation(torch.float32, by_blocks=captured),
-            adapter=ReplicatedParameters(trainable_parameters(model)),
+            adapter=AdapterSet.of(model),
             device=GPU,
             autocast=nullcontext,
         )
@@ -173,7 +173,7 @@ def test_4_bits_unpacked_ahead_beside_the_products(recomputed, tmp_path, monkeyp
         return kind(
             model,
             computation=RowComputation(torch.bfloat16, by_blocks=True),
-            adapter=ReplicatedParameters(trainable_parameters(model)),
+            adapter=AdapterSet.of(model),
             device=GPU,
             autocast=nullcontext,
         )

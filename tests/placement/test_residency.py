@@ -44,12 +44,12 @@ def test_layers_the_model_does_not_have(shape, wrong):
 
 
 def test_spread_evenly(shape):
-    assert placed(shape, "2").resident_indices == {0, 1}
-    assert placed(shape, "1").resident_indices == {0}
+    assert placed(shape, "2").layout.resident_of(3) == {0, 1}
+    assert placed(shape, "1").layout.resident_of(3) == {0}
 
 
 def test_rehearsal_shards(shape):
-    assert not placed(shape, "auto").resident_indices
+    assert not placed(shape, "auto").layout.resident_of(3)
 
 
 def test_one_group_is_all_or_nothing(shape):

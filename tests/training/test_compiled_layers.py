@@ -10,11 +10,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.compute.compiled_layers import compile_layers
 from lora_fsdp.compute.label_head import RowComputation
-from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.training.step.eager import EagerStep
 from tests.compute.test_decoder_layer import adapted
 from tests.gpu.test_fast_step_on_gpu import rows
@@ -23,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def gradients(model):
-    adapter = ReplicatedParameters(trainable_parameters(model))
+    adapter = AdapterSet.of(model)
     step = EagerStep(
         model,
         computation=RowComputation(torch.float32),

@@ -75,7 +75,7 @@ def overflow_in_the_sum(trainer):
     summed = trainer.adapter.sum_gradients
 
     def sum_gradients():
-        trainer.adapter._gradients[7] = 3e38
+        trainer.adapter.gradients[7] = 3e38
         summed()
 
     trainer.adapter.sum_gradients = sum_gradients
@@ -341,13 +341,14 @@ def slow_run(folder):
         callbacks=[SlowEvaluation(), AtStep(1, lambda: time.sleep(2.5), rank=1)],
         **batch_of(2),
     )
-    write = trainer._write_checkpoint
+    tokenizer = trainer.processing_class
+    write = tokenizer.save_pretrained
 
-    def slowly(*arguments):
+    def slowly(*arguments, **others):
         time.sleep(2.5 if trainer.state.global_step == 3 else 0)
-        write(*arguments)
+        return write(*arguments, **others)
 
-    trainer._write_checkpoint = slowly
+    tokenizer.save_pretrained = slowly
     trainer.train()
     return trainer.state.global_step
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.finding import Problem, Rule, Severity
 from lora_fsdp.errors import ArgumentError, LabelCollisionError
-from lora_fsdp.training.setup import check_targets
+from lora_fsdp.training.checks import check_targets
 
 # Fewer answers leave a share uncertain by more than 14 points either way.
 _FEW_HELD_OUT = 50

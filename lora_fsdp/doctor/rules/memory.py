@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from lora_fsdp.adapter.attach import trainable_parameters
+from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.loading import resolve_dtype
 from lora_fsdp.data.schedule import Schedule

@@ -11,9 +11,9 @@ from lora_fsdp.doctor.finding import Problem, Rule, Severity
 from lora_fsdp.doctor.numbers import impossible_numbers
 from lora_fsdp.errors import ArgumentError, CheckpointError, OutputFolderError
 from lora_fsdp.placement.sequences import check_sequence_length
+from lora_fsdp.training.checks import check_checkpointing
 from lora_fsdp.training.saving.output_folder import check_output_folder
 from lora_fsdp.training.saving.run_lock import holder_of
-from lora_fsdp.training.setup import check_checkpointing
 
 _QUANTIZED_OPTIMIZER = re.compile(r"8bit|4bit|paged", re.IGNORECASE)
 

@@ -17,6 +17,7 @@ from peft import PeftModel
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.errors import ResumeMismatchError
+from lora_fsdp.training.run_fingerprints import as_text
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def run_facts(
             "the seed of the data's order": str(data_seed),
             "the base model's architecture": type(base_model(model)).__name__,
             **{name: value for name, value in fingerprints.items() if name in _FINGERPRINTS},
-            **{f"LoRA's {name}": _as_text(value) for name, value in sorted(kept.items())},
+            **{f"LoRA's {name}": as_text(value) for name, value in sorted(kept.items())},
             **{f"--{name}": values[name] for name in _OF_THE_OPTIMIZER},
         },
         "may_change": {f"--{name}": values[name] for name in _CHANGE_THE_END},
@@ -157,8 +158,3 @@ def _product(launch: Mapping[str, int]) -> int:
 
 def _spelt(launch: Mapping[str, int]) -> str:
     return " x ".join(str(number) for number in launch.values())
-
-
-def _as_text(value: object) -> str:
-    """Sets in order, since theirs differs between processes."""
-    return str(sorted(value, key=str)) if isinstance(value, set) else str(value)

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.compute.label_head import RowComputation
-from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.placement.memory import LargestSequence
 from lora_fsdp.placement.step import Step
 from lora_fsdp.training.step.captured import CapturedStep
@@ -24,7 +24,7 @@ def build_step(
     largest: LargestSequence,
     gathers: bool,
     computation: RowComputation,
-    adapter: ReplicatedParameters,
+    adapter: AdapterSet,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
 ) -> EagerStep:

@@ -3,7 +3,7 @@
 A sequence of a few hundred tokens is some 10 ms of work for a GPU and many times that for the CPU
 that launches it kernel by kernel. A graph is launched at once. It has fixed shapes and addresses:
 sequences are padded to one of a few sizes, inputs are copied to where the graph reads them, and
-gradients add up in the adapter's one block (`ReplicatedParameters.zero_gradients`).
+gradients add up in the adapter's one block (`AdapterSet.zero_gradients`).
 """
 
 from __future__ import annotations

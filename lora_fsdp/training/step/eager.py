@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
+from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.compute.label_head import RowComputation, label_log_probs
 from lora_fsdp.data.packing import PADDING, PackedSequence, SequenceSize
-from lora_fsdp.distributed.replication import ReplicatedParameters
 
 
 class EagerStep:
@@ -29,7 +29,7 @@ class EagerStep:
         model: nn.Module,
         *,
         computation: RowComputation,
-        adapter: ReplicatedParameters,
+        adapter: AdapterSet,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:

@@ -1,4 +1,4 @@
-"""Whether training moves the adapter at all."""
+"""Whether training moves the adapters at all."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lora_fsdp.distributed.replication import ReplicatedParameters
+from lora_fsdp.adapter.adapter_set import AdapterSet
 
 
-class CheckAdapterMoves(TrainerCallback):
-    """Stops a run whose adapter does not move in the first step that has a learning rate.
+class AdapterMoves(TrainerCallback):
+    """Stops a run whose adapters do not move in the first step that has a learning rate.
 
     Attributes:
-        moved: whether the live adapter has had such a step. The first step of a warm-up has none,
-            and an adapter that is loaded may have been saved after it.
+        checked: whether there has been such a step.
+        moved: whether the live adapters have had one. The first step of a warm-up has none, and an
+            adapter that is loaded may have been saved after it: whoever loads one says so here.
     """
 
-    def __init__(self, adapter: ReplicatedParameters) -> None:
-        self.adapter = adapter
-        self.done = False
+    def __init__(self, adapters: AdapterSet) -> None:
+        self.adapters = adapters
+        self.checked = False
         self.moved = False
 
     def on_optimizer_step(
@@ -27,7 +28,7 @@ class CheckAdapterMoves(TrainerCallback):
     ) -> None:
         """Check once."""
         if kwargs["optimizer"].param_groups[0]["lr"] > 0:
-            if not self.done:
-                self.adapter.check_moved()
-                self.done = True
+            if not self.checked:
+                self.adapters.check_moved()
+                self.checked = True
             self.moved = True

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_fsdp.distributed.replication import ReplicatedParameters
+from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.ranks import from_every_rank
 
 
@@ -40,12 +40,12 @@ class FiniteSteps:
     """Holds the adapter still from the first step whose loss or gradient is not finite.
 
     Args:
-        adapter: its gradients.
+        adapters: their gradients.
         device: where they are.
     """
 
-    def __init__(self, adapter: ReplicatedParameters, device: torch.device) -> None:
-        self.adapter = adapter
+    def __init__(self, adapters: AdapterSet, device: torch.device) -> None:
+        self.adapters = adapters
         self.holds_optimizer = False
         self._now = torch.zeros(2, dtype=torch.bool, device=device)
         # The step (0: none), whether it was this rank's loss, whether its gradient.
@@ -66,9 +66,9 @@ class FiniteSteps:
 
         A loss that is not finite makes the summed gradient so too: every rank then sees it.
         """
-        finite = torch.stack([loss.float(), self.adapter.gradient_norm()]).isfinite()
+        finite = torch.stack([loss.float(), self.adapters.gradient_norm()]).isfinite()
         torch.logical_not(finite, out=self._now)
-        self.adapter.spoil_gradients(self._now.any())
+        self.adapters.spoil_gradients(self._now.any())
 
     def see_sum(self, norm: torch.Tensor, *, step: int) -> None:
         """Look at the norm of the summed gradient, which is the same on every rank."""
@@ -77,7 +77,7 @@ class FiniteSteps:
         self._first[:1].masked_fill_(first, step)
         self._first[1:].copy_(torch.where(first, self._now.long(), self._first[1:]))
         self._stopped.masked_fill_(bad, 1.0)
-        self.adapter.zero_gradients_where(self._stopped.bool())
+        self.adapters.zero_gradients_where(self._stopped.bool())
 
     def first_bad_step(self) -> BadStep | None:
         """The first bad step, if there was one. Waits for the device; a collective call."""

@@ -1,0 +1,46 @@
+"""Launches and settings that cannot work, refused before the base is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_fsdp.arguments import FineTuningArguments
+from lora_fsdp.arguments.fsdp import FsdpSettings
+from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.distributed.launch import check_launch
+from lora_fsdp.errors import ArgumentError
+from lora_fsdp.placement.sequences import check_sequence_length
+
+
+def check_arguments(
+    args: FineTuningArguments, settings: FsdpSettings | None, *, max_length: int
+) -> None:
+    """Refuse a launch that is not as it was asked for, and settings that contradict each other.
+
+    Raises:
+        LaunchError: the ranks did not get what the accelerate YAML asked for.
+        ArgumentError: names the keys and what to do.
+    """
+    check_launch(args, settings, allow_one_process=args.allow_fsdp_on_one_process)
+    check_checkpointing(args, settings)
+    check_sequence_length(args.max_tokens_per_row, max_length=max_length)
+
+
+def check_checkpointing(args: FineTuningArguments, settings: FsdpSettings | None) -> None:
+    """Refuse to recompute activations twice.
+
+    Raises:
+        ArgumentError: names both keys.
+    """
+    if args.gradient_checkpointing and settings is not None and settings.activation_checkpointing:
+        raise ArgumentError(
+            "Both --gradient_checkpointing and the YAML's fsdp_activation_checkpointing are set, "
+            "which would recompute everything twice: keep one."
+        )
+
+
+def check_targets(examples: Sequence[EncodedExample]) -> None:
+    """Refuse training examples without an answer."""
+    for example in examples:
+        if not example.target_ids:
+            raise ArgumentError(f"Row {example.row} has no target: it cannot be trained on.")

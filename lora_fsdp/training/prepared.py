@@ -1,0 +1,151 @@
+"""A run before its model is placed: data as tokens, the adapter attached, the ranks compared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from peft import LoraConfig, PeftModel
+from transformers import PreTrainedModel
+
+from lora_fsdp.adapter.attach import attach_adapter
+from lora_fsdp.adapter.probes import Probe, build_probes
+from lora_fsdp.arguments import FineTuningArguments
+from lora_fsdp.arguments.fsdp import FsdpSettings
+from lora_fsdp.base.fingerprints import BaseFingerprint, fingerprint_base
+from lora_fsdp.base.layers import base_model
+from lora_fsdp.base.streaming import StoredBase
+from lora_fsdp.compute.label_head import check_architecture
+from lora_fsdp.data.encoding import EncodedExample, Encoder
+from lora_fsdp.data.schedule import Schedule
+from lora_fsdp.data.workload import Work, measure_work
+from lora_fsdp.errors import ArgumentError
+from lora_fsdp.evaluation.batched_generation import LEAST_NEW_TOKENS
+from lora_fsdp.placement.request import Request
+from lora_fsdp.ranks import check_ranks_agree
+from lora_fsdp.tasks import Example
+from lora_fsdp.training.checks import check_targets
+from lora_fsdp.training.place import request_of_run
+from lora_fsdp.training.run_fingerprints import run_fingerprints
+from lora_fsdp.training.saving.resume import run_facts
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """What a trainer settles before its model is placed, the same on every rank.
+
+    Attributes:
+        model: the base with its adapter, not yet where it stays.
+        stored: where the base's weights are, if the model has not got them yet.
+        train, held_out: the examples as tokens.
+        base_fingerprint: of the base before the adapter was attached.
+        probes: fixed questions for the saved adapter's proof.
+        request: what the run asks for of its placement.
+        schedule: its optimizer steps.
+        work: what training will compute on each rank.
+        facts: what a checkpoint says of the run.
+    """
+
+    model: PeftModel
+    stored: StoredBase | None
+    train: list[EncodedExample]
+    held_out: list[EncodedExample]
+    base_fingerprint: BaseFingerprint
+    probes: list[Probe]
+    request: Request
+    schedule: Schedule
+    work: Work
+    facts: dict[str, Any]
+
+    @property
+    def shortened(self) -> int:
+        """How many examples had their text shortened."""
+        return sum(example.shortened for example in (*self.train, *self.held_out))
+
+
+def prepare_run(
+    model: PreTrainedModel | PeftModel | StoredBase,
+    args: FineTuningArguments,
+    *,
+    settings: FsdpSettings | None,
+    encoder: Encoder,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    peft_config: LoraConfig | None,
+) -> PreparedRun:
+    """Tokenise, attach the adapter, and compare the ranks. A collective call.
+
+    The arguments are `LoraTrainer`'s, as they were given; `settings` are the YAML's.
+
+    Raises:
+        ArgumentError: an example has no target, or not just one adapter is given.
+        UnsupportedModelError: the model cannot compute packed sequences.
+        RankMismatchError: the ranks were given different things.
+    """
+    to_train, to_score = encoder.encode(train), encoder.encode(held_out)
+    check_targets(to_train)
+    adapted, stored, base_fingerprint = _with_adapter(
+        model, peft_config, longest=encoder.max_length
+    )
+    request = request_of_run(adapted, args, settings=settings)
+    fingerprints = run_fingerprints(args, adapted, train=to_train, held_out=to_score, stored=stored)
+    check_ranks_agree(fingerprints)
+    return PreparedRun(
+        model=adapted,
+        stored=stored,
+        train=to_train,
+        held_out=to_score,
+        base_fingerprint=base_fingerprint,
+        probes=build_probes(encoder, [*train, *held_out]),
+        request=request,
+        schedule=Schedule.of(vars(args), rows=len(to_train), ranks=args.world_size),
+        work=measure_work(
+            vars(args),
+            to_train,
+            to_score,
+            ranks=args.world_size,
+            share_prefix=request.shares_prefix,
+        ),
+        facts=run_facts(args, adapted, fingerprints=fingerprints),
+    )
+
+
+def _with_adapter(
+    model: PreTrainedModel | PeftModel | StoredBase, config: LoraConfig | None, *, longest: int
+) -> tuple[PeftModel, StoredBase | None, BaseFingerprint]:
+    """The model with its adapter, where its weights are, and which base it is."""
+    if isinstance(model, PeftModel) == (config is not None):
+        raise ArgumentError("Give a peft_config, or a model that already has an adapter.")
+    if isinstance(model, PeftModel):
+        check_architecture(base_model(model), longest=longest)
+        return model, None, fingerprint_base(model)
+    stored = model if isinstance(model, StoredBase) else None
+    base = model.model if isinstance(model, StoredBase) else model
+    check_architecture(base, longest=longest)
+    # Before the adapter is attached, which may change the base (PiSSA), and before sharding.
+    fingerprint = fingerprint_base(base) if stored is None else stored.fingerprint()
+    return attach_adapter(base, cast(LoraConfig, config), stored=stored), stored, fingerprint
+
+
+def fold_accumulation(args: FineTuningArguments) -> FineTuningArguments:
+    """A copy with accumulation folded into the batch, which packed sequences make needless."""
+    folded = copy.copy(args)
+    folded.per_device_train_batch_size *= args.gradient_accumulation_steps
+    folded.gradient_accumulation_steps = 1
+    folded._n_gpu = min(args.n_gpu, 1)  # several GPUs are used by several processes
+    return folded
+
+
+def longest_answer(args: FineTuningArguments, examples: Sequence[EncodedExample]) -> int:
+    """How many tokens a generated text may have: what was asked for, or the longest to be learnt.
+
+    Args:
+        args: the run's.
+        examples: to train on.
+    """
+    if args.max_new_tokens is not None:
+        return args.max_new_tokens
+    longest = max((len(example.target_ids) for example in examples), default=0)
+    return max(LEAST_NEW_TOKENS, longest)

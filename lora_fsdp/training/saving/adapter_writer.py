@@ -1,0 +1,104 @@
+"""An adapter's folder with all that goes with it: tokenizer, task, arguments, and its proof."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel
+
+from lora_fsdp.adapter.folder import ADAPTER_FILE
+from lora_fsdp.adapter.probes import Probe, probe_log_likelihoods
+from lora_fsdp.adapter.proof import PROOF_FILE, Proof, beside
+from lora_fsdp.adapter.saved import save_adapter
+from lora_fsdp.arguments import FineTuningArguments
+from lora_fsdp.base.fingerprints import BaseFingerprint, fingerprint_tokenizer
+from lora_fsdp.base.folders import sha256_of_file
+from lora_fsdp.base.layers import base_model
+from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.data.encoding import Encoder
+from lora_fsdp.distributed.sharding import release_gathered
+from lora_fsdp.evaluation.outputs import write_json
+from lora_fsdp.evaluation.prediction import save_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterWriter:
+    """Writes the live adapter, and what it can later be checked against.
+
+    Attributes:
+        model: placed, with its adapter.
+        args: the run's.
+        encoder: how examples are prompted.
+        max_new_tokens: longest text that is generated.
+        base_fingerprint: of the base before the adapter was attached.
+        probes: the questions of the proof.
+        computation: how packed sequences are computed.
+        autocast: the context of the forward.
+    """
+
+    model: PeftModel
+    args: FineTuningArguments
+    encoder: Encoder
+    max_new_tokens: int
+    base_fingerprint: BaseFingerprint
+    probes: list[Probe]
+    computation: RowComputation
+    autocast: Callable[[], AbstractContextManager[object]]
+
+    def answer_probes(self) -> list[list[float]]:
+        """The live adapter's answers to the probes; a collective call."""
+        with self.autocast():
+            answers = probe_log_likelihoods(
+                self.model, self.probes, device=self.args.device, computation=self.computation
+            )
+        release_gathered(self.model)
+        return answers
+
+    def write(
+        self, folder: Path, answers: list[list[float]], *, goes_to: Path, trained: bool
+    ) -> None:
+        """Write into `folder`. Gathers nothing: rank 0 can do it alone.
+
+        Args:
+            folder: where to.
+            answers: of `answer_probes`.
+            goes_to: the path that `folder` will have.
+            trained: whether a step with a learning rate has moved the adapter.
+
+        Raises:
+            AdapterVerificationError: what was written is not what is in memory.
+        """
+        save_adapter(self.model, folder, trained=trained)
+        # PEFT's form with nothing filled in, which would take the place of a card with contents.
+        (folder / "README.md").unlink(missing_ok=True)
+        self.encoder.tokenizer.save_pretrained(folder)
+        save_task(self.encoder, folder, max_new_tokens=self.max_new_tokens)
+        proof = self._proof(folder, answers, goes_to=goes_to, trained=trained)
+        write_json(folder / PROOF_FILE, proof.to_json())
+        # As JSON: a pickle would have to be trusted by whoever reads it.
+        arguments = json.dumps(self.args.to_dict(), indent=2, default=str)
+        (folder / "training_args.json").write_text(arguments, encoding="utf-8")
+
+    def _proof(
+        self, folder: Path, answers: list[list[float]], *, goes_to: Path, trained: bool
+    ) -> Proof:
+        config = base_model(self.model).config
+        quantization = getattr(config, "quantization_config", None)
+        return Proof(
+            adapter_sha256=sha256_of_file(folder / ADAPTER_FILE),
+            trained=trained,
+            base=self.base_fingerprint,
+            base_name=str(config.name_or_path),
+            base_beside=beside(str(config.name_or_path), goes_to),
+            base_commit=getattr(config, "_commit_hash", None),
+            base_dtype=str(self.computation.dtype).removeprefix("torch."),
+            base_quantization=None if quantization is None else str(quantization),
+            tokenizer_sha256=fingerprint_tokenizer(self.encoder.tokenizer),
+            end_token_id=self.encoder.end_token_id,
+            probes=self.probes,
+            log_likelihoods=answers,
+        )

@@ -1,0 +1,123 @@
+"""All that a run's next step depends on beside the adapter, taken, written, read and put back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from lora_fsdp.ranks import from_every_rank
+from lora_fsdp.training.saving.random_state import (
+    draw_random_state,
+    put_back_random_state,
+    take_random_state,
+)
+from lora_fsdp.training.saving.state_file import read_state, write_state
+
+STATE_FILE = "training_state.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopState:
+    """What the Trainer's loop counts beside its `TrainerState`.
+
+    Attributes:
+        step: optimizer steps made.
+        epochs: of the whole run.
+        stopped_early: the run was over before its last step, by its metrics.
+        total_loss: sum of the steps' losses up to the last log.
+        step_last_logged: where that was.
+        confusion_matrices: of every evaluation, by step.
+    """
+
+    step: int
+    epochs: int
+    stopped_early: bool
+    total_loss: float
+    step_last_logged: int
+    confusion_matrices: dict[int, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Optimizer, schedule, every rank's random numbers, and the loop.
+
+    Attributes:
+        optimizer, scheduler: their state dicts.
+        ranks: of each rank, the state of its random numbers and its loss since the last log.
+        loop: what the Trainer's loop counts.
+    """
+
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    ranks: list[dict[str, Any]]
+    loop: LoopState
+
+    @classmethod
+    def take(
+        cls,
+        *,
+        optimizer: torch.optim.Optimizer,
+        scheduler: LRScheduler,
+        device: torch.device,
+        loss_since_log: float,
+        loop: LoopState,
+    ) -> TrainingState:
+        """As it is now. A collective call."""
+        mine = {"random": take_random_state(device), "loss_since_log": loss_since_log}
+        return cls(optimizer.state_dict(), scheduler.state_dict(), from_every_rank(mine), loop)
+
+    def write(self, folder: Path) -> None:
+        """Into a checkpoint's folder.
+
+        Raises:
+            CheckpointError: the optimizer's state holds something that cannot be written.
+        """
+        matrices = {
+            step: matrix.to_dict(orient="split")
+            for step, matrix in self.loop.confusion_matrices.items()
+        }
+        contents = {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "ranks": self.ranks,
+            "loop": asdict(self.loop) | {"confusion_matrices": matrices},
+        }
+        write_state(folder / STATE_FILE, contents)
+
+    @classmethod
+    def read(cls, folder: Path) -> TrainingState:
+        """From a checkpoint's folder, its tensors on the CPU.
+
+        Raises:
+            DamagedCheckpointError: the file cannot be read.
+        """
+        contents = read_state(folder / STATE_FILE)
+        matrices = {
+            step: pd.DataFrame(matrix["data"], matrix["index"], matrix["columns"])
+            for step, matrix in contents["loop"]["confusion_matrices"].items()
+        }
+        loop = LoopState(**contents["loop"] | {"confusion_matrices": matrices})
+        return cls(contents["optimizer"], contents["scheduler"], contents["ranks"], loop)
+
+    def is_finished(self, max_steps: int) -> bool:
+        """Whether no step is left of a run of `max_steps`."""
+        return self.loop.stopped_early or self.loop.step >= max_steps
+
+    def loss_since_log(self, *, rank: int, world_size: int) -> float:
+        """This rank's; for another number of ranks the mean, which is what the Trainer logs."""
+        losses = [state["loss_since_log"] for state in self.ranks]
+        return losses[rank] if len(losses) == world_size else sum(losses) / len(losses)
+
+    def put_back_random_numbers(
+        self, *, rank: int, world_size: int, device: torch.device, seed: int
+    ) -> None:
+        """Continue this rank's; draw new ones for another number of ranks."""
+        if len(self.ranks) == world_size:
+            put_back_random_state(self.ranks[rank]["random"], device)
+        else:
+            draw_random_state(seed=seed, step=self.loop.step, rank=rank)
