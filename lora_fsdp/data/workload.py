@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.data.packing import PADDING, Tree, common_prefix
+from lora_fsdp.data.packing import Pack
 from lora_fsdp.data.sampling import TrainingStep, TrainingSteps, epoch_order
 
 _STEPS_LOOKED_AT = 20
@@ -88,7 +88,7 @@ def measure_work(
     looked_at = min(len(first), max(1, math.ceil(epochs * len(first))), _STEPS_LOOKED_AT)
     seen = [first[index] for index in range(looked_at)]
     sizes = [_tokens(step) for step in seen]
-    labels = [int((row.label_answers != PADDING).sum()) for step in seen for row in step.rows]
+    labels = [int(one.labels.shape[1]) for step in seen for one in step.sequences]
     epoch, index, rank = _largest_step(first, epochs=epochs)
     return Work(
         examples=len(train) * epochs,
@@ -104,15 +104,16 @@ def measure_work(
 
 
 def _tokens(step: TrainingStep) -> int:
-    return sum(map(len, step.rows))
+    return sum(map(len, step.sequences))
 
 
 def _largest_step(steps: TrainingSteps, *, epochs: float) -> tuple[int, int, int]:
     """Epoch, place in it and rank of the step with the most tokens, by the examples' lengths."""
     examples = steps.examples
-    lengths = np.array([len(example.prompt_ids) + len(example.target_ids) for example in examples])
-    if steps.share_prefix:  # as if a step were one row
-        lengths -= len(common_prefix([Tree(example.prompt_ids, []) for example in examples]))
+    trees = [steps.tree_of(example) for example in examples]
+    lengths = np.array([len(tree) + len(tree.answers) for tree in trees])
+    if steps.share_prefix:  # as if a step were one packed sequence
+        lengths -= Pack(trees, share_prefix=True).shared
     most, found = -1, (0, 0, 0)
     most_epochs = max(1, _EXAMPLES_LOOKED_AT // len(examples))
     for epoch in range(min(max(1, math.ceil(epochs)), most_epochs)):

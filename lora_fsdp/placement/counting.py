@@ -25,7 +25,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from lora_fsdp.adapter.attach import attach_adapter, trainable_parameters
 from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.base.loading import LOADING_ERRORS
-from lora_fsdp.compute.decoder_layer import FusedLayer, exchange_forwards, why_not_fused
+from lora_fsdp.compute.decoder_layer import FusedLayer
+from lora_fsdp.compute.fusing import exchange_forwards, why_not_fused
+from lora_fsdp.compute.patches import Patches
 from lora_fsdp.errors import UnsupportedModelError
 from lora_fsdp.placement.shape import ModelShape
 
@@ -104,7 +106,8 @@ def _saved_or_estimated(
     base = base_model(model)
     try:
         if is_fused:
-            exchange_forwards(base.base_model, [FusedLayer(layer) for layer in layers])
+            fused = [FusedLayer(layer) for layer in layers]
+            exchange_forwards(base.base_model, fused, patches=Patches())
         return _saved(model), ""
     # Layers that look at numbers (experts that tokens are sent to) do not run without any.
     except (NotImplementedError, *LOADING_ERRORS) as error:

@@ -20,9 +20,8 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase
-from lora_fsdp.compute.compiled_layers import compile_layers
-from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers, unpack_ahead
-from lora_fsdp.compute.label_head import RowComputation, head_can_be_chunked
+from lora_fsdp.compute.fusing import Fusing
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.workload import Work
 from lora_fsdp.distributed.residency import Residency, least_free_memory, plan_residency
 from lora_fsdp.distributed.sharding import check_placement, layers_to_shard, place_model
@@ -59,7 +58,7 @@ class TrainingPlan:
         step: `eager`, `fused`, `compiled` or `graph`.
         step_reason: why, in words.
         max_tokens_per_row: longest packed row in tokens.
-        computation: how rows are computed.
+        packed: the model, with what was patched on it.
         placement: how the base lies, for the memory and time that are foretold.
         shape: the model's sizes; `None` on a CPU, whose memory nothing is planned by.
         rows: the largest row of a step.
@@ -70,7 +69,7 @@ class TrainingPlan:
     step: str
     step_reason: str
     max_tokens_per_row: int
-    computation: RowComputation
+    packed: PackedModel
     placement: Placement
     shape: ModelShape | None
     rows: LargestSequence
@@ -133,8 +132,8 @@ def place_for_training(
     """
     base, device = base_model(model), args.device
     layers = layers_to_shard(base, names=settings.layer_classes if settings else None)
-    fused = _fused_or_why_not(model, layers, args=args, autocast=autocast, stored=stored)
-    is_fused = not isinstance(fused, str)
+    packed = _fused_if_can_be(model, layers, args=args, autocast=autocast, stored=stored)
+    is_fused = packed.fusing.is_fused
     shape = _shape(model, fuse=is_fused) if device.type == "cuda" else None
     work = work or _NO_WORK
     gathers_stay_out = why_gathers_stay_out(args, settings)
@@ -177,17 +176,17 @@ def place_for_training(
     seconds = 4.0 * model.num_parameters() * work.step_tokens * work.steps(args.world_size) / 3e14
     step, reason = choose_step(
         args,
-        fused=fused,
+        fusing=packed.fusing,
         why_not_captured=uncaptured,
         seconds=seconds,
     )
-    if not isinstance(fused, str) and residency.is_whole:
-        for replacement in fused:
-            replacement.join_weights()
+    if is_fused and residency.is_whole:
+        packed.join_weights()
         if step in CAPTURED:  # launched one by one, products leave no room to unpack beside them
-            unpack_ahead(fused, recomputed=placement.recomputed)
+            packed.unpack_ahead(recomputed=placement.recomputed)
     if step == "compiled":
-        compile_layers(layers)
+        packed.compile(layers)
+    packed.shortened_last_layer = not placement.recomputed
     sequence_length = args.max_tokens_per_row or _sequence_length(
         shape,
         device=device,
@@ -201,12 +200,7 @@ def place_for_training(
         step=step,
         step_reason=reason,
         max_tokens_per_row=sequence_length,
-        computation=RowComputation(
-            dtype=base.dtype,
-            by_blocks=is_fused,
-            chunked_head=head_can_be_chunked(base),
-            last_layer=None if isinstance(fused, str) or placement.recomputed else fused[-1],
-        ),
+        packed=packed,
         placement=replace(
             placement,
             resident_layers=len(residency.indices),
@@ -337,21 +331,23 @@ def least_placement(
     )
 
 
-def _fused_or_why_not(
+def _fused_if_can_be(
     model: PeftModel,
     layers: Sequence[nn.Module],
     *,
     args: FineTuningArguments,
     autocast: bool,
     stored: StoredBase | None,
-) -> list[FusedLayer] | str:
-    """The layers, fused, or why they are not."""
-    fused = why_run_not_fused(model, args, autocast=autocast) or fuse_layers(
-        base_model(model).base_model, layers, filled_copy=stored.filled_copy if stored else None
-    )
-    if args.step == "fused" and isinstance(fused, str):
-        raise ArgumentError(f"--step fused: {fused}. Use --step auto.")
-    return fused
+) -> PackedModel:
+    """The model, its layers fused if they can be."""
+    packed = PackedModel(model)
+    if reason := why_run_not_fused(model, args, autocast=autocast):
+        packed.fusing = Fusing(reason=reason)
+    else:
+        packed.fuse(layers, filled_copy=stored.filled_copy if stored else None)
+    if args.step == "fused" and not packed.fusing.is_fused:
+        raise ArgumentError(f"--step fused: {packed.fusing.reason}. Use --step auto.")
+    return packed
 
 
 def _why_recompute(

@@ -29,11 +29,8 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.fingerprints import fingerprint_base
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase
+from lora_fsdp.compute.architectures import check_architecture
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
-from lora_fsdp.compute.label_head import (
-    check_architecture,
-    check_packing,
-)
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences, TrainingStep, TrainingSteps
 from lora_fsdp.data.workload import longest_example
@@ -63,6 +60,8 @@ from lora_fsdp.training.setup import (
     work_of_run,
 )
 from lora_fsdp.training.step.choice import build_step
+from lora_fsdp.training.step.objectives.objective import Objective
+from lora_fsdp.training.step.objectives.supervised import Supervised
 from lora_fsdp.training.watching.adapter_moves import CheckAdapterMoves
 from lora_fsdp.training.watching.watched import WatchedTrainer
 
@@ -97,6 +96,7 @@ class LoraTrainer(WatchedTrainer):
         peft_config: the adapter to attach.
         max_length: longest example in tokens; longer ones have their text shortened.
         chat_template: put prompts through the tokenizer's chat template.
+        objective: what is minimised; `None` = supervised learning of the targets.
         callbacks: further callbacks.
 
     Attributes:
@@ -111,6 +111,7 @@ class LoraTrainer(WatchedTrainer):
     # Narrower than the Trainer's own annotations.
     args: FineTuningArguments
     model: PeftModel
+    objective: Objective
     processing_class: PreTrainedTokenizerBase
     train_dataset: list[EncodedExample]
     eval_dataset: list[EncodedExample] | None
@@ -127,12 +128,14 @@ class LoraTrainer(WatchedTrainer):
         peft_config: LoraConfig | None = None,
         max_length: int = 512,
         chat_template: bool = False,
+        objective: Objective | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.fsdp_settings = read_fsdp_settings()
         check_launch(args, self.fsdp_settings, allow_one_process=args.allow_fsdp_on_one_process)
         check_arguments(args, self.fsdp_settings, max_length=max_length)
         self.task = task
+        self.objective = objective or Supervised()
         self.confusion_matrices: dict[int, pd.DataFrame] = {}
         self.encoder = Encoder(
             processing_class, task=task, max_length=max_length, chat_template=chat_template
@@ -210,32 +213,40 @@ class LoraTrainer(WatchedTrainer):
             longest_example=self.longest_example,
             stored=self.stored,
         )
+        self.packed = self.plan.packed
         self.stored = None  # its files are closed
         if self.plan.placement.recomputed and self.plan.is_captured:
             recompute_without_random_state(self.args)
         # What the arguments ask for, the Trainer itself switches on.
         if self.plan.placement.recomputed and not self.args.gradient_checkpointing:
-            enable_checkpointing(self.model, self.args, self.fsdp_settings)
+            enable_checkpointing(self.packed, self.args, self.fsdp_settings)
         self.adapter = ReplicatedParameters(trainable_parameters(self.model))
         self.adapter.broadcast()
         self.adapter.check_equal()
-        self.computation = check_packing(
-            self.model, device=self.args.device, computation=self.plan.computation
-        )
+        self.packed.check(device=self.args.device)
         release_gathered(self.model)
         self.step = build_step(
             self.plan.step,
-            self.model,
+            self.packed,
             largest=self.plan.rows,
             gathers=not self.plan.residency.is_whole,
-            computation=self.computation,
+            objective=self.objective,
             adapter=self.adapter,
             device=self.args.device,
             autocast=self.accelerator.autocast,
         )
-        self.model.zero_grad = self.adapter.drop_gradients  # type: ignore[method-assign]
-        # accelerate must not wrap the model in DDP: the adapter's gradients are summed here.
-        self.model._is_accelerate_prepared = True  # type: ignore[assignment]
+        self.packed.patches.set(
+            self.model,
+            "zero_grad",
+            self.adapter.drop_gradients,
+            why="gradients are dropped without a walk through the frozen base",
+        )
+        self.packed.patches.set(
+            self.model,
+            "_is_accelerate_prepared",
+            True,
+            why="accelerate must not wrap the model in DDP: the steps sum the gradients",
+        )
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Nothing: the model already lies where it stays (its shards perhaps in host memory)."""
@@ -264,6 +275,8 @@ class LoraTrainer(WatchedTrainer):
             seed=self.order_seed,
             share_prefix=self.share_prefix,
             max_tokens=self.plan.max_tokens_per_row,
+            tree_of=self.objective.tree,
+            count_of=self.objective.count,
         )
         self.remove_callback(ShuffleEachEpoch)
         self.add_callback(ShuffleEachEpoch(steps))
@@ -290,7 +303,7 @@ class LoraTrainer(WatchedTrainer):
         if not model.training:
             model.train()
         loss = self.step(
-            inputs.rows, label_tokens=inputs.label_tokens, sizes_of_ranks=inputs.sizes_of_ranks
+            inputs.sequences, denominator=inputs.denominator, sizes_of_ranks=inputs.sizes_of_ranks
         )
         self.finite.see_rank(loss)
         self.heartbeat.beat(self.state.global_step + 1, "summing gradients over ranks")
@@ -318,7 +331,7 @@ class LoraTrainer(WatchedTrainer):
 
     def floating_point_ops(self, inputs: TrainingStep) -> int:
         """4 per parameter and token: a frozen weight has no gradient of its own."""
-        return 4 * self.parameter_count * sum(len(row) for row in inputs.rows)
+        return 4 * self.parameter_count * sum(map(len, inputs.sequences))
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Examples, not steps or rows."""
@@ -403,12 +416,11 @@ class LoraTrainer(WatchedTrainer):
         self.callback_handler.eval_dataloader = dataloader
         with self.accelerator.autocast():
             scores = score_sequences(
-                self.model,
+                self.packed,
                 dataloader,
                 answers=[len(answers) for answers in rows.answers],
                 device=self.args.device,
-                computation=self.computation,
-                after_row=lambda: self.callback_handler.on_prediction_step(
+                after_sequence=lambda: self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 ),
             )

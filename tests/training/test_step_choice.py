@@ -7,6 +7,7 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_fsdp.arguments.fsdp import FsdpSettings
+from lora_fsdp.compute.fusing import Fusing
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.training.place import TrainingPlan
 from lora_fsdp.training.step.choice import (
@@ -121,7 +122,7 @@ def test_what_is_recomputed_in_a_graph_keeps_no_random_state(tmp_path, monkeypat
 def test_the_step_and_its_reason(asked, fused, why_not, seconds, step):
     found, reason = choose_step(
         SimpleNamespace(step=asked),
-        fused=[] if fused else "its layers are of another shape",
+        fusing=Fusing(["a layer"], "") if fused else Fusing(reason="layers of another shape"),
         why_not_captured=why_not,
         seconds=seconds,
     )
@@ -134,7 +135,7 @@ def test_a_graph_that_cannot_be_is_refused():
     with pytest.raises(ArgumentError, match=r"gathered within the step\. Use --step auto"):
         choose_step(
             SimpleNamespace(step="graph"),
-            fused=[],
+            fusing=Fusing(["a layer"], ""),
             why_not_captured="layers are gathered within the step",
             seconds=1.0,
         )

@@ -31,7 +31,7 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.fingerprints import BaseFingerprint, fingerprint_tokenizer
 from lora_fsdp.base.folders import sha256_of_file
 from lora_fsdp.base.layers import base_model
-from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.replication import ReplicatedParameters
@@ -95,7 +95,7 @@ class DurableTrainer(Trainer):
     run_facts: dict[str, Any]
     probes: list[Probe]
     base_fingerprint: BaseFingerprint
-    computation: RowComputation
+    packed: PackedModel
     moves: CheckAdapterMoves
     confusion_matrices: dict[int, pd.DataFrame]
     step: EagerStep
@@ -207,9 +207,7 @@ class DurableTrainer(Trainer):
     def _answer_probes(self) -> list[list[float]]:
         """The live adapter's answers to the probes; a collective call."""
         with self.accelerator.autocast():
-            answers = probe_log_likelihoods(
-                self.model, self.probes, device=self.args.device, computation=self.computation
-            )
+            answers = probe_log_likelihoods(self.packed, self.probes, device=self.args.device)
         release_gathered(self.model)
         return answers
 
@@ -224,7 +222,7 @@ class DurableTrainer(Trainer):
             base_name=str(config.name_or_path),
             base_beside=beside(str(config.name_or_path), goes_to),
             base_commit=getattr(config, "_commit_hash", None),
-            base_dtype=str(self.computation.dtype).removeprefix("torch."),
+            base_dtype=str(self.packed.dtype).removeprefix("torch."),
             base_quantization=None if quantization is None else str(quantization),
             tokenizer_sha256=fingerprint_tokenizer(self.processing_class),
             end_token_id=self.encoder.end_token_id,

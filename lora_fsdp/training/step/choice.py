@@ -11,20 +11,20 @@ from functools import partial
 
 import torch
 from peft import PeftModel
-from torch import nn
 
 from lora_fsdp.adapter.attach import has_dropout
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import base_model
-from lora_fsdp.compute.decoder_layer import FusedLayer
-from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.compute.fusing import Fusing
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.distributed.captured_gathers import why_gathers_not_captured
 from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.placement.memory import LargestSequence
 from lora_fsdp.training.step.captured import CapturedStep
 from lora_fsdp.training.step.eager import EagerStep
+from lora_fsdp.training.step.objectives.objective import Objective
 
 #: The steps that are CUDA graphs.
 CAPTURED = ("graph", "compiled")
@@ -108,7 +108,7 @@ def why_gathers_stay_out(args: FineTuningArguments, settings: FsdpSettings | Non
 def choose_step(
     args: FineTuningArguments,
     *,
-    fused: list[FusedLayer] | str,
+    fusing: Fusing,
     why_not_captured: str | None,
     seconds: float,
 ) -> tuple[str, str]:
@@ -116,7 +116,7 @@ def choose_step(
 
     Args:
         args: the run's arguments.
-        fused: the fused layers, or why there are none.
+        fusing: what came of fusing the layers.
         why_not_captured: why no CUDA graph can hold a step; `None` = one can.
         seconds: that training will take, roughly.
 
@@ -128,28 +128,28 @@ def choose_step(
     if why_not_captured:
         if args.step in ("graph", "compiled"):
             raise ArgumentError(f"--step {args.step}: {why_not_captured}. Use --step auto.")
-        if isinstance(fused, str):
-            return "eager", f"the model's own layers ({fused}); {why_not_captured}"
+        if not fusing.is_fused:
+            return "eager", f"the model's own layers ({fusing.reason}); {why_not_captured}"
         return "fused", f"fused layers; {why_not_captured}"
     if args.step != "auto":
         return args.step, f"--step {args.step}"
-    if not isinstance(fused, str):
+    if fusing.is_fused:
         return "graph", "fused layers, captured as CUDA graphs"
     if seconds > _COMPILATION_PAYS_FROM:
         return (
             "compiled",
-            f"a run of some {seconds / 60:.0f} minutes pays for compilation ({fused})",
+            f"a run of some {seconds / 60:.0f} minutes pays for compilation ({fusing.reason})",
         )
-    return "graph", f"the model's own layers ({fused}), captured as CUDA graphs"
+    return "graph", f"the model's own layers ({fusing.reason}), captured as CUDA graphs"
 
 
 def build_step(
     name: str,
-    model: nn.Module,
+    packed: PackedModel,
     *,
     largest: LargestSequence,
     gathers: bool,
-    computation: RowComputation,
+    objective: Objective,
     adapter: ReplicatedParameters,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
@@ -158,15 +158,15 @@ def build_step(
 
     Args:
         name: as `choose_step` gives it.
-        model: the model with its adapter.
-        largest: what the largest row is expected to have.
+        packed: the model with its adapter.
+        largest: what the largest packed sequence is expected to have.
         gathers: whether the step gathers layers.
-        computation: how it computes rows.
+        objective: what is minimised.
         adapter: where the gradients go.
-        device: where rows are computed.
+        device: where sequences are computed.
         autocast: the context of the forward.
     """
     kind: Callable[..., EagerStep] = EagerStep
     if name in CAPTURED:
         kind = partial(CapturedStep, largest=largest, gathers=gathers)
-    return kind(model, computation=computation, adapter=adapter, device=device, autocast=autocast)
+    return kind(packed, objective=objective, adapter=adapter, device=device, autocast=autocast)
