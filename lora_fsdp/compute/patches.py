@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +42,7 @@ class Patches:
         """Give `target` the attribute, until `undo`."""
         before = vars(target).get(attribute, _ABSENT)
         setattr(target, attribute, value)
-        self._note(target, attribute, value, before=before, why=why)
+        self._note(target, attribute, vars(target), before=before, why=why)
 
     @contextmanager
     def for_now(self, target: object, attribute: str, value: object, *, why: str) -> Iterator[None]:
@@ -57,14 +57,13 @@ class Patches:
 
     @contextmanager
     def recording(self, modules: Iterable[nn.Module], *, why: str) -> Iterator[None]:
-        """Note what others' code sets on `modules` within the block, as if `set` had."""
-        before = [(module, dict(vars(module))) for module in modules]
+        """Note what others' code sets on `modules` within the block, hooks too, as if `set` had."""
+        before = [(module, _attributes(module)) for module in modules]
         yield
         for module, attributes in before:
-            for name, value in list(vars(module).items()):
-                old = attributes.get(name, _ABSENT)
-                if old is not value:
-                    self._note(module, name, value, before=old, why=why)
+            for owner, old in attributes:
+                for name in [name for name in owner if owner[name] is not old.get(name, _ABSENT)]:
+                    self._note(module, name, owner, before=old.get(name, _ABSENT), why=why)
 
     def before_forward(self, module: nn.Module, hook: Callable[..., None], *, why: str) -> None:
         """Call `hook` before every forward of `module`, until `undo`."""
@@ -85,12 +84,28 @@ class Patches:
         )
 
     def _note(
-        self, target: Any, attribute: str, value: object, *, before: object, why: str
+        self,
+        target: object,
+        name: Any,
+        owner: MutableMapping[Any, Any],
+        *,
+        before: object,
+        why: str,
     ) -> None:
+        """Note what `owner` (the target's attributes, or hooks of a kind) has as `name`."""
+
         def undo() -> None:
             if before is _ABSENT:
-                vars(target).pop(attribute, None)
+                owner.pop(name, None)
             else:
-                setattr(target, attribute, before)
+                owner[name] = before
 
-        self.made.append(Patch(target, attribute, value, why, undo))
+        attribute = name if isinstance(name, str) else "hook"  # hooks have numbers for names
+        self.made.append(Patch(target, attribute, owner[name], why, undo))
+
+
+def _attributes(module: nn.Module) -> list[tuple[MutableMapping[Any, Any], dict[Any, Any]]]:
+    """The module's attributes, each dictionary among them (of hooks), and what they hold now."""
+    own = vars(module)
+    inner = [value for value in own.values() if isinstance(value, dict)]
+    return [(owner, dict(owner)) for owner in (own, *inner)]

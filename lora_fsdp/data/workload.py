@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.data.packing import Pack
-from lora_fsdp.data.sampling import TrainingStep, TrainingSteps, epoch_order
+from lora_fsdp.data.packing import Pack, Tree
+from lora_fsdp.data.sampling import TrainingStep, TrainingSteps, epoch_order, target_tree
 
 _STEPS_LOOKED_AT = 20
 # For the largest step: longer runs see the same examples over and over.
@@ -58,6 +58,7 @@ def measure_work(
     max_tokens_per_row: int | None,
     ranks: int = 1,
     seed: int = 0,
+    tree_of: Callable[[EncodedExample], Tree] = target_tree,
 ) -> Work:
     """Pack some optimizer steps as training will, and count: the first ones, and the largest.
 
@@ -69,6 +70,7 @@ def measure_work(
         max_tokens_per_row: longest row; `None` = by memory.
         ranks: that share a step.
         seed: of the order of the examples.
+        tree_of: which answers of a training example are laid down.
     """
 
     def steps_of(rank: int, *, epoch: int) -> TrainingSteps:
@@ -80,6 +82,7 @@ def measure_work(
             seed=seed,
             share_prefix=share_prefix,
             max_tokens=max_tokens_per_row or 2**31,
+            tree_of=tree_of,
         )
         steps.set_epoch(epoch)
         return steps

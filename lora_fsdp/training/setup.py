@@ -24,6 +24,7 @@ from lora_fsdp.data.workload import Work, measure_work
 from lora_fsdp.distributed.launch import launch_fingerprint
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.batched_generation import LEAST_NEW_TOKENS
+from lora_fsdp.training.step.objectives.objective import Objective
 
 
 def check_arguments(
@@ -71,12 +72,31 @@ def check_targets(examples: Sequence[EncodedExample]) -> None:
             raise ArgumentError(f"Row {example.row} has no target: it cannot be trained on.")
 
 
+def check_reference(objective: Objective, model: PeftModel) -> None:
+    """Refuse an objective that asks the frozen base where the adapter's start has changed that.
+
+    Raises:
+        ArgumentError: names the setting.
+    """
+    start = model.peft_config[str(model.active_adapter)].init_lora_weights  # type: ignore[attr-defined]
+    if objective.needs_reference and start not in _STARTS_BESIDE_THE_BASE:
+        raise ArgumentError(
+            f"{type(objective).__name__} compares with the base, which init_lora_weights {start!r} "
+            "changes when the adapter is attached: leave it out of lora_kwargs."
+        )
+
+
+# Of an adapter that adds nothing at first; others (PiSSA, OLoRA) take their start out of the base.
+_STARTS_BESIDE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+
+
 def work_of_run(
     args: FineTuningArguments,
     train: Sequence[EncodedExample],
     held_out: Sequence[EncodedExample],
     *,
     share_prefix: bool,
+    objective: Objective,
 ) -> Work | None:
     """What training will compute on each rank; `None` if there is nothing to train on."""
     if not train:
@@ -94,6 +114,7 @@ def work_of_run(
         max_tokens_per_row=args.max_tokens_per_row,
         ranks=args.world_size,
         seed=args.seed if args.data_seed is None else args.data_seed,
+        tree_of=objective.tree,
     )
 
 

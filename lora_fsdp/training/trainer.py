@@ -50,6 +50,7 @@ from lora_fsdp.training.place import place_for_training
 from lora_fsdp.training.saving.resume import run_facts
 from lora_fsdp.training.setup import (
     check_arguments,
+    check_reference,
     check_targets,
     enable_checkpointing,
     fold_accumulation,
@@ -144,7 +145,9 @@ class LoraTrainer(WatchedTrainer):
         held_out = self.encoder.encode(eval_dataset)
         check_targets(train)
         self.max_new_tokens = longest_answer(args, train)
-        self.longest_example = longest_example([*train, *held_out])
+        # An objective may lay down several answers of an example.
+        laid = [len(self.objective.tree(example)) for example in train]
+        self.longest_example = max([longest_example([*train, *held_out]), *laid])
         self.shortened = sum(example.shortened for example in (*train, *held_out))
         if isinstance(model, PeftModel) == (peft_config is not None):
             raise ArgumentError("Give a peft_config, or a model that already has an adapter.")
@@ -162,7 +165,10 @@ class LoraTrainer(WatchedTrainer):
         if not isinstance(model, PeftModel):
             model = attach_adapter(model, cast(LoraConfig, peft_config), stored=self.stored)
         self.share_prefix = shares_prefix(args, model)
-        self.work = work_of_run(args, train, held_out, share_prefix=self.share_prefix)
+        check_reference(self.objective, model)
+        self.work = work_of_run(
+            args, train, held_out, share_prefix=self.share_prefix, objective=self.objective
+        )
         fingerprints = run_fingerprints(
             args, model, train=train, held_out=held_out, stored=self.stored
         )

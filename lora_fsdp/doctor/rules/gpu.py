@@ -24,6 +24,7 @@ from lora_fsdp.placement.memory import (
 from lora_fsdp.training.place import least_placement
 from lora_fsdp.training.setup import shares_prefix, work_of_run
 from lora_fsdp.training.step.choice import why_run_not_fused
+from lora_fsdp.training.step.objectives.supervised import Supervised
 
 _GB = 1e9
 
@@ -46,6 +47,7 @@ def least_device_memory(case: Case) -> DeviceMemory:
         encoded[:trained],
         encoded[trained:],
         share_prefix=shares_prefix(arguments, model),
+        objective=Supervised(),
     )
     if work is None:
         raise UnknownFactError
