@@ -94,6 +94,7 @@ def trainer_of(folder, name, options, *, model=None):
     settings = {
         "per_device_train_batch_size": 8, "learning_rate": 1e-2, "logging_steps": 1, "seed": 3,
         "save_strategy": "no", "disable_tqdm": True, "lr_scheduler_type": "constant",
+        "num_train_epochs": 6,
     }  # fmt: skip
     return LoraTrainer(
         model=model,
@@ -181,7 +182,8 @@ def test_gradients_are_those_of_plain_computation(name, way, tmp_path):
         distance = torch.stack([(found[n] - gradients[n]).norm() for n in gradients]).norm()
         assert distance <= 2e-6 * torch.stack([g.norm() for g in gradients.values()]).norm()
         assert rank["adapter"] == ranks[0]["adapter"]
-        assert rank["losses"][-1] < rank["losses"][0]
+        an_epoch = len(rank["losses"]) // 6
+        assert sum(rank["losses"][-an_epoch:]) < sum(rank["losses"][:an_epoch])
     assert (max(rank["sequences"] for rank in ranks) > 1) == ("max_tokens_per_row" in options)
 
 
