@@ -152,7 +152,7 @@ def test_4_bits_in_a_captured_step(tmp_path):
 def test_4_bits_unpacked_ahead_beside_the_products(recomputed, tmp_path, monkeypatch):
     """The same bits as unpacked at use, at every replay, whatever overtakes what."""
     # Faster kernels of attention's backward add up in any order.
-    monkeypatch.setattr("lora_fsdp.training.step.eager._ATTENTION", [SDPBackend.MATH])
+    monkeypatch.setattr("lora_fsdp.training.step.captured._ATTENTION", [SDPBackend.MATH])
     config = LlamaConfig(
         vocab_size=512, hidden_size=2048, intermediate_size=5632, num_hidden_layers=6,
         num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=1024,
