@@ -125,12 +125,13 @@ def ours(
     seen = in_step_order(trainer.train_dataset, count=trainer.examples_per_step * work.steps)
     lengths = [len(e.prompt_ids) + len(e.target_ids) for e in seen]
     result = clock.result(examples_per_step=trainer.examples_per_step, lengths=lengths)
-    rows = [row for step in range(3) for row in trainer.get_train_dataloader().dataset[step].rows]
+    steps = trainer.get_train_dataloader().dataset
+    packed = [sequence for step in range(3) for sequence in steps[step].sequences]
     if os.environ.get("RANK", "0") == "0":
         print(trainer.placement, flush=True)
     result |= {
         "examples_hash": examples_hash([e.row for e in seen]),
-        "computed_tokens_per_step": sum(map(len, rows)) / 3 * work.processes,
+        "computed_tokens_per_step": sum(map(len, packed)) / 3 * work.processes,
         "parameters": multiplied_parameters(work),
         "plan": str(trainer.placement),
         "row_tokens": trainer.placement.sequence_length,

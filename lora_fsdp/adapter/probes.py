@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from lora_fsdp.compute.label_head import RowComputation, label_log_probs
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.tasks import Example, Prompt
@@ -23,7 +22,7 @@ _FREE_ANSWER = " yes"
 _MOST_ANSWERS = 16
 
 # In nats a token, on average. Rounding alone makes, in SmolLM2, 5e-6 in float32 and 0.085 in
-# bfloat16 (as in `label_head.check_packing`).
+# bfloat16 (as in `PackedModel.check`).
 _TOLERANCE = 1e-3
 _TOLERANCE_ROUNDED = 0.3
 
@@ -57,26 +56,23 @@ def build_probes(encoder: Encoder, examples: Sequence[Example]) -> list[Probe]:
 
 @torch.no_grad()
 def probe_log_likelihoods(
-    model: nn.Module,
-    probes: Sequence[Probe],
-    *,
-    device: torch.device,
-    computation: RowComputation,
+    packed: PackedModel, probes: Sequence[Probe], *, device: torch.device
 ) -> list[list[float]]:
     """Log-likelihood of every answer of every probe.
 
     Every rank computes all of them, so under FSDP it is a collective call with the same result
     everywhere.
     """
-    was_training = model.training
-    model.eval()
+    was_training = packed.model.training
+    packed.model.eval()
     results = []
     for probe in probes:
-        row = pack_sequence([Tree(probe.prompt_ids, probe.answers)], share_prefix=True).to(device)
-        log_probs = label_log_probs(model, row, computation=computation)
+        tree = Tree(probe.prompt_ids, probe.answers)
+        sequence = pack_sequence([tree], share_prefix=True).to(device)
+        log_probs = packed.label_log_probs(sequence)
         sums = torch.zeros(len(probe.answers), dtype=log_probs.dtype, device=device)
-        results.append(sums.index_add_(0, row.label_answers, log_probs).tolist())
-    model.train(was_training)
+        results.append(sums.index_add_(0, sequence.label_answers, log_probs).tolist())
+    packed.model.train(was_training)
     return results
 
 

@@ -30,7 +30,7 @@ from lora_fsdp.base.fingerprints import (
 from lora_fsdp.base.folders import read_json_object, sha256_of_file
 from lora_fsdp.base.loading import LOADING_ERRORS, TOKENIZER_FILES, load_tokenizer
 from lora_fsdp.base.streaming import load_on_device
-from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import end_of_answer
 from lora_fsdp.errors import LoraFsdpError
 
@@ -233,8 +233,7 @@ def _check_answers(
     dtype = str(base.dtype).removeprefix("torch.")
     try:
         model = attach_saved(adapter, base).to(device)
-        computation = RowComputation(base.dtype)
-        now = probe_log_likelihoods(model, proof.probes, device=device, computation=computation)
+        now = probe_log_likelihoods(PackedModel(model), proof.probes, device=device)
     except torch.OutOfMemoryError:
         raise
     except LOADING_ERRORS as error:  # a variant of LoRA with settings that make no sense

@@ -1,4 +1,4 @@
-"""Who attends to whom in a packed row, and the kernels that compute it."""
+"""Who attends to whom in a packed sequence, and the kernels that compute it."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from lora_fsdp.data.packing import SHARED, PackedSequence
 
-#: From this length on a row's attention is computed by blocks instead of by one dense mask.
+#: From this length on a sequence's attention is computed by blocks instead of by one dense mask.
 BLOCKS_FROM_TOKENS = 2048
 
 
 def avoid_kernels_planned_by_shape() -> None:
-    """Keep SDPA from cuDNN's attention, which plans a kernel for every new row length.
+    """Keep SDPA from cuDNN's attention, which plans a kernel for every new length.
 
-    Packed rows have a new length at nearly every step, and planning takes longer than computing:
-    without it the shape of a 7B on an H100 trains at 50.8 examples/s instead of 31.8 (8 a step,
-    `tests/gpu`).
+    Packed sequences have a new length at nearly every step, and planning takes longer than
+    computing: without it the shape of a 7B on an H100 trains at 50.8 examples/s instead of 31.8
+    (8 a step, `tests/gpu`).
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def sequence_mask(
-    row: PackedSequence, *, dtype: torch.dtype, by_blocks: bool
+    sequence: PackedSequence, *, dtype: torch.dtype, by_blocks: bool
 ) -> torch.Tensor | BlockMask:
-    """The row's mask, which transformers hands to its attention as it is (`masking_utils`).
+    """The sequence's mask, which transformers hands to its attention as it is (`masking_utils`).
 
     Args:
-        row: the packed row.
+        sequence: the packed sequence.
         dtype: the dtype in which attention runs.
-        by_blocks: whether the model's attention takes a `BlockMask` (`attend` does). Long rows then
-            skip what is masked; short ones have a dense mask all the same.
+        by_blocks: whether the model's attention takes a `BlockMask` (`attend` does). Long sequences
+            then skip what is masked; short ones have a dense mask all the same.
     """
-    if not by_blocks or len(row) < BLOCKS_FROM_TOKENS:
-        return dense_mask(row, dtype=dtype)
-    if row.is_one_sequence:
-        return _block_mask(causal, len(row), row.example_ids.device)
-    example, answer = row.example_ids, row.answer_ids
+    if not by_blocks or len(sequence) < BLOCKS_FROM_TOKENS:
+        return dense_mask(sequence, dtype=dtype)
+    if sequence.is_one_sequence:
+        return _block_mask(causal, len(sequence), sequence.example_ids.device)
+    example, answer = sequence.example_ids, sequence.answer_ids
 
     def on_path(
         batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
@@ -49,18 +49,18 @@ def sequence_mask(
         same_example = (example[query] == example[key]) & same_path
         return (query >= key) & ((example[key] == SHARED) | same_example)
 
-    return _block_mask(on_path, len(row), row.example_ids.device)
+    return _block_mask(on_path, len(sequence), sequence.example_ids.device)
 
 
-def dense_mask(row: PackedSequence, *, dtype: torch.dtype) -> torch.Tensor:
-    """Additive attention mask of a packed row, [1, 1, T, T], 0 where allowed and -inf elsewhere.
+def dense_mask(sequence: PackedSequence, *, dtype: torch.dtype) -> torch.Tensor:
+    """Additive mask of a packed sequence, [1, 1, T, T], 0 where allowed and -inf elsewhere.
 
-    A token sees itself and what comes before it in the row, if that is the shared prefix, its own
-    example's prompt, or its own answer. transformers hands a 4-D mask to SDPA and eager attention
-    as it is (`masking_utils`), which is what makes packing work without a kernel of our own.
+    A token sees itself and what comes before it in the sequence, if that is the shared prefix, its
+    own example's prompt, or its own answer. transformers hands a 4-D mask to SDPA and eager
+    attention as it is (`masking_utils`), which is what makes packing work without our own kernel.
     """
-    example, answer = row.example_ids, row.answer_ids
-    index = torch.arange(len(row), device=example.device)
+    example, answer = sequence.example_ids, sequence.answer_ids
+    index = torch.arange(len(sequence), device=example.device)
     same_example = example[:, None] == example[None, :]
     same_path = (answer[None, :] == 0) | (answer[:, None] == answer[None, :])
     allowed = (example[None, :] == SHARED) | (same_example & same_path)
@@ -72,7 +72,7 @@ def dense_mask(row: PackedSequence, *, dtype: torch.dtype) -> torch.Tensor:
 def causal(
     batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
 ) -> torch.Tensor:
-    """The mask of a row that is one sequence; `attend` knows it by its identity."""
+    """The mask of what is one sequence; `attend` knows it by its identity."""
     return query >= key
 
 
@@ -84,7 +84,7 @@ def attend(
     *,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention of a packed row: SDPA, or flex attention where the mask has blocks.
+    """Attention of a packed sequence: SDPA, or flex attention where the mask has blocks.
 
     Args:
         query: [1, query heads, T, D].

@@ -1,16 +1,16 @@
-"""What rows are padded to where a step is a CUDA graph, which has fixed shapes."""
+"""What sequences are padded to where a step is a CUDA graph, which has fixed shapes."""
 
 from __future__ import annotations
 
 from lora_fsdp.compute.attention import BLOCKS_FROM_TOKENS
 from lora_fsdp.data.packing import SequenceSize
 
-#: Rows longer than this are not captured: their kernels take longer than their launches.
+#: Sequences longer than this are not captured: their kernels take longer than their launches.
 CAPTURE_UP_TO_TOKENS = 4096
 
 
 def captured_size(size: SequenceSize) -> SequenceSize | None:
-    """The size that a row is padded to, or `None` if it is too long."""
+    """The size that a sequence is padded to, or `None` if it is too long."""
     if size.tokens > CAPTURE_UP_TO_TOKENS:
         return None
     return SequenceSize(
@@ -22,18 +22,18 @@ def captured_size(size: SequenceSize) -> SequenceSize | None:
 
 
 def padded_tokens(tokens: int) -> int:
-    """Of a row: few sizes, and little padding."""
+    """Of a sequence: few sizes, and little padding."""
     return _round_up(tokens, _unit(tokens))
 
 
 def next_smaller(tokens: int) -> int:
-    """The size of rows that are just too short for the size of `tokens`."""
+    """The size of sequences that are just too short for the size of `tokens`."""
     padded = padded_tokens(tokens)
     return padded - _unit(padded)
 
 
 def padded_labels(labels: int) -> int:
-    """Of a row's labels."""
+    """Of a sequence's labels."""
     return _round_up(max(labels, 1), 32 if labels <= 256 else 256)
 
 

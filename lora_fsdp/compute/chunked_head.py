@@ -12,8 +12,7 @@ for any weights of the tokens, since each log-probability depends on one hidden 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,12 +24,14 @@ from torch.nn import functional
 CHUNK = 1024
 
 
-@contextmanager
-def head_gives_log_probs(head: nn.Linear, label_ids: torch.Tensor) -> Iterator[None]:
-    """Let `head` return [1, L, 2] instead of logits: log-probabilities, and 1 where highest.
+def log_probs_forward(
+    head: nn.Linear, label_ids: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A `forward` for `head` that gives [1, L, 2] instead of logits: log-probabilities, and 1 where
+    highest.
 
-    The head is exchanged for the length of the block and not called by itself, so that FSDP gathers
-    its weight as for any forward.
+    The head's forward is exchanged and not called by itself, so that FSDP gathers its weight as for
+    any forward.
 
     Args:
         head: the output head, frozen.
@@ -41,11 +42,7 @@ def head_gives_log_probs(head: nn.Linear, label_ids: torch.Tensor) -> Iterator[N
         log_probs, is_highest = _HeadLogProbs.apply(hidden[0], head.weight, head.bias, label_ids)
         return torch.stack([log_probs, is_highest], dim=-1)[None]
 
-    head.forward = forward  # type: ignore[method-assign,assignment]
-    try:
-        yield
-    finally:
-        del head.forward
+    return forward
 
 
 class _HeadLogProbs(Function):

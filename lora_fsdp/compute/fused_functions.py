@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from lora_fsdp.compute.projections import Projection, Projections
+    from lora_fsdp.compute.projections import AdaptedProjection, Projections
 
 
 def rms_norm(
@@ -200,13 +200,13 @@ class _Project(Function):
         down, ups = projections.downs, projections.ups
         low = inputs.new_empty(inputs.shape[0], down.shape[0])  # scaled
         dropped: list[torch.Tensor] = []
-        if any(member.dropout() > 0.0 for member in adapted):
+        if any(member.lora.dropout() > 0.0 for member in adapted):
             for member in adapted:
-                kept, mask = torch.native_dropout(inputs, member.dropout(), train=True)
+                kept, mask = torch.native_dropout(inputs, member.lora.dropout(), train=True)
                 _scaled_product(kept, down[member.ranks], member, low)
                 dropped += [kept, mask]
-        elif len({member.scaling() for member in adapted}) == 1:
-            scaling = adapted[0].scaling()
+        elif len({member.lora.scaling() for member in adapted}) == 1:
+            scaling = adapted[0].lora.scaling()
             torch.addmm(low, inputs, down.t(), beta=0.0, alpha=scaling, out=low)
         else:
             for member in adapted:
@@ -232,7 +232,7 @@ class _Project(Function):
         for member, up in zip(adapted, ups, strict=True):
             part = gradient[:, member.columns]
             scaled = d_low[:, member.ranks]
-            torch.addmm(scaled, part, up, beta=0.0, alpha=member.scaling(), out=scaled)
+            torch.addmm(scaled, part, up, beta=0.0, alpha=member.lora.scaling(), out=scaled)
             d_ups.append(_product(part.t(), low[:, member.ranks]))
         if dropped:
             d_downs = []
@@ -240,10 +240,10 @@ class _Project(Function):
                 d_downs.append(_product(d_low[:, member.ranks].t(), kept))
                 if d_inputs is not None:
                     through = d_low[:, member.ranks] @ down[member.ranks]
-                    scale = 1.0 / (1.0 - member.dropout())
+                    scale = 1.0 / (1.0 - member.lora.dropout())
                     d_inputs += torch.ops.aten.native_dropout_backward(through, mask, scale)
         else:
-            d_downs = list(_product(d_low.t(), inputs).split([m.rank for m in adapted]))
+            d_downs = list(_product(d_low.t(), inputs).split([m.lora.rank for m in adapted]))
             if d_inputs is not None:
                 d_inputs.addmm_(d_low, down)
         adapters = [g for pair in zip(d_downs, d_ups, strict=True) for g in pair]
@@ -251,11 +251,11 @@ class _Project(Function):
 
 
 def _scaled_product(
-    inputs: torch.Tensor, down: torch.Tensor, member: Projection, low: torch.Tensor
+    inputs: torch.Tensor, down: torch.Tensor, member: AdaptedProjection, low: torch.Tensor
 ) -> None:
     """The member's part of `low`: its scaling times inputs A^T."""
     part = low[:, member.ranks]
-    torch.addmm(part, inputs, down.t(), beta=0.0, alpha=member.scaling(), out=part)
+    torch.addmm(part, inputs, down.t(), beta=0.0, alpha=member.lora.scaling(), out=part)
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -10,45 +10,37 @@ from torch import nn
 
 from lora_fsdp.base.quantized_layers import QuantizedLayer
 from lora_fsdp.compute.unpacking import QuantizedBlock, UnpackAtUse
+from lora_fsdp.compute.variants.plain import PlainLora
+from lora_fsdp.compute.variants.variant import LoraVariant, is_linear
 
-# PEFT's, around a plain linear layer and around a packed one (which it can import with bitsandbytes
-# only).
-_LORA_LINEARS = ("Linear", "Linear4bit")
+#: The kinds of LoRA that are projected.
+VARIANTS: tuple[type[LoraVariant], ...] = (PlainLora,)
+
+
+def can_project(module: nn.Module) -> bool:
+    """Whether `Projections` computes `module`: a frozen linear layer, perhaps with an adapter."""
+    if isinstance(module, LoraLayer):
+        return any(variant.fits(module) for variant in VARIANTS)
+    return is_linear(module) and not any(p.requires_grad for p in module.parameters())
 
 
 class Projection:
     """One linear layer and its place in the joined output.
 
-    Reads weights and adapter from the module at every use.
+    Reads weights from the module at every use.
 
     Attributes:
+        module: the layer, with its adapter if it has one.
+        linear: the frozen layer.
         columns: its slice of the joined output.
-        ranks: its slice of the joined A matrices.
     """
 
-    def __init__(self, module: nn.Module, *, columns: slice, first_rank: int) -> None:
+    def __init__(
+        self, module: nn.Module, linear: nn.Linear | QuantizedLayer, *, first_column: int
+    ) -> None:
         self.module = module
-        self.linear: nn.Linear | QuantizedLayer = (
-            module.base_layer if isinstance(module, LoraLayer) else module  # type: ignore[assignment]
-        )
-        self.columns = columns
-        self.rank = 0
-        if isinstance(module, LoraLayer):
-            self.name = str(module.active_adapters[0])
-            self.rank = int(module.r[self.name])
-        self.ranks = slice(first_rank, first_rank + self.rank)
-
-    def is_as_made(self) -> bool:
-        """Whether the module's adapter is the one it had, and not merged."""
-        if not self.rank:
-            return True
-        active = list(self.module.active_adapters)  # type: ignore[arg-type]
-        return active == [self.name] and not self.module.merged
-
-    def adapters(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """A [r, in] and B [out, r], float32."""
-        a, b = self.module.lora_A[self.name], self.module.lora_B[self.name]  # type: ignore[index]
-        return a.weight, b.weight  # type: ignore[union-attr]
+        self.linear = linear
+        self.columns = slice(first_column, first_column + linear.out_features)
 
     def weight(self) -> torch.Tensor:
         """The frozen weight [out, in]; a packed one unpacked, in memory of its own."""
@@ -56,14 +48,21 @@ class Projection:
             return self.linear.weight
         return QuantizedBlock([self.linear]).unpack()
 
-    def scaling(self) -> float:
-        """What the update is multiplied with."""
-        return float(self.module.scaling[self.name])  # type: ignore[index]
 
-    def dropout(self) -> float:
-        """Share of the adapter's input that is dropped; 0 when not training."""
-        dropout = self.module.lora_dropout[self.name]  # type: ignore[index]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+class AdaptedProjection(Projection):
+    """A linear layer with an adapter.
+
+    Attributes:
+        lora: the adapter.
+        ranks: its slice of the joined A matrices.
+    """
+
+    def __init__(
+        self, module: nn.Module, lora: LoraVariant, *, first_column: int, first_rank: int
+    ) -> None:
+        super().__init__(module, lora.linear, first_column=first_column)
+        self.lora = lora
+        self.ranks = slice(first_rank, first_rank + lora.rank)
 
 
 class Projections:
@@ -75,13 +74,18 @@ class Projections:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.members: list[Projection] = []
-        first_column = first_rank = 0
+        column = rank = 0
         for module in modules:
-            width = int(module.out_features)  # type: ignore[arg-type]
-            columns = slice(first_column, first_column + width)
-            self.members.append(Projection(module, columns=columns, first_rank=first_rank))
-            first_column += width
-            first_rank += self.members[-1].rank
+            if isinstance(module, LoraLayer):
+                variant = next(variant for variant in VARIANTS if variant.fits(module))
+                lora = variant(module)
+                self.members.append(
+                    AdaptedProjection(module, lora, first_column=column, first_rank=rank)
+                )
+                rank += lora.rank
+            else:
+                self.members.append(Projection(module, module, first_column=column))  # type: ignore[arg-type]
+            column = self.members[-1].columns.stop
         packed = [m.linear for m in self.members if isinstance(m.linear, QuantizedLayer)]
         self.packed = QuantizedBlock(packed) if len(packed) == len(self.members) else None
         self.unpacking = UnpackAtUse()
@@ -98,8 +102,8 @@ class Projections:
         adapted = self.adapted()
         if not adapted:
             return []
-        originals = [member.adapters() for member in adapted]
-        ranks = [member.rank for member in adapted]
+        originals = [member.lora.matrices() for member in adapted]
+        ranks = [member.lora.rank for member in adapted]
         device, dtype = originals[0][0].device, adapted[0].linear.weight.dtype
         if not self.ups or self.downs.device != device or self.downs.dtype != dtype:
             width = originals[0][0].shape[1]
@@ -124,13 +128,13 @@ class Projections:
         for member, weight in zip(self.members, weights, strict=True):
             weight.data = self.joined[member.columns]
 
-    def adapted(self) -> list[Projection]:
+    def adapted(self) -> list[AdaptedProjection]:
         """The members whose adapter is on."""
-        return [m for m in self.members if m.rank and not m.module.disable_adapters]
+        return [m for m in self.members if isinstance(m, AdaptedProjection) and m.lora.is_on()]
 
     def adapters(self) -> list[nn.Parameter]:
         """A and B of every adapted member, in turn."""
-        return [parameter for member in self.adapted() for parameter in member.adapters()]
+        return [parameter for member in self.adapted() for parameter in member.lora.matrices()]
 
     def base_forward(
         self, inputs: torch.Tensor, residual: torch.Tensor | None, *, has_backward: bool
@@ -185,28 +189,3 @@ class Projections:
             return False
         storage = self.joined.untyped_storage().data_ptr()
         return all(m.linear.weight.untyped_storage().data_ptr() == storage for m in self.members)
-
-
-def can_project(module: nn.Module) -> bool:
-    """Whether `Projections` computes `module`: a frozen linear layer, perhaps with plain LoRA."""
-    if _is_linear(module):
-        return not any(parameter.requires_grad for parameter in module.parameters())
-    if not isinstance(module, LoraLayer) or type(module).__name__ not in _LORA_LINEARS:
-        return False
-    names = module.active_adapters
-    return (
-        _is_linear(module.base_layer)
-        and len(names) == 1
-        and list(module.lora_A) == names  # one adapter, and it is the active one
-        and not module.merged
-        and not module.fan_in_fan_out
-        and not module.lora_variant
-        and module.lora_A[names[0]].bias is None
-        and module.lora_B[names[0]].bias is None
-        and type(module.lora_dropout[names[0]]) in (nn.Dropout, nn.Identity)
-        and not any(p.requires_grad for p in module.base_layer.parameters())
-    )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or isinstance(module, QuantizedLayer)

@@ -1,7 +1,8 @@
-"""Many examples in one row without padding, and the prefix they share only once.
+"""Many examples in one sequence without padding, and the prefix they share only once.
 
-A row is a tree laid flat. Its trunk is the token prefix that all examples share; each example grows
-from it, and from each example grow its answers (one when training, every label when scoring)::
+A packed sequence is a tree laid flat. Its trunk is the token prefix that all examples share; each
+example grows from it, and from each example grow its answers (the target when training, every label
+when scoring)::
 
     shared prefix ─┬─ example 1 ─┬─ answer 1
                    │             └─ answer 2
@@ -15,33 +16,42 @@ Grouper (arXiv 2506.05433).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from os.path import commonprefix
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
-#: `PackedSequence.example_ids` of the tokens that every example of the row sees.
+#: `PackedSequence.example_ids` of the tokens that every example of the sequence sees.
 SHARED = 0
-#: `PackedSequence.example_ids` and `PackedSequence.label_answers` of what only fills a row up.
+#: `PackedSequence.example_ids`, `.label_answers` and `.answer_examples` of what only fills up.
 PADDING = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """One example's tokens: a prompt and the answers that continue it (end token included)."""
+    """One example's tokens: a prompt and the answers that continue it (end token included).
+
+    Attributes:
+        prompt_ids: the prompt.
+        answers: each with a token at least.
+        targets: a number for each answer that an objective makes of it what it will; empty = 0.
+    """
 
     prompt_ids: list[int]
     answers: Sequence[list[int]]
+    targets: Sequence[float] = ()
 
     def __len__(self) -> int:
-        """Tokens this example takes in a row of its own (an answer's last token is no input)."""
+        """Tokens of this example alone in a sequence (an answer's last token is no input)."""
         return len(self.prompt_ids) + sum(len(answer[:-1]) for answer in self.answers)
 
 
 class SequenceSize(NamedTuple):
-    """What a row has, without the row.
+    """What a packed sequence has, without the sequence.
 
     Attributes:
         tokens: input tokens.
@@ -56,20 +66,25 @@ class SequenceSize(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """One packed row: T input tokens and L label tokens.
+    """T input tokens, L label tokens and A answers.
 
     Attributes:
         tokens: [4, T] int64: `input_ids`; `position_ids`, counted along each token's path to the
             root; `example_ids`, 0 for the shared prefix, 1.. for the examples, -1 for padding;
             `answer_ids`, 0 for prompts, 1.. for the answers of an example.
         labels: [3, L] int64: `label_positions`, the input token whose output predicts each label
-            token; `label_ids`, the label tokens; `label_answers`, which answer of the row (0-based,
-            over all examples) each belongs to, -1 for padding.
+            token; `label_ids`, the label tokens; `label_answers`, which answer of the sequence
+            (0-based, over all examples) each belongs to, -1 for padding.
+        answer_examples: [A] int64, which example of the sequence (0-based) each answer belongs to,
+            -1 for padding. A padded sequence has as many answers as label tokens.
+        answer_targets: [A] float32, the trees' `targets`, 0 for padding.
         is_one_sequence: whether every token sees all before it, as in an ordinary text.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
+    answer_examples: torch.Tensor
+    answer_targets: torch.Tensor
     is_one_sequence: bool = False
 
     @property
@@ -116,87 +131,141 @@ class PackedSequence:
         return SequenceSize(len(self), int(self.labels.shape[1]), self.is_one_sequence)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> PackedSequence:
-        """The row on `device`."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-        )
+        """The sequence on `device`."""
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> PackedSequence:
-        """The row in page-locked memory, from which copies to a GPU are asynchronous."""
-        return replace(self, tokens=self.tokens.pin_memory(), labels=self.labels.pin_memory())
+        """The sequence in page-locked memory, from which copies to a GPU are asynchronous."""
+        return self._with_each(torch.Tensor.pin_memory)
+
+    def copy_(self, other: PackedSequence) -> None:
+        """Put the numbers of `other`, which has the same size, into this one's memory."""
+        for mine, theirs in zip(self._tensors(), other._tensors(), strict=True):
+            mine.copy_(theirs, non_blocking=True)
 
     def padded(self, *, tokens: int, labels: int) -> PackedSequence:
-        """The row with `tokens` tokens and `labels` label tokens; what is added counts nothing.
+        """The sequence with `tokens` tokens and `labels` label tokens; the added count nothing.
 
-        Padding stands at the end, so a row that is one sequence can still be computed as one.
+        Padding stands at the end, so what is one sequence can still be computed as one. There are
+        as many answers afterwards as label tokens, so that the number follows from the size.
         """
         more_tokens, more_labels = tokens - len(self), labels - self.labels.shape[1]
         if more_tokens < 0 or more_labels < 0:
-            raise ValueError(f"A row of {len(self)} tokens cannot be padded to {tokens}.")
+            raise ValueError(f"A sequence of {len(self)} tokens cannot be padded to {tokens}.")
         token = torch.tensor([0, 0, PADDING, 0])[:, None].expand(4, more_tokens)
         label = torch.tensor([0, 0, PADDING])[:, None].expand(3, more_labels)
+        more_answers = labels - len(self.answer_examples)
         return replace(
             self,
             tokens=torch.cat([self.tokens, token], 1),
             labels=torch.cat([self.labels, label], 1),
+            answer_examples=functional.pad(self.answer_examples, (0, more_answers), value=PADDING),
+            answer_targets=functional.pad(self.answer_targets, (0, more_answers)),
         )
 
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.tokens, self.labels, self.answer_examples, self.answer_targets
 
-def pack_sequence(trees: Sequence[Tree], *, share_prefix: bool) -> PackedSequence:
-    """Lay `trees` flat in one row, in order.
+    def _with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedSequence:
+        tokens, labels, examples, targets = map(change, self._tensors())
+        return PackedSequence(tokens, labels, examples, targets, self.is_one_sequence)
 
-    With `share_prefix` the longest token prefix common to all prompts is laid down once.
+
+@dataclass(frozen=True)
+class Pack:
+    """Trees that are laid flat in one sequence, in order.
+
+    Attributes:
+        trees: one for each example.
+        share_prefix: whether the longest token prefix common to all prompts is laid down once.
+        indices: of the trees among those that were planned (`plan_packs`).
     """
-    prefix = common_prefix(trees) if share_prefix else []
-    input_ids, position_ids = list(prefix), list(range(len(prefix)))
-    example_ids, answer_ids = [SHARED] * len(prefix), [0] * len(prefix)
-    labels: list[tuple[int, int, int]] = []
-    answers_before = 0
 
-    def lay(ids: list[int], *, start: int, example: int, answer: int) -> None:
+    trees: Sequence[Tree]
+    share_prefix: bool
+    indices: Sequence[int] = ()
+
+    @cached_property
+    def shared(self) -> int:
+        """Tokens that are laid down once. Worked out once for the plan, the size and the laying."""
+        return len(common_prefix(self.trees)) if self.share_prefix and self.trees else 0
+
+    @property
+    def size(self) -> SequenceSize:
+        """Of the sequence that `lay` makes."""
+        return SequenceSize(
+            tokens=self.shared + sum(len(tree) - self.shared for tree in self.trees),
+            labels=sum(len(answer) for tree in self.trees for answer in tree.answers),
+            is_one_sequence=len(self.trees) == 1 and len(self.trees[0].answers) <= 1,
+        )
+
+    def lay(self) -> PackedSequence:
+        """The packed sequence."""
+        laying = _Laying(self.trees[0].prompt_ids[: self.shared])
+        for tree in self.trees:
+            laying.add(tree)
+        return laying.sequence(is_one_sequence=self.size.is_one_sequence)
+
+
+class _Laying:
+    """A sequence of which the trees are laid down one after the other."""
+
+    def __init__(self, prefix: list[int]) -> None:
+        self._shared = len(prefix)
+        # By kind and not by token, which torch takes over faster.
+        self._tokens: tuple[list[int], ...] = ([], [], [], [])
+        self._labels: list[tuple[int, int, int]] = []
+        self._examples: list[int] = []
+        self._targets: list[float] = []
+        self._trees = 0
+        self._lay(prefix, start=0, example=SHARED, answer=0)
+
+    def add(self, tree: Tree) -> None:
+        """What follows the shared prefix in the tree's prompt, then its answers."""
+        self._trees += 1
+        example, shared = self._trees, self._shared
+        self._lay(tree.prompt_ids[shared:], start=shared, example=example, answer=0)
+        # A prompt that is the prefix itself ends where the prefix ends.
+        whole_prompt_shared = len(tree.prompt_ids) == shared
+        prompt_end = (shared if whole_prompt_shared else len(self._tokens[0])) - 1
+        targets = tree.targets or [0.0] * len(tree.answers)
+        for number, (ids, target) in enumerate(zip(tree.answers, targets, strict=True), start=1):
+            first = len(self._tokens[0])
+            self._lay(ids[:-1], start=len(tree.prompt_ids), example=example, answer=number)
+            positions = [prompt_end, *range(first, len(self._tokens[0]))][: len(ids)]
+            owner = len(self._examples)
+            self._labels += [(at, token, owner) for at, token in zip(positions, ids, strict=True)]
+            self._examples.append(example - 1)
+            self._targets.append(target)
+
+    def sequence(self, *, is_one_sequence: bool) -> PackedSequence:
+        """What was laid down."""
+        return PackedSequence(
+            torch.tensor(self._tokens, dtype=torch.int64),
+            torch.tensor(self._labels, dtype=torch.int64).reshape(-1, 3).t().contiguous(),
+            torch.tensor(self._examples, dtype=torch.int64),
+            torch.tensor(self._targets, dtype=torch.float32),
+            is_one_sequence=is_one_sequence,
+        )
+
+    def _lay(self, ids: list[int], *, start: int, example: int, answer: int) -> None:
+        input_ids, position_ids, example_ids, answer_ids = self._tokens
         input_ids.extend(ids)
         position_ids.extend(range(start, start + len(ids)))
         example_ids.extend([example] * len(ids))
         answer_ids.extend([answer] * len(ids))
 
-    for example, tree in enumerate(trees, start=1):
-        lay(tree.prompt_ids[len(prefix) :], start=len(prefix), example=example, answer=0)
-        # A prompt that is the prefix itself ends where the prefix ends.
-        whole_prompt_shared = len(tree.prompt_ids) == len(prefix)
-        prompt_end = (len(prefix) if whole_prompt_shared else len(input_ids)) - 1
-        for number, answer in enumerate(tree.answers, start=1):
-            first = len(input_ids)
-            lay(answer[:-1], start=len(tree.prompt_ids), example=example, answer=number)
-            positions = [prompt_end, *range(first, len(input_ids))][: len(answer)]
-            owner = answers_before + number - 1
-            labels += [(at, token, owner) for at, token in zip(positions, answer, strict=True)]
-        answers_before += len(tree.answers)
 
-    return PackedSequence(
-        torch.tensor([input_ids, position_ids, example_ids, answer_ids], dtype=torch.int64),
-        torch.tensor(labels, dtype=torch.int64).reshape(-1, 3).t().contiguous(),
-        is_one_sequence=_is_one_sequence(trees),
-    )
+def pack_sequence(trees: Sequence[Tree], *, share_prefix: bool) -> PackedSequence:
+    """Lay `trees` flat in one packed sequence, in order.
 
-
-def packed_size(trees: Sequence[Tree], *, share_prefix: bool) -> SequenceSize:
-    """The size of the row that `pack_sequence` would make of `trees`."""
-    shared = len(common_prefix(trees)) if share_prefix else 0
-    return SequenceSize(
-        tokens=shared + sum(len(tree) - shared for tree in trees),
-        labels=sum(len(answer) for tree in trees for answer in tree.answers),
-        is_one_sequence=_is_one_sequence(trees),
-    )
-
-
-def _is_one_sequence(trees: Sequence[Tree]) -> bool:
-    return len(trees) == 1 and len(trees[0].answers) <= 1
+    With `share_prefix` the longest token prefix common to all prompts is laid down once.
+    """
+    return Pack(trees, share_prefix).lay()
 
 
 def empty_sequence() -> PackedSequence:
-    """A row of one token and no labels, for a rank that has fewer rows than the others.
+    """One token and no labels, for a rank that has fewer packed sequences than the others.
 
     Under FSDP every rank must run the same number of forwards and backwards.
     """
@@ -209,21 +278,22 @@ def common_prefix(trees: Sequence[Tree]) -> list[int]:
     return list(commonprefix([tree.prompt_ids for tree in trees]))  # noqa: RUF071
 
 
-def plan_sequences(
-    trees: Sequence[Tree], *, max_tokens: int, share_prefix: bool
-) -> list[list[int]]:
-    """Divide `trees` over as few rows as in-order filling gives; returns indices into `trees`.
+def plan_packs(trees: Sequence[Tree], *, max_tokens: int, share_prefix: bool) -> list[Pack]:
+    """Divide `trees` over as few packed sequences as in-order filling gives.
 
-    A row is longer than `max_tokens` only if a single example is.
+    A sequence is longer than `max_tokens` only if a single example is.
     """
-    shared = len(common_prefix(trees)) if share_prefix and trees else 0
-    rows: list[list[int]] = []
+    everything = Pack(trees, share_prefix, range(len(trees)))
+    shared = everything.shared
+    filled: list[list[int]] = []
     used = max_tokens + 1
     for index, tree in enumerate(trees):
         extra = len(tree) - shared
-        if not rows or used + extra > max_tokens:
-            rows.append([])
+        if not filled or used + extra > max_tokens:
+            filled.append([])
             used = shared
-        rows[-1].append(index)
+        filled[-1].append(index)
         used += extra
-    return rows
+    if len(filled) == 1:
+        return [everything]
+    return [Pack([trees[i] for i in indices], share_prefix, indices) for indices in filled]

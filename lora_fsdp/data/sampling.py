@@ -6,7 +6,7 @@ an epoch. So a run is defined by (seed, global batch size), and resuming needs o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,14 +14,23 @@ from torch.utils.data import Dataset
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.packing import (
+    Pack,
     PackedSequence,
     SequenceSize,
     Tree,
     empty_sequence,
-    pack_sequence,
-    packed_size,
-    plan_sequences,
+    plan_packs,
 )
+
+
+def target_tree(example: EncodedExample) -> Tree:
+    """The prompt and its one right answer: what supervised learning lays down."""
+    return Tree(example.prompt_ids, [example.target_ids])
+
+
+def target_tokens(example: EncodedExample) -> float:
+    """What an example counts where every label token counts one."""
+    return len(example.target_ids)
 
 
 @dataclass
@@ -29,20 +38,21 @@ class TrainingStep:
     """One rank's share of one optimizer step.
 
     Attributes:
-        rows: the packed rows; as many on every rank.
-        label_tokens: number of label tokens of the step over all ranks, the loss's denominator.
+        sequences: the packed sequences; as many on every rank.
+        denominator: of the loss, over all ranks: for supervised learning the number of label tokens
+            of the step.
         example_rows: row numbers of this rank's examples, for messages.
-        sizes_of_ranks: for each of `rows`, the size that its like has on every rank.
+        sizes_of_ranks: for each of `sequences`, the size that its like has on every rank.
     """
 
-    rows: list[PackedSequence]
-    label_tokens: int
+    sequences: list[PackedSequence]
+    denominator: float
     example_rows: list[int]
     sizes_of_ranks: list[list[SequenceSize]]
 
     def pin_memory(self) -> TrainingStep:
         """The same step in page-locked memory."""
-        return replace(self, rows=[row.pin_memory() for row in self.rows])
+        return replace(self, sequences=[sequence.pin_memory() for sequence in self.sequences])
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> list[int]:
@@ -68,16 +78,18 @@ def shares_of_step(
 class TrainingSteps(Dataset[TrainingStep]):
     """The optimizer steps of an epoch, as a map-style dataset: index = step within the epoch.
 
-    Every rank holds all examples and works out every rank's share, so the number of rows and the
-    global number of label tokens are known everywhere without communication.
+    Every rank holds all examples and works out every rank's share, so the number of sequences and
+    the loss's denominator are known everywhere without communication.
 
     Args:
         examples: all training examples, the same on every rank.
         examples_per_step: examples of one optimizer step over all ranks.
         rank, world_size: this process and the number of processes.
         seed: seed of the order.
-        share_prefix: compute the prompts' common prefix once a row.
-        max_tokens: longest row in tokens.
+        share_prefix: compute the prompts' common prefix once a packed sequence.
+        max_tokens: longest packed sequence in tokens.
+        tree_of: which answers of an example are laid down (`Objective.tree`).
+        count_of: what an example counts in the denominator (`Objective.count`).
     """
 
     def __init__(
@@ -90,6 +102,8 @@ class TrainingSteps(Dataset[TrainingStep]):
         seed: int,
         share_prefix: bool,
         max_tokens: int,
+        tree_of: Callable[[EncodedExample], Tree] = target_tree,
+        count_of: Callable[[EncodedExample], float] = target_tokens,
     ) -> None:
         self.examples = examples
         self.examples_per_step = examples_per_step
@@ -98,6 +112,8 @@ class TrainingSteps(Dataset[TrainingStep]):
         self.seed = seed
         self.share_prefix = share_prefix
         self.max_tokens = max_tokens
+        self.tree_of = tree_of
+        self.count_of = count_of
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -113,45 +129,41 @@ class TrainingSteps(Dataset[TrainingStep]):
         start = step * self.examples_per_step
         chosen = [self.examples[i] for i in self._order[start : start + self.examples_per_step]]
         shares = [self._plan(chosen[rank :: self.world_size]) for rank in range(self.world_size)]
-        rows = [pack_sequence(trees, share_prefix=self.share_prefix) for trees in shares[self.rank]]
+        sequences = [pack.lay() for pack in shares[self.rank]]
         count, empty = max(len(share) for share in shares), empty_sequence()
         sizes = [
-            [packed_size(trees, share_prefix=self.share_prefix) for trees in share]
-            + [empty.size] * (count - len(share))
-            for share in shares
+            [pack.size for pack in share] + [empty.size] * (count - len(share)) for share in shares
         ]
         return TrainingStep(
-            rows=rows + [empty] * (count - len(rows)),
-            label_tokens=sum(len(example.target_ids) for example in chosen),
+            sequences=sequences + [empty] * (count - len(sequences)),
+            denominator=sum(self.count_of(example) for example in chosen),
             example_rows=[example.row for example in chosen[self.rank :: self.world_size]],
-            sizes_of_ranks=[list(of_row) for of_row in zip(*sizes, strict=True)],
+            sizes_of_ranks=[list(of_one) for of_one in zip(*sizes, strict=True)],
         )
 
-    def _plan(self, examples: Sequence[EncodedExample]) -> list[list[Tree]]:
-        trees = [Tree(example.prompt_ids, [example.target_ids]) for example in examples]
-        plan = plan_sequences(trees, max_tokens=self.max_tokens, share_prefix=self.share_prefix)
-        return [[trees[index] for index in row] for row in plan]
+    def _plan(self, examples: Sequence[EncodedExample]) -> list[Pack]:
+        trees = [self.tree_of(example) for example in examples]
+        return plan_packs(trees, max_tokens=self.max_tokens, share_prefix=self.share_prefix)
 
 
 @dataclass
 class ScoringSequence:
-    """A packed row to be scored; `examples` are indices into the scored set, in the row's order."""
+    """What is scored at once; `examples` are indices into the scored set, in its order."""
 
-    row: PackedSequence
+    sequence: PackedSequence
     examples: list[int]
 
     def pin_memory(self) -> ScoringSequence:
-        """The same row in page-locked memory."""
-        return ScoringSequence(self.row.pin_memory(), self.examples)
+        """The same in page-locked memory."""
+        return ScoringSequence(self.sequence.pin_memory(), self.examples)
 
 
 class ScoringSequences(Dataset[ScoringSequence]):
-    """This rank's rows of a set whose answers are to be scored.
+    """This rank's packed sequences of a set whose answers are to be scored.
 
     An example's answers are all labels of a closed set, its own choices, or its target in a
-    free-text task. The
-    division into rows does not depend on the number of ranks, so neither do the scores; every rank
-    has as many rows, and every example is in exactly one of them.
+    free-text task. The division into sequences does not depend on the number of ranks, so neither
+    do the scores; every rank has as many, and every example is in exactly one of them.
     """
 
     def __init__(
@@ -159,13 +171,13 @@ class ScoringSequences(Dataset[ScoringSequence]):
     ) -> None:
         self.examples = examples
         self.answers = [example.candidate_ids or (example.target_ids,) for example in examples]
-        self._trees = [
+        trees = [
             Tree(example.prompt_ids, answers)
             for example, answers in zip(examples, self.answers, strict=True)
         ]
-        plan = plan_sequences(self._trees, max_tokens=max_tokens, share_prefix=True)
-        self._plan = plan[rank::world_size]
-        self._length = -(-len(plan) // world_size)
+        packs = plan_packs(trees, max_tokens=max_tokens, share_prefix=True)
+        self._packs = packs[rank::world_size]
+        self._length = -(-len(packs) // world_size)
 
     def __len__(self) -> int:
         return self._length
@@ -173,9 +185,7 @@ class ScoringSequences(Dataset[ScoringSequence]):
     def __getitem__(self, index: int) -> ScoringSequence:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        if index >= len(self._plan):
+        if index >= len(self._packs):
             return ScoringSequence(empty_sequence(), [])
-        chosen = self._plan[index]
-        return ScoringSequence(
-            pack_sequence([self._trees[i] for i in chosen], share_prefix=True), chosen
-        )
+        pack = self._packs[index]
+        return ScoringSequence(pack.lay(), list(pack.indices))

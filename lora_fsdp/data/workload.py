@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.data.packing import PADDING, Tree, common_prefix
-from lora_fsdp.data.sampling import TrainingStep, TrainingSteps, epoch_order
+from lora_fsdp.data.packing import Pack, Tree
+from lora_fsdp.data.sampling import TrainingStep, TrainingSteps, epoch_order, target_tree
 from lora_fsdp.data.schedule import Schedule, examples_per_rank
 
 _STEPS_LOOKED_AT = 20
@@ -53,6 +53,7 @@ def measure_work(
     *,
     ranks: int,
     share_prefix: bool,
+    tree_of: Callable[[EncodedExample], Tree] = target_tree,
 ) -> Work:
     """Pack some optimizer steps as training will, and count: the first ones, and the largest.
 
@@ -61,6 +62,7 @@ def measure_work(
         train, held_out: the rows as tokens.
         ranks: that share a step.
         share_prefix: compute the prompts' common prefix once a packed sequence.
+        tree_of: which answers of a training example are laid down.
     """
     if not train:
         return replace(NO_WORK, longest_example=max(1, longest_example(held_out)))
@@ -76,6 +78,7 @@ def measure_work(
             seed=int(seed),
             share_prefix=share_prefix,
             max_tokens=training["max_tokens_per_row"] or 2**31,
+            tree_of=tree_of,
         )
         steps.set_epoch(epoch)
         return steps
@@ -84,7 +87,7 @@ def measure_work(
     looked_at = min(len(first), max(1, schedule.steps), _STEPS_LOOKED_AT)
     seen = [first[index] for index in range(looked_at)]
     sizes = [_tokens(step) for step in seen]
-    labels = [int((row.label_answers != PADDING).sum()) for step in seen for row in step.rows]
+    labels = [int(one.labels.shape[1]) for step in seen for one in step.sequences]
     epoch, index, rank = _largest_step(first, epochs=schedule.epochs)
     return Work(
         steps=max(1, schedule.steps),
@@ -93,22 +96,26 @@ def measure_work(
         step_tokens=sum(sizes) / len(seen),
         step_labels=sum(labels) / len(seen),
         largest_step=max(*sizes, _tokens(steps_of(rank, epoch=epoch)[index])),
-        longest_example=longest_example([*train, *held_out]),
+        # An objective may lay down several answers of an example.
+        longest_example=max(
+            longest_example([*train, *held_out]), *(len(tree_of(example)) for example in train)
+        ),
         # Before and after training.
         scored_tokens=2.0 * sum(len(e.prompt_ids) + len(e.target_ids) for e in held_out),
     )
 
 
 def _tokens(step: TrainingStep) -> int:
-    return sum(map(len, step.rows))
+    return sum(map(len, step.sequences))
 
 
 def _largest_step(steps: TrainingSteps, *, epochs: float) -> tuple[int, int, int]:
     """Epoch, place in it and rank of the step with the most tokens, by the examples' lengths."""
     examples = steps.examples
-    lengths = np.array([len(example.prompt_ids) + len(example.target_ids) for example in examples])
-    if steps.share_prefix:  # as if a step were one sequence
-        lengths -= len(common_prefix([Tree(example.prompt_ids, []) for example in examples]))
+    trees = [steps.tree_of(example) for example in examples]
+    lengths = np.array([len(tree) + len(tree.answers) for tree in trees])
+    if steps.share_prefix:  # as if a step were one packed sequence
+        lengths -= Pack(trees, share_prefix=True).shared
     most, found = -1, (0, 0, 0)
     most_epochs = max(1, _EXAMPLES_LOOKED_AT // len(examples))
     for epoch in range(min(max(1, math.ceil(epochs)), most_epochs)):

@@ -1,11 +1,11 @@
-"""A finished adapter at work: loaded by PEFT alone, asked in packed rows, in one process."""
+"""A finished adapter at work: loaded by PEFT alone, asked in packed sequences, in one process."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel
@@ -20,15 +20,11 @@ from lora_fsdp.adapter.proof import check_base, read_proof
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.fingerprints import fingerprint_base
 from lora_fsdp.base.folders import read_json_object
-from lora_fsdp.base.layers import base_model, decoder_layers
+from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import load_on_device
-from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers
-from lora_fsdp.compute.label_head import (
-    RowComputation,
-    check_packing,
-    head_can_be_chunked,
-)
+from lora_fsdp.compute.fusing import Fusing
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.errors import AdapterVerificationError
 from lora_fsdp.evaluation.batched_generation import LEAST_NEW_TOKENS, generate_answers
@@ -38,8 +34,8 @@ from lora_fsdp.evaluation.scoring import Scores, score_examples
 from lora_fsdp.tasks import Example, Task, get_task
 
 TASK_FILE = "task.json"
-# Longest packed row: on a CPU, attention over long rows costs more than packing saves.
-_ROW_TOKENS = {"cuda": 2048, "cpu": 512}
+# Longest packed sequence: on a CPU, attention over long ones costs more than packing saves.
+_SEQUENCE_TOKENS = {"cuda": 2048, "cpu": 512}
 
 
 def save_task(encoder: Encoder, folder: str | Path, *, max_new_tokens: int) -> None:
@@ -83,31 +79,32 @@ def _read_task(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def _fastest_computation(model: PeftModel, *, device: torch.device) -> RowComputation:
+def _fastest(model: PeftModel, *, device: torch.device) -> PackedModel:
     """Fuse the layers where they can be, and check the result on the live model."""
-    base = base_model(model)
-    fused: list[FusedLayer] | str = "attention that is not SDPA"
-    if base.config._attn_implementation == "sdpa":
-        fused = fuse_layers(base.base_model, decoder_layers(base))
-    computation = RowComputation(
-        dtype=base.dtype,
-        by_blocks=isinstance(fused, list),
-        chunked_head=head_can_be_chunked(base),
-        last_layer=fused[-1] if isinstance(fused, list) else None,
-    )
-    return check_packing(model, device=device, computation=computation)
+    packed = PackedModel(model)
+    if base_model(model).config._attn_implementation == "sdpa":
+        packed.fuse()
+    else:
+        packed.fusing = Fusing(reason="attention that is not SDPA")
+    packed.shortened_last_layer = True
+    packed.check(device=device)
+    return packed
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """A task, its encoder, a model with the adapter, how it computes rows, its longest answer."""
+    """A task, its encoder, a model with the adapter, where it computes, its longest answer."""
 
     task: Task
     encoder: Encoder
-    model: PeftModel
+    packed: PackedModel
     device: torch.device
-    computation: RowComputation
     max_new_tokens: int
+
+    @property
+    def model(self) -> PeftModel:
+        """The model with the adapter."""
+        return cast(PeftModel, self.packed.model)
 
     @classmethod
     def from_adapter(
@@ -160,17 +157,16 @@ class Predictor:
             chat_template=saved["chat_template"],
         )
         adapted = attach_saved(adapter, model).to(device)
-        computation = _fastest_computation(adapted, device=device)
-        return cls(task, encoder, adapted, device, computation, saved["max_new_tokens"])
+        packed = _fastest(adapted, device=device)
+        return cls(task, encoder, packed, device, saved["max_new_tokens"])
 
     def score(self, examples: Sequence[Example]) -> Scores:
         """Scores of every answer, as during training."""
         return score_examples(
-            self.model,
+            self.packed,
             self.encoder.encode(examples),
             device=self.device,
-            computation=self.computation,
-            max_tokens=_ROW_TOKENS[self.device.type],
+            max_tokens=_SEQUENCE_TOKENS[self.device.type],
         )
 
     def write(

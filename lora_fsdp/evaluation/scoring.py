@@ -1,4 +1,4 @@
-"""How likely each answer is: label likelihoods in packed rows, under FSDP, without `generate`."""
+"""How likely each answer is: scored in packed sequences, under FSDP, without `generate`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from lora_fsdp.compute.label_head import RowComputation, label_outputs
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences
 from lora_fsdp.ranks import sum_over_ranks
@@ -41,65 +40,65 @@ class Scores:
 
 @torch.no_grad()
 def score_sequences(
-    model: nn.Module,
-    rows: Iterable[ScoringSequence],
+    packed: PackedModel,
+    sequences: Iterable[ScoringSequence],
     *,
     answers: Sequence[int],
     device: torch.device,
-    computation: RowComputation,
-    after_row: Callable[[], None] | None = None,
+    after_sequence: Callable[[], None] | None = None,
 ) -> Scores:
-    """Score this rank's `rows` and join the ranks' results.
+    """Score this rank's `sequences` and join the ranks' results.
 
-    A collective call: every rank must bring the same number of rows.
+    A collective call: every rank must bring as many.
 
     Args:
-        rows: this rank's share of the N examples.
+        packed: the model.
+        sequences: this rank's share of the N examples.
         answers: [N] how many answers each example has.
+        device: where sequences are computed.
+        after_sequence: called after each.
     """
     counts = torch.tensor(answers, dtype=torch.int64)
     count, most = len(answers), max(answers, default=0)
-    was_training = model.training
-    model.eval()
+    was_training = packed.model.training
+    packed.model.eval()
     # One tensor for both results, so that the ranks join them in one all-reduce.
     results = torch.zeros(2, count * most, dtype=torch.float32, device=device)
-    for scoring in rows:
-        row = scoring.row.to(device, non_blocking=True)
-        outputs = label_outputs(model, row, computation=computation)
+    for scoring in sequences:
+        sequence = scoring.sequence.to(device, non_blocking=True)
+        outputs = packed.label_outputs(sequence)
         places = _answer_places(scoring.examples, counts=counts, most=most).to(device)
-        owner = places[row.label_answers]
+        owner = places[sequence.label_answers]
         results[0].index_add_(0, owner, outputs.log_probs.float())
         results[1].index_add_(0, owner, (~outputs.is_most_likely).float())
-        if after_row is not None:
-            after_row()
+        if after_sequence is not None:
+            after_sequence()
     sum_over_ranks(results)
-    model.train(was_training)
+    packed.model.train(was_training)
     likelihoods, misses = results.cpu().view(2, count, most)
     absent = torch.arange(most) >= counts[:, None]
     return Scores(likelihoods.masked_fill(absent, -torch.inf), (misses == 0) & ~absent)
 
 
 def score_examples(
-    model: nn.Module,
+    packed: PackedModel,
     examples: Sequence[EncodedExample],
     *,
     device: torch.device,
-    computation: RowComputation,
     max_tokens: int = 2048,
 ) -> Scores:
     """Score `examples` with an unsharded model in this process alone."""
-    rows = ScoringSequences(examples, rank=0, world_size=1, max_tokens=max_tokens)
+    sequences = ScoringSequences(examples, rank=0, world_size=1, max_tokens=max_tokens)
     return score_sequences(
-        model,
-        (rows[index] for index in range(len(rows))),
-        answers=[len(answers) for answers in rows.answers],
+        packed,
+        (sequences[index] for index in range(len(sequences))),
+        answers=[len(answers) for answers in sequences.answers],
         device=device,
-        computation=computation,
     )
 
 
 def _answer_places(examples: Sequence[int], *, counts: torch.Tensor, most: int) -> torch.Tensor:
-    """Where a row's answers stand in the flat [N * A] result, in the row's order."""
+    """Where a sequence's answers stand in the flat [N * A] result, in its order."""
     chosen = torch.tensor(examples, dtype=torch.int64)
     places = chosen[:, None] * most + torch.arange(most)
     return places[torch.arange(most) < counts[chosen][:, None]]

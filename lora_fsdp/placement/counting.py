@@ -26,7 +26,9 @@ from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.base.loading import LOADING_ERRORS
-from lora_fsdp.compute.decoder_layer import FusedLayer, exchange_forwards, why_not_fused
+from lora_fsdp.compute.decoder_layer import FusedLayer
+from lora_fsdp.compute.fusing import exchange_forwards, why_not_fused
+from lora_fsdp.compute.patches import Patches
 from lora_fsdp.errors import UnsupportedModelError
 from lora_fsdp.placement.shape import ModelShape
 
@@ -129,7 +131,8 @@ def _saved_or_estimated(
     base = base_model(model)
     try:
         if is_fused:
-            exchange_forwards(base.base_model, [FusedLayer(layer) for layer in layers])
+            fused = [FusedLayer(layer) for layer in layers]
+            exchange_forwards(base.base_model, fused, patches=Patches())
         return _saved(model), ""
     # Layers that look at numbers (experts that tokens are sent to) do not run without any.
     except (NotImplementedError, *LOADING_ERRORS) as error:

@@ -38,7 +38,7 @@ class Layout:
     gathers_captured: bool = False
 
     def gathers(self, layers: int) -> bool:
-        """Whether a step of a model of so many layers gathers some, from other ranks or the host."""
+        """Whether a step of a model of so many layers gathers any, from ranks or the host."""
         return self.offloaded or self.resident_layers < layers
 
     def resident_of(self, layers: int) -> frozenset[int]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from peft import PeftModel
+
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.distributed.launch import check_launch
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.placement.sequences import check_sequence_length
+from lora_fsdp.training.step.objectives.objective import Objective
 
 
 def check_arguments(
@@ -44,3 +47,21 @@ def check_targets(examples: Sequence[EncodedExample]) -> None:
     for example in examples:
         if not example.target_ids:
             raise ArgumentError(f"Row {example.row} has no target: it cannot be trained on.")
+
+
+def check_reference(objective: Objective, model: PeftModel) -> None:
+    """Refuse an objective that asks the frozen base where the adapter's start has changed that.
+
+    Raises:
+        ArgumentError: names the setting.
+    """
+    start = model.peft_config[str(model.active_adapter)].init_lora_weights  # type: ignore[attr-defined]
+    if objective.needs_reference and start not in _STARTS_BESIDE_THE_BASE:
+        raise ArgumentError(
+            f"{type(objective).__name__} compares with the base, which init_lora_weights {start!r} "
+            "changes when the adapter is attached: leave it out of lora_kwargs."
+        )
+
+
+# Of an adapter that adds nothing at first; others (PiSSA, OLoRA) take their start out of the base.
+_STARTS_BESIDE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")

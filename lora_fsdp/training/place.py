@@ -16,9 +16,7 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase
-from lora_fsdp.compute.compiled_layers import compile_layers
-from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers, unpack_ahead
-from lora_fsdp.compute.label_head import RowComputation, head_can_be_chunked
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.workload import Work
 from lora_fsdp.distributed.captured_gathers import why_gathers_not_captured
 from lora_fsdp.distributed.hardware import hardware_here
@@ -37,11 +35,11 @@ class PlacedModel:
 
     Attributes:
         placement: what was decided.
-        computation: how packed sequences are computed.
+        packed: the model, with what was patched on it.
     """
 
     placement: Placement
-    computation: RowComputation
+    packed: PackedModel
 
 
 def place_for_training(
@@ -69,15 +67,12 @@ def place_for_training(
     layers = layers_to_shard(base, names=settings.layer_classes if settings else None)
     hardware = hardware_here(device, base=base)
     placement = decide_for_run(model, work, hardware, request)
-    fused: list[FusedLayer] = []
+    packed = PackedModel(model)
     if placement.shape.is_fused:
-        found = fuse_layers(
-            base.base_model, layers, filled_copy=stored.filled_copy if stored else None
-        )
-        if isinstance(found, str):
-            placement = decide_for_run(model, work, hardware, request, stay=found)
-        else:
-            fused = found
+        packed.fuse(layers, filled_copy=stored.filled_copy if stored else None)
+        if not packed.fusing.is_fused:
+            stay = packed.fusing.reason
+            placement = decide_for_run(model, work, hardware, request, stay=stay)
     resident = place_model(
         model,
         layers=layers,
@@ -87,16 +82,8 @@ def place_for_training(
         stored=stored,
     )
     check_placement(model, resident=resident)
-    _prepare_layers(layers, fused, placement)
-    return PlacedModel(
-        placement,
-        RowComputation(
-            dtype=base.dtype,
-            by_blocks=bool(fused),
-            chunked_head=head_can_be_chunked(base),
-            last_layer=fused[-1] if fused and not placement.layout.recomputed else None,
-        ),
-    )
+    _prepare_layers(packed, layers, placement)
+    return PlacedModel(placement, packed)
 
 
 def decide_for_run(
@@ -160,15 +147,14 @@ def count(model: PeftModel, *, stay: str | None) -> ModelShape:
     return shape_of(skeleton, adapter, stay=stay)
 
 
-def _prepare_layers(
-    layers: Sequence[nn.Module], fused: Sequence[FusedLayer], placement: Placement
-) -> None:
+def _prepare_layers(packed: PackedModel, layers: Sequence[nn.Module], placement: Placement) -> None:
     """What is done to layers once they lie where they stay."""
-    if placement.is_whole:
-        for replacement in fused:
-            replacement.join_weights()
+    recomputed = placement.layout.recomputed
+    if placement.is_whole and packed.fusing.is_fused:
+        packed.join_weights()
         # Launched one by one, products leave no room to unpack beside them.
-        if fused and placement.step.is_captured:
-            unpack_ahead(fused, recomputed=placement.layout.recomputed)
+        if placement.step.is_captured:
+            packed.unpack_ahead(recomputed=recomputed)
     if placement.step is Step.COMPILED:
-        compile_layers(layers)
+        packed.compile(layers)
+    packed.shortened_last_layer = not recomputed

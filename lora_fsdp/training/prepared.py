@@ -17,7 +17,7 @@ from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.fingerprints import BaseFingerprint, fingerprint_base
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase
-from lora_fsdp.compute.label_head import check_architecture
+from lora_fsdp.compute.architectures import check_architecture
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.schedule import Schedule
 from lora_fsdp.data.workload import Work, measure_work
@@ -26,10 +26,11 @@ from lora_fsdp.evaluation.batched_generation import LEAST_NEW_TOKENS
 from lora_fsdp.placement.request import Request
 from lora_fsdp.ranks import check_ranks_agree
 from lora_fsdp.tasks import Example
-from lora_fsdp.training.checks import check_targets
+from lora_fsdp.training.checks import check_reference, check_targets
 from lora_fsdp.training.place import request_of_run
 from lora_fsdp.training.run_fingerprints import run_fingerprints
 from lora_fsdp.training.saving.resume import run_facts
+from lora_fsdp.training.step.objectives.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def prepare_run(
     args: FineTuningArguments,
     *,
     settings: FsdpSettings | None,
+    objective: Objective,
     encoder: Encoder,
     train: Sequence[Example],
     held_out: Sequence[Example],
@@ -89,6 +91,7 @@ def prepare_run(
     adapted, stored, base_fingerprint = _with_adapter(
         model, peft_config, longest=encoder.max_length
     )
+    check_reference(objective, adapted)
     request = request_of_run(adapted, args, settings=settings)
     fingerprints = run_fingerprints(args, adapted, train=to_train, held_out=to_score, stored=stored)
     check_ranks_agree(fingerprints)
@@ -107,6 +110,7 @@ def prepare_run(
             to_score,
             ranks=args.world_size,
             share_prefix=request.shares_prefix,
+            tree_of=objective.tree,
         ),
         facts=run_facts(args, adapted, fingerprints=fingerprints),
     )

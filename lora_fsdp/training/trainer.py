@@ -32,7 +32,6 @@ from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.streaming import StoredBase
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
-from lora_fsdp.compute.label_head import check_packing
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences, TrainingStep, TrainingSteps
 from lora_fsdp.distributed.launch import accelerate_without_fsdp, read_fsdp_settings
@@ -62,6 +61,8 @@ from lora_fsdp.training.saving.edges import AtTheEdges
 from lora_fsdp.training.saving.run_lock import run_lock
 from lora_fsdp.training.saving.training_state import LoopState, TrainingState
 from lora_fsdp.training.step.build import build_step
+from lora_fsdp.training.step.objectives.objective import Objective
+from lora_fsdp.training.step.objectives.supervised import Supervised
 from lora_fsdp.training.watching.adapter_moves import AdapterMoves
 from lora_fsdp.training.watching.watchdogs import Watchdogs
 
@@ -109,6 +110,7 @@ class LoraTrainer(Trainer):
         peft_config: the adapter to attach.
         max_length: longest example in tokens; longer ones have their text shortened.
         chat_template: put prompts through the tokenizer's chat template.
+        objective: what is minimised; `None` = supervised learning of the targets.
         callbacks: further callbacks.
 
     Attributes:
@@ -125,6 +127,7 @@ class LoraTrainer(Trainer):
     # Narrower than the Trainer's own annotations.
     args: FineTuningArguments
     model: PeftModel
+    objective: Objective
     processing_class: PreTrainedTokenizerBase
     train_dataset: list[EncodedExample]
     eval_dataset: list[EncodedExample] | None
@@ -141,10 +144,12 @@ class LoraTrainer(Trainer):
         peft_config: LoraConfig | None = None,
         max_length: int = 512,
         chat_template: bool = False,
+        objective: Objective | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.fsdp_settings = read_fsdp_settings()
         check_arguments(args, self.fsdp_settings, max_length=max_length)
+        self.objective = objective or Supervised()
         self.encoder = Encoder(
             processing_class, task=task, max_length=max_length, chat_template=chat_template
         )
@@ -152,6 +157,7 @@ class LoraTrainer(Trainer):
             model,
             args,
             settings=self.fsdp_settings,
+            objective=self.objective,
             encoder=self.encoder,
             train=train_dataset,
             held_out=eval_dataset,
@@ -192,32 +198,39 @@ class LoraTrainer(Trainer):
             work=run.work,
             stored=run.stored,
         )
-        self.placement = placed.placement
+        self.placement, self.packed = placed.placement, placed.packed
         if self.placement.layout.recomputed and self.placement.step.is_captured:
             recompute_without_random_state(self.args)
         # What the arguments ask for, the Trainer itself switches on.
         if self.placement.layout.recomputed and not self.args.gradient_checkpointing:
-            enable_checkpointing(self.model, self.args, self.fsdp_settings)
+            enable_checkpointing(self.packed, self.args, self.fsdp_settings)
         self.adapter = AdapterSet.of(self.model)
         self.adapter.broadcast()
         self.adapter.check_equal()
-        self.computation = check_packing(
-            self.model, device=self.args.device, computation=placed.computation
-        )
+        self.packed.check(device=self.args.device)
         release_gathered(self.model)
         self.step = build_step(
             self.placement.step,
-            self.model,
+            self.packed,
             largest=self.placement.largest,
             gathers=not self.placement.is_whole,
-            computation=self.computation,
+            objective=self.objective,
             adapter=self.adapter,
             device=self.args.device,
             autocast=self.accelerator.autocast,
         )
-        self.model.zero_grad = self.adapter.drop_gradients  # type: ignore[method-assign]
-        # accelerate must not wrap the model in DDP: the adapter's gradients are summed here.
-        self.model._is_accelerate_prepared = True  # type: ignore[assignment]
+        self.packed.patches.set(
+            self.model,
+            "zero_grad",
+            self.adapter.drop_gradients,
+            why="gradients are dropped without a walk through the frozen base",
+        )
+        self.packed.patches.set(
+            self.model,
+            "_is_accelerate_prepared",
+            True,
+            why="accelerate must not wrap the model in DDP: the steps sum the gradients",
+        )
 
     def _add_parts(self, run: PreparedRun) -> None:
         """Make what saves, watches and logs."""
@@ -264,7 +277,7 @@ class LoraTrainer(Trainer):
             max_new_tokens=self.max_new_tokens,
             base_fingerprint=run.base_fingerprint,
             probes=run.probes,
-            computation=self.computation,
+            packed=self.packed,
             autocast=self.accelerator.autocast,
         )
         return Checkpointer(writer, adapters=self.adapter, moves=moves, facts=facts)
@@ -340,6 +353,8 @@ class LoraTrainer(Trainer):
             seed=self.order_seed,
             share_prefix=self.share_prefix,
             max_tokens=self.placement.sequence_length,
+            tree_of=self.objective.tree,
+            count_of=self.objective.count,
         )
         return self._loader(steps)
 
@@ -364,7 +379,7 @@ class LoraTrainer(Trainer):
         if not model.training:
             model.train()
         loss = self.step(
-            inputs.rows, label_tokens=inputs.label_tokens, sizes_of_ranks=inputs.sizes_of_ranks
+            inputs.sequences, denominator=inputs.denominator, sizes_of_ranks=inputs.sizes_of_ranks
         )
         self.watchdogs.before_sum(loss, step=self.state.global_step + 1)
         self.adapter.sum_gradients()
@@ -400,7 +415,7 @@ class LoraTrainer(Trainer):
 
     def floating_point_ops(self, inputs: TrainingStep) -> int:
         """4 per parameter and token: a frozen weight has no gradient of its own."""
-        return 4 * self.parameter_count * sum(len(sequence) for sequence in inputs.rows)
+        return 4 * self.parameter_count * sum(map(len, inputs.sequences))
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Examples, not steps or packed sequences."""
@@ -601,12 +616,11 @@ class LoraTrainer(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         with self.accelerator.autocast():
             scores = score_sequences(
-                self.model,
+                self.packed,
                 dataloader,
                 answers=[len(answers) for answers in rows.answers],
                 device=self.args.device,
-                computation=self.computation,
-                after_row=lambda: self.callback_handler.on_prediction_step(
+                after_sequence=lambda: self.callback_handler.on_prediction_step(
                     self.args, self.state, self.control
                 ),
             )

@@ -31,8 +31,7 @@ from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.loading import load_base
 from lora_fsdp.base.streaming import StoredBase, load_on_device, open_base
-from lora_fsdp.compute.decoder_layer import fuse_layers
-from lora_fsdp.compute.label_head import RowComputation, label_log_probs
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.distributed.sharding import check_placement, decoder_layers, place_model, shard_base
 from lora_fsdp.errors import (
@@ -101,7 +100,7 @@ def outputs(model, dtype=torch.float32):
     """Log-probabilities of a packed row's labels, and the adapter's gradients."""
     texts = torch.arange(5, 29).view(2, 12).tolist()
     row = pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True)
-    log_probs = label_log_probs(model.train(), row, computation=RowComputation(dtype))
+    log_probs = PackedModel(model.train()).label_log_probs(row)
     (-log_probs.sum()).backward()
     return log_probs.detach(), {n: p.grad for n, p in trainable_parameters(model).items()}
 
@@ -142,11 +141,11 @@ class TestOneRank:
             if read_first:
                 stored.fill([stored.model], device=CPU, keep_on=CPU)
             decoder = base_model(model).base_model
-            fused = fuse_layers(decoder, decoder.layers, filled_copy=copies)
-            assert isinstance(fused, list), fused
+            packed = PackedModel(model)
+            fusing = packed.fuse(filled_copy=copies)
+            assert fusing.is_fused, fusing.reason
             stored.fill([stored.model], device=CPU, keep_on=CPU)
-            for layer in fused:
-                layer.join_weights()  # nothing to join: packed weights stay as they are
+            packed.join_weights()  # nothing to join: weights in 4 bits stay as they are
             assert_close(outputs(model, getattr(torch, dtype)), expected, tolerance)
             weight = decoder.layers[0].mlp.up_proj.base_layer.weight
             assert weight.numel() * 2 * weight.element_size() == 64 * 128

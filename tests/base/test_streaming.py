@@ -25,7 +25,7 @@ from lora_fsdp.base.fingerprints import base_parameters, fingerprint_base
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.loading import load_base
 from lora_fsdp.base.streaming import StoredBase, load_on_device, needs_weights, open_base
-from lora_fsdp.compute.decoder_layer import fuse_layers
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.distributed.sharding import decoder_layers, place_model
 from lora_fsdp.errors import ArgumentError, ModelNotFoundError
 from lora_fsdp.placement.layout import Layout
@@ -207,14 +207,14 @@ class TestFusedLayers:
         layers = decoder_layers(base)
         if damage:
             damage(layers)
-        result = fuse_layers(base.base_model, layers, filled_copy=stored.filled_copy)
+        result = PackedModel(model).fuse(layers, filled_copy=stored.filled_copy)
         assert all(p.is_meta for _, p in base_parameters(base))
         return result
 
     @pytest.mark.parametrize("kind", ["llama", "qwen3"])
     def test_equal(self, kind, tmp_path):
         tiny_model(kind).save_pretrained(tmp_path)
-        assert len(self.fused(tmp_path)) == 3
+        assert len(self.fused(tmp_path).layers) == 3
 
     def test_a_later_layer_that_computes_something_else(self, tmp_path):
         tiny_model().save_pretrained(tmp_path)
@@ -222,7 +222,7 @@ class TestFusedLayers:
         def damage(layers):
             layers[1].input_layernorm.forward = lambda hidden: hidden
 
-        assert "1 computes something else" in self.fused(tmp_path, damage)
+        assert "1 computes something else" in self.fused(tmp_path, damage).reason
 
 
 @pytest.mark.distributed
@@ -335,7 +335,7 @@ def load_and_shard(folder, load):
     model = attach_adapter(stored.model if stored else base, lora(), stored=stored)
     layers = decoder_layers(base_model(model))
     filled_copy = stored.filled_copy if stored else None
-    assert isinstance(fuse_layers(base_model(model), layers, filled_copy=filled_copy), list)
+    assert PackedModel(model).fuse(layers, filled_copy=filled_copy).is_fused
     place_model(
         model, layers=layers, layout=Layout(2, 0), settings=SETTINGS, device=CPU, stored=stored
     )

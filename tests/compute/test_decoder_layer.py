@@ -15,16 +15,14 @@ from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.compute import attention
 from lora_fsdp.compute.attention import dense_mask, sequence_mask
-from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers
+from lora_fsdp.compute.decoder_layer import FusedLayer
 from lora_fsdp.compute.fused_functions import project
-from lora_fsdp.compute.label_head import RowComputation, label_log_probs, label_outputs
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.compute.projections import Projections
 from lora_fsdp.data.packing import Tree, pack_sequence
 from tests.support.tiny import CONFIGS, randomise_adapter, tiny_model
 
 FUSED_KINDS = ["llama", "llama-tied", "qwen3", "mistral"]
-FP32 = RowComputation(torch.float32)
-BLOCKS = RowComputation(torch.float32, by_blocks=True)
 
 
 def adapted(kind="llama", *, targets="all-linear", dtype=torch.float32, **options):
@@ -38,13 +36,17 @@ def adapted(kind="llama", *, targets="all-linear", dtype=torch.float32, **option
 
 
 def fuse(model, *, join=False):
-    decoder = model.get_base_model().base_model
-    layers = decoder.layers if hasattr(decoder, "layers") else decoder.h
-    fused = fuse_layers(decoder, layers)
-    if join and not isinstance(fused, str):
-        for layer in fused:
-            layer.join_weights()
-    return fused
+    packed = PackedModel(model)
+    packed.fuse()
+    if join:
+        packed.join_weights()
+    return packed
+
+
+def why_not_fused(model):
+    fusing = fuse(model).fusing
+    assert not fusing.is_fused
+    return fusing.reason
 
 
 def some_row(*, share_prefix=True, seed=0):
@@ -57,11 +59,13 @@ def some_row(*, share_prefix=True, seed=0):
     return pack_sequence(trees, share_prefix=share_prefix)
 
 
-def gradients(model, row, *, computation=FP32):
-    loss = -label_log_probs(model, row, computation=computation).sum()
+def gradients(model, row):
+    """Of a model, or of a packed model."""
+    packed = model if isinstance(model, PackedModel) else PackedModel(model)
+    loss = -packed.label_log_probs(row).sum()
     loss.backward()
     found = {}
-    for name, parameter in trainable_parameters(model).items():
+    for name, parameter in trainable_parameters(packed.model).items():
         found[name] = parameter.grad
         parameter.grad = None
     return loss.item(), found
@@ -81,13 +85,13 @@ def assert_close(found, expected, *, tolerance=3e-6):
 def test_gradients_are_the_modules_own(kind, targets, join):
     model, row = adapted(kind, targets=targets), some_row()
     expected = gradients(model, row)
-    fused = fuse(model, join=join)
-    assert isinstance(fused, list)
-    assert_close(gradients(model, row), expected)
-    at_labels = RowComputation(torch.float32, last_layer=fused[-1])
-    assert_close(gradients(model, row, computation=at_labels), expected)
+    packed = fuse(model, join=join)
+    assert packed.fusing.is_fused
+    assert_close(gradients(packed, row), expected)
+    packed.shortened_last_layer = True
+    assert_close(gradients(packed, row), expected)
     padded = row.padded(tokens=len(row) + 3, labels=row.labels.shape[1])
-    assert_close(gradients(model, padded, computation=at_labels), expected)
+    assert_close(gradients(packed, padded), expected)
 
 
 def test_biases():
@@ -106,7 +110,7 @@ def test_biases():
     model = attach_adapter(base, LoraConfig(r=4, target_modules="all-linear"))
     randomise_adapter(model)
     expected = gradients(model, some_row())
-    assert isinstance(fuse(model, join=True), list)
+    assert fuse(model, join=True).fusing.is_fused
     assert_close(gradients(model, some_row()), expected)
 
 
@@ -121,13 +125,13 @@ def test_biases():
 def test_scaling_and_ranks_of_each_module(options):
     model, row = adapted(**options), some_row()
     expected = gradients(model, row)
-    assert isinstance(fuse(model, join=True), list)
+    assert fuse(model, join=True).fusing.is_fused
     assert_close(gradients(model, row), expected)
 
 
 def test_an_adapter_that_was_changed_is_seen_at_the_next_forward():
     model, row = adapted(), some_row()
-    assert isinstance(fuse(model), list)
+    assert fuse(model).fusing.is_fused
     gradients(model, row)
     randomise_adapter(model, seed=8)
     found = gradients(model, row)
@@ -139,19 +143,19 @@ def test_an_adapter_that_was_changed_is_seen_at_the_next_forward():
 @pytest.mark.parametrize("change", ["merge_adapter", "merge_and_unload", "unload", "set_adapter"])
 def test_what_peft_does_to_an_adapter_afterwards_is_seen(change):
     model, row = adapted().eval(), some_row()
-    fused = fuse(model)
-    computation = RowComputation(torch.float32, last_layer=fused[-1])
+    packed = fuse(model)
+    packed.shortened_last_layer = True
     if change == "set_adapter":
         model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
         model.set_adapter("other")
     else:
-        model = getattr(model, change)() or model
+        getattr(model, change)()
     with torch.no_grad():
-        found = label_log_probs(model, row, computation=computation)
+        found = packed.label_log_probs(row)
         expected = adapted().eval()
         if change in ("unload", "set_adapter"):
             expected = expected.unload()
-        assert torch.allclose(label_log_probs(expected, row, computation=FP32), found, atol=1e-5)
+        assert torch.allclose(PackedModel(expected).label_log_probs(row), found, atol=1e-5)
 
 
 def test_a_deep_copy_has_adapters_of_its_own():
@@ -162,8 +166,8 @@ def test_a_deep_copy_has_adapters_of_its_own():
     reference = adapted()
     randomise_adapter(reference, seed=8)
     with torch.no_grad():
-        expected = label_log_probs(reference, row, computation=FP32)
-        assert torch.allclose(label_log_probs(copy, row, computation=FP32), expected, atol=1e-5)
+        expected = PackedModel(reference).label_log_probs(row)
+        assert torch.allclose(PackedModel(copy).label_log_probs(row), expected, atol=1e-5)
 
 
 def test_one_modules_adapter_switched_off():
@@ -173,17 +177,17 @@ def test_one_modules_adapter_switched_off():
     for one in (model, reference):
         one.get_base_model().model.layers[1].self_attn.v_proj.enable_adapters(False)
     with torch.no_grad():
-        expected = label_log_probs(reference, row, computation=FP32)
-        assert torch.allclose(label_log_probs(model, row, computation=FP32), expected, atol=1e-5)
+        expected = PackedModel(reference).label_log_probs(row)
+        assert torch.allclose(PackedModel(model).label_log_probs(row), expected, atol=1e-5)
 
 
 def test_adapter_switched_off():
     model, row = adapted(), some_row()
     with model.disable_adapter(), torch.no_grad():
-        expected = label_log_probs(model, row, computation=FP32)
+        expected = PackedModel(model).label_log_probs(row)
     fuse(model, join=True)
     with model.disable_adapter(), torch.no_grad():
-        assert torch.allclose(label_log_probs(model, row, computation=FP32), expected, atol=1e-5)
+        assert torch.allclose(PackedModel(model).label_log_probs(row), expected, atol=1e-5)
 
 
 def test_weights_that_were_moved_after_joining_are_used():
@@ -223,7 +227,7 @@ class TestDropout:
 
         def loss():
             torch.manual_seed(0)
-            return -label_log_probs(model, row, computation=FP32).sum()
+            return -PackedModel(model).label_log_probs(row).sum()
 
         loss().backward()
         slope = layer.grad[0, 0].item()
@@ -253,9 +257,9 @@ class TestDropout:
     def test_zero_in_evaluation(self):
         model, row = adapted(lora_dropout=0.5).eval(), some_row()
         with torch.no_grad():
-            expected = label_log_probs(model, row, computation=FP32)
+            expected = PackedModel(model).label_log_probs(row)
             fuse(model)
-            found = label_log_probs(model, row, computation=FP32)
+            found = PackedModel(model).label_log_probs(row)
         assert torch.allclose(found, expected, atol=1e-5)
 
 
@@ -275,11 +279,11 @@ class TestFallback:
     def test_another_activation(self, dtype):
         model = adapted(dtype=dtype)
         model.get_base_model().model.layers[2].mlp.act_fn = nn.GELU()
-        assert "another activation than SiLU" in fuse(model)
+        assert "another activation than SiLU" in why_not_fused(model)
 
     def test_norms_that_are_trained(self):
         model = adapted("qwen3", modules_to_save=["q_norm"])
-        assert "q_norm is no frozen RMS norm" in fuse(model)
+        assert "q_norm is no frozen RMS norm" in why_not_fused(model)
 
     def test_gemma(self):
         from transformers import AutoModelForCausalLM, GemmaConfig
@@ -290,27 +294,27 @@ class TestFallback:
         )  # fmt: skip
         base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         model = attach_adapter(base.requires_grad_(False), LoraConfig(target_modules=["q_proj"]))
-        assert "another norm than Llama's" in fuse(model)
+        assert "another norm than Llama's" in why_not_fused(model)
 
     def test_another_architecture_is_left_alone(self):
         model = adapted("gpt2")
         before = gradients(model, some_row())
-        assert "GPT2Block" in fuse(model)
+        assert "GPT2Block" in why_not_fused(model)
         assert_close(gradients(model, some_row()), before, tolerance=0)
 
     def test_a_layer_that_computes_something_else(self):
         model = adapted()
         for layer in model.get_base_model().model.layers:
             layer.self_attn.forward = twice_as_sharp(layer.self_attn)
-        assert "computes something else" in fuse(model)
+        assert "computes something else" in why_not_fused(model)
         assert not isinstance(model.get_base_model().model.layers[0].forward, FusedLayer)
 
     def test_dora(self):
-        assert "no frozen linear layer with plain LoRA" in fuse(adapted(use_dora=True))
+        assert "no frozen linear layer with plain LoRA" in why_not_fused(adapted(use_dora=True))
 
     def test_generation_and_plain_masks_run_the_models_own_code(self, monkeypatch):
         model = adapted().eval()
-        fuse(model)
+        packed = fuse(model)
 
         def unwanted(self, *inputs):
             raise AssertionError("the fused layer ran")
@@ -320,7 +324,7 @@ class TestFallback:
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
         model(input_ids=ids)
         with pytest.raises(AssertionError, match="the fused layer ran"):
-            label_log_probs(model, some_row(), computation=FP32)
+            packed.label_log_probs(some_row())
 
 
 class TestBlocks:
@@ -343,9 +347,9 @@ class TestBlocks:
     def test_gradients(self, kind):
         model, row = adapted(kind), some_row()
         expected = gradients(model, row)
-        fuse(model)
+        packed = fuse(model.eval())
         with torch.no_grad():
-            found = label_log_probs(model.eval(), row, computation=BLOCKS).sum()
+            found = packed.label_log_probs(row).sum()
         assert -found.item() == pytest.approx(expected[0], rel=1e-5)
 
     def test_one_sequence_is_causal(self):
@@ -354,8 +358,7 @@ class TestBlocks:
         assert sequence_mask(row, dtype=torch.float32, by_blocks=True).mask_mod is attention.causal
         model = adapted()
         expected = gradients(model, row)
-        fuse(model)
-        assert_close(gradients(model, row, computation=BLOCKS), expected)
+        assert_close(gradients(fuse(model), row), expected)
 
     def test_several_sequences_are_not(self):
         assert not some_row().is_one_sequence
@@ -368,9 +371,8 @@ class TestBlocks:
             sequence_mask(padded, dtype=torch.float32, by_blocks=True).mask_mod is attention.causal
         )
         model = adapted()
-        expected = label_log_probs(model, row, computation=FP32)
-        fuse(model)
-        found = label_log_probs(model, padded, computation=BLOCKS)
+        expected = PackedModel(model).label_log_probs(row)
+        found = fuse(model).label_log_probs(padded)
         assert torch.allclose(found[:4], expected, atol=1e-5)
 
 
@@ -380,9 +382,9 @@ class TestPadding:
         model, row = adapted(), some_row()
         if fused:
             fuse(model)
-        expected = label_log_probs(model, row, computation=FP32)
+        expected = PackedModel(model).label_log_probs(row)
         padded = row.padded(tokens=len(row) + 13, labels=row.labels.shape[1] + 5)
-        found = label_log_probs(model, padded, computation=FP32)
+        found = PackedModel(model).label_log_probs(padded)
         assert torch.allclose(found[: len(expected)], expected, atol=1e-5)
         assert found.isfinite().all()
 
@@ -396,10 +398,11 @@ class TestChunkedHead:
     def test_log_probs_gradients_and_ranks(self, kind, monkeypatch):
         monkeypatch.setattr("lora_fsdp.compute.chunked_head.CHUNK", 4)
         model, row = adapted(kind, targets=["c_attn"] if kind == "gpt2" else ["q_proj"]), some_row()
-        chunked = RowComputation(torch.float32, chunked_head=True)
-        expected = label_outputs(model, row, computation=FP32)
+        packed = PackedModel(model)
+        packed.chunked_head = True
+        expected = PackedModel(model).label_outputs(row)
         expected_gradients = gradients(model, row)
-        found = label_outputs(model, row, computation=chunked, chunk_above=0)
+        found = packed.label_outputs(row, chunk_above=0)
         assert torch.allclose(found.log_probs, expected.log_probs, atol=1e-5)
         assert torch.equal(found.is_most_likely, expected.is_most_likely)
         loss = -found.log_probs.sum()
@@ -410,11 +413,12 @@ class TestChunkedHead:
     def test_weighted_tokens(self):
         model, row = adapted(), some_row()
         weights = torch.linspace(0, 2, row.labels.shape[1])
-        (label_log_probs(model, row, computation=FP32) * weights).sum().backward()
+        (PackedModel(model).label_log_probs(row) * weights).sum().backward()
         expected = {n: p.grad.clone() for n, p in trainable_parameters(model).items()}
         model.zero_grad()
-        chunked = RowComputation(torch.float32, chunked_head=True)
-        outputs = label_outputs(model, row, computation=chunked, chunk_above=0)
+        packed = PackedModel(model)
+        packed.chunked_head = True
+        outputs = packed.label_outputs(row, chunk_above=0)
         (outputs.log_probs * weights).sum().backward()
         mine = {n: p.grad for n, p in trainable_parameters(model).items()}
         assert_close((0.0, mine), (0.0, expected))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from lora_fsdp.adapter.ownership import trainable_parameters
-from lora_fsdp.compute.label_head import RowComputation, label_log_probs
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.packing import Tree, pack_sequence
 from tests.support.tiny import CONFIGS, adapted_model, randomise_adapter
 
@@ -40,10 +40,9 @@ def one_by_one(model, trees):
 
 
 def packed(model, trees, *, share_prefix):
-    dtype = model.get_base_model().dtype
     row = pack_sequence(trees, share_prefix=share_prefix)
     total = sum(len(tree.answers[0]) for tree in trees)
-    loss = -label_log_probs(model, row, computation=RowComputation(dtype)).sum() / total
+    loss = -PackedModel(model).label_log_probs(row).sum() / total
     loss.backward()
     return loss.item(), take_gradients(model)
 
@@ -118,9 +117,7 @@ def test_changing_one_example_leaves_the_others_bit_identical():
     last = trees[-1]
     changed[-1] = tree([*last.prompt_ids[:-1], (last.prompt_ids[-1] + 1) % 400], last.answers[0])
     before, after = (
-        label_log_probs(
-            model, pack_sequence(t, share_prefix=True), computation=RowComputation(torch.float32)
-        )
+        PackedModel(model).label_log_probs(pack_sequence(t, share_prefix=True))
         for t in (trees, changed)
     )
     own = len(last.answers[0])
@@ -134,7 +131,7 @@ def test_candidate_answers_score_as_they_would_alone():
     prompts = [[3, 4, 5, *range(20 + i, 25 + 2 * i)] for i in range(3)]
     row = pack_sequence([Tree(prompt, answers) for prompt in prompts], share_prefix=True)
     with torch.no_grad():
-        log_probs = label_log_probs(model, row, computation=RowComputation(torch.float32))
+        log_probs = PackedModel(model).label_log_probs(row)
         scores = torch.zeros(9).index_add_(0, row.label_answers, log_probs)
         alone = []
         for prompt in prompts:

@@ -14,11 +14,9 @@ from peft import LoraConfig
 from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.arguments import FineTuningArguments, ModelArguments
-from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import open_base
 from lora_fsdp.compute import unpacking
-from lora_fsdp.compute.decoder_layer import fuse_layers, unpack_ahead
-from lora_fsdp.compute.label_head import RowComputation, label_log_probs
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.compute.unpacking import QuantizedBlock
 from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.training.recomputing import enable_checkpointing
@@ -36,27 +34,28 @@ TARGETS = {
 
 
 def fused(folder, *, targets, recomputed=False):
-    """A base in 4 bits with an adapter, and its fused layers; row after row the same numbers."""
+    """A base in 4 bits with an adapter, and fused layers."""
     stored = open_base(ModelArguments(str(folder), load_in_4bit=True, dtype="float32"), device=CPU)
     config = LoraConfig(r=4, target_modules=TARGETS[targets], task_type="CAUSAL_LM")
     torch.manual_seed(2)
     model = attach_adapter(stored.model, config, stored=stored)
     randomise_adapter(model)
-    decoder = base_model(model).base_model
-    layers = fuse_layers(decoder, decoder.layers, filled_copy=stored.filled_copy)
-    assert isinstance(layers, list), layers
+    packed = PackedModel(model)
+    fusing = packed.fuse(filled_copy=stored.filled_copy)
+    assert fusing.is_fused, fusing.reason
     stored.fill([stored.model], device=CPU, keep_on=CPU)
     if recomputed:
-        enable_checkpointing(model, FineTuningArguments(output_dir="unused"), None)
-    return model.train(), layers
+        enable_checkpointing(packed, FineTuningArguments(output_dir="unused"), None)
+    model.train()
+    return packed
 
 
-def gradients(model):
+def gradients(packed):
     texts = torch.arange(5, 29).view(2, 12).tolist()
     row = pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True)
-    model.zero_grad()
-    (-label_log_probs(model, row, computation=RowComputation(torch.float32)).sum()).backward()
-    return {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
+    packed.model.zero_grad()
+    (-packed.label_log_probs(row).sum()).backward()
+    return {name: p.grad.clone() for name, p in trainable_parameters(packed.model).items()}
 
 
 @pytest.fixture
@@ -76,23 +75,23 @@ def unpacked(monkeypatch):
 @pytest.mark.parametrize("targets", TARGETS)
 def test_the_same_gradients_and_no_block_more_often(targets, recomputed, tmp_path, unpacked):
     save_base(tmp_path)
-    model, layers = fused(tmp_path, targets=targets, recomputed=recomputed)
-    expected = gradients(model)
+    packed = fused(tmp_path, targets=targets, recomputed=recomputed)
+    expected = gradients(packed)
     at_use = list(unpacked)
     assert not any(ahead for _, ahead in at_use)
-    unpack_ahead(layers, recomputed=recomputed)
+    packed.unpack_ahead(recomputed=recomputed)
     for _ in range(2):
         unpacked.clear()
-        found = gradients(model)
+        found = gradients(packed)
         for name, gradient in expected.items():
             assert torch.equal(found[name], gradient), name
         assert [block for block, _ in unpacked] == [block for block, _ in at_use]
-    blocks = [layer.packed_blocks() for layer in layers]
+    blocks = [layer.packed_blocks() for layer in packed.fusing.layers]
     order = {block: index for layer in blocks for index, block in enumerate(layer)}
     # Near the end, as these layers are, queries, keys and values with what follows attention only.
     ahead = [order[block] for block, is_ahead in unpacked if is_ahead]
-    in_backward = 0 if targets == "mlp" else len(layers) - (targets == "q, v")
-    in_forward = len(layers) * (2 if recomputed else 1)
+    in_backward = 0 if targets == "mlp" else len(packed.fusing.layers) - (targets == "q, v")
+    in_forward = len(packed.fusing.layers) * (2 if recomputed else 1)
     assert ahead.count(1) == in_forward
     assert ahead.count(0) >= in_backward
 
@@ -102,10 +101,10 @@ def test_two_blocks_take_more_than_the_largest_only_where_activations_are_to_com
 ):
     monkeypatch.setattr(unpacking, "_NARROW_LAYERS", 1)
     save_base(tmp_path)
-    model, layers = fused(tmp_path, targets="q, v")
-    unpack_ahead(layers, recomputed=False)
-    gradients(model)
-    *_, narrow = (layer.packed_blocks() for layer in layers)
+    packed = fused(tmp_path, targets="q, v")
+    packed.unpack_ahead(recomputed=False)
+    gradients(packed)
+    *_, narrow = (layer.packed_blocks() for layer in packed.fusing.layers)
     largest = max(block.bytes_unpacked for block in narrow)
     for (before, _), (block, ahead) in pairwise(unpacked):
         if before is not block:  # the last of forward is the first of backward
@@ -116,17 +115,16 @@ def test_two_blocks_take_more_than_the_largest_only_where_activations_are_to_com
 
 def test_a_forward_without_backward_is_forgotten(tmp_path, unpacked):
     save_base(tmp_path)
-    model, layers = fused(tmp_path, targets="q, v")
-    unpack_ahead(layers, recomputed=False)
-    expected = gradients(model)
+    packed = fused(tmp_path, targets="q, v")
+    packed.unpack_ahead(recomputed=False)
+    expected = gradients(packed)
     once = [block for block, _ in unpacked]
     row = pack_sequence([Tree([5, 6, 7], [[8, 9]])], share_prefix=True)
-    computation = RowComputation(torch.float32)
-    label_log_probs(model, row, computation=computation)
+    packed.label_log_probs(row)
     with torch.no_grad():
-        label_log_probs(model, row, computation=computation)
+        packed.label_log_probs(row)
     unpacked.clear()
-    for name, gradient in gradients(model).items():
+    for name, gradient in gradients(packed).items():
         assert torch.equal(gradient, expected[name]), name
     assert [block for block, _ in unpacked] == once
 
@@ -134,11 +132,11 @@ def test_a_forward_without_backward_is_forgotten(tmp_path, unpacked):
 def test_another_block_than_expected(tmp_path):
     """A forward that was broken off leaves one that nobody asks for."""
     save_base(tmp_path)
-    model, layers = fused(tmp_path, targets="q, v")
-    expected = gradients(model)
-    unpack_ahead(layers, recomputed=False)
-    some = layers[0].output
+    packed = fused(tmp_path, targets="q, v")
+    expected = gradients(packed)
+    packed.unpack_ahead(recomputed=False)
+    some = packed.fusing.layers[0].output
     numbers = some.unpacking.in_forward(some.packed, has_backward=True)
     assert torch.equal(numbers, some.packed.unpack())
-    for name, gradient in gradients(model).items():
+    for name, gradient in gradients(packed).items():
         assert torch.equal(gradient, expected[name]), name

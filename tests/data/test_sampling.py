@@ -40,7 +40,7 @@ def training_steps(examples, *, rank=0, world_size=1, per_step=6, **options):
 def seen(step):
     """The numbers of the examples that really lie in the step's rows."""
     numbers = []
-    for row in step.rows:
+    for row in step.sequences:
         ends = row.input_ids[row.label_positions[row.label_ids != 0]]
         own = sorted({int(token) - 30 for token in row.input_ids if token >= 30})
         assert len(ends) > 0 or len(row) == 1
@@ -81,14 +81,16 @@ def test_every_example_exactly_once_an_epoch(
     assert len({len(dataset) for dataset in datasets}) == 1
     for step in range(len(datasets[0])):
         shares = [dataset[step] for dataset in datasets]
-        assert len({len(share.rows) for share in shares}) == 1
-        assert len({share.label_tokens for share in shares}) == 1
-        assert shares[0].label_tokens == sum(
-            row.label_ids.numel() for share in shares for row in share.rows
+        assert len({len(share.sequences) for share in shares}) == 1
+        assert len({share.denominator for share in shares}) == 1
+        assert shares[0].denominator == sum(
+            row.label_ids.numel() for share in shares for row in share.sequences
         )
         for rank, share in enumerate(shares):
             assert share.sizes_of_ranks == shares[0].sizes_of_ranks
-            assert [sizes[rank] for sizes in share.sizes_of_ranks] == [r.size for r in share.rows]
+            assert [sizes[rank] for sizes in share.sizes_of_ranks] == [
+                r.size for r in share.sequences
+            ]
             assert sorted(seen(share)) == sorted(share.example_rows)
             total.update(seen(share))
     assert total == Counter(range(count))
@@ -105,17 +107,17 @@ def test_a_step_holds_the_same_examples_on_any_number_of_ranks(world_size):
     for step in range(len(alone)):
         union = [number for rank in ranks for number in seen(rank[step])]
         assert sorted(union) == sorted(seen(alone[step]))
-        assert alone[step].label_tokens == ranks[0][step].label_tokens
+        assert alone[step].denominator == ranks[0][step].denominator
 
 
 def test_a_rank_without_examples_gets_empty_rows():
     [first, second] = [
         training_steps(make_examples(5), rank=rank, world_size=2, per_step=4) for rank in range(2)
     ]
-    assert len(second[1].rows) == len(first[1].rows) == 1
+    assert len(second[1].sequences) == len(first[1].sequences) == 1
     assert second[1].example_rows == []
-    assert second[1].rows[0].label_ids.numel() == 0
-    assert second[1].label_tokens == first[1].label_tokens > 0
+    assert second[1].sequences[0].label_ids.numel() == 0
+    assert second[1].denominator == first[1].denominator > 0
 
 
 def test_epochs_differ_and_repeat():
@@ -163,13 +165,13 @@ def test_scoring_takes_every_example_once_in_rows_that_ignore_the_ranks(
     assert sorted(number for row in filled for number in row.examples) == list(range(count))
     for row in filled:
         answers = sum(len(alone.answers[number]) for number in row.examples)
-        assert row.row.label_answers.unique().tolist() == list(range(answers))
+        assert row.sequence.label_answers.unique().tolist() == list(range(answers))
 
 
 def test_scoring_rows_of_closed_sets_hold_all_candidates():
     rows = ScoringSequences(make_examples(2), rank=0, world_size=1, max_tokens=1000)
     assert len(rows) == 1
-    assert rows[0].row.label_ids.tolist() == [11, 0, 12, 13, 0, 14, 0] * 2
+    assert rows[0].sequence.label_ids.tolist() == [11, 0, 12, 13, 0, 14, 0] * 2
 
 
 @pytest.mark.parametrize("index", [-1, 1])

@@ -50,7 +50,7 @@ def test_the_largest_step_is_found(tmp_path, share_prefix, ranks, per_rank, epoc
             steps.set_epoch(epoch)
             count = math.ceil(min(1.0, epochs - epoch) * len(steps))
             for index in range(count):
-                largest = max(largest, sum(map(len, steps[index].rows)))
+                largest = max(largest, sum(map(len, steps[index].sequences)))
     assert work.largest_step == largest
 
 

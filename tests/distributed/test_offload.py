@@ -10,8 +10,8 @@ from lora_fsdp.distributed.residency import plan_residency
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import base_model, decoder_layers
-from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers
-from lora_fsdp.compute.label_head import RowComputation, label_log_probs
+from lora_fsdp.compute.decoder_layer import FusedLayer
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.training.recomputing import enable_checkpointing
@@ -31,12 +31,12 @@ def gradients(setting, *, fused, monkeypatch=None):
     counts = {"layers": 0, "packed": 0}
     model = adapted_model("llama")
     randomise_adapter(model)
-    layers = decoder_layers(base_model(model))
+    packed, layers = PackedModel(model), decoder_layers(base_model(model))
     if fused:
-        assert isinstance(fuse_layers(base_model(model).base_model, layers), list)
+        assert packed.fuse(layers).is_fused
     if SETTINGS[setting].activation_checkpointing:
         arguments = FineTuningArguments(output_dir="unused", use_cpu=True)
-        enable_checkpointing(model, arguments, SETTINGS[setting])
+        enable_checkpointing(packed, arguments, SETTINGS[setting])
     model.train()
     original = FusedLayer.compute if fused else type(layers[0].mlp).forward
 
@@ -54,7 +54,7 @@ def gradients(setting, *, fused, monkeypatch=None):
     monkeypatch.setattr(torch.autograd.graph.save_on_cpu, "__init__", counted_pack)
     texts = torch.arange(5, 29).view(2, 12).tolist()
     row = pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=False)
-    (-label_log_probs(model, row, computation=RowComputation(torch.float32)).sum()).backward()
+    (-packed.label_log_probs(row).sum()).backward()
     monkeypatch.undo()
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     return found, counts

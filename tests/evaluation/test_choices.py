@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.evaluation.comparison import choices_as_json
 from lora_fsdp.evaluation.metrics import evaluation_metrics, given_answers
@@ -35,9 +35,8 @@ def model():
 def scored(model, rows, *, max_tokens=2048):
     examples = TASK.examples(pd.DataFrame(rows, index=range(1, len(rows) + 1)))
     encoded = Encoder(tiny_tokenizer(), task=TASK).encode(examples)
-    computation = RowComputation(torch.float32)
     scores = score_examples(
-        model, encoded, device=torch.device("cpu"), computation=computation, max_tokens=max_tokens
+        PackedModel(model), encoded, device=torch.device("cpu"), max_tokens=max_tokens
     )
     return examples, encoded, scores
 

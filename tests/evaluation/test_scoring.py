@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 
 from lora_fsdp.adapter.attach import attach_adapter
-from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.data.sampling import ScoringSequences
 from lora_fsdp.errors import LoraFsdpError
@@ -68,9 +68,7 @@ def one_by_one(model, example):
 @pytest.mark.parametrize("max_tokens", [128, 2048])
 def test_likelihoods_equal_one_by_one(kind, max_tokens):
     model, examples = adapted(kind), encoded()
-    scores = score_examples(
-        model, examples, device=CPU, computation=RowComputation(FP32), max_tokens=max_tokens
-    )
+    scores = score_examples(PackedModel(model), examples, device=CPU, max_tokens=max_tokens)
     expected = torch.stack([one_by_one(model, example) for example in examples])
     torch.testing.assert_close(scores.log_likelihoods, expected, rtol=1e-5, atol=1e-5)
     assert scores.log_likelihoods.shape == (13, 3)
@@ -85,7 +83,7 @@ def test_free_text_has_one_answer():
             Example(2, Prompt("", "a", ""), " b"),
         ]
     )
-    scores = score_examples(model, examples, device=CPU, computation=RowComputation(FP32))
+    scores = score_examples(PackedModel(model), examples, device=CPU)
     expected = torch.stack([one_by_one(model, example) for example in examples])
     torch.testing.assert_close(scores.log_likelihoods, expected, rtol=1e-5, atol=1e-5)
     metrics = evaluation_metrics(task, examples, scores)
@@ -98,7 +96,7 @@ def test_free_text_without_targets():
     examples = Encoder(tiny_tokenizer(), task=FreeTask()).encode(
         [Example(1, Prompt("Say:", " hi", ":"), None), Example(2, Prompt("", "a", ""), " b")]
     )
-    scores = score_examples(adapted(), examples, device=CPU, computation=RowComputation(FP32))
+    scores = score_examples(PackedModel(adapted()), examples, device=CPU)
     assert scores.log_likelihoods.shape == (2, 1)
     assert evaluation_metrics(FreeTask(), examples, scores)["loss"] > 0
 
@@ -109,10 +107,7 @@ def test_dropout_is_off_and_the_mode_restored():
     randomise_adapter(model)
     model.train()
     first, second = (
-        score_examples(
-            model, encoded(), device=CPU, computation=RowComputation(FP32)
-        ).log_likelihoods
-        for _ in range(2)
+        score_examples(PackedModel(model), encoded(), device=CPU).log_likelihoods for _ in range(2)
     )
     assert torch.equal(first, second)
     assert model.training
@@ -124,7 +119,7 @@ def test_is_greedy_agrees_with_generate(tmp_path):
     trainer.train()
     model, tokenizer = trainer.model, tiny_tokenizer()
     examples = encoded(24)
-    scores = score_examples(model, examples, device=CPU, computation=RowComputation(FP32))
+    scores = score_examples(PackedModel(model), examples, device=CPU)
     written = generate_texts(
         model,
         tokenizer,
@@ -156,7 +151,7 @@ def test_metrics_use_the_examples_with_a_target():
         *examples,
         *Encoder(tiny_tokenizer(), task=task).encode([Example(7, Prompt("a", "b", "c"), None)]),
     ]
-    scores = score_examples(adapted(), without, device=CPU, computation=RowComputation(FP32))
+    scores = score_examples(PackedModel(adapted()), without, device=CPU)
     cut = Scores(scores.log_likelihoods[:6], scores.is_greedy[:6])
     assert evaluation_metrics(task, without, scores) == evaluation_metrics(task, examples, cut)
 
@@ -176,7 +171,7 @@ def test_target_outside_the_candidates_is_not_taken_for_the_first_label():
 
 
 def evaluate_all(task, examples):
-    scores = score_examples(adapted(), examples, device=CPU, computation=RowComputation(FP32))
+    scores = score_examples(PackedModel(adapted()), examples, device=CPU)
     return evaluation_metrics(task, examples, scores)
 
 
@@ -206,13 +201,10 @@ def test_rows_may_come_in_any_order():
     rows = ScoringSequences(examples, rank=0, world_size=1, max_tokens=128)
     assert len(rows) > 1
     backwards = score_sequences(
-        model,
+        PackedModel(model),
         (rows[index] for index in reversed(range(len(rows)))),
         answers=[3] * len(examples),
         device=CPU,
-        computation=RowComputation(FP32),
     )
-    forwards = score_examples(
-        model, examples, device=CPU, computation=RowComputation(FP32), max_tokens=128
-    )
+    forwards = score_examples(PackedModel(model), examples, device=CPU, max_tokens=128)
     assert torch.equal(backwards.log_likelihoods, forwards.log_likelihoods)

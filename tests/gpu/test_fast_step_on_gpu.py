@@ -14,17 +14,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.arguments import FineTuningArguments
-from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.compute import fused_functions
 from lora_fsdp.compute.attention import BLOCKS_FROM_TOKENS
-from lora_fsdp.compute.compiled_layers import compile_layers
-from lora_fsdp.compute.decoder_layer import FusedLayer, fuse_layers
-from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.compute.decoder_layer import FusedLayer
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.placement.memory import LargestSequence
 from lora_fsdp.training.recomputing import enable_checkpointing, recompute_without_random_state
 from lora_fsdp.training.step.captured import CapturedStep
 from lora_fsdp.training.step.eager import EagerStep
+from lora_fsdp.training.step.objectives.supervised import Supervised
 from tests.compute.test_decoder_layer import adapted
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_trainer
@@ -34,7 +33,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 GPU = torch.device("cuda")
-FP32 = RowComputation(torch.float32, by_blocks=True)
 
 
 def rows(count, *, longest=40, seed=0):
@@ -51,25 +49,27 @@ def rows(count, *, longest=40, seed=0):
     return [one() for _ in range(count)]
 
 
-def step_of(kind, model, *, computation=FP32, **options):
-    adapter = AdapterSet.of(model)
-    options |= {"computation": computation, "device": GPU, "autocast": nullcontext}
-    return kind(model, adapter=adapter, **options)
+def step_of(kind, packed, **options):
+    adapter = AdapterSet.of(packed.model)
+    options |= {"objective": Supervised(), "device": GPU, "autocast": nullcontext}
+    return kind(packed, adapter=adapter, **options)
+
+
+def plain(kind="llama"):
+    return PackedModel(adapted(kind).to(GPU))
 
 
 def gradients(step, some_rows):
-    loss = step(some_rows, label_tokens=30)
+    loss = step(some_rows, denominator=30)
     return loss.item(), step.adapter.copy_gradients()
 
 
 def fused(kind="llama", **options):
-    model = adapted(kind, **options).to(GPU)
-    decoder = model.get_base_model().base_model
-    replaced = fuse_layers(decoder, decoder.layers)
-    assert isinstance(replaced, list), replaced
-    for layer in replaced:
-        layer.join_weights()
-    return model
+    packed = PackedModel(adapted(kind, **options).to(GPU))
+    fusing = packed.fuse()
+    assert fusing.is_fused, fusing.reason
+    packed.join_weights()
+    return packed
 
 
 @pytest.mark.parametrize(
@@ -123,16 +123,15 @@ class TestKernels:
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral"])
 def test_captured_step_gives_the_plain_gradients(kind, recomputed, monkeypatch):
     some = rows(6)
-    expected = gradients(
-        step_of(EagerStep, adapted(kind).to(GPU), computation=RowComputation(torch.float32)), some
-    )
-    model = fused(kind).train()
+    expected = gradients(step_of(EagerStep, plain(kind)), some)
+    packed = fused(kind)
+    packed.model.train()
     if recomputed:
         arguments = FineTuningArguments(output_dir="unused")
         recompute_without_random_state(arguments)
-        enable_checkpointing(model, arguments, None)
+        enable_checkpointing(packed, arguments, None)
     counts = {"model": 0, "layers": 0}
-    decoder = model.get_base_model().base_model
+    decoder = packed.base.base_model
     decoder.register_forward_pre_hook(lambda *_: counts.update(model=counts["model"] + 1))
     compute = FusedLayer.compute
 
@@ -141,7 +140,7 @@ def test_captured_step_gives_the_plain_gradients(kind, recomputed, monkeypatch):
         return compute(self, *tensors)
 
     monkeypatch.setattr(FusedLayer, "compute", counted)
-    captured = step_of(CapturedStep, model)
+    captured = step_of(CapturedStep, packed)
     for _ in range(3):
         loss, found = gradients(captured, some)
         assert captured.failed is None
@@ -154,13 +153,11 @@ def test_captured_step_gives_the_plain_gradients(kind, recomputed, monkeypatch):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_other_architectures_are_captured_too(compiled):
     some = rows(3)
-    expected = gradients(
-        step_of(EagerStep, adapted("gpt2").to(GPU), computation=RowComputation(torch.float32)), some
-    )
-    model = adapted("gpt2").to(GPU)
+    expected = gradients(step_of(EagerStep, plain("gpt2")), some)
+    packed = plain("gpt2")
     if compiled:
-        compile_layers(decoder_layers(base_model(model)))
-    captured = step_of(CapturedStep, model, computation=RowComputation(torch.float32))
+        packed.compile()
+    captured = step_of(CapturedStep, packed)
     loss, found = gradients(captured, some)
     assert captured.failed is None
     assert loss == pytest.approx(expected[0], rel=1e-5)
@@ -174,13 +171,13 @@ def test_later_graphs_find_room_in_the_memory_of_the_largest():
         num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=2048,
     )  # fmt: skip
     model = attach_adapter(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"])).to(GPU)
-    decoder = base_model(model).base_model
-    assert isinstance(fuse_layers(decoder, decoder.layers), list)
-    captured = step_of(CapturedStep, model, largest=LargestSequence(tokens=1500, labels=8))
+    packed = PackedModel(model)
+    assert packed.fuse().is_fused
+    captured = step_of(CapturedStep, packed, largest=LargestSequence(tokens=1500, labels=8))
     reserved = []
     for length in (100, 300, 600, 900, 1200, 1490):
         ids = torch.arange(length).remainder(500).tolist()
-        captured([pack_sequence([Tree(ids, [[7] * 8])], share_prefix=True)], label_tokens=8)
+        captured([pack_sequence([Tree(ids, [[7] * 8])], share_prefix=True)], denominator=8)
         torch.cuda.empty_cache()
         reserved.append(torch.cuda.memory_reserved())
     assert captured.failed is None
@@ -214,17 +211,16 @@ def test_long_rows_by_blocks():
     assert len(some) > 1
     assert len(one) > BLOCKS_FROM_TOKENS
     some.append(one)
-    expected = gradients(
-        step_of(EagerStep, adapted().to(GPU), computation=RowComputation(torch.float32)), some
-    )
+    expected = gradients(step_of(EagerStep, plain()), some)
     loss, found = gradients(step_of(CapturedStep, fused()), some)
     assert loss == pytest.approx(expected[0], rel=1e-4)
     assert (found - expected[1]).norm() <= 1e-3 * expected[1].norm()
 
 
 def test_dropout_draws_anew_at_every_replay_and_capturing_draws_nothing():
-    model = fused(lora_dropout=0.3).train()
-    captured, some = step_of(CapturedStep, model), rows(1)
+    packed = fused(lora_dropout=0.3)
+    packed.model.train()
+    captured, some = step_of(CapturedStep, packed), rows(1)
     torch.manual_seed(0)
     first, second = gradients(captured, some)[1], gradients(captured, some)[1]
     assert not torch.equal(first, second)
@@ -234,14 +230,14 @@ def test_dropout_draws_anew_at_every_replay_and_capturing_draws_nothing():
 
 
 def test_falls_back_once_where_a_step_cannot_be_captured(caplog):
-    model = fused()
+    packed = fused()
 
     def wait(module, inputs, output):
         output[0].sum().item()
 
-    model.get_base_model().model.layers[1].register_forward_hook(wait)
-    captured, some = step_of(CapturedStep, model), rows(3)
-    expected = gradients(step_of(EagerStep, model), some)
+    packed.base.model.layers[1].register_forward_hook(wait)
+    captured, some = step_of(CapturedStep, packed), rows(3)
+    expected = gradients(step_of(EagerStep, packed), some)
     found = gradients(captured, some)
     found = gradients(captured, some)
     assert captured.failed

@@ -30,13 +30,13 @@ from lora_fsdp.base.fingerprints import base_parameters
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.loading import load_base
 from lora_fsdp.base.streaming import StoredBase, load_on_device, open_base
-from lora_fsdp.compute.decoder_layer import fuse_layers, unpack_ahead
-from lora_fsdp.compute.label_head import RowComputation, label_log_probs
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.tasks import Prompt
 from lora_fsdp.training.recomputing import enable_checkpointing, recompute_without_random_state
 from lora_fsdp.training.step.captured import CapturedStep
 from lora_fsdp.training.step.eager import EagerStep
+from lora_fsdp.training.step.objectives.supervised import Supervised
 from tests.base.test_four_bit import adapted, assert_close, outputs, reference
 from tests.gpu.test_recipe_on_gpu import DEEPSEEK_7B
 from tests.support.adapters import save_base
@@ -124,20 +124,21 @@ def test_4_bits_in_a_captured_step(tmp_path):
     losses, gradients = [], []
     for captured in (False, True):
         model, stored = adapted(tmp_path, dtype="float32")
-        decoder = base_model(model).base_model
+        packed = PackedModel(model)
         if captured:
-            fused = fuse_layers(decoder, decoder.layers, filled_copy=stored.filled_copy)
-            assert isinstance(fused, list), fused
+            fusing = packed.fuse(filled_copy=stored.filled_copy)
+            assert fusing.is_fused, fusing.reason
         stored.fill([stored.model], device=GPU, keep_on=GPU)
+        model.to(GPU)
         step = (CapturedStep if captured else EagerStep)(
-            model.to(GPU),
-            computation=RowComputation(torch.float32, by_blocks=captured),
+            packed,
+            objective=Supervised(),
             adapter=AdapterSet.of(model),
             device=GPU,
             autocast=nullcontext,
         )
         for _ in range(2):
-            losses.append(step(some, label_tokens=12).item())
+            losses.append(step(some, denominator=12).item())
             gradients.append(step.adapter.copy_gradients())
         assert not captured or step.failed is None
     for loss, gradient in zip(losses, gradients, strict=True):
@@ -150,7 +151,7 @@ def test_4_bits_in_a_captured_step(tmp_path):
 def test_4_bits_unpacked_ahead_beside_the_products(recomputed, tmp_path, monkeypatch):
     """The same bits as unpacked at use, at every replay, whatever overtakes what."""
     # Faster kernels of attention's backward add up in any order.
-    monkeypatch.setattr("lora_fsdp.training.step.eager._ATTENTION", [SDPBackend.MATH])
+    monkeypatch.setattr("lora_fsdp.training.step.captured._ATTENTION", [SDPBackend.MATH])
     config = LlamaConfig(
         vocab_size=512, hidden_size=2048, intermediate_size=5632, num_hidden_layers=6,
         num_attention_heads=16, num_key_value_heads=16, max_position_embeddings=1024,
@@ -159,20 +160,20 @@ def test_4_bits_unpacked_ahead_beside_the_products(recomputed, tmp_path, monkeyp
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     model, stored = adapted(tmp_path, dtype="bfloat16")
-    decoder = base_model(model).base_model
-    fused = fuse_layers(decoder, decoder.layers, filled_copy=stored.filled_copy)
-    assert isinstance(fused, list), fused
+    packed = PackedModel(model)
+    fusing = packed.fuse(filled_copy=stored.filled_copy)
+    assert fusing.is_fused, fusing.reason
     stored.fill([stored.model], device=GPU, keep_on=GPU)
     model.to(GPU).train()
     if recomputed:
         arguments = FineTuningArguments(output_dir="unused")
         recompute_without_random_state(arguments)
-        enable_checkpointing(model, arguments, None)
+        enable_checkpointing(packed, arguments, None)
 
     def step_of(kind):
         return kind(
-            model,
-            computation=RowComputation(torch.bfloat16, by_blocks=True),
+            packed,
+            objective=Supervised(),
             adapter=AdapterSet.of(model),
             device=GPU,
             autocast=nullcontext,
@@ -186,20 +187,20 @@ def test_4_bits_unpacked_ahead_beside_the_products(recomputed, tmp_path, monkeyp
     at_use = step_of(CapturedStep)
     expected = []
     for row in [*rows, *rows]:
-        at_use(row, label_tokens=8)
+        at_use(row, denominator=8)
         expected.append(at_use.adapter.copy_gradients())
     assert all(map(torch.equal, expected[:3], expected[3:]))
     assert at_use.failed is None
-    unpack_ahead(fused, recomputed=recomputed)
+    packed.unpack_ahead(recomputed=recomputed)
     captured = step_of(CapturedStep)
     for _ in range(20):
         for row, gradient in zip(rows, expected[:3], strict=True):
-            captured(row, label_tokens=8)
+            captured(row, denominator=8)
             assert torch.equal(captured.adapter.copy_gradients(), gradient)
     assert captured.failed is None
     eager = step_of(EagerStep)
     for row, gradient in zip(rows, expected[:3], strict=True):
-        eager(row, label_tokens=8)
+        eager(row, denominator=8)
         found = eager.adapter.copy_gradients()
         assert (found - gradient).norm() < 0.05 * gradient.norm()  # rows that are not padded
 
@@ -250,7 +251,7 @@ def test_activations_are_recomputed_where_nothing_else_fits(tmp_path):
 def outputs_on_gpu(model, dtype):
     texts = torch.arange(5, 29).view(2, 12).tolist()
     row = pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True).to(GPU)
-    log_probs = label_log_probs(model.train(), row, computation=RowComputation(dtype))
+    log_probs = PackedModel(model.train()).label_log_probs(row)
     (-log_probs.sum()).backward()
     gradients = {n: p.grad.cpu() for n, p in trainable_parameters(model).items()}
     return log_probs.detach().cpu(), gradients

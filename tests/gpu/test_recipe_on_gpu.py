@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainerCallback
 
 from lora_fsdp import FineTuningArguments, LoraTrainer, get_task
-from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.tables import read_table, sample_rows
 from lora_fsdp.evaluation.scoring import score_examples
 from tests.support.ranks import launch_environment, run_ranks
@@ -116,9 +116,7 @@ def recipe_run(name, output_dir, dropout, steps):
     rate = 8 / median(times.seconds[3:])
     del trainer
     reloaded = PeftModel.from_pretrained(base_model(name).cuda(), str(output_dir)).eval()
-    again = score_examples(
-        reloaded, encoded, device=torch.device("cuda"), computation=RowComputation(torch.bfloat16)
-    )
+    again = score_examples(PackedModel(reloaded), encoded, device=torch.device("cuda"))
     return {
         "losses": losses,
         "examples_per_second": rate,

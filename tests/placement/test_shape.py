@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.base.layers import decoder_layers
-from lora_fsdp.compute.decoder_layer import fuse_layers
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.errors import TargetModulesError
 from lora_fsdp.placement.counting import build_on_meta, shape_of
 from tests.support.tiny import CONFIGS, tiny_model
@@ -32,7 +32,7 @@ def kept_by_autograd(config, adapter, *, tokens, fuse):
     base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = attach_adapter(base, adapter)
     if fuse:
-        assert isinstance(fuse_layers(base.model, decoder_layers(base)), list)
+        assert PackedModel(base).fuse().is_fused
     mask = torch.zeros(1, 1, tokens, tokens, dtype=torch.bfloat16)
     own = {t.data_ptr() for t in [*model.parameters(), *model.buffers(), mask]}
     kept = {}

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lora_fsdp import DataArguments, Example, Prompt, Task
-from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.data.rows import load_task_data
 from lora_fsdp.data.streams import open_stream
@@ -43,8 +43,7 @@ def predictor() -> Predictor:
     randomise_adapter(model)
     task = MultipleChoiceTask()
     encoder = Encoder(tiny_tokenizer(), task=task, max_length=256)
-    computation = RowComputation(torch.float32)
-    return Predictor(task, encoder, model.eval(), CPU, computation, max_new_tokens=8)
+    return Predictor(task, encoder, PackedModel(model.eval()), CPU, max_new_tokens=8)
 
 
 def question(row: int, text: str, choices: tuple[str, ...], answer: str | None = None) -> Example:

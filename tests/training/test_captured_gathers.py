@@ -60,9 +60,9 @@ class StandIn(CapturedStep):
 def step_like(trainer, kind, *, tokens=400, gathers=True):
     eager = trainer.step
     return kind(
-        eager.model, gathers=gathers,
+        eager.packed, gathers=gathers,
         largest=LargestSequence(tokens=tokens, labels=40 if tokens else 0),
-        computation=eager.computation, adapter=eager.adapter, device=eager.device,
+        objective=eager.objective, adapter=eager.adapter, device=eager.device,
         autocast=eager.autocast,
     )  # fmt: skip
 
@@ -121,7 +121,7 @@ def long_and_short(folder):
     for sizes in ([short, short], [short, long]):
         tokens = sizes[second].tokens
         row = pack_sequence([Tree([5] * (tokens - 7), [[7] * 8])], share_prefix=True)
-        step.run(row, label_tokens=8, sizes_of_ranks=sizes)
+        step.run(row, denominator=8, sizes_of_ranks=sizes)
         replayed.append(step.replayed)
         step.replayed = False
     return {"captured": [tuple(size) for size in step.captured], "replayed": replayed}
@@ -131,7 +131,7 @@ def test_sizes_of_other_ranks_must_be_given(tmp_path):
     step = step_like(toy_trainer(tmp_path), StandIn)
     row = pack_sequence([Tree([5, 6], [[7]])], share_prefix=True)
     with pytest.raises(ValueError, match="2 ranks were given, and there are 1"):
-        step([row], label_tokens=1, sizes_of_ranks=[[row.size, row.size]])
+        step([row], denominator=1, sizes_of_ranks=[[row.size, row.size]])
 
 
 def test_the_largest_row_is_captured_first_as_rows_are(tmp_path):
@@ -139,7 +139,7 @@ def test_the_largest_row_is_captured_first_as_rows_are(tmp_path):
     step = step_like(toy_trainer(tmp_path), StandIn, tokens=2900, gathers=False)
     step._capture = lambda size: Replayed(step, size)
     row = pack_sequence([Tree([5] * 300, [[7] * 8])], share_prefix=True)
-    step([row], label_tokens=8)
+    step([row], denominator=8)
     assert step.captured == [SequenceSize(3072, 64, True), SequenceSize(320, 32, False)]
 
 

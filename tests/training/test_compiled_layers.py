@@ -11,26 +11,25 @@ import pytest
 import torch
 
 from lora_fsdp.adapter.adapter_set import AdapterSet
-from lora_fsdp.base.layers import base_model, decoder_layers
-from lora_fsdp.compute.compiled_layers import compile_layers
-from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.training.step.eager import EagerStep
+from lora_fsdp.training.step.objectives.supervised import Supervised
 from tests.compute.test_decoder_layer import adapted
 from tests.gpu.test_fast_step_on_gpu import rows
 
 CPU = torch.device("cpu")
 
 
-def gradients(model):
-    adapter = AdapterSet.of(model)
+def gradients(packed):
+    adapter = AdapterSet.of(packed.model)
     step = EagerStep(
-        model,
-        computation=RowComputation(torch.float32),
+        packed,
+        objective=Supervised(),
         adapter=adapter,
         device=CPU,
         autocast=nullcontext,
     )
-    loss = step(rows(4), label_tokens=30)
+    loss = step(rows(4), denominator=30)
     return loss.item(), adapter.copy_gradients()
 
 
@@ -42,14 +41,14 @@ def test_compiled_layers_give_the_plain_gradients(kind, monkeypatch):
     from torch._dynamo import config, reset
     from torch._dynamo.utils import counters
 
-    expected = gradients(adapted(kind))
+    expected = gradients(PackedModel(adapted(kind)))
     reset()
     counters.clear()
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # set by `make test`
     with config.patch(disable=False):
-        model = adapted(kind)
-        compile_layers(decoder_layers(base_model(model)))
-        loss, found = gradients(model)
+        packed = PackedModel(adapted(kind))
+        packed.compile()
+        loss, found = gradients(packed)
     assert counters["frames"]["ok"] > 0
     assert not counters["graph_break"]
     assert counters["frames"]["total"] <= 4

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lora_fsdp.base.fingerprints import base_parameters
 from lora_fsdp.base.stored_weights import stored_names
-from lora_fsdp.compute.label_head import check_architecture
+from lora_fsdp.compute.architectures import check_architecture
 from lora_fsdp.data.encoding import end_of_answer
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.fact import UnknownFactError

@@ -18,7 +18,7 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.fingerprints import BaseFingerprint, fingerprint_tokenizer
 from lora_fsdp.base.folders import sha256_of_file
 from lora_fsdp.base.layers import base_model
-from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.evaluation.outputs import write_json
@@ -36,7 +36,7 @@ class AdapterWriter:
         max_new_tokens: longest text that is generated.
         base_fingerprint: of the base before the adapter was attached.
         probes: the questions of the proof.
-        computation: how packed sequences are computed.
+        packed: the model as it computes packed sequences.
         autocast: the context of the forward.
     """
 
@@ -46,15 +46,13 @@ class AdapterWriter:
     max_new_tokens: int
     base_fingerprint: BaseFingerprint
     probes: list[Probe]
-    computation: RowComputation
+    packed: PackedModel
     autocast: Callable[[], AbstractContextManager[object]]
 
     def answer_probes(self) -> list[list[float]]:
         """The live adapter's answers to the probes; a collective call."""
         with self.autocast():
-            answers = probe_log_likelihoods(
-                self.model, self.probes, device=self.args.device, computation=self.computation
-            )
+            answers = probe_log_likelihoods(self.packed, self.probes, device=self.args.device)
         release_gathered(self.model)
         return answers
 
@@ -95,7 +93,7 @@ class AdapterWriter:
             base_name=str(config.name_or_path),
             base_beside=beside(str(config.name_or_path), goes_to),
             base_commit=getattr(config, "_commit_hash", None),
-            base_dtype=str(self.computation.dtype).removeprefix("torch."),
+            base_dtype=str(self.packed.dtype).removeprefix("torch."),
             base_quantization=None if quantization is None else str(quantization),
             tokenizer_sha256=fingerprint_tokenizer(self.encoder.tokenizer),
             end_token_id=self.encoder.end_token_id,

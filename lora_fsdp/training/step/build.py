@@ -7,23 +7,23 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
-from torch import nn
 
 from lora_fsdp.adapter.adapter_set import AdapterSet
-from lora_fsdp.compute.label_head import RowComputation
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.placement.memory import LargestSequence
 from lora_fsdp.placement.step import Step
 from lora_fsdp.training.step.captured import CapturedStep
 from lora_fsdp.training.step.eager import EagerStep
+from lora_fsdp.training.step.objectives.objective import Objective
 
 
 def build_step(
     step: Step,
-    model: nn.Module,
+    packed: PackedModel,
     *,
     largest: LargestSequence,
     gathers: bool,
-    computation: RowComputation,
+    objective: Objective,
     adapter: AdapterSet,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]],
@@ -32,15 +32,15 @@ def build_step(
 
     Args:
         step: that was chosen.
-        model: the model with its adapter.
-        largest: what the largest row is expected to have.
+        packed: the model with its adapter.
+        largest: what the largest packed sequence is expected to have.
         gathers: whether the step gathers layers.
-        computation: how it computes rows.
+        objective: what is minimised.
         adapter: where the gradients go.
-        device: where rows are computed.
+        device: where sequences are computed.
         autocast: the context of the forward.
     """
     kind: Callable[..., EagerStep] = EagerStep
     if step.is_captured:
         kind = partial(CapturedStep, largest=largest, gathers=gathers)
-    return kind(model, computation=computation, adapter=adapter, device=device, autocast=autocast)
+    return kind(packed, objective=objective, adapter=adapter, device=device, autocast=autocast)

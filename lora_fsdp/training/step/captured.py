@@ -9,20 +9,24 @@ gradients add up in the adapter's one block (`AdapterSet.zero_gradients`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
 import torch
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.compute.captured_sizes import captured_size
-from lora_fsdp.data.packing import PackedSequence, SequenceSize
+from lora_fsdp.compute.packed_model import PackedModel
+from lora_fsdp.data.packing import PackedSequence, SequenceSize, empty_sequence
 from lora_fsdp.errors import CaptureError
 from lora_fsdp.placement.memory import LargestSequence
 from lora_fsdp.ranks import is_joined, world_size
 from lora_fsdp.training.step.eager import EagerStep
+from lora_fsdp.training.step.objectives.objective import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +42,21 @@ _ATTENTION = [
 
 
 class CapturedStep(EagerStep):
-    """Computes rows by CUDA graphs, one a size; eagerly where a row is too long or capture fails.
+    """Computes packed sequences by CUDA graphs, one a size; eagerly where a sequence is too long or
+    capture fails.
 
     All graphs share their memory: one runs at a time. Where layers are gathered within the step,
-    all ranks must capture, replay or launch the same at once, as NCCL asks: rows that run at once
-    are padded to one size. A capture that fails then ends the run, as the others cannot know of it.
+    all ranks must capture, replay or launch the same at once, as NCCL asks: sequences that run at
+    once are padded to one size. A capture that fails then ends the run, as the others cannot know
+    of it.
 
     Args:
-        model: the model with its adapter.
-        largest: what the largest row is expected to have. That is captured first, if it can be, so
-            that the others' tensors find room in its memory, and what does not fit fails at once.
+        packed: the model with its adapter.
+        largest: what the largest sequence is expected to have. That is captured first, if it can
+            be, so that the others' tensors find room in its memory, and what does not fit fails at
+            once.
         gathers: whether forward and backward gather layers.
-        settings: of `EagerStep`.
+        objective, adapter, device, autocast: of `EagerStep`.
 
     Attributes:
         captured: the sizes that were captured, in their order; kept when they are released.
@@ -58,13 +65,18 @@ class CapturedStep(EagerStep):
 
     def __init__(
         self,
-        model: nn.Module,
+        packed: PackedModel,
         *,
+        objective: Objective,
+        adapter: AdapterSet,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[object]],
         largest: LargestSequence = _UNKNOWN,
         gathers: bool = False,
-        **settings: object,
     ) -> None:
-        super().__init__(model, **settings)  # type: ignore[arg-type]
+        super().__init__(
+            packed, objective=objective, adapter=adapter, device=device, autocast=autocast
+        )
         self.gathers = gathers
         self.captured: list[SequenceSize] = []
         self.failed: str | None = None
@@ -85,17 +97,21 @@ class CapturedStep(EagerStep):
         return torch.cuda.Stream(priority=-1)
 
     def run(
-        self, row: PackedSequence, *, label_tokens: int, sizes_of_ranks: Sequence[SequenceSize]
+        self,
+        sequence: PackedSequence,
+        *,
+        denominator: float,
+        sizes_of_ranks: Sequence[SequenceSize],
     ) -> torch.Tensor:
-        """Add one row's gradients; its loss.
+        """Add one sequence's gradients; its part of the loss.
 
         Raises:
             CaptureError: layers are gathered, and a capture failed.
         """
-        graph = self._graph_for(_common(sizes_of_ranks) if self.gathers else row.size)
+        graph = self._graph_for(_common(sizes_of_ranks) if self.gathers else sequence.size)
         if graph is None:
-            return super().run(row, label_tokens=label_tokens, sizes_of_ranks=sizes_of_ranks)
-        graph.load(row, scale=1.0 / label_tokens)
+            return super().run(sequence, denominator=denominator, sizes_of_ranks=sizes_of_ranks)
+        graph.load(sequence, scale=1.0 / denominator)
         graph.graph.replay()
         return graph.loss
 
@@ -109,7 +125,7 @@ class CapturedStep(EagerStep):
         self.__dict__.pop("_pool", None)  # torch opens no pool again whose graphs are all gone
 
     def _graph_for(self, size: SequenceSize) -> _CapturedSequence | None:
-        """For rows of `size`, captured if there is none yet; `None` if none can be."""
+        """For sequences of `size`, captured if there is none yet; `None` if none can be."""
         padded = captured_size(size)
         if padded is None or self.failed:
             return None
@@ -122,7 +138,7 @@ class CapturedStep(EagerStep):
         return self._graphs.get(padded)
 
     def _first(self, size: SequenceSize) -> SequenceSize:
-        """What is captured first, where rows of `size` come first."""
+        """What is captured first, where sequences of `size` come first."""
         largest = size._replace(
             tokens=max(self._largest.tokens, size.tokens),
             labels=max(self._largest.labels, size.labels),
@@ -152,7 +168,7 @@ class CapturedStep(EagerStep):
             logger.warning("The step cannot be captured and runs eagerly: %s", self.failed)
 
     def _capture(self, size: SequenceSize) -> _CapturedSequence:
-        """Capture rows of `size`; gradients and random numbers are left as they were."""
+        """Capture sequences of `size`; gradients and random numbers are left as they were."""
         static = _CapturedSequence(size, device=self.device)
         gradients = self.adapter.copy_gradients()
         random_state = torch.cuda.get_rng_state(self.device)
@@ -161,7 +177,7 @@ class CapturedStep(EagerStep):
             with torch.cuda.stream(self._stream), sdpa_kernel(_ATTENTION, set_priority=True):
                 # Kernels are compiled and workspaces allocated before the capture.
                 for _ in range(1 if self._graphs else 2):
-                    self._forward_backward(static.row, scale=static.scale)
+                    self._forward_backward(static.sequence, scale=static.scale)
             torch.cuda.current_stream().wait_stream(self._stream)
             with (
                 torch.cuda.graph(
@@ -173,7 +189,7 @@ class CapturedStep(EagerStep):
                 ),
                 sdpa_kernel(_ATTENTION, set_priority=True),
             ):
-                static.loss = self._forward_backward(static.row, scale=static.scale)
+                static.loss = self._forward_backward(static.sequence, scale=static.scale)
         finally:
             torch.cuda.synchronize()
             torch.cuda.set_rng_state(random_state, self.device)
@@ -182,7 +198,7 @@ class CapturedStep(EagerStep):
 
 
 def _common(sizes: Sequence[SequenceSize]) -> SequenceSize:
-    """The least that rows of all `sizes`, one of each rank, can be padded to."""
+    """The least that sequences of all `sizes`, one of each rank, can be padded to."""
     if len(sizes) != world_size():
         raise ValueError(f"Sizes of {len(sizes)} ranks were given, and there are {world_size()}.")
     return SequenceSize(
@@ -196,20 +212,15 @@ class _CapturedSequence:
     """A captured forward and backward, and the memory it reads and writes."""
 
     def __init__(self, size: SequenceSize, *, device: torch.device) -> None:
-        empty = PackedSequence(
-            torch.empty(4, 0, dtype=torch.int64),
-            torch.empty(3, 0, dtype=torch.int64),
-            is_one_sequence=size.is_one_sequence,
-        )
         self.size = size
-        self.row = empty.padded(tokens=size.tokens, labels=size.labels).to(device)
+        empty = replace(empty_sequence(), is_one_sequence=size.is_one_sequence)
+        self.sequence = empty.padded(tokens=size.tokens, labels=size.labels).to(device)
         self.scale = torch.zeros((), device=device)
         self.graph = torch.cuda.CUDAGraph()
         self.loss = torch.zeros((), device=device)
 
-    def load(self, row: PackedSequence, *, scale: float) -> None:
-        """Put `row` where the graph reads it."""
-        padded = row.padded(tokens=self.size.tokens, labels=self.size.labels).pin_memory()
-        self.row.tokens.copy_(padded.tokens, non_blocking=True)
-        self.row.labels.copy_(padded.labels, non_blocking=True)
+    def load(self, sequence: PackedSequence, *, scale: float) -> None:
+        """Put `sequence` where the graph reads it."""
+        padded = sequence.padded(tokens=self.size.tokens, labels=self.size.labels)
+        self.sequence.copy_(padded.pin_memory())
         self.scale.fill_(scale)

@@ -6,80 +6,87 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from torch import nn
 
 from lora_fsdp.adapter.adapter_set import AdapterSet
-from lora_fsdp.compute.label_head import RowComputation, label_log_probs
-from lora_fsdp.data.packing import PADDING, PackedSequence, SequenceSize
+from lora_fsdp.compute.packed_model import PackedModel
+from lora_fsdp.data.packing import PackedSequence, SequenceSize
+from lora_fsdp.training.step.objectives.objective import Objective
 
 
 class EagerStep:
-    """Computes rows as they are.
+    """Computes packed sequences as they are.
 
     Args:
-        model: the model with its adapter.
-        computation: how it computes rows.
+        packed: the model with its adapter.
+        objective: what is minimised.
         adapter: where the gradients go.
-        device: where rows are computed.
+        device: where sequences are computed.
         autocast: the context of the forward.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        packed: PackedModel,
         *,
-        computation: RowComputation,
+        objective: Objective,
         adapter: AdapterSet,
         device: torch.device,
         autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self.model = model
-        self.computation = computation
+        self.packed = packed
+        self.objective = objective
         self.adapter = adapter
         self.device = device
         self.autocast = autocast
 
     def __call__(
         self,
-        rows: Sequence[PackedSequence],
+        sequences: Sequence[PackedSequence],
         *,
-        label_tokens: int,
+        denominator: float,
         sizes_of_ranks: Sequence[Sequence[SequenceSize]] | None = None,
     ) -> torch.Tensor:
-        """Gradients of the rows' loss, divided by `label_tokens`, into the adapter's block.
+        """Gradients of the sequences' loss, divided by `denominator`, into the adapter's block.
 
         Args:
-            rows: this rank's; as many on every rank where the base is sharded.
-            label_tokens: of the step, over all ranks.
-            sizes_of_ranks: for each of `rows`, the size that its like has on every rank; `None` =
-                there is one rank.
+            sequences: this rank's; as many on every rank where the base is sharded.
+            denominator: of the step, over all ranks.
+            sizes_of_ranks: for each of `sequences`, the size that its like has on every rank;
+                `None` = there is one rank.
 
         Returns:
             this rank's part of the loss.
         """
         self.adapter.zero_gradients()
         total = torch.zeros((), device=self.device)
-        for row, sizes in zip(rows, sizes_of_ranks or [[row.size] for row in rows], strict=True):
-            total += self.run(row, label_tokens=label_tokens, sizes_of_ranks=sizes)
+        sizes_of_ranks = sizes_of_ranks or [[sequence.size] for sequence in sequences]
+        for sequence, sizes in zip(sequences, sizes_of_ranks, strict=True):
+            total += self.run(sequence, denominator=denominator, sizes_of_ranks=sizes)
         return total
 
     def run(
-        self, row: PackedSequence, *, label_tokens: int, sizes_of_ranks: Sequence[SequenceSize]
+        self,
+        sequence: PackedSequence,
+        *,
+        denominator: float,
+        sizes_of_ranks: Sequence[SequenceSize],
     ) -> torch.Tensor:
-        """Add one row's gradients; its loss."""
+        """Add one sequence's gradients; its part of the loss."""
         return self._forward_backward(
-            row.to(self.device, non_blocking=True), scale=1.0 / label_tokens
+            sequence.to(self.device, non_blocking=True), scale=1.0 / denominator
         )
 
     def release(self) -> None:
-        """Let go of what the next rows would make anew."""
+        """Let go of what the next sequences would make anew."""
 
     def _forward_backward(
-        self, row: PackedSequence, *, scale: float | torch.Tensor
+        self, sequence: PackedSequence, *, scale: float | torch.Tensor
     ) -> torch.Tensor:
+        reference: torch.Tensor | None = None
         with self.autocast():
-            log_probs = label_log_probs(self.model, row, computation=self.computation)
-        counted = row.label_answers != PADDING
-        loss = -log_probs.where(counted, 0.0).sum() * scale
+            if self.objective.needs_reference:
+                reference = self.packed.reference_log_probs(sequence)
+            log_probs = self.packed.label_log_probs(sequence)
+        loss = self.objective.loss(sequence, log_probs, reference) * scale
         loss.backward()
         return loss.detach()

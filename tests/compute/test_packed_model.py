@@ -1,6 +1,6 @@
 """The head at label positions, and which architectures can compute a packed row at all.
 
-Run: python -m pytest tests/compute/test_label_head.py
+Run: python -m pytest tests/compute/test_packed_model.py
 """
 
 import pytest
@@ -19,13 +19,8 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from lora_fsdp.compute.label_head import (
-    RowComputation,
-    check_architecture,
-    check_packing,
-    label_log_probs,
-    label_logits,
-)
+from lora_fsdp.compute.architectures import check_architecture
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.packing import Tree, empty_sequence, pack_sequence
 from lora_fsdp.errors import UnsupportedModelError
 from tests.support.tiny import CONFIGS, adapted_model, tiny_model
@@ -53,11 +48,11 @@ def count_along_the_row(inputs):
 def test_live_check_refuses_a_model_that_cannot_be_packed(fault):
     """Whatever its name and signature say."""
     model = adapted_model()
-    check_packing(model, device=torch.device("cpu"), computation=RowComputation(FP32))
+    PackedModel(model).check(device=torch.device("cpu"))
     forward = model.forward
     model.forward = lambda **inputs: forward(**fault(inputs))
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM computes packed examples"):
-        check_packing(model, device=torch.device("cpu"), computation=RowComputation(FP32))
+        PackedModel(model).check(device=torch.device("cpu"))
 
 
 def model_from(config):
@@ -75,9 +70,7 @@ def test_logits_are_those_of_the_label_positions(kind):
     [tree, *_] = two_trees()
     with torch.no_grad():
         plain = model(input_ids=torch.tensor([[*tree.prompt_ids, 11]]), use_cache=False).logits[0]
-        logits = label_logits(
-            model, pack_sequence([tree], share_prefix=False), computation=RowComputation(FP32)
-        )
+        logits = PackedModel(model).label_logits(pack_sequence([tree], share_prefix=False))
     torch.testing.assert_close(logits, plain[-2:], rtol=1e-5, atol=1e-5)
 
 
@@ -86,7 +79,7 @@ def test_head_runs_at_label_positions_only():
     rows = []
     model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
     row = pack_sequence(two_trees(), share_prefix=True)
-    label_log_probs(model, row, computation=RowComputation(FP32))
+    PackedModel(model).label_log_probs(row)
     assert rows == [row.label_ids.numel()] == [5]
 
 
@@ -94,6 +87,8 @@ def test_model_without_logits_to_keep():
     """Older and custom models compute all logits; the labels' are picked afterwards."""
 
     class Wrapper(nn.Module):
+        dtype = FP32
+
         def __init__(self, model):
             super().__init__()
             self.model = model
@@ -109,26 +104,20 @@ def test_model_without_logits_to_keep():
     model = tiny_model().eval()
     row = pack_sequence(two_trees(), share_prefix=True)
     with torch.no_grad():
-        expected = label_log_probs(model, row, computation=RowComputation(FP32))
-        found = label_log_probs(Wrapper(model), row, computation=RowComputation(FP32))
+        expected = PackedModel(model).label_log_probs(row)
+        found = PackedModel(Wrapper(model)).label_log_probs(row)
     torch.testing.assert_close(found, expected)
 
 
 def test_logits_are_float32_over_a_bf16_base():
     model = tiny_model(dtype=torch.bfloat16).eval()
-    logits = label_logits(
-        model,
-        pack_sequence(two_trees(), share_prefix=True),
-        computation=RowComputation(torch.bfloat16),
-    )
+    logits = PackedModel(model).label_logits(pack_sequence(two_trees(), share_prefix=True))
     assert logits.dtype == FP32
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
 def test_a_row_without_labels(kind):
-    assert label_log_probs(
-        tiny_model(kind).eval(), empty_sequence(), computation=RowComputation(FP32)
-    ).shape == (0,)
+    assert PackedModel(tiny_model(kind).eval()).label_log_probs(empty_sequence()).shape == (0,)
 
 
 class TestCacheTrap:
@@ -169,28 +158,24 @@ class TestCacheTrap:
         answers = [[12, 0]]
         second = Tree([3, 4, 15, 16, 17, 18], answers)
         before, after = (
-            label_log_probs(
-                model,
-                pack_sequence([Tree(first, [[11, 0]]), second], share_prefix=True),
-                computation=RowComputation(FP32),
+            PackedModel(model).label_log_probs(
+                pack_sequence([Tree(first, [[11, 0]]), second], share_prefix=True)
             )
             for first in ([3, 4, 5, 6, 7, 8, 9], [3, 4, 25, 26, 27, 28, 29])
         )
         assert torch.equal(before[2:], after[2:])
         assert not torch.equal(before[:2], after[:2])
         with torch.no_grad():
-            alone = label_log_probs(
-                model, pack_sequence([second], share_prefix=False), computation=RowComputation(FP32)
-            )
+            alone = PackedModel(model).label_log_probs(pack_sequence([second], share_prefix=False))
         torch.testing.assert_close(before[2:], alone, rtol=1e-5, atol=1e-5)
 
     @pytest.mark.parametrize("use_cache", [True, False])
     def test_the_model_s_own_setting_changes_nothing(self, use_cache):
         model = tiny_model().eval()
         row = pack_sequence(two_trees(), share_prefix=True)
-        expected = label_log_probs(model, row, computation=RowComputation(FP32))
+        expected = PackedModel(model).label_log_probs(row)
         model.config.use_cache = use_cache
-        assert torch.equal(label_log_probs(model, row, computation=RowComputation(FP32)), expected)
+        assert torch.equal(PackedModel(model).label_log_probs(row), expected)
 
 
 class TestArchitectures:
@@ -246,7 +231,7 @@ class TestArchitectures:
         with torch.no_grad():
             windowed = model(input_ids=ids, use_cache=False).logits[0, -1].log_softmax(-1)[3]
             row = pack_sequence([Tree([2], [[4]]), Tree(ids[0].tolist(), [[3]])], share_prefix=True)
-            packed = label_log_probs(model, row, computation=RowComputation(FP32))[-1]
+            packed = PackedModel(model).label_log_probs(row)[-1]
         torch.testing.assert_close(packed, windowed)
 
     def test_no_window(self):
