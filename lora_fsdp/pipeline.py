@@ -23,6 +23,7 @@ from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
 from lora_fsdp.evaluation.comparison import Comparison, compare, generated_texts
 from lora_fsdp.evaluation.generation import generate_texts
+from lora_fsdp.evaluation.metrics import model_outputs
 from lora_fsdp.placement.gpus import known_gpu
 from lora_fsdp.planning.predicted import predicted
 from lora_fsdp.ranks import on_first_rank
@@ -31,6 +32,7 @@ from lora_fsdp.reporting.model_card import WriteCards, remove_model_card, try_to
 from lora_fsdp.reporting.recording.record import record_start
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
+from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.training.logging.log_history import KeepLog
 from lora_fsdp.training.saving.atomic_folders import remove_leftovers
 from lora_fsdp.training.saving.output_folder import check_output_folder, files_of
@@ -103,30 +105,32 @@ def finetune(
 
 
 def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Comparison:
-    writes = data.task.is_free_text
     with trainer.model.disable_adapter():
-        untrained = trainer.score(data.held_out)
-        base_answers = trainer.write(data.held_out) if writes else None
+        untrained = _held_out_outputs(trainer)
         base_texts = _write_freely(trainer)
     trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
     if trainer.is_world_process_zero():
         try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)
-    tuned = trainer.score(data.held_out)
-    tuned_answers = trainer.write(data.held_out) if writes else None
+    tuned = _held_out_outputs(trainer)
     tuned_texts = _write_freely(trainer)
     return compare(
         data.task,
         train=data.train,
-        held_out=data.held_out,
-        encoded=trainer.eval_dataset,  # type: ignore[arg-type]
+        held_out=trainer.eval_dataset or (),
         untrained=untrained,
         tuned=tuned,
         written=generated_texts(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
-        base_texts=base_answers,
-        tuned_texts=tuned_answers,
         facts=_facts(trainer, data, trained.metrics, first_step=log.first_step),
     )
+
+
+def _held_out_outputs(trainer: LoraTrainer) -> ModelOutputs:
+    """What the model gives for the held-out rows; a collective call."""
+    held_out = trainer.eval_dataset or []  # tokens by now: encoded once
+    scores = trainer.score(held_out)
+    texts = trainer.write(held_out) if trainer.task.answer_kind.generates_text else ()
+    return model_outputs(held_out, scores, texts=texts)
 
 
 def claim_output_folder(arguments: FineTuningArguments) -> Path:
@@ -160,12 +164,9 @@ def _claim(folder: Path, arguments: FineTuningArguments) -> None:
 
 def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     """Say what is about to happen, before it costs anything."""
-    labels = ", ".join(data.task.labels or ())
-    if not labels:
-        own = f"free text of at most {trainer.max_new_tokens} tokens"
-        labels = own if data.task.is_free_text else "each row's own choices"
+    answers = data.task.answer_kind.announcement(max_new_tokens=trainer.max_new_tokens)
     print(f"Task {data.task.name}: {len(data.train)} training rows, {len(data.held_out)} held out")
-    print(f"  answers: {labels}")
+    print(f"  answers: {answers}")
     if data.dropped:
         print(f"  rows left out as unusable: {data.dropped}")
     print(f"  rows whose text was shortened to fit: {trainer.shortened}")
@@ -179,7 +180,7 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
 
 
 def _write_freely(trainer: LoraTrainer) -> list[str]:
-    """What the model writes by itself on the first held-out rows."""
+    """The text that the model generates freely for the first held-out rows."""
     args = trainer.args
     chosen = trainer.eval_dataset[: args.generate_examples]  # type: ignore[index]
     texts = generate_texts(
@@ -214,7 +215,7 @@ def _facts(
     facts: dict[str, Any] = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "task": data.task.name,
-        "labels": list(data.task.labels or ()),
+        "labels": list(data.task.answer_kind.labels),
         "training_rows": len(data.train),
         "held_out_rows": len(data.held_out),
         "rows_left_out": data.dropped,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_fsdp.tasks.base import Example, Prompt
 from lora_fsdp.tasks.cells import cell_text
 from lora_fsdp.tasks.columns import ColumnTask
+from lora_fsdp.tasks.example import Example, Prompt
 from lora_fsdp.tasks.registry import register_task
 from lora_fsdp.tasks.text_metrics import exact_match, token_f1
 

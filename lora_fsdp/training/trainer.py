@@ -42,10 +42,10 @@ from lora_fsdp.distributed.replication import ReplicatedParameters
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.batched_generation import generate_answers
-from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
+from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics, model_outputs
 from lora_fsdp.evaluation.scoring import Scores, score_sequences
 from lora_fsdp.ranks import check_ranks_agree
-from lora_fsdp.tasks import ClassificationTask, Example, Task
+from lora_fsdp.tasks import Example, Task
 from lora_fsdp.training.epochs import ShuffleEachEpoch
 from lora_fsdp.training.logging.figures import RunFigures
 from lora_fsdp.training.logging.progress import RunProgress
@@ -82,7 +82,7 @@ class LoraTrainer(WatchedTrainer):
       Trainer's walk through every module of the base, which takes longer than a captured step.
     * `log`: the run's speed, cost and GPU load, for every tracker.
     * `get_eval_dataloader`, `evaluation_loop`: the task's metrics, from the likelihoods of answers
-      or from what the model writes.
+      or from the text that the model generates.
     * saving, loading, resuming and stopping: see `DurableTrainer`; what watches a run: see
       `WatchedTrainer`.
 
@@ -101,8 +101,9 @@ class LoraTrainer(WatchedTrainer):
 
     Attributes:
         confusion_matrices: of every evaluation by the optimizer step it was made at, counts of true
-            by predicted label (loggers take single numbers only); of classifications only.
-        max_new_tokens: longest answer that is written.
+            by predicted label (loggers take single numbers only); only of tasks whose kind of
+            answer has one.
+        max_new_tokens: longest generated text.
 
     Raises:
         LaunchError: the ranks did not get what the accelerate YAML asked for.
@@ -327,12 +328,12 @@ class LoraTrainer(WatchedTrainer):
     # ---- evaluation -----------------------------------------------------------------------------
 
     def get_eval_dataloader(
-        self, eval_dataset: Sequence[Example] | None = None
+        self, eval_dataset: Sequence[Example] | Sequence[EncodedExample] | None = None
     ) -> DataLoader[ScoringSequence]:
-        """This rank's rows of the held-out examples (or of other examples of the task)."""
+        """This rank's packed sequences of the held-out examples (or of others of the task)."""
         examples = self.eval_dataset
         if eval_dataset is not None:
-            examples = _encoded(eval_dataset, self.encoder)
+            examples = self.encoder.encode(eval_dataset)
         if not examples:
             raise ArgumentError("There are no examples to evaluate: give an eval_dataset.")
         return self._loader(
@@ -348,12 +349,16 @@ class LoraTrainer(WatchedTrainer):
         """As `get_eval_dataloader`."""
         return self.get_eval_dataloader(test_dataset)
 
-    def score(self, examples: Sequence[Example]) -> Scores:
-        """Scores of every answer to `examples`; a collective call, the same on every rank."""
+    def score(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> Scores:
+        """Scores of every answer to `examples`; a collective call, the same on every rank.
+
+        Args:
+            examples: of the task; they may be encoded already, as `eval_dataset` is.
+        """
         return self._score(self.get_eval_dataloader(examples))
 
-    def write(self, examples: Sequence[Example | EncodedExample]) -> list[str]:
-        """What the model writes by greedy decoding after each prompt, as `score` a collective call.
+    def write(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> list[str]:
+        """The text that greedy decoding generates after each prompt; as `score`, on all ranks.
 
         Returns:
             the texts without the prompts; `Task.parse` finds the answers in them.
@@ -361,7 +366,7 @@ class LoraTrainer(WatchedTrainer):
         texts = generate_answers(
             self.model,
             self.processing_class,
-            [example.prompt_ids for example in _encoded(examples, self.encoder)],
+            [example.prompt_ids for example in self.encoder.encode(examples)],
             device=self.args.device,
             max_new_tokens=self.max_new_tokens,
             end_token_id=self.encoder.end_token_id,
@@ -385,10 +390,11 @@ class LoraTrainer(WatchedTrainer):
         """
         rows: ScoringSequences = dataloader.dataset  # type: ignore[assignment]
         scores = self._score(dataloader)
-        written = self.write(rows.examples) if self.task.is_free_text else None
-        metrics = evaluation_metrics(self.task, rows.examples, scores, written=written)
-        if isinstance(self.task, ClassificationTask):
-            matrix = confusion_matrix(self.task, rows.examples, scores)
+        texts = self.write(rows.examples) if self.task.answer_kind.generates_text else ()
+        outputs = model_outputs(rows.examples, scores, texts=texts)
+        metrics = evaluation_metrics(self.task, rows.examples, outputs)
+        matrix = confusion_matrix(self.task, rows.examples, outputs)
+        if matrix is not None:
             self.confusion_matrices[self.state.global_step] = matrix
         labels = [-1 if example.label is None else example.label for example in rows.examples]
         return EvalLoopOutput(
@@ -427,10 +433,3 @@ class LoraTrainer(WatchedTrainer):
 
 def _only_item(batch: list[Any]) -> Any:
     return batch[0]
-
-
-def _encoded(examples: Sequence[Any], encoder: Encoder) -> list[EncodedExample]:
-    """`examples` as tokens; those the Trainer hands back from itself already are."""
-    if examples and isinstance(examples[0], EncodedExample):
-        return list(examples)
-    return encoder.encode(examples)

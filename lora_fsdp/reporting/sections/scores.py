@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lora_fsdp.evaluation.outputs import CHANCE, TFIDF, TUNED, UNTRAINED
+from lora_fsdp.evaluation.outputs import CHANCE, TUNED, UNTRAINED, shown_metrics
 from lora_fsdp.reporting.run_files import RunFiles, baseline_columns, label_columns
 from lora_fsdp.reporting.sections.intervals import Interval, PairedBootstrap, wilson_interval
+from lora_fsdp.tasks.answers.kind import MAJORITY, TFIDF
 
 # Below these, resampling says nothing and no verdict is given.
 _LEAST_ROWS_TO_RESAMPLE = 10
 _LEAST_ROWS_FOR_A_VERDICT = 30
-_SHOWN = ("accuracy", "macro_f1", "exact_match", "loss")
 # The metric of the bootstrap that each of the shown ones is.
 _RESAMPLED = {"accuracy": "accuracy", "exact_match": "accuracy", "macro_f1": "macro_f1"}
 NAMES = {
@@ -27,7 +27,7 @@ NAMES = {
     TUNED: "tuned model",
     UNTRAINED: "untrained model",
     TFIDF: "TF-IDF + logistic regression",
-    "majority": "majority label",
+    MAJORITY: "majority label",
     CHANCE: "guess among the choices",
     "token_f1": "F1 of words",
     "field_f1": "F1 of fields",
@@ -53,11 +53,7 @@ def score_table(run: RunFiles) -> dict[str, Any] | None:
         return None
     metrics: dict[str, dict[str, float]] = run.metrics["metrics"]
     primary = str(run.metrics["primary_metric"])
-    shown = [key for key in dict.fromkeys((primary, *_SHOWN)) if key in metrics[TUNED]]
-    if run.predictions is not None and not label_columns(run.predictions):
-        # A task with metrics of its own; those of a classification go on label by label.
-        own = [key for key in metrics[TUNED] if key not in shown]
-        shown = [*shown[:1], *own, *shown[1:]]
+    shown = shown_metrics(metrics[TUNED], primary=primary)
     bootstrap = bootstrap_of(run.predictions)
     systems = [
         {
