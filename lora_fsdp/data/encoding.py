@@ -62,9 +62,8 @@ class Encoder:
     A text cannot forge the control tokens that end a text or a turn: whatever `Prompt.text` or a
     target spells (`</s>`, `<|im_end|>`) is tokenised as the letters it is, and so is what `lead`,
     `tail` and `turns` spell. Control tokens are the tokenizer's special tokens and the added ones
-    that its chat template writes. Those in
-    `Prompt.before` and `Prompt.after`, which the task's author wrote, and those of the chat
-    template keep their meaning.
+    that its chat template writes. Those in `Prompt.before` and `Prompt.after`, which the task's
+    author wrote, and those of the chat template keep their meaning.
 
     Args:
         tokenizer: a fast or slow tokenizer with an end token.

@@ -19,8 +19,8 @@ from lora_fsdp.reporting.run_files import (
 from lora_fsdp.reporting.sections.answers import (
     choices_section,
     free_text_section,
+    generated_section,
     labels_section,
-    written_section,
 )
 from lora_fsdp.reporting.sections.intervals import CONFIDENCE, DRAWS
 from lora_fsdp.reporting.sections.progress import (
@@ -73,7 +73,7 @@ def report_contents(run: RunFiles) -> dict[str, Any]:
         "curves": found,
         "not_finite": not_finite(found),
         **dict[str, Any].fromkeys(_SECTIONS),
-        "free_writing": run.part(METRICS_FILE, written_section),
+        "free_writing": run.part(METRICS_FILE, generated_section),
         "health": run.part(DATA_HEALTH_FILE, _health),
         "progress": run.part(METRICS_FILE, progress),
         "plan": run.part(METRICS_FILE, plan_against_measured),

@@ -149,7 +149,7 @@ class Task:
     def parse(self, text: str) -> str | None:
         """The answer in a generated continuation, or `None` if there is none.
 
-        `text` is only what the model wrote after the prompt, so nothing in the prompt can be
+        `text` is only what the model generated after the prompt, so nothing in the prompt can be
         mistaken for the answer.
         """
         return text.strip() or None
