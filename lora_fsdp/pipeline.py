@@ -23,7 +23,6 @@ from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
 from lora_fsdp.evaluation.comparison import Comparison, compare, generated_texts
 from lora_fsdp.evaluation.generation import generate_texts
-from lora_fsdp.evaluation.metrics import model_outputs
 from lora_fsdp.placement.gpus import known_gpu
 from lora_fsdp.planning.predicted import predicted
 from lora_fsdp.ranks import on_first_rank
@@ -32,7 +31,6 @@ from lora_fsdp.reporting.model_card import WriteCards, remove_model_card, try_to
 from lora_fsdp.reporting.recording.record import record_start
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
-from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.training.logging.log_history import KeepLog
 from lora_fsdp.training.saving.atomic_folders import remove_leftovers
 from lora_fsdp.training.saving.output_folder import check_output_folder, files_of
@@ -106,13 +104,13 @@ def finetune(
 
 def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Comparison:
     with trainer.model.disable_adapter():
-        untrained = _held_out_outputs(trainer)
+        untrained = trainer.outputs()
         base_texts = _write_freely(trainer)
     trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
     if trainer.is_world_process_zero():
         try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)
-    tuned = _held_out_outputs(trainer)
+    tuned = trainer.outputs()
     tuned_texts = _write_freely(trainer)
     return compare(
         data.task,
@@ -123,14 +121,6 @@ def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Co
         written=generated_texts(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
         facts=_facts(trainer, data, trained.metrics, first_step=log.first_step),
     )
-
-
-def _held_out_outputs(trainer: LoraTrainer) -> ModelOutputs:
-    """What the model gives for the held-out rows; a collective call."""
-    held_out = trainer.eval_dataset or []  # tokens by now: encoded once
-    scores = trainer.score(held_out)
-    texts = trainer.write(held_out) if trainer.task.answer_kind.generates_text else ()
-    return model_outputs(held_out, scores, texts=texts)
 
 
 def claim_output_folder(arguments: FineTuningArguments) -> Path:

@@ -43,7 +43,7 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
     table = read_table(path, encoding=options.encoding)
     table = sample_rows(table, max_rows=options.max_rows, head=options.head, seed=options.seed)
     predictor = load_predictor(adapter, label_column=options.label_column)
-    from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics, model_outputs
+    from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
 
     dropped = 0
     if options.on_bad_rows == "drop":
@@ -51,8 +51,7 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
     task = predictor.task.bind(table, for_training=False)
     examples = task.examples(table)
     encoded = predictor.encoder.encode(examples)
-    texts = predictor.write(encoded) if task.answer_kind.generates_text else ()
-    outputs = model_outputs(encoded, predictor.score(encoded), texts=texts)
+    outputs = predictor.outputs(encoded)
     found: dict[str, Any] = {
         "adapter": adapter.adapter,
         "data_file": path,

@@ -176,11 +176,13 @@ class Predictor:
             max_tokens=_ROW_TOKENS[self.device.type],
         )
 
-    def outputs(self, examples: Sequence[Example]) -> ModelOutputs:
-        """What an answer to each of `examples`, with or without a target, is read from."""
+    def outputs(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> ModelOutputs:
+        """What the answers to `examples` are read from: `score`, and what `write` generates where
+        the task's kind of answer asks for it. Without a target there may be nothing to score.
+        """
         kind, encoded = self.task.answer_kind, self.encoder.encode(examples)
         texts = self.write(encoded) if kind.generates_text else ()
-        if any(one.candidate_ids for one in encoded):
+        if any(ids for one in encoded for ids in one.scored_ids):
             return model_outputs(encoded, self.score(encoded), texts=texts)
         nothing = np.zeros((len(encoded), len(kind.labels)))
         return ModelOutputs(nothing, nothing, texts)

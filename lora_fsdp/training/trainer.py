@@ -46,6 +46,7 @@ from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics, m
 from lora_fsdp.evaluation.scoring import Scores, score_sequences
 from lora_fsdp.ranks import check_ranks_agree
 from lora_fsdp.tasks import Example, Task
+from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.training.epochs import ShuffleEachEpoch
 from lora_fsdp.training.logging.figures import RunFigures
 from lora_fsdp.training.logging.progress import RunProgress
@@ -357,6 +358,14 @@ class LoraTrainer(WatchedTrainer):
         """
         return self._score(self.get_eval_dataloader(examples))
 
+    def outputs(
+        self, examples: Sequence[Example] | Sequence[EncodedExample] | None = None
+    ) -> ModelOutputs:
+        """What the answers to `examples` (by default the held-out ones) are read from: `score`,
+        and what `write` generates where the task's kind of answer asks for it.
+        """
+        return self._outputs(self.get_eval_dataloader(examples))
+
     def write(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> list[str]:
         """The text that greedy decoding generates after each prompt; as `score`, on all ranks.
 
@@ -389,20 +398,24 @@ class LoraTrainer(WatchedTrainer):
             none), and the metrics, prefixed.
         """
         rows: ScoringSequences = dataloader.dataset  # type: ignore[assignment]
-        scores = self._score(dataloader)
-        texts = self.write(rows.examples) if self.task.answer_kind.generates_text else ()
-        outputs = model_outputs(rows.examples, scores, texts=texts)
+        outputs = self._outputs(dataloader)
         metrics = evaluation_metrics(self.task, rows.examples, outputs)
         matrix = confusion_matrix(self.task, rows.examples, outputs)
         if matrix is not None:
             self.confusion_matrices[self.state.global_step] = matrix
         labels = [-1 if example.label is None else example.label for example in rows.examples]
         return EvalLoopOutput(
-            predictions=scores.log_likelihoods.numpy(),
+            predictions=outputs.log_likelihoods,
             label_ids=torch.tensor(labels).numpy(),
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(rows.examples),
         )
+
+    def _outputs(self, dataloader: DataLoader[ScoringSequence]) -> ModelOutputs:
+        examples = dataloader.dataset.examples  # type: ignore[attr-defined]
+        scores = self._score(dataloader)
+        texts = self.write(examples) if self.task.answer_kind.generates_text else ()
+        return model_outputs(examples, scores, texts=texts)
 
     def _score(self, dataloader: DataLoader[ScoringSequence]) -> Scores:
         rows: ScoringSequences = dataloader.dataset  # type: ignore[assignment]

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from lora_fsdp import DataArguments, FineTuningArguments, LoraTrainer, ModelArguments
 from lora_fsdp.base.loading import load_base, load_tokenizer
 from lora_fsdp.data.rows import TaskData, load_task_data
-from lora_fsdp.evaluation.metrics import evaluation_metrics, model_outputs
+from lora_fsdp.evaluation.metrics import evaluation_metrics
 from lora_fsdp.evaluation.prediction import Predictor
 from tests.support.tiny import tiny_model, tiny_tokenizer
 
@@ -103,7 +103,7 @@ def predict_all(output: Path) -> dict[str, Any]:
         predictor = Predictor.from_adapter(output / recipe)
         texts = predictor.write(data.held_out) if data.task.is_free_text else None
         encoded = predictor.encoder.encode(data.held_out)
-        outputs = model_outputs(encoded, predictor.score(encoded), texts=texts or ())
+        outputs = predictor.outputs(encoded)
         found[recipe] = {
             "metrics": evaluation_metrics(predictor.task, encoded, outputs),
             "written": texts,
