@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lora_fsdp.data.encoding import EncodedExample
@@ -27,6 +28,7 @@ from lora_fsdp.evaluation.outputs import (
 )
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.tasks.answers import ModelOutputs
+from lora_fsdp.tasks.answers.kind import SCORE_BY
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Comparison:
         primary_metric: the metric that decides.
         predictions: one row per held-out example: row number, text, target, answers, probability
             (of the tuned answer; in a free-text task, of the target), what the kind of answer adds
-            (the probability of every label, or the row's choices with theirs as JSON), the
-            baselines' answers.
+            (the probability of every label, or the row's choices with theirs as JSON), the scores
+            of which the primary metric is the mean, if it is one, the baselines' answers.
         confusion: counts of true by predicted label of the tuned model; `None` where the kind of
             answer has no such table.
         written: the texts that both models generated for some held-out rows, and the answers in
@@ -135,6 +137,7 @@ def compare(
         "tuned": pd.Series(kind.answers(tested, tuned), dtype=object),
         "probability": kind.probabilities(tuned),
         **kind.run_columns(tested, tuned),
+        **_row_scores(task, tested, {UNTRAINED: untrained, TUNED: tuned}, metrics),
         **{f"baseline/{name}": answers for name, answers in baselines.items()},
     }
     return Comparison(
@@ -179,6 +182,23 @@ def format_written(entry: Mapping[str, Any]) -> str:
     for who in ("base", "tuned"):
         lines.append(f"  {who:<5} writes {entry[who]['text']!r} -> {entry[who]['answer']}")
     return "\n".join(lines)
+
+
+def _row_scores(
+    task: Task,
+    examples: Sequence[Example],
+    outputs: Mapping[str, ModelOutputs],
+    metrics: Mapping[str, Mapping[str, float]],
+) -> dict[str, Sequence[float]]:
+    """A column for each system with its rows' scores, whose mean is its primary metric."""
+    metric, kind = task.primary_metric, task.answer_kind
+    columns = {}
+    for system, given in outputs.items():
+        scores = kind.row_scores(metric, examples, given)
+        # A task's own metric may have the name, and another meaning.
+        if scores is not None and np.isclose(np.mean(scores), metrics[system].get(metric, np.nan)):
+            columns[f"{SCORE_BY}{metric}/{system}"] = scores
+    return columns
 
 
 def _baselines(

@@ -54,7 +54,7 @@ class PredictionRow:
 def shown_metrics(metrics: Iterable[str], *, primary: str) -> list[str]:
     """Of a system's metrics those that a table shows, in their order: the primary one first."""
     given = list(metrics)
-    own = [n for n in given if n not in _SHOWN_LAST and not n.startswith(_NOT_SHOWN)]
+    own = [name for name in given if not name.startswith(_NOT_SHOWN) and name not in _SHOWN_LAST]
     return [name for name in dict.fromkeys([primary, *own, *_SHOWN_LAST]) if name in given]
 
 

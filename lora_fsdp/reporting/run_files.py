@@ -12,7 +12,7 @@ import pandas as pd
 
 from lora_fsdp.errors import DamagedRunError, RunNotFoundError
 from lora_fsdp.evaluation.outputs import LOG_FILE
-from lora_fsdp.tasks.answers.kind import CHOICES, PROBABILITY_OF, Section
+from lora_fsdp.tasks.answers.kind import CHOICES, PROBABILITY_OF, SCORE_BY, Section
 
 RECORD_FILE = "run_record.json"
 DATA_HEALTH_FILE = "data_health.json"
@@ -46,7 +46,8 @@ class RunFiles:
         record: `run_record.json`.
         health: `data_health.json`.
         metrics: `metrics.json`, which a run writes last.
-        predictions: `predictions.csv`: `row` int, probabilities float, all else text ("" = none).
+        predictions: `predictions.csv`: `row` int, probabilities and scores float, all else text
+            ("" = none).
         log: `log_history.jsonl`, or the log in a `trainer_state.json`.
         arguments, task, adapter: `training_args.json`, `task.json`, `adapter_config.json`.
         checkpoints: names of the checkpoint folders, oldest first.
@@ -202,7 +203,7 @@ def _predictions(path: Path) -> pd.DataFrame | None:
             raise _damaged(path, f"it has no column {', '.join(missing)}")
         table["row"] = table["row"].astype(int)
         for column in table.columns:
-            if column == "probability" or column.startswith(PROBABILITY_OF):
+            if column == "probability" or column.startswith((PROBABILITY_OF, SCORE_BY)):
                 table[column] = table[column].astype(float)
     except (ValueError, OSError) as error:
         if isinstance(error, DamagedRunError):

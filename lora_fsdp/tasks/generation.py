@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lora_fsdp.tasks.answers import FreeText
 from lora_fsdp.tasks.cells import cell_text
 from lora_fsdp.tasks.columns import ColumnTask
 from lora_fsdp.tasks.example import Example, Prompt
@@ -24,6 +25,11 @@ class GenerationTask(ColumnTask):
     description = "Free text for each text of a table, by an instruction of one's own"
     primary_metric = "token_f1"
     instruction = "Continue as in the examples."
+
+    @property
+    def answer_kind(self) -> FreeText:
+        """Free text, of which each row has its scores."""
+        return FreeText(self.parse, self.score_answer)
 
     def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
         """Instruction, input, and the cue for the answer."""
@@ -63,7 +69,7 @@ class GenerationTask(ColumnTask):
         self, examples: Sequence[Example], answers: Sequence[str | None]
     ) -> dict[str, float]:
         """See the base class; a row's further right answers count."""
-        right = [example.references or (self.answer_of(example),) for example in examples]
+        right = [self.answer_kind.references(example) for example in examples]
         return self.measure_answers(answers, right)
 
     def compute_metrics(

@@ -27,7 +27,7 @@ from lora_fsdp import (
     register_task,
 )
 from lora_fsdp.cli.main import main
-from lora_fsdp.tasks import ClassificationTask, Example
+from lora_fsdp.tasks import ClassificationTask, Example, GenerationTask
 from lora_fsdp.tasks.answers import AnswerKind, ModelOutputs
 from tests.support.tiny import LABELS, ToyTask, toy_table
 
@@ -197,6 +197,28 @@ def test_a_kind_of_its_own(
     assert list(answered) == ["text", "predicted_score", "probability", "expected_score"]
     assert answered["predicted_score"].tolist() == answers["tuned"].tolist()
     np.testing.assert_allclose(answered["expected_score"], answers["expected_score"], rtol=1e-4)
+
+
+class KindTask(GenerationTask):
+    """Free text measured by a mean over the rows."""
+
+    name = "tests-kind-words"
+    label_column = "label"
+
+
+def test_a_mean_over_the_rows_has_an_interval(model_folder: Path, tmp_path: Path) -> None:
+    found = train(KindTask(), model_folder, tmp_path / "words", toy_table(48), max_new_tokens=4)
+    scores = {
+        entry["system"]: entry["scores"]
+        for entry in report_of(tmp_path / "words")["scores"]["systems"]
+    }
+    for system in ("untrained", "tuned"):
+        column = found["table"][f"score/token_f1/{system}"]
+        value = found["metrics"][system]["token_f1"]
+        assert column.mean() == pytest.approx(value)
+        shown = scores[system]["token_f1"]
+        assert shown["value"] == pytest.approx(value)
+        assert shown["low"] <= value <= shown["high"]
 
 
 @pytest.mark.parametrize("task", [ToyTask(), EchoTask()], ids=lambda task: task.name)

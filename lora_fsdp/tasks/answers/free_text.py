@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ class FreeText(AnswerKind):
 
     Args:
         parse: finds the answer in a generated text (`Task.parse`).
+        score: an answer's metrics by the right answers, where those of the rows are their means.
     """
 
     name = "free_text"
@@ -24,8 +25,13 @@ class FreeText(AnswerKind):
     report_sections = (Section.FREE_TEXT,)
     answer_column = "predicted_text"
 
-    def __init__(self, parse: Callable[[str], str | None]) -> None:
+    def __init__(
+        self,
+        parse: Callable[[str], str | None],
+        score: Callable[[str, Sequence[str]], Mapping[str, float]] | None = None,
+    ) -> None:
         self._parse = parse
+        self._score = score
 
     def candidates(self, example: Example) -> Sequence[str]:
         """None."""
@@ -40,6 +46,20 @@ class FreeText(AnswerKind):
         if outputs.log_likelihoods.shape[1] == 0:
             return [None] * len(outputs.log_likelihoods)
         return np.exp(outputs.log_likelihoods[:, 0]).tolist()
+
+    def row_scores(
+        self, metric: str, examples: Sequence[Example], outputs: ModelOutputs
+    ) -> Sequence[float] | None:
+        """What `score` says of each row."""
+        if self._score is None:
+            return None
+        given = zip(self.answers(examples, outputs), examples, strict=True)
+        scores = [self._score(answer or "", self.references(example)) for answer, example in given]
+        return [row[metric] for row in scores] if scores and metric in scores[0] else None
+
+    def references(self, example: Example) -> Sequence[str]:
+        """All right answers to an example."""
+        return example.references or (self.answer_of(example),)
 
     def predicted_columns(
         self, examples: Sequence[Example], outputs: ModelOutputs

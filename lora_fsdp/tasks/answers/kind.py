@@ -15,8 +15,9 @@ from lora_fsdp.tasks.example import Example
 
 # What a tuned model should beat, as it is called in `metrics.json` and in tables.
 MAJORITY, TFIDF = "majority", "TF-IDF + logistic"
-# Columns of predictions: a label's probability, and a row's own choices with theirs.
-PROBABILITY_OF, CHOICES = "probability/", "choices"
+# Columns of predictions: a label's probability, a row's own choices with theirs, and the score of a
+# row by "<metric>/<system>".
+PROBABILITY_OF, CHOICES, SCORE_BY = "probability/", "choices", "score/"
 
 
 class Section(StrEnum):
@@ -113,6 +114,15 @@ class AnswerKind(ABC):
     ) -> dict[str, float]:
         """Metrics that the answers alone do not give, of examples that all have a target."""
         return {}
+
+    def row_scores(
+        self, metric: str, examples: Sequence[Example], outputs: ModelOutputs
+    ) -> Sequence[float] | None:
+        """[N], of which `metric` is the mean, for its interval; `None` if it is no such mean.
+
+        Accuracy needs none: the answers say it.
+        """
+        return None
 
     def confusion_matrix(
         self, targets: Sequence[str], predictions: Sequence[str | None]
