@@ -103,28 +103,22 @@ def finetune(
 
 
 def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Comparison:
-    writes = data.task.is_free_text
     with trainer.model.disable_adapter():
-        untrained = trainer.score(data.held_out)
-        base_answers = trainer.write(data.held_out) if writes else None
+        untrained = trainer.outputs()
         base_texts = _write_freely(trainer)
     trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
     if trainer.is_world_process_zero():
         try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)
-    tuned = trainer.score(data.held_out)
-    tuned_answers = trainer.write(data.held_out) if writes else None
+    tuned = trainer.outputs()
     tuned_texts = _write_freely(trainer)
     return compare(
         data.task,
         train=data.train,
-        held_out=data.held_out,
-        encoded=trainer.eval_dataset,  # type: ignore[arg-type]
+        held_out=trainer.eval_dataset or (),
         untrained=untrained,
         tuned=tuned,
         written=generated_texts(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
-        base_texts=base_answers,
-        tuned_texts=tuned_answers,
         facts=_facts(trainer, data, trained.metrics, first_step=log.first_step),
     )
 
@@ -160,12 +154,9 @@ def _claim(folder: Path, arguments: FineTuningArguments) -> None:
 
 def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     """Say what is about to happen, before it costs anything."""
-    labels = ", ".join(data.task.labels or ())
-    if not labels:
-        own = f"free text of at most {trainer.max_new_tokens} tokens"
-        labels = own if data.task.is_free_text else "each row's own choices"
+    answers = data.task.answer_kind.announcement(max_new_tokens=trainer.max_new_tokens)
     print(f"Task {data.task.name}: {len(data.train)} training rows, {len(data.held_out)} held out")
-    print(f"  answers: {labels}")
+    print(f"  answers: {answers}")
     if data.dropped:
         print(f"  rows left out as unusable: {data.dropped}")
     print(f"  rows whose text was shortened to fit: {trainer.shortened}")
@@ -179,7 +170,7 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
 
 
 def _write_freely(trainer: LoraTrainer) -> list[str]:
-    """What the model writes by itself on the first held-out rows."""
+    """The text that the model generates freely for the first held-out rows."""
     args = trainer.args
     chosen = trainer.eval_dataset[: args.generate_examples]  # type: ignore[index]
     texts = generate_texts(
@@ -214,7 +205,7 @@ def _facts(
     facts: dict[str, Any] = {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "task": data.task.name,
-        "labels": list(data.task.labels or ()),
+        "labels": list(data.task.answer_kind.labels),
         "training_rows": len(data.train),
         "held_out_rows": len(data.held_out),
         "rows_left_out": data.dropped,

@@ -166,6 +166,64 @@ def test_errors_are_named(source: Path) -> None:
     assert not wrong, f"{name_of(source)}: {wrong}"
 
 
+#: What says of which kind a task's answers are. Outside tasks/ nobody asks it: see `AnswerKind`.
+KINDS = {"is_free_text", "per_row_choices"}
+TASK_CLASSES = {
+    name
+    for source in (PACKAGE / "tasks").rglob("*.py")
+    for node in ast.parse(source.read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ClassDef)
+    for name in [node.name]
+    if name.endswith("Task") or any(getattr(base, "id", "") == "AnswerKind" for base in node.bases)
+}
+
+
+def asks_for_the_kind(node: ast.AST) -> bool:
+    """Whether `node` finds out what sort of answers a task has, other than by its `answer_kind`."""
+    if isinstance(node, ast.Attribute):
+        of_task = getattr(node.value, "id", getattr(node.value, "attr", "")).endswith("task")
+        return node.attr in KINDS or (node.attr == "labels" and of_task)
+    if isinstance(node, ast.Compare):
+        return any(
+            ast.unparse(part).endswith("kind.name") for part in (node.left, *node.comparators)
+        )
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"isinstance", "issubclass"}:
+        names = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)}
+        return bool(names & TASK_CLASSES)
+    return False
+
+
+@pytest.mark.parametrize(
+    "source", [source for source in SOURCES if layer_of(source) != "tasks"], ids=name_of
+)
+def test_the_kind_of_answer_is_asked_for_in_tasks_alone(source: Path) -> None:
+    """A branch on it would have to be found and extended for every new kind."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    wrong = [
+        f"line {node.lineno}: {ast.unparse(node)}"  # type: ignore[attr-defined]
+        for node in ast.walk(tree)
+        if asks_for_the_kind(node)
+    ]
+    assert not wrong, f"{name_of(source)}: ask the task's `answer_kind` instead: {wrong}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "task.is_free_text",
+        "self.task.per_row_choices",
+        "data.task.labels is None",
+        "list(predictor.task.labels or ())",
+        "isinstance(task, ClassificationTask | MultipleChoiceTask)",
+        "isinstance(task, (int, ColumnTask))",
+        "isinstance(task.answer_kind, FreeText)",
+        "task.answer_kind.name == 'free_text'",
+    ],
+)
+def test_asking_for_the_kind_is_found(code: str) -> None:
+    assert any(asks_for_the_kind(node) for node in ast.walk(ast.parse(code)))
+
+
 def test_public_names_are_sorted_and_importable() -> None:
     library = importlib.import_module("lora_fsdp")
     names = list(library.__all__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,14 +44,14 @@ def build_probes(encoder: Encoder, examples: Sequence[Example]) -> list[Probe]:
     """
     frames = {(example.prompt.before, example.prompt.after) for example in examples}
     before, after = frames.pop() if len(frames) == 1 and len(examples) > 1 else ("", "")
-    target = None if encoder.task.labels is not None else _FREE_ANSWER
+    asked = [Example(0, Prompt(before, text, after), None) for text in PROBE_TEXTS]
     encoded = encoder.encode(
-        [Example(0, Prompt(before, text, after), target) for text in PROBE_TEXTS]
+        [
+            one if encoder.kind.candidates(one) else replace(one, target=_FREE_ANSWER)
+            for one in asked
+        ]
     )
-    return [
-        Probe(one.prompt_ids, list(one.candidate_ids[:_MOST_ANSWERS]) or [one.target_ids])
-        for one in encoded
-    ]
+    return [Probe(one.prompt_ids, list(one.scored_ids[:_MOST_ANSWERS])) for one in encoded]
 
 
 @torch.no_grad()

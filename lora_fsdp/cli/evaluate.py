@@ -44,7 +44,6 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
     table = sample_rows(table, max_rows=options.max_rows, head=options.head, seed=options.seed)
     predictor = load_predictor(adapter, label_column=options.label_column)
     from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
-    from lora_fsdp.tasks import ClassificationTask
 
     dropped = 0
     if options.on_bad_rows == "drop":
@@ -52,18 +51,18 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
     task = predictor.task.bind(table, for_training=False)
     examples = task.examples(table)
     encoded = predictor.encoder.encode(examples)
-    scores = predictor.score(examples)
-    written = predictor.write(examples) if task.is_free_text else None
+    outputs = predictor.outputs(encoded)
     found: dict[str, Any] = {
         "adapter": adapter.adapter,
         "data_file": path,
         "rows": len(examples),
         "rows_left_out": dropped,
         "rows_shortened": sum(example.shortened for example in encoded),
-        "metrics": evaluation_metrics(task, encoded, scores, written=written),
+        "metrics": evaluation_metrics(task, encoded, outputs),
     }
-    if isinstance(task, ClassificationTask):
-        found["confusion_matrix"] = confusion_matrix(task, encoded, scores).to_dict(orient="split")
+    matrix = confusion_matrix(task, encoded, outputs)
+    if matrix is not None:
+        found["confusion_matrix"] = matrix.to_dict(orient="split")
     if options.json:
         print_json(found)
     else:

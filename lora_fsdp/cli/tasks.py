@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_fsdp.arguments import DataArguments
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import table_text, write
-from lora_fsdp.tasks import ClassificationTask, Task, get_task, list_tasks
+from lora_fsdp.tasks import get_task, list_tasks
 from lora_fsdp.tasks.files import import_task_file
 
 if TYPE_CHECKING:
@@ -73,11 +73,9 @@ def show_one(options: ShowOptions) -> int:
         "description": task.description,
         "class": f"{type(task).__module__}:{type(task).__qualname__}",
         "primary_metric": task.primary_metric,
-        "answers": _kind_of_answers(task),
-        **task.options(),
+        "answers": task.answer_kind.description,
+        **task.facts(),
     }
-    if isinstance(task, ClassificationTask):
-        facts["layouts"] = [list(pair) for pair in task.layouts]
     if options.json:
         print_json(facts)
         return 0
@@ -85,13 +83,6 @@ def show_one(options: ShowOptions) -> int:
         write(f"{name:<16} {_shown(value)}")
     write(f"\n{inspect.getdoc(type(task)) or ''}")
     return 0
-
-
-def _kind_of_answers(task: Task) -> str:
-    if task.per_row_choices:
-        return "one of each row's own choices, the likeliest"
-    closed = task.labels is not None or isinstance(task, ClassificationTask)
-    return "one of a closed set, the likeliest" if closed else "free text, by greedy decoding"
 
 
 def _shown(value: Any) -> str:

@@ -24,7 +24,7 @@ class TaskCheck:
     Attributes:
         task: the task, bound to its table.
         training_rows, held_out_rows, left_out: numbers of rows.
-        balance: for each label its training and its held-out rows; empty for free text.
+        balance: for each label its training and its held-out rows; empty without a label set.
         repeated: rows whose text occurs in another row as well.
         contradicting: texts that occur with more than one answer.
         shortened: rows whose text does not fit; `None` without a tokenizer.
@@ -80,12 +80,13 @@ def _asked(example: Example) -> str:
 
 
 def _balance(data: TaskData) -> dict[str, tuple[int, int]]:
-    def counts(examples: Sequence[Example]) -> Counter[str | None]:
-        return Counter(example.target for example in examples)
+    kind = data.task.answer_kind
+
+    def counts(examples: Sequence[Example]) -> Counter[str]:
+        return Counter(kind.answer_of(example) for example in examples)
 
     train, held_out = counts(data.train), counts(data.held_out)
-    targets = {label: data.task.target_of(label) for label in data.task.labels or ()}
-    return {label: (train[target], held_out[target]) for label, target in targets.items()}
+    return {label: (train[label], held_out[label]) for label in kind.labels}
 
 
 def _concerns(

@@ -31,8 +31,7 @@ class EncodedExample:
         row: its row number, for messages.
         prompt_ids: the prompt, with the tokenizer's leading special token if it has one.
         target_ids: the answer and the end token; empty if the example has no target.
-        candidate_ids: every label of the closed set, or every choice of the row, each with the end
-            token; empty for free text.
+        candidate_ids: every text of `AnswerKind.candidates`, each with the end token.
         label: index of the target among the candidates, or `None`.
         shortened: whether the text was cut to fit.
         example: what was encoded.
@@ -46,6 +45,11 @@ class EncodedExample:
     shortened: bool
     example: Example
 
+    @property
+    def scored_ids(self) -> Sequence[list[int]]:
+        """What is scored after the prompt: the candidates, or the target where there are none."""
+        return self.candidate_ids or (self.target_ids,)
+
 
 class Encoder:
     """Tokenises a task's examples.
@@ -58,13 +62,12 @@ class Encoder:
     A text cannot forge the control tokens that end a text or a turn: whatever `Prompt.text` or a
     target spells (`</s>`, `<|im_end|>`) is tokenised as the letters it is, and so is what `lead`,
     `tail` and `turns` spell. Control tokens are the tokenizer's special tokens and the added ones
-    that its chat template writes. Those in
-    `Prompt.before` and `Prompt.after`, which the task's author wrote, and those of the chat
-    template keep their meaning.
+    that its chat template writes. Those in `Prompt.before` and `Prompt.after`, which the task's
+    author wrote, and those of the chat template keep their meaning.
 
     Args:
         tokenizer: a fast or slow tokenizer with an end token.
-        task: gives the label set and its target texts.
+        task: gives the kind of answer, and so the texts that are scored.
         max_length: longest prompt + longest answer + end token, in tokens.
         chat_template: put the prompt through the tokenizer's chat template, as a user's message.
     """
@@ -85,26 +88,30 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.task = task
+        self.kind = task.answer_kind
         self.max_length = max_length
         self.chat_template = chat_template
         self._continuation_ids = lru_cache(maxsize=4096)(self._tokenize_continuation)
-        self._candidates = lru_cache(maxsize=256)(self._encode_candidates)
+        self._label_ids = lru_cache(maxsize=256)(self._encode_labels)
         self._frame = lru_cache(maxsize=4096)(self._build_frame)
 
-    def encode(self, examples: Sequence[Example]) -> list[EncodedExample]:
-        """Token ids of all `examples`, in order.
+    def encode(
+        self, examples: Sequence[Example] | Sequence[EncodedExample]
+    ) -> list[EncodedExample]:
+        """Token ids of all `examples`, in order; those that are encoded already stay as they are.
 
         Raises:
             RowTooLongError: an example does not fit even without its text.
             UnknownLabelError: a target that is not one of the closed set's answers.
             LabelCollisionError: labels that the model could not tell apart.
         """
-        if not examples:
-            return []
-        prompts = self._tokenize([self.render(example.prompt) for example in examples])
+        new = [example for example in examples if isinstance(example, Example)]
+        prompts = iter(self._tokenize([self.render(one.prompt) for one in new]) if new else ())
         return [
-            self._encode_one(example, self._without_forged(example, ids))
-            for example, ids in zip(examples, prompts, strict=True)
+            self._encode_one(example, self._without_forged(example, next(prompts)))
+            if isinstance(example, Example)
+            else example
+            for example in examples
         ]
 
     def render(self, prompt: Prompt) -> str:
@@ -123,11 +130,7 @@ class Encoder:
     def _encode_one(self, example: Example, prompt_ids: list[int]) -> EncodedExample:
         after = example.prompt.after
         target_ids = [] if example.target is None else self._answer_ids(after, example.target)
-        candidates: tuple[list[int], ...] = ()
-        if example.choices:
-            candidates = self._choice_ids(example)
-        elif self.task.labels is not None:
-            candidates = self._candidates(after)
+        candidates = self._candidate_ids(example)
         longest = max((len(ids) for ids in (target_ids, *candidates)), default=0)
         shortened = len(prompt_ids) + longest > self.max_length
         if shortened:
@@ -135,8 +138,7 @@ class Encoder:
         if not prompt_ids:
             raise EmptyTextError(f"Row {example.row}: the prompt has no tokens; give it a text.")
         if candidates and target_ids and target_ids not in candidates:
-            labels = [self.task.target_of(label) for label in self.task.labels or ()]
-            answers = list(example.choices) or labels
+            answers = list(self.kind.candidates(example))
             raise UnknownLabelError(
                 f"Row {example.row}: the target {example.target!r} is none of the possible answers "
                 f"{answers}: build_target must give one of them to the letter."
@@ -171,21 +173,24 @@ class Encoder:
             )
         return ids
 
-    def _choice_ids(self, example: Example) -> tuple[list[int], ...]:
-        """The row's own choices. One may begin like another: the end token tells them apart."""
-        ids = [self._answer_ids(example.prompt.after, choice) for choice in example.choices]
-        for place, choice in enumerate(ids):
-            if (first := ids.index(choice)) != place:
+    def _candidate_ids(self, example: Example) -> tuple[list[int], ...]:
+        texts, after = tuple(self.kind.candidates(example)), example.prompt.after
+        if labels := tuple(self.kind.labels):  # the same for all rows: encoded and checked once
+            return self._label_ids(after, texts, labels)
+        # One may begin like another: the end token tells them apart.
+        ids = [self._answer_ids(after, text) for text in texts]
+        for place, own in enumerate(ids):
+            if (first := ids.index(own)) != place:
                 raise LabelCollisionError(
-                    f"Row {example.row}: to this tokenizer the choices "
-                    f"{example.choices[first].strip()!r} and {example.choices[place].strip()!r} "
-                    "are the same; change one of them."
+                    f"Row {example.row}: to this tokenizer the choices {texts[first].strip()!r} "
+                    f"and {texts[place].strip()!r} are the same; change one of them."
                 )
         return tuple(ids)
 
-    def _encode_candidates(self, after: str) -> tuple[list[int], ...]:
-        labels = list(self.task.labels or ())
-        candidates = [self._answer_ids(after, self.task.target_of(label)) for label in labels]
+    def _encode_labels(
+        self, after: str, texts: tuple[str, ...], labels: tuple[str, ...]
+    ) -> tuple[list[int], ...]:
+        candidates = [self._answer_ids(after, text) for text in texts]
         for first, a in zip(labels, candidates, strict=True):
             for second, b in zip(labels, candidates, strict=True):
                 if first != second and b[: len(a) - 1] == a[:-1]:

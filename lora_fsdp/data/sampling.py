@@ -161,16 +161,16 @@ class ScoringSequence:
 class ScoringSequences(Dataset[ScoringSequence]):
     """This rank's packed sequences of a set whose answers are to be scored.
 
-    An example's answers are all labels of a closed set, its own choices, or its target in a
-    free-text task. The division into sequences does not depend on the number of ranks, so neither
-    do the scores; every rank has as many, and every example is in exactly one of them.
+    An example's answers are the texts that its task's kind of answer scores. The division into
+    sequences does not depend on the number of ranks, so neither do the scores; every rank has as
+    many, and every example is in exactly one of them.
     """
 
     def __init__(
         self, examples: Sequence[EncodedExample], *, rank: int, world_size: int, max_tokens: int
     ) -> None:
         self.examples = examples
-        self.answers = [example.candidate_ids or (example.target_ids,) for example in examples]
+        self.answers = [example.scored_ids for example in examples]
         trees = [
             Tree(example.prompt_ids, answers)
             for example, answers in zip(examples, self.answers, strict=True)

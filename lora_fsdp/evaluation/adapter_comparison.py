@@ -11,7 +11,6 @@ import pandas as pd
 
 from lora_fsdp.errors import ArgumentError, DataFileNotFoundError
 from lora_fsdp.evaluation.comparison import generated_texts
-from lora_fsdp.evaluation.metrics import given_answers
 from lora_fsdp.evaluation.outputs import PredictionRow
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.tasks import Example, Task
@@ -23,7 +22,7 @@ class SideBySide:
 
     Attributes:
         rows: a row each.
-        written: what both wrote by themselves, if asked for (`generated_texts`).
+        written: the texts that both generated, if asked for (`generated_texts`).
         agreeing: how many answers are those of the run's own evaluation.
     """
 
@@ -48,7 +47,7 @@ def compare_on_held_out(
         folder: its run's output folder, with `predictions.csv`.
         rows: size of the sample.
         seed: of the sample.
-        generate: let both write freely, too; `temperature` 0 = greedy.
+        generate: let both generate freely, too; `temperature` 0 = greedy.
 
     Raises:
         DataFileNotFoundError: the folder holds no `predictions.csv`.
@@ -62,10 +61,11 @@ def compare_on_held_out(
     held_out = pd.read_csv(file, keep_default_na=False, dtype={"target": str, "tuned": str})
     sample = held_out.sample(min(rows, len(held_out)), random_state=seed)
     examples = _examples(predictor.task, sample)
-    answers, probabilities = _answers(predictor, examples)
+    kind, outputs = predictor.task.answer_kind, predictor.outputs(examples)
+    answers, probabilities = kind.answers(examples, outputs), kind.probabilities(outputs)
     texts = predictor.write(examples, temperature=temperature) if generate else []
     with predictor.model.disable_adapter():
-        base_answers, _ = _answers(predictor, examples)
+        base_answers = kind.answers(examples, predictor.outputs(examples))
         base_texts = predictor.write(examples, temperature=temperature) if generate else []
     columns = zip(
         sample["row"], sample["text"], sample["target"], base_answers, answers, probabilities,
@@ -90,16 +90,3 @@ def _examples(task: Task, sample: pd.DataFrame) -> list[Example]:
             f"Task {task.name!r} asks about more than one column (it also needs {error}), and a "
             "run's predictions.csv holds one text a row: use lora-fsdp evaluate on the table."
         ) from error
-
-
-def _answers(
-    predictor: Predictor, examples: Sequence[Example]
-) -> tuple[list[str | None], list[float | None]]:
-    """The answers, and their probabilities (of a written one it is not known)."""
-    if predictor.task.is_free_text:
-        return [predictor.task.parse(text) for text in predictor.write(examples)], [None] * len(
-            examples
-        )
-    scores = predictor.score(examples)
-    answers = given_answers(predictor.task, examples, scores)
-    return answers, list(scores.probabilities.amax(dim=1).tolist())

@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lora_fsdp.tasks.answers.kind import MAJORITY, TFIDF
+
 if TYPE_CHECKING:
     from sklearn.pipeline import Pipeline
 
 
-def majority_baseline(train_labels: Sequence[str], count: int) -> list[str]:
-    """The commonest training label, `count` times; of equally common ones the first by name."""
+def majority_baseline(
+    train_texts: Sequence[str], train_labels: Sequence[str], test_texts: Sequence[str]
+) -> list[str]:
+    """The commonest training label for each test text; of equally common ones the first by name."""
     frequencies = Counter(train_labels)
     commonest = min(frequencies, key=lambda label: (-frequencies[label], label))
-    return [commonest] * count
+    return [commonest] * len(test_texts)
 
 
 def tfidf_baseline(
@@ -37,8 +41,12 @@ def tfidf_baseline(
     """
     model = _fit_tfidf(train_texts, train_labels)
     if model is None:
-        return majority_baseline(train_labels, len(test_texts))
+        return majority_baseline(train_texts, train_labels, test_texts)
     return [str(label) for label in model.predict(test_texts)]
+
+
+#: By the name that a kind of answer has for it (`AnswerKind.rivals`).
+BASELINES = {MAJORITY: majority_baseline, TFIDF: tfidf_baseline}
 
 
 def tfidf_out_of_fold(
@@ -57,14 +65,14 @@ def tfidf_out_of_fold(
     """
     from sklearn.model_selection import StratifiedKFold
 
-    given, written = np.array(labels, dtype=object), np.array(texts, dtype=object)
+    given, read = np.array(labels, dtype=object), np.array(texts, dtype=object)
     probabilities = np.zeros((len(given), len(set(labels))))
     splitter = StratifiedKFold(folds, shuffle=True, random_state=0)
-    for train, test in splitter.split(written, given):
-        model = _fit_tfidf(written[train].tolist(), given[train].tolist())
+    for train, test in splitter.split(read, given):
+        model = _fit_tfidf(read[train].tolist(), given[train].tolist())
         if model is None:
             return None
-        probabilities[test] = model.predict_proba(written[test])
+        probabilities[test] = model.predict_proba(read[test])
     return probabilities
 
 

@@ -1,4 +1,4 @@
-"""Answers that a model writes by greedy decoding, in batches that the ranks share."""
+"""Text that a model generates by greedy decoding, in batches that the ranks share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_fsdp.evaluation.generation import generate_batch
 from lora_fsdp.ranks import from_every_rank, rank, world_size
 
-# What a batch may hold: prompts, and tokens with what is still to be written. The same on every
+# What a batch may hold: prompts, and tokens with those still to be generated. The same on every
 # device and number of ranks, since rounding depends on what shares a batch.
 _MOST_PROMPTS = 32
 _MOST_TOKENS = 16_384
@@ -29,7 +29,7 @@ def generate_answers(
     max_new_tokens: int,
     end_token_id: int,
 ) -> list[str]:
-    """What the model writes by greedy decoding after each prompt.
+    """The text that greedy decoding generates after each prompt.
 
     A collective call under FSDP: every rank brings all prompts, generates its share of the batches
     and gets all texts. The division into batches does not depend on the number of ranks, so neither
@@ -44,7 +44,7 @@ def generate_answers(
         N texts, the same on every rank.
     """
     plan = plan_batches([len(prompt) for prompt in prompts], max_new_tokens=max_new_tokens)
-    written: dict[int, str] = {}
+    generated: dict[int, str] = {}
     for first in range(0, len(plan), world_size()):
         place_of_mine = first + rank()
         mine = plan[place_of_mine] if place_of_mine < len(plan) else []
@@ -57,9 +57,9 @@ def generate_answers(
             temperature=0.0,
             end_token_id=end_token_id,
         )
-        written |= dict(zip(mine, texts, strict=False))
-    written = {place: text for part in from_every_rank(written) for place, text in part.items()}
-    return [written[place] for place in range(len(prompts))]
+        generated |= dict(zip(mine, texts, strict=False))
+    generated = {place: text for part in from_every_rank(generated) for place, text in part.items()}
+    return [generated[place] for place in range(len(prompts))]
 
 
 def plan_batches(lengths: Sequence[int], *, max_new_tokens: int) -> list[list[int]]:

@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.evaluation.baselines import majority_baseline, tfidf_baseline
-from lora_fsdp.evaluation.metrics import (
-    confusion_matrix,
-    evaluation_metrics,
-    given_answers,
-)
+from lora_fsdp.evaluation.baselines import BASELINES
+from lora_fsdp.evaluation.metrics import answers_of, confusion_matrix, evaluation_metrics
 from lora_fsdp.evaluation.outputs import (
     CHANCE,
-    CHOICES,
-    MAJORITY,
-    TFIDF,
     TUNED,
     UNTRAINED,
     PredictionRow,
     format_metrics_table,
     format_predictions_table,
     save_confusion_matrix_png,
+    shown_metrics,
     write_json,
     write_text,
 )
-from lora_fsdp.evaluation.scoring import Scores
-from lora_fsdp.tasks import ClassificationTask, Example, Task
-
-# Metrics in the order in which they are printed, after the task's primary one.
-_SHOWN = ("accuracy", "macro_f1", "exact_match", "loss")
+from lora_fsdp.tasks import Example, Task
+from lora_fsdp.tasks.answers import ModelOutputs
+from lora_fsdp.tasks.answers.kind import SCORE_BY
 
 
 @dataclass(frozen=True)
@@ -47,10 +39,13 @@ class Comparison:
         metrics: metrics by system.
         primary_metric: the metric that decides.
         predictions: one row per held-out example: row number, text, target, answers, probability
-            (of the tuned answer; in a free-text task, of the target), the probability of every
-            label (or, as JSON, the row's choices with theirs), the baselines' answers.
-        confusion: counts of true by predicted label of the tuned model; `None` for free text.
-        written: what both models wrote by themselves on some held-out rows, and the answer in it.
+            (of the tuned answer; in a free-text task, of the target), what the kind of answer adds
+            (the probability of every label, or the row's choices with theirs as JSON), the scores
+            of which the primary metric is the mean, if it is one, the baselines' answers.
+        confusion: counts of true by predicted label of the tuned model; `None` where the kind of
+            answer has no such table.
+        written: the texts that both models generated for some held-out rows, and the answers in
+            them.
         facts: what else is worth keeping in `metrics.json`.
         shown: how many predictions to print.
     """
@@ -75,15 +70,7 @@ class Comparison:
         write_json(folder / "metrics.json", contents)
 
     def __str__(self) -> str:
-        # Of a classification the others go on label by label.
-        own = self.metrics[TUNED] if self.confusion is None else ()
-        keys = [
-            key
-            for key in dict.fromkeys(
-                (self.primary_metric, *(name for name in own if name != "loss"), *_SHOWN)
-            )
-            if key in self.metrics[TUNED]
-        ]
+        keys = shown_metrics(self.metrics[TUNED], primary=self.primary_metric)
         sample = self.predictions.sample(min(self.shown, len(self.predictions)), random_state=0)
         fields = list(PredictionRow.__dataclass_fields__)
         rows = [PredictionRow(*values) for values in sample[fields].itertuples(index=False)]
@@ -117,57 +104,50 @@ def compare(
     task: Task,
     *,
     train: Sequence[Example],
-    held_out: Sequence[Example],
-    encoded: Sequence[EncodedExample],
-    untrained: Scores,
-    tuned: Scores,
+    held_out: Sequence[EncodedExample],
+    untrained: ModelOutputs,
+    tuned: ModelOutputs,
     facts: Mapping[str, Any],
     written: Sequence[Mapping[str, Any]] = (),
-    base_texts: Sequence[str] | None = None,
-    tuned_texts: Sequence[str] | None = None,
 ) -> Comparison:
     """Metrics of all systems on the held-out examples.
 
     Args:
         train, held_out: examples with targets.
-        encoded: `held_out` as tokens.
-        untrained, tuned: scores of `held_out` without and with the adapter.
+        untrained, tuned: what the model gives for `held_out`, without and with the adapter.
         facts: further entries of `metrics.json`.
         written: see `generated_texts`.
-        base_texts, tuned_texts: what both models wrote on `held_out`, for a free-text task.
     """
-    baselines = _baselines(task, train, held_out)
-    truth = answers_of(task, held_out)
+    kind, tested = task.answer_kind, [encoded.example for encoded in held_out]
+    baselines = _baselines(task, train, tested)
+    chance = kind.chance(tested)
+    truth = answers_of(task, tested)
     metrics = {
         **{name: task.compute_metrics(truth, answers) for name, answers in baselines.items()},
-        **_chance(task, held_out),
-        UNTRAINED: evaluation_metrics(task, encoded, untrained, written=base_texts),
-        TUNED: evaluation_metrics(task, encoded, tuned, written=tuned_texts),
+        **({CHANCE: chance} if chance else {}),
+        UNTRAINED: evaluation_metrics(task, held_out, untrained),
+        TUNED: evaluation_metrics(task, held_out, tuned),
     }
-    base = given_answers(task, held_out, untrained, written=base_texts)
-    answers = given_answers(task, held_out, tuned, written=tuned_texts)
-    predictions = pd.DataFrame(
-        {
-            "row": [example.row for example in held_out],
-            "text": [example.prompt.content for example in held_out],
-            "target": truth,
-            # As objects, where no answer stays None and does not become NaN.
-            "base": pd.Series(base, dtype=object),
-            "tuned": pd.Series(answers, dtype=object),
-            "probability": _probabilities(task, tuned),
-        }
+    columns = {
+        "row": [example.row for example in tested],
+        "text": [example.prompt.content for example in tested],
+        "target": truth,
+        # As objects, where no answer stays None and does not become NaN.
+        "base": pd.Series(kind.answers(tested, untrained), dtype=object),
+        "tuned": pd.Series(kind.answers(tested, tuned), dtype=object),
+        "probability": kind.probabilities(tuned),
+        **kind.run_columns(tested, tuned),
+        **_row_scores(task, tested, {UNTRAINED: untrained, TUNED: tuned}, metrics),
+        **{f"baseline/{name}": answers for name, answers in baselines.items()},
+    }
+    return Comparison(
+        metrics,
+        task.primary_metric,
+        pd.DataFrame(columns),
+        confusion_matrix(task, held_out, tuned),
+        written,
+        {**facts, "answer_kind": kind.name, "report_sections": list(kind.report_sections)},
     )
-    confusion = None
-    if task.per_row_choices:
-        predictions[CHOICES] = choices_as_json(held_out, tuned)
-    if isinstance(task, ClassificationTask):
-        confusion = confusion_matrix(task, encoded, tuned)
-        names = [f"probability/{label}" for label in task.labels or ()]
-        by_label = pd.DataFrame(tuned.probabilities.numpy(), columns=names)
-        predictions = pd.concat([predictions, by_label.astype(float)], axis=1)
-    for name, guesses in baselines.items():
-        predictions[f"baseline/{name}"] = guesses
-    return Comparison(metrics, task.primary_metric, predictions, confusion, written, facts)
 
 
 def write_predictions(predictions: pd.DataFrame, path: Path) -> None:
@@ -185,7 +165,7 @@ def write_predictions(predictions: pd.DataFrame, path: Path) -> None:
 def generated_texts(
     task: Task, examples: Sequence[Example], *, base: Sequence[str], tuned: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """What base and tuned model wrote on the first of `examples`, and the answers in it."""
+    """What base and tuned model generated for the first of `examples`, and the answers in it."""
     return [
         {
             "row": example.row,
@@ -204,50 +184,28 @@ def format_written(entry: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _row_scores(
+    task: Task,
+    examples: Sequence[Example],
+    outputs: Mapping[str, ModelOutputs],
+    metrics: Mapping[str, Mapping[str, float]],
+) -> dict[str, Sequence[float]]:
+    """A column for each system with its rows' scores, whose mean is its primary metric."""
+    metric, kind = task.primary_metric, task.answer_kind
+    columns = {}
+    for system, given in outputs.items():
+        scores = kind.row_scores(metric, examples, given)
+        # A task's own metric may have the name, and another meaning.
+        if scores is not None and np.isclose(np.mean(scores), metrics[system].get(metric, np.nan)):
+            columns[f"{SCORE_BY}{metric}/{system}"] = scores
+    return columns
+
+
 def _baselines(
     task: Task, train: Sequence[Example], held_out: Sequence[Example]
 ) -> dict[str, list[str]]:
     """The baselines' answers to the held-out examples."""
-    if task.labels is None:
-        return {}
-    train_labels = answers_of(task, train)
+    labels = answers_of(task, train)
     texts = [example.prompt.content for example in train]
     tested = [example.prompt.content for example in held_out]
-    return {
-        MAJORITY: majority_baseline(train_labels, len(tested)),
-        TFIDF: tfidf_baseline(texts, train_labels, tested),
-    }
-
-
-def _chance(task: Task, held_out: Sequence[Example]) -> dict[str, dict[str, float]]:
-    """What guessing among each row's choices gives on average."""
-    if not task.per_row_choices or not held_out:
-        return {}
-    shares = [1 / len(example.choices) for example in held_out]
-    return {CHANCE: {"accuracy": sum(shares) / len(shares)}}
-
-
-def answers_of(task: Task, examples: Sequence[Example]) -> list[str]:
-    """The right answers: labels of a closed set, or the target text."""
-    return [task.answer_of(example) for example in examples]
-
-
-def choices_as_json(examples: Sequence[Example], scores: Scores) -> list[str]:
-    """Every row's choices with their probabilities, as a JSON object each."""
-    return [
-        json.dumps(
-            {
-                choice.strip(): round(probability, 6)
-                for choice, probability in zip(example.choices, probabilities, strict=False)
-            },
-            ensure_ascii=False,
-        )
-        for example, probabilities in zip(examples, scores.probabilities.tolist(), strict=True)
-    ]
-
-
-def _probabilities(task: Task, scores: Scores) -> list[float]:
-    """Of the answer among all that can be chosen; in a free-text task, of the target's text."""
-    if task.is_free_text:
-        return scores.log_likelihoods[:, 0].exp().tolist()
-    return scores.probabilities.amax(dim=1).tolist()
+    return {name: BASELINES[name](texts, labels, tested) for name in task.answer_kind.rivals}

@@ -25,11 +25,9 @@ from lora_fsdp.errors import (
     NoRowsError,
     OutputFileError,
 )
-from lora_fsdp.evaluation.comparison import choices_as_json
-from lora_fsdp.evaluation.metrics import given_answers, predicted_labels
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.evaluation.prediction import Predictor
-from lora_fsdp.tasks import ColumnTask, Example, Task
+from lora_fsdp.tasks import Example, Task
 
 _JOB_FILE = "job.json"
 
@@ -67,10 +65,11 @@ def predict_file(
     Args:
         predictor: the adapter.
         stream: the table.
-        output: a file of the same format; its columns are the table's and `predicted_label`,
-            `probability` (of that label) and `probability/<label>`; `predicted_choice`,
-            `probability` and `choice_probabilities` (JSON) for a task whose rows have their own
-            choices; `predicted_text` for a task of free text. A row without text keeps them empty.
+        output: a file of the same format; its columns are the table's and those that the task's
+            kind of answer adds: `predicted_label`, `probability` (of that label) and
+            `probability/<label>` for a label set; `predicted_choice`, `probability` and
+            `choice_probabilities` (JSON) where rows have their own choices; `predicted_text` for
+            free text. A row without text keeps them empty.
         chunk_rows: rows that are read, answered and written at a time.
         column_prefix: put before the new columns' names.
         identity: says which adapter this is; an unfinished output of another one is not continued.
@@ -163,11 +162,9 @@ def _examples(task: Task, stream: TableStream, chunk: Chunk) -> list[Example]:
 
 def _example(task: Task, record: Mapping[str, Any], *, row: int, path: Path) -> Example:
     example = Example(row, task.build_prompt(record), None)
-    # A row without text gets no answer, so it needs no choices either.
-    if not task.per_row_choices or not _has_text(example):
+    if not _has_text(example):  # it gets no answer, so it needs no choices either
         return example
-    fault = task.fault(record, with_labels=False) if isinstance(task, ColumnTask) else None
-    if fault is not None:
+    if (fault := task.input_fault(record)) is not None:
         raise MalformedRowError(f"{path}, row {row}: {fault}. Correct the row or take it out.")
     return replace(example, choices=task.checked_choices(row, record))
 
@@ -180,43 +177,12 @@ def _answers(predictor: Predictor, examples: Sequence[Example]) -> dict[str, lis
     """The new columns; `None` where there is no text."""
     places = [place for place, example in enumerate(examples) if _has_text(example)]
     asked = [examples[place] for place in places]
-    found = _found(predictor, asked)
+    found = predictor.task.answer_kind.predicted_columns(asked, predictor.outputs(asked))
     spread: dict[str, list[Any]] = {name: [None] * len(examples) for name in found}
     for name, values in found.items():
         for place, value in zip(places, values, strict=True):
             spread[name][place] = value
     return spread
-
-
-def _found(predictor: Predictor, asked: Sequence[Example]) -> dict[str, list[Any]]:
-    """The new columns for examples that all have a text."""
-    task = predictor.task
-    if task.is_free_text:
-        written = predictor.write(asked) if asked else []
-        return {"predicted_text": [text.strip() for text in written]}
-    labels = list(task.labels or ())
-    if not asked:
-        own = ["choice_probabilities"] if task.per_row_choices else []
-        name = "predicted_choice" if task.per_row_choices else "predicted_label"
-        return {key: [] for key in (name, "probability", *own, *_probability_columns(labels))}
-    scores = predictor.score(asked)
-    probability = scores.probabilities.amax(dim=1).tolist()
-    if task.per_row_choices:
-        return {
-            "predicted_choice": list(given_answers(task, asked, scores)),
-            "probability": probability,
-            "choice_probabilities": choices_as_json(asked, scores),
-        }
-    columns = zip(_probability_columns(labels), scores.probabilities.T.tolist(), strict=True)
-    return {
-        "predicted_label": list(predicted_labels(task, scores)),
-        "probability": probability,
-        **dict(columns),
-    }
-
-
-def _probability_columns(labels: Sequence[str]) -> list[str]:
-    return [f"probability/{label}" for label in labels]
 
 
 def _refuse_other_format(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""Free generation, for looking at what a model writes by itself."""
+"""Free generation, for looking at the text that a model generates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def generate_texts(
     temperature: float,
     end_token_id: int,
 ) -> list[str]:
-    """What the model writes after each prompt (only that, so a prompt cannot be mistaken for it).
+    """The text generated after each prompt (only that: a prompt cannot be mistaken for it).
 
     A collective call under FSDP: every rank generates for every prompt, with the ranks' forwards
     kept in step (`synced_gpus`), and rank 0's texts are returned everywhere.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# The systems of a comparison, as they are called in `metrics.json` and tables.
-MAJORITY, TFIDF, UNTRAINED, TUNED = "majority", "TF-IDF + logistic", "untrained", "tuned"
-# The mean share of right answers of one who guesses among each row's choices.
-CHANCE = "chance"
-# The column of `predictions.csv` with a row's own choices.
-CHOICES = "choices"
+# The systems of a comparison beside the baselines, as they are called in `metrics.json` and tables.
+UNTRAINED, TUNED, CHANCE = "untrained", "tuned", "chance"
+# Metrics that end a table, and those of a closed set that its confusion matrix shows better.
+_SHOWN_LAST = ("accuracy", "macro_f1", "exact_match", "loss")
+_NOT_SHOWN = ("weighted_f1", "precision/", "recall/", "f1/")
 # The log of a run, a line an entry.
 LOG_FILE = "log_history.jsonl"
 
@@ -50,6 +49,13 @@ class PredictionRow:
     base: str | None
     tuned: str | None
     probability: float | None
+
+
+def shown_metrics(metrics: Iterable[str], *, primary: str) -> list[str]:
+    """Of a system's metrics those that a table shows, in their order: the primary one first."""
+    given = list(metrics)
+    own = [name for name in given if not name.startswith(_NOT_SHOWN) and name not in _SHOWN_LAST]
+    return [name for name in dict.fromkeys([primary, *own, *_SHOWN_LAST]) if name in given]
 
 
 def format_metrics_table(
@@ -98,7 +104,7 @@ def save_confusion_matrix_png(matrix: pd.DataFrame, path: str | Path) -> None:
     With more than 25 labels the cells are too small for counts, and long names are cut.
 
     Args:
-        matrix: counts [true labels, predicted labels], as `ClassificationTask.confusion_matrix`
+        matrix: counts [true labels, predicted labels], as `AnswerKind.confusion_matrix`
             returns them.
         path: the PNG file to write; its folder must exist.
     """

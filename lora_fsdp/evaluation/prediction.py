@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 
@@ -25,13 +26,15 @@ from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import load_on_device
 from lora_fsdp.compute.fusing import Fusing
 from lora_fsdp.compute.packed_model import PackedModel
-from lora_fsdp.data.encoding import Encoder
+from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.errors import AdapterVerificationError
 from lora_fsdp.evaluation.batched_generation import LEAST_NEW_TOKENS, generate_answers
 from lora_fsdp.evaluation.generation import generate_texts
+from lora_fsdp.evaluation.metrics import model_outputs
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.evaluation.scoring import Scores, score_examples
 from lora_fsdp.tasks import Example, Task, get_task
+from lora_fsdp.tasks.answers import ModelOutputs
 
 TASK_FILE = "task.json"
 # Longest packed sequence: on a CPU, attention over long ones costs more than packing saves.
@@ -160,8 +163,8 @@ class Predictor:
         packed = _fastest(adapted, device=device)
         return cls(task, encoder, packed, device, saved["max_new_tokens"])
 
-    def score(self, examples: Sequence[Example]) -> Scores:
-        """Scores of every answer, as during training."""
+    def score(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> Scores:
+        """Scores of every answer, as during training; `examples` may be encoded already."""
         return score_examples(
             self.packed,
             self.encoder.encode(examples),
@@ -169,17 +172,28 @@ class Predictor:
             max_tokens=_SEQUENCE_TOKENS[self.device.type],
         )
 
+    def outputs(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> ModelOutputs:
+        """What the answers to `examples` are read from: `score`, and what `write` generates where
+        the task's kind of answer asks for it. Without a target there may be nothing to score.
+        """
+        kind, encoded = self.task.answer_kind, self.encoder.encode(examples)
+        texts = self.write(encoded) if kind.generates_text else ()
+        if any(ids for one in encoded for ids in one.scored_ids):
+            return model_outputs(encoded, self.score(encoded), texts=texts)
+        nothing = np.zeros((len(encoded), len(kind.labels)))
+        return ModelOutputs(nothing, nothing, texts)
+
     def write(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Example] | Sequence[EncodedExample],
         *,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
     ) -> list[str]:
-        """What the model writes by itself after each prompt.
+        """The text that the model generates after each prompt.
 
         Args:
-            examples: the prompts.
+            examples: the prompts; they may be encoded already.
             max_new_tokens: longest answer in tokens; `None` = as in training.
             temperature: of sampling; 0 = greedy, as in evaluation.
         """

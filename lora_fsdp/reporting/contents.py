@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
-from lora_fsdp.evaluation.outputs import CHOICES
+import pandas as pd
+
 from lora_fsdp.reporting.run_files import (
     DATA_HEALTH_FILE,
     METRICS_FILE,
     PREDICTIONS_FILE,
     RECORD_FILE,
     RunFiles,
-    label_columns,
 )
 from lora_fsdp.reporting.sections.answers import (
     choices_section,
     free_text_section,
+    generated_section,
     labels_section,
-    written_section,
 )
 from lora_fsdp.reporting.sections.intervals import CONFIDENCE, DRAWS
 from lora_fsdp.reporting.sections.progress import (
@@ -30,6 +32,7 @@ from lora_fsdp.reporting.sections.progress import (
 from lora_fsdp.reporting.sections.scores import score_table
 from lora_fsdp.reporting.sections.usage import base_of, usage
 from lora_fsdp.reporting.texts import one_line, setting_text
+from lora_fsdp.tasks.answers import Section
 
 # What the page shows of these files; the keys are those of `data_health` and `FsdpStatus`.
 _HEALTH_PARTS: dict[str, tuple[str, ...]] = {
@@ -42,6 +45,11 @@ _HEALTH_PARTS: dict[str, tuple[str, ...]] = {
     "balance": (),
     "suspected_training_labels": (),
 }
+_SECTIONS: dict[Section, Callable[[pd.DataFrame], dict[str, Any]]] = {
+    Section.ANSWERS: labels_section,
+    Section.CHOICES: choices_section,
+    Section.FREE_TEXT: free_text_section,
+}
 _FSDP_PARTS = ("ranks", "groups", "base_parameters", "base_dtype", "adapter_dtype", "settings")
 
 
@@ -53,7 +61,7 @@ def report_contents(run: RunFiles) -> dict[str, Any]:
     """
     log_file = "the log" if run.log is None else run.log.file
     found = run.part(log_file, curves)
-    contents = {
+    contents: dict[str, Any] = {
         "run": run.folder.name,
         "folder": str(run.folder),
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -64,27 +72,25 @@ def report_contents(run: RunFiles) -> dict[str, Any]:
         "scores": run.part(METRICS_FILE, score_table),
         "curves": found,
         "not_finite": not_finite(found),
-        "answers": None,
-        "choices": None,
-        "free_text": None,
-        "free_writing": run.part(METRICS_FILE, written_section),
+        **dict[str, Any].fromkeys(_SECTIONS),
+        "free_writing": run.part(METRICS_FILE, generated_section),
         "health": run.part(DATA_HEALTH_FILE, _health),
         "progress": run.part(METRICS_FILE, progress),
         "plan": run.part(METRICS_FILE, plan_against_measured),
         "fsdp": run.part(RECORD_FILE, _fsdp),
         "usage": run.part(RECORD_FILE, usage),
     }
-    predictions = run.predictions
-    if predictions is not None and len(predictions):
-        if label_columns(predictions):
-            contents["answers"] = run.part(PREDICTIONS_FILE, lambda _: labels_section(predictions))
-        elif CHOICES in predictions.columns:
-            contents["choices"] = run.part(PREDICTIONS_FILE, lambda _: choices_section(predictions))
-        else:
-            contents["free_text"] = run.part(
-                PREDICTIONS_FILE, lambda _: free_text_section(predictions)
-            )
+    for section in run.part(METRICS_FILE, _fitting_sections):
+        contents[section] = run.part(PREDICTIONS_FILE, partial(_section, section))
     return contents
+
+
+def _fitting_sections(run: RunFiles) -> list[Section]:
+    return [Section(name) for name in run.sections]
+
+
+def _section(section: Section, run: RunFiles) -> dict[str, Any]:
+    return _SECTIONS[section](run.predictions)
 
 
 def _health(run: RunFiles) -> dict[str, Any] | None:
@@ -130,6 +136,7 @@ def _asked(run: RunFiles) -> dict[str, Any]:
         "task": record.get("task") or metrics.get("task") or (run.task or {}).get("task"),
         "instruction": one_line(options.get("instruction") or "", limit=400) or None,
         "labels": run.labels,
+        "answers": record.get("answers"),
         "base": base_of(run) or None,
         "adapter": _adapter(run),
         "data_file": data.get("data_file"),

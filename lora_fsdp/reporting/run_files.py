@@ -12,6 +12,7 @@ import pandas as pd
 
 from lora_fsdp.errors import DamagedRunError, RunNotFoundError
 from lora_fsdp.evaluation.outputs import LOG_FILE
+from lora_fsdp.tasks.answers.kind import CHOICES, PROBABILITY_OF, SCORE_BY, Section
 
 RECORD_FILE = "run_record.json"
 DATA_HEALTH_FILE = "data_health.json"
@@ -22,7 +23,7 @@ PREDICTIONS_FILE = "predictions.csv"
 ADAPTER_FILE = "adapter_config.json"
 _COLUMNS = ("row", "text", "target", "base", "tuned", "probability")
 _ADAPTER_KEYS = ("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules")
-_PROBABILITY, _BASELINE = "probability/", "baseline/"
+_BASELINE = "baseline/"
 
 Part = TypeVar("Part")
 
@@ -45,7 +46,8 @@ class RunFiles:
         record: `run_record.json`.
         health: `data_health.json`.
         metrics: `metrics.json`, which a run writes last.
-        predictions: `predictions.csv`: `row` int, probabilities float, all else text ("" = none).
+        predictions: `predictions.csv`: `row` int, probabilities and scores float, all else text
+            ("" = none).
         log: `log_history.jsonl`, or the log in a `trainer_state.json`.
         arguments, task, adapter: `training_args.json`, `task.json`, `adapter_config.json`.
         checkpoints: names of the checkpoint folders, oldest first.
@@ -74,6 +76,18 @@ class RunFiles:
             if source is not None and source.get("labels"):
                 return [str(label) for label in source["labels"]]
         return None
+
+    @property
+    def sections(self) -> list[str]:
+        """The sections about answers that fit; none without predictions."""
+        if self.predictions is None or self.predictions.empty:
+            return []
+        if self.metrics is not None and "report_sections" in self.metrics:
+            return list(self.metrics["report_sections"])
+        # A run of an earlier version, or one whose metrics are gone, shows it by its columns.
+        if label_columns(self.predictions):
+            return [Section.ANSWERS]
+        return [Section.CHOICES if CHOICES in self.predictions.columns else Section.FREE_TEXT]
 
     def part(self, file: str, build: Callable[[RunFiles], Part]) -> Part:
         """`build(self)`, where a form that `file` should not have becomes an error that names it.
@@ -189,7 +203,7 @@ def _predictions(path: Path) -> pd.DataFrame | None:
             raise _damaged(path, f"it has no column {', '.join(missing)}")
         table["row"] = table["row"].astype(int)
         for column in table.columns:
-            if column == "probability" or column.startswith(_PROBABILITY):
+            if column == "probability" or column.startswith((PROBABILITY_OF, SCORE_BY)):
                 table[column] = table[column].astype(float)
     except (ValueError, OSError) as error:
         if isinstance(error, DamagedRunError):
@@ -201,9 +215,9 @@ def _predictions(path: Path) -> pd.DataFrame | None:
 def label_columns(predictions: pd.DataFrame) -> dict[str, str]:
     """For each label of a closed set the column with its probability."""
     return {
-        name.removeprefix(_PROBABILITY): name
+        name.removeprefix(PROBABILITY_OF): name
         for name in predictions.columns
-        if name.startswith(_PROBABILITY)
+        if name.startswith(PROBABILITY_OF)
     }
 
 

@@ -1,10 +1,11 @@
 """What is learnt: tasks turn rows into prompts and targets, and answers into metrics."""
 
 from lora_fsdp.tasks.alpaca import AlpacaTask
-from lora_fsdp.tasks.base import Example, Prompt, Task
+from lora_fsdp.tasks.base import Task
 from lora_fsdp.tasks.chat import ChatTask
 from lora_fsdp.tasks.classification import ClassificationTask
 from lora_fsdp.tasks.columns import ColumnTask
+from lora_fsdp.tasks.example import Example, Prompt
 from lora_fsdp.tasks.extraction import ExtractionTask
 from lora_fsdp.tasks.generation import GenerationTask
 from lora_fsdp.tasks.inference import InferenceTask

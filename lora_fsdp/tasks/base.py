@@ -3,81 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_fsdp.errors import IncompleteTaskError, MalformedRowError
+from lora_fsdp.tasks.answers import AnswerKind, ClosedSet, FreeText, OwnChoices
+from lora_fsdp.tasks.example import Example, Prompt
 
 if TYPE_CHECKING:
     import datasets
     import pandas as pd
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What the model is given: the author's words around a row's. Only `text` is ever shortened.
-
-    `before` and `after` hold the instruction and the cue for the answer; what is the same in every
-    row of a task should stand in `before`, where packed rows compute it once. They may hold control
-    tokens. What comes from a row belongs into the other parts, where a control token that it spells
-    is taken as the letters it is.
-
-    Attributes:
-        before: the author's words before the row's.
-        text: the row's text, of which the end is cut if the prompt is too long.
-        after: the author's words after the row's.
-        lead, tail: what else of the row stands right before and right after `text`, whole.
-        turns: (role, content) of the messages before this one; for chat templates only.
-    """
-
-    before: str
-    text: str
-    after: str
-    lead: str = ""
-    tail: str = ""
-    turns: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def message(self) -> str:
-        """The prompt without the turns before it."""
-        return f"{self.before}{self.lead}{self.text}{self.tail}{self.after}"
-
-    @property
-    def content(self) -> str:
-        """All that comes from the row, which tells rows apart."""
-        return "\n".join([*(text for _, text in self.turns), f"{self.lead}{self.text}{self.tail}"])
-
-    def __str__(self) -> str:
-        return "".join(f"{role}: {text}\n" for role, text in self.turns) + self.message
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row, ready to be tokenised.
-
-    Attributes:
-        row: number of the row in its table (1 = first data row), for messages and reports.
-        prompt: what the model is given.
-        target: what it must continue with, to the letter (for most prompts it starts with a
-            space); `None` for a row without an answer, which can be predicted but not trained on.
-        choices: the targets among which this row's answer is, if they are its own and not those of
-            the task's label set; empty otherwise.
-        references: further right answers of a free-text row, for its metrics.
-    """
-
-    row: int
-    prompt: Prompt
-    target: str | None
-    choices: tuple[str, ...] = ()
-    references: tuple[str, ...] = ()
-
-
 class Task:
     """Base class of all tasks: rows in, prompts and targets out, text in, metrics out.
 
-    A subclass sets `name` and writes `build_prompt` and `build_target`. Answers are of one of three
-    kinds: one of a closed set (`labels`), one of the row's own (`per_row_choices`), both scored by
-    likelihood; or free text, which greedy decoding writes.
+    A subclass sets `name` and writes `build_prompt` and `build_target`. Its answers are one of a
+    closed set (`labels`), one of the row's own (`per_row_choices`), both scored by likelihood; or
+    free text, which greedy decoding generates; or of a kind of its own (`answer_kind`).
 
     Attributes:
         name: the task's name in the registry.
@@ -94,9 +36,19 @@ class Task:
     primary_metric: str = "exact_match"
 
     @property
+    def answer_kind(self) -> AnswerKind:
+        """What sort of answers it has, and all that follows from it."""
+        if self.per_row_choices:
+            return OwnChoices()
+        return FreeText(self.parse) if self.labels is None else self._closed_set()
+
+    def _closed_set(self) -> ClosedSet:
+        return ClosedSet(self.labels or (), self.target_of)
+
+    @property
     def is_free_text(self) -> bool:
-        """Whether its answers are written, and not chosen from a set."""
-        return self.labels is None and not self.per_row_choices
+        """Whether its answers are generated, and not chosen from a set."""
+        return self.answer_kind.generates_text
 
     def load(self, split: str) -> pd.DataFrame | None:
         """Rows of the task's own data for `split` ("train" or "test").
@@ -131,6 +83,10 @@ class Task:
         """
         return {}
 
+    def facts(self) -> dict[str, Any]:
+        """What `lora-fsdp tasks show` lists, JSON-ready: the options, by default."""
+        return self.options()
+
     def drop_bad_rows(
         self, table: pd.DataFrame, *, with_labels: bool = True
     ) -> tuple[pd.DataFrame, int]:
@@ -163,6 +119,10 @@ class Task:
             )
         return choices
 
+    def input_fault(self, row: Mapping[str, Any]) -> str | None:
+        """What keeps a row with a text from being predicted, naming the column, or `None`."""
+        return None
+
     def build_references(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """All right answers of a free-text row, if there may be more than its target."""
         return ()
@@ -189,7 +149,7 @@ class Task:
     def parse(self, text: str) -> str | None:
         """The answer in a generated continuation, or `None` if there is none.
 
-        `text` is only what the model wrote after the prompt, so nothing in the prompt can be
+        `text` is only what the model generated after the prompt, so nothing in the prompt can be
         mistaken for the answer.
         """
         return text.strip() or None
@@ -201,13 +161,12 @@ class Task:
         matches = [
             target == prediction for target, prediction in zip(targets, predictions, strict=True)
         ]
-        return {"exact_match": sum(matches) / len(matches)}
+        own = self.answer_kind.metrics(targets, predictions)
+        return {"exact_match": sum(matches) / len(matches), **own}
 
     def answer_of(self, example: Example) -> str:
         """The right answer as metrics compare it: a label of the closed set, or the target text."""
-        target = example.target or ""
-        labels = (label for label in self.labels or () if self.target_of(label) == target)
-        return next(labels, target.strip())
+        return self.answer_kind.answer_of(example)
 
     def measure(
         self, examples: Sequence[Example], answers: Sequence[str | None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_fsdp.tasks.base import Prompt
 from lora_fsdp.tasks.cells import cell_value
+from lora_fsdp.tasks.example import Prompt
 from lora_fsdp.tasks.generation import GenerationTask
 from lora_fsdp.tasks.registry import register_task
 

@@ -20,12 +20,12 @@ from lora_fsdp.errors import (
     SingleLabelError,
     UnknownLabelError,
 )
-from lora_fsdp.tasks.base import Prompt, Task
+from lora_fsdp.tasks.answers import ClosedSet
+from lora_fsdp.tasks.base import Task
 from lora_fsdp.tasks.cells import cell_text
+from lora_fsdp.tasks.example import Prompt
 from lora_fsdp.tasks.registry import register_task
 
-# The column of the confusion matrix for rows without an answer from the label set.
-NO_ANSWER = "(none)"
 _NO_TEXT = "no text"
 _NO_LABEL = "no label"
 _ROWS_SHOWN = 5
@@ -112,6 +112,11 @@ class ClassificationTask(Task):
             task.labels = tuple(found) if task.labels is None else task.labels
         return task
 
+    @property
+    def answer_kind(self) -> ClosedSet:
+        """A closed set, also before the labels are read from a table."""
+        return self._closed_set()
+
     def split_columns(self) -> tuple[str | None, str | None]:
         """Text and label column."""
         return self.text_column, self.label_column
@@ -124,6 +129,10 @@ class ClassificationTask(Task):
             "label_column": self.label_column,
             "labels": None if self.labels is None else list(self.labels),
         }
+
+    def facts(self) -> dict[str, Any]:
+        """The options, and the layouts."""
+        return {**self.options(), "layouts": [list(pair) for pair in self.layouts]}
 
     def bad_rows(self, table: pd.DataFrame, *, with_labels: bool = True) -> pd.Series:
         """What is wrong with each row that cannot be used: "no text", "no label" or which label.
@@ -189,36 +198,15 @@ class ClassificationTask(Task):
             `accuracy`, `macro_f1`, `weighted_f1` and, for every label, `precision/<label>`,
             `recall/<label>` and `f1/<label>`, each from 0 to 1. A label that occurs nowhere has 0.
         """
-        # Imported here, because scikit-learn takes longer to import than everything else here.
-        from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
-
-        labels = self._label_set()
-        answers = _closed(predictions, labels)
-        metrics = {"accuracy": float(accuracy_score(targets, answers))}
-        for average in ("macro", "weighted"):
-            score = f1_score(targets, answers, labels=labels, average=average, zero_division=0)
-            metrics[f"{average}_f1"] = float(score)
-        scores = precision_recall_fscore_support(targets, answers, labels=labels, zero_division=0)
-        for kind, values in zip(("precision", "recall", "f1"), scores[:3], strict=True):
-            for label, value in zip(labels, values, strict=True):
-                metrics[f"{kind}/{label}"] = float(value)
-        return metrics
+        self._label_set()
+        return self.answer_kind.metrics(targets, predictions)
 
     def confusion_matrix(
         self, targets: Sequence[str], predictions: Sequence[str | None]
     ) -> pd.DataFrame:
         """Counts of rows, true label by predicted label, and a column "(none)" where needed."""
-        from sklearn.metrics import confusion_matrix
-
-        labels = self._label_set()
-        answers = _closed(predictions, labels)
-        counts = confusion_matrix(targets, answers, labels=[*labels, NO_ANSWER])
-        matrix = pd.DataFrame(
-            counts[:-1],
-            index=pd.Index(labels, name="true"),
-            columns=pd.Index([*labels, NO_ANSWER], name="predicted"),
-        )
-        return matrix if NO_ANSWER in answers else matrix.drop(columns=NO_ANSWER)
+        self._label_set()
+        return self.answer_kind.confusion_matrix(targets, predictions)
 
     def _with_columns(self, table: pd.DataFrame, *, with_labels: bool) -> Self:
         """A copy with the columns that `table` has, of those given or known."""
@@ -286,11 +274,6 @@ def _column_error(
         f"Task {task!r} needs {', or '.join(choices)}, but the columns of the table are "
         f"{_listed(columns)}. {' '.join([*hints, advice])}"
     )
-
-
-def _closed(predictions: Sequence[str | None], labels: Sequence[str]) -> list[str]:
-    known = {label: label for label in labels}
-    return [NO_ANSWER if answer is None else known.get(answer, NO_ANSWER) for answer in predictions]
 
 
 def _listed(names: Sequence[str]) -> str:

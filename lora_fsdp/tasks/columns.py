@@ -75,6 +75,10 @@ class ColumnTask(Task):
         empty = (name for name in columns if not cell_text(row[name]).strip())
         return next((f"nothing in column {name!r}" for name in empty), None)
 
+    def input_fault(self, row: Mapping[str, Any]) -> str | None:
+        """Of rows that bring their own choices, `fault`: without them there is nothing to score."""
+        return self.fault(row, with_labels=False) if self.per_row_choices else None
+
     def bind(
         self, table: pd.DataFrame, *, with_labels: bool = True, for_training: bool = True
     ) -> Self:

@@ -8,9 +8,9 @@ from typing import Any, Literal, get_args
 import pandas as pd
 
 from lora_fsdp.errors import ArgumentError, ColumnNotFoundError, EmptyTextError
-from lora_fsdp.tasks.base import Prompt
 from lora_fsdp.tasks.cells import cell_text
 from lora_fsdp.tasks.classification import ClassificationTask
+from lora_fsdp.tasks.example import Prompt
 from lora_fsdp.tasks.registry import register_task
 
 Shorten = Literal["longer", "first", "second"]

@@ -11,9 +11,9 @@ from typing import Any, Self
 import pandas as pd
 
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.tasks.base import Prompt
 from lora_fsdp.tasks.cells import cell_text, cell_value
 from lora_fsdp.tasks.columns import ColumnTask
+from lora_fsdp.tasks.example import Prompt
 from lora_fsdp.tasks.registry import register_task
 
 # Names of columns with a choice each, as tables have them: those of a line belong together.
@@ -132,8 +132,7 @@ class MultipleChoiceTask(ColumnTask):
         self, targets: Sequence[str], predictions: Sequence[str | None]
     ) -> dict[str, float]:
         """The share of right choices."""
-        right = [target == choice for target, choice in zip(targets, predictions, strict=True)]
-        return {"accuracy": sum(right) / len(right)}
+        return self.answer_kind.metrics(targets, predictions)
 
     def _settled(self, table: pd.DataFrame) -> Self:
         """A copy that reads the columns which the table has."""

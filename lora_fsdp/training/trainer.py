@@ -39,10 +39,11 @@ from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.batched_generation import generate_answers
-from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
+from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics, model_outputs
 from lora_fsdp.evaluation.scoring import Scores, score_sequences
 from lora_fsdp.ranks import on_first_rank
-from lora_fsdp.tasks import ClassificationTask, Example, Task
+from lora_fsdp.tasks import Example, Task
+from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.training.checks import check_arguments
 from lora_fsdp.training.epochs import ShuffleEachEpoch
 from lora_fsdp.training.logging.figures import RunFigures
@@ -117,7 +118,8 @@ class LoraTrainer(Trainer):
         adapter: the run's adapters (`AdapterSet`).
         placement: how the run computes.
         confusion_matrices: of every evaluation by the optimizer step it was made at, counts of true
-            by predicted label (loggers take single numbers only); of classifications only.
+            by predicted label (loggers take single numbers only); only of tasks whose kind of
+            answer has one.
         max_new_tokens: of the longest text that is generated.
 
     Raises:
@@ -530,12 +532,12 @@ class LoraTrainer(Trainer):
     # ---- evaluation -----------------------------------------------------------------------------
 
     def get_eval_dataloader(
-        self, eval_dataset: Sequence[Example] | None = None
+        self, eval_dataset: Sequence[Example] | Sequence[EncodedExample] | None = None
     ) -> DataLoader[ScoringSequence]:
-        """This rank's rows of the held-out examples (or of other examples of the task)."""
+        """This rank's packed sequences of the held-out examples (or of others of the task)."""
         examples = self.eval_dataset
         if eval_dataset is not None:
-            examples = _encoded(eval_dataset, self.encoder)
+            examples = self.encoder.encode(eval_dataset)
         if not examples:
             raise ArgumentError("There are no examples to evaluate: give an eval_dataset.")
         return self._loader(
@@ -561,12 +563,24 @@ class LoraTrainer(Trainer):
         with self.watchdogs.away("evaluation"):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def score(self, examples: Sequence[Example]) -> Scores:
-        """Scores of every answer to `examples`; a collective call, the same on every rank."""
+    def score(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> Scores:
+        """Scores of every answer to `examples`; a collective call, the same on every rank.
+
+        Args:
+            examples: of the task; they may be encoded already, as `eval_dataset` is.
+        """
         return self._score(self.get_eval_dataloader(examples))
 
-    def write(self, examples: Sequence[Example | EncodedExample]) -> list[str]:
-        """What the model writes by greedy decoding after each prompt, as `score` a collective call.
+    def outputs(
+        self, examples: Sequence[Example] | Sequence[EncodedExample] | None = None
+    ) -> ModelOutputs:
+        """What the answers to `examples` (by default the held-out ones) are read from: `score`,
+        and what `write` generates where the task's kind of answer asks for it.
+        """
+        return self._outputs(self.get_eval_dataloader(examples))
+
+    def write(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> list[str]:
+        """The text that greedy decoding generates after each prompt; as `score`, on all ranks.
 
         Returns:
             the texts without the prompts; `Task.parse` finds the answers in them.
@@ -574,7 +588,7 @@ class LoraTrainer(Trainer):
         texts = generate_answers(
             self.model,
             self.processing_class,
-            [example.prompt_ids for example in _encoded(examples, self.encoder)],
+            [example.prompt_ids for example in self.encoder.encode(examples)],
             device=self.args.device,
             max_new_tokens=self.max_new_tokens,
             end_token_id=self.encoder.end_token_id,
@@ -597,19 +611,24 @@ class LoraTrainer(Trainer):
             none), and the metrics, prefixed.
         """
         rows: ScoringSequences = dataloader.dataset  # type: ignore[assignment]
-        scores = self._score(dataloader)
-        written = self.write(rows.examples) if self.task.is_free_text else None
-        metrics = evaluation_metrics(self.task, rows.examples, scores, written=written)
-        if isinstance(self.task, ClassificationTask):
-            matrix = confusion_matrix(self.task, rows.examples, scores)
+        outputs = self._outputs(dataloader)
+        metrics = evaluation_metrics(self.task, rows.examples, outputs)
+        matrix = confusion_matrix(self.task, rows.examples, outputs)
+        if matrix is not None:
             self.confusion_matrices[self.state.global_step] = matrix
         labels = [-1 if example.label is None else example.label for example in rows.examples]
         return EvalLoopOutput(
-            predictions=scores.log_likelihoods.numpy(),
+            predictions=outputs.log_likelihoods,
             label_ids=torch.tensor(labels).numpy(),
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
             num_samples=len(rows.examples),
         )
+
+    def _outputs(self, dataloader: DataLoader[ScoringSequence]) -> ModelOutputs:
+        examples = dataloader.dataset.examples  # type: ignore[attr-defined]
+        scores = self._score(dataloader)
+        texts = self.write(examples) if self.task.answer_kind.generates_text else ()
+        return model_outputs(examples, scores, texts=texts)
 
     def _score(self, dataloader: DataLoader[ScoringSequence]) -> Scores:
         rows: ScoringSequences = dataloader.dataset  # type: ignore[assignment]
@@ -639,10 +658,3 @@ class LoraTrainer(Trainer):
 
 def _only_item(batch: list[Any]) -> Any:
     return batch[0]
-
-
-def _encoded(examples: Sequence[Any], encoder: Encoder) -> list[EncodedExample]:
-    """`examples` as tokens; those the Trainer hands back from itself already are."""
-    if examples and isinstance(examples[0], EncodedExample):
-        return list(examples)
-    return encoder.encode(examples)

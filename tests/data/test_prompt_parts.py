@@ -24,6 +24,13 @@ class FreeTask(Task):
     name = "free"
 
 
+class ChoosingTask(Task):
+    """Rows bring their own choices."""
+
+    name = "choosing"
+    per_row_choices = True
+
+
 def chat_tokenizer():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = TEMPLATE
@@ -33,7 +40,7 @@ def chat_tokenizer():
 
 def encode(prompt, *, target=" good", choices=(), **options):
     tokenizer = chat_tokenizer()
-    encoder = Encoder(tokenizer, task=FreeTask(), **options)
+    encoder = Encoder(tokenizer, task=ChoosingTask() if choices else FreeTask(), **options)
     [encoded] = encoder.encode([Example(7, prompt, target, choices)])
     return encoded, tokenizer
 

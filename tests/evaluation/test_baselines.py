@@ -8,8 +8,8 @@ from lora_fsdp.evaluation.baselines import majority_baseline, tfidf_baseline
 
 
 def test_majority() -> None:
-    assert majority_baseline(["b", "a", "b"], 2) == ["b", "b"]
-    assert majority_baseline(["b", "a"], 1) == ["a"]
+    assert majority_baseline([], ["b", "a", "b"], ["x", "y"]) == ["b", "b"]
+    assert majority_baseline([], ["b", "a"], ["x"]) == ["a"]
 
 
 def test_tfidf_learns_words() -> None:

@@ -9,8 +9,7 @@ import torch
 
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import Encoder
-from lora_fsdp.evaluation.comparison import choices_as_json
-from lora_fsdp.evaluation.metrics import evaluation_metrics, given_answers
+from lora_fsdp.evaluation.metrics import evaluation_metrics, model_outputs
 from lora_fsdp.evaluation.scoring import score_examples
 from lora_fsdp.tasks import MultipleChoiceTask
 from tests.support.tiny import adapted_model, randomise_adapter, tiny_tokenizer
@@ -77,10 +76,12 @@ def test_a_row_s_choices_do_not_touch_another_row_s_scores(model):
 
 def test_answers_metrics_and_probabilities(model):
     examples, encoded, scores = scored(model, ROWS)
-    answers = given_answers(TASK, examples, scores)
+    kind, outputs = TASK.answer_kind, model_outputs(encoded, scores)
+    answers = kind.answers(examples, outputs)
     for row, answer in zip(ROWS, answers, strict=True):
         assert answer in row["choices"]
     right = sum(row["answer"] == answer for row, answer in zip(ROWS, answers, strict=True))
-    metrics = evaluation_metrics(TASK, encoded, scores)
+    metrics = evaluation_metrics(TASK, encoded, outputs)
     assert metrics["accuracy"] == right / 4
-    assert [text.count(":") for text in choices_as_json(examples, scores)] == [2, 3, 4, 2]
+    choices = kind.run_columns(examples, outputs)["choices"]
+    assert [text.count(":") for text in choices] == [2, 3, 4, 2]

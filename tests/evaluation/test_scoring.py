@@ -3,6 +3,7 @@
 Run: python -m pytest tests/evaluation/test_scoring.py
 """
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -13,9 +14,10 @@ from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.data.sampling import ScoringSequences
 from lora_fsdp.errors import LoraFsdpError
 from lora_fsdp.evaluation.generation import generate_texts
-from lora_fsdp.evaluation.metrics import evaluation_metrics, predicted_labels
+from lora_fsdp.evaluation.metrics import evaluation_metrics, model_outputs
 from lora_fsdp.evaluation.scoring import Scores, score_examples, score_sequences
 from lora_fsdp.tasks import Example, Prompt, Task
+from lora_fsdp.tasks.answers import ModelOutputs
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_trainer
 from tests.support.tiny import (
@@ -86,7 +88,7 @@ def test_free_text_has_one_answer():
     scores = score_examples(PackedModel(model), examples, device=CPU)
     expected = torch.stack([one_by_one(model, example) for example in examples])
     torch.testing.assert_close(scores.log_likelihoods, expected, rtol=1e-5, atol=1e-5)
-    metrics = evaluation_metrics(task, examples, scores)
+    metrics = evaluation_metrics(task, examples, model_outputs(examples, scores))
     tokens = sum(len(example.target_ids) for example in examples)
     assert metrics["loss"] == pytest.approx(-float(expected.sum()) / tokens, rel=1e-5)
 
@@ -98,7 +100,8 @@ def test_free_text_without_targets():
     )
     scores = score_examples(PackedModel(adapted()), examples, device=CPU)
     assert scores.log_likelihoods.shape == (2, 1)
-    assert evaluation_metrics(FreeTask(), examples, scores)["loss"] > 0
+    outputs = model_outputs(examples, scores)
+    assert evaluation_metrics(FreeTask(), examples, outputs)["loss"] > 0
 
 
 def test_dropout_is_off_and_the_mode_restored():
@@ -141,7 +144,9 @@ def test_best_and_probabilities():
     assert scores.best == [0, 1]
     torch.testing.assert_close(scores.probabilities.sum(dim=1), torch.ones(2))
     task = ToyTask(labels=("no", "yes"))
-    assert predicted_labels(task, scores) == ["no", "yes"]
+    outputs = ModelOutputs(scores.log_likelihoods.numpy(), np.ones((2, 2)))
+    assert task.answer_kind.answers([], outputs) == ["no", "yes"]
+    np.testing.assert_allclose(outputs.probabilities, scores.probabilities.numpy(), rtol=1e-6)
 
 
 def test_metrics_use_the_examples_with_a_target():
@@ -153,7 +158,9 @@ def test_metrics_use_the_examples_with_a_target():
     ]
     scores = score_examples(PackedModel(adapted()), without, device=CPU)
     cut = Scores(scores.log_likelihoods[:6], scores.is_greedy[:6])
-    assert evaluation_metrics(task, without, scores) == evaluation_metrics(task, examples, cut)
+    assert evaluation_metrics(task, without, model_outputs(without, scores)) == (
+        evaluation_metrics(task, examples, model_outputs(examples, cut))
+    )
 
 
 def test_target_outside_the_candidates_is_not_taken_for_the_first_label():
@@ -172,7 +179,7 @@ def test_target_outside_the_candidates_is_not_taken_for_the_first_label():
 
 def evaluate_all(task, examples):
     scores = score_examples(PackedModel(adapted()), examples, device=CPU)
-    return evaluation_metrics(task, examples, scores)
+    return evaluation_metrics(task, examples, model_outputs(examples, scores))
 
 
 def score_on_ranks(folder, max_tokens):

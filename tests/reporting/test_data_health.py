@@ -61,12 +61,12 @@ def test_repeated_contradicting_and_leaked_rows_are_counted() -> None:
 def test_shortened_rows_are_named() -> None:
     rows = table(ODD)
     rows.loc[3, "shortened"] = True
-    found = data_health(rows, labels=None)["shortened"]
+    found = data_health(rows, labels=())["shortened"]
     assert (found["count"], found["rows"][0]["row"]) == (1, 4)
 
 
 def test_free_text_has_no_balance() -> None:
-    health = data_health(table(ODD), labels=None)
+    health = data_health(table(ODD), labels=())
     assert health["balance"] is None
     assert health["suspected_training_labels"] is None
 

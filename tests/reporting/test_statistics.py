@@ -80,6 +80,25 @@ def test_rare_labels_do_not_push_the_interval_below_the_score() -> None:
     assert absent.interval("x", "macro_f1").value == pytest.approx(40 / 41)
 
 
+def test_bootstrap_of_rows_scores_is_about_the_means_width() -> None:
+    scores = np.random.default_rng(3).random(400)
+    better = np.minimum(scores + 0.01, 1)
+    targets = ["x"] * 400
+    paired = PairedBootstrap(
+        targets,
+        {"x": targets, "y": targets},
+        scores={("x", "f1"): scores.tolist(), ("y", "f1"): better.tolist()},
+    )
+    assert (paired.knows("x", "f1"), paired.knows("x", "macro_f1")) == (True, False)
+    found = paired.interval("x", "f1")
+    assert found.value == pytest.approx(scores.mean())
+    width = 2 * 1.96 * scores.std() / 20
+    assert found.high - found.low == pytest.approx(width, rel=0.1)
+    difference = paired.difference("y", "x", "f1")
+    assert difference.value == pytest.approx((better - scores).mean())
+    assert 0.009 < difference.low < difference.high < 0.0101
+
+
 def test_same_seed_same_interval(targets: list[str]) -> None:
     given = answers(targets, right=0.7, seed=1)
     one, two = (PairedBootstrap(targets, {"x": given}, labels=LABELS) for _ in range(2))

@@ -101,11 +101,11 @@ def predict_all(output: Path) -> dict[str, Any]:
     for recipe in RECIPES:
         data = load_task_data(data_arguments(recipe), seed=0)
         predictor = Predictor.from_adapter(output / recipe)
-        scores = predictor.score(data.held_out)
-        written = predictor.write(data.held_out) if data.task.is_free_text else None
+        texts = predictor.write(data.held_out) if data.task.is_free_text else None
         encoded = predictor.encoder.encode(data.held_out)
+        outputs = predictor.outputs(encoded)
         found[recipe] = {
-            "metrics": evaluation_metrics(predictor.task, encoded, scores, written=written),
-            "written": written,
+            "metrics": evaluation_metrics(predictor.task, encoded, outputs),
+            "written": texts,
         }
     return found

@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.evaluation.comparison import answers_of, compare
+from lora_fsdp.evaluation.comparison import compare
+from lora_fsdp.evaluation.metrics import answers_of, model_outputs
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.evaluation.scoring import Scores
 from lora_fsdp.reporting.recording.data_health import data_health
@@ -56,8 +57,9 @@ def save_run(
     """The files of a run whose models score `held_out` at random, the tuned one with `skill`."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
-    labels = list(task.labels or ["the target"])
-    places = [labels.index(answer) if task.labels else 0 for answer in answers_of(task, held_out)]
+    kind = task.answer_kind
+    labels = list(kind.labels or ["the target"])
+    places = [labels.index(answer) if kind.labels else 0 for answer in answers_of(task, held_out)]
 
     def scores(strength: float) -> Scores:
         values = torch.randn(len(held_out), len(labels), generator=generator)
@@ -69,25 +71,28 @@ def save_run(
         EncodedExample(one.row, [1], [2], (), place, shortened=False, example=one)
         for one, place in zip(held_out, places, strict=True)
     ]
+    outputs = [
+        model_outputs(
+            encoded, found, texts=_generated(held_out, found) if kind.generates_text else ()
+        )
+        for found in (untrained, tuned)
+    ]
     compare(
         task,
         train=train,
-        held_out=held_out,
-        encoded=encoded,
-        untrained=untrained,
-        tuned=tuned,
-        base_texts=_written(held_out, untrained) if task.is_free_text else None,
-        tuned_texts=_written(held_out, tuned) if task.is_free_text else None,
+        held_out=encoded,
+        untrained=outputs[0],
+        tuned=outputs[1],
         facts=_facts(task, len(train), len(held_out)),
     ).save(folder)
     rows = pd.concat([_rows(task, train, "training"), _rows(task, held_out, "held out")])
-    write_json(folder / "data_health.json", data_health(rows, labels=task.labels))
+    write_json(folder / "data_health.json", data_health(rows, labels=kind.labels))
     write_json(folder / "run_record.json", _record(task, folder, train, held_out))
     _write_log(folder / "log_history.jsonl")
     return folder
 
 
-def _written(held_out: Sequence[Example], scores: Scores) -> list[str]:
+def _generated(held_out: Sequence[Example], scores: Scores) -> list[str]:
     """The target where greedy decoding writes it, else nothing."""
     hits = scores.is_greedy[:, 0].tolist()
     return [str(one.target) if hit else "" for one, hit in zip(held_out, hits, strict=True)]
@@ -122,7 +127,7 @@ def _rows(task: Task, examples: Sequence[Example], part: str) -> pd.DataFrame:
 def _facts(task: Task, train: int, held_out: int) -> dict[str, Any]:
     return {
         "task": task.name,
-        "labels": list(task.labels or ()),
+        "labels": list(task.answer_kind.labels),
         "training_rows": train,
         "held_out_rows": held_out,
         "finished": "2026-01-02T03:05:06+00:00",
@@ -166,7 +171,7 @@ def _record(
         "arguments": arguments,
         "not_default": arguments,
         "task": task.name,
-        "labels": None if task.labels is None else list(task.labels),
+        "labels": list(task.answer_kind.labels) or None,
         "primary_metric": task.primary_metric,
         "training_rows": len(train),
         "held_out_rows": len(held_out),

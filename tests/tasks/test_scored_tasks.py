@@ -23,7 +23,7 @@ from lora_fsdp.data.streams import open_stream
 from lora_fsdp.data.tables import read_table
 from lora_fsdp.errors import ArgumentError, ColumnNotFoundError, DataError, MalformedRowError
 from lora_fsdp.evaluation.file_prediction import predict_file
-from lora_fsdp.evaluation.metrics import evaluation_metrics
+from lora_fsdp.evaluation.metrics import evaluation_metrics, model_outputs
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.evaluation.scoring import Scores
 from lora_fsdp.tasks import ClassificationTask, MultipleChoiceTask, get_task
@@ -75,7 +75,7 @@ class TestScores:
         assert 0.9 * long > short
         likelihoods = [[-1.0 * short, -0.9 * long, -torch.inf], [-3.0, -1.0, -2.0]]
         scores = Scores(torch.tensor(likelihoods), torch.zeros(2, 3, dtype=torch.bool))
-        metrics = evaluation_metrics(predictor.task, encoded, scores)
+        metrics = evaluation_metrics(predictor.task, encoded, model_outputs(encoded, scores))
         assert metrics["accuracy"] == 0.5
         assert metrics["accuracy_normalised"] == 1.0
 

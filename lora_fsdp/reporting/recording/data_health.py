@@ -23,13 +23,13 @@ _LINK_OR_HANDLE = re.compile(r"https?://\S+|www\.\S+|@\w+")
 _NOT_A_WORD = re.compile(r"[\W_]+")
 
 
-def data_health(rows: pd.DataFrame, *, labels: Sequence[str] | None) -> dict[str, Any]:
+def data_health(rows: pd.DataFrame, *, labels: Sequence[str]) -> dict[str, Any]:
     """Facts about training and held-out rows, JSON-ready.
 
     Args:
         rows: `part` ("training" or "held out"), `row`, `text`, `answer`, `tokens` (of the whole
             example), `shortened`.
-        labels: the closed label set; `None` = free text, which has no balance and no label errors.
+        labels: the label set; without one there is no balance, and there are no label errors.
     """
     rows = rows.reset_index(drop=True)
     exact = rows["text"].str.strip()
@@ -51,7 +51,7 @@ def data_health(rows: pd.DataFrame, *, labels: Sequence[str] | None) -> dict[str
         "balance": None,
         "suspected_training_labels": None,
     }
-    if labels is not None:
+    if labels:
         counts = pd.crosstab(rows["answer"], rows["part"])
         counts = counts.reindex(index=list(labels), columns=[TRAINING, HELD_OUT], fill_value=0)
         health["balance"] = {

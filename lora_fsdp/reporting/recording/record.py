@@ -14,7 +14,7 @@ from lora_fsdp.base.folders import sha256_of_file
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.rows import TaskData
 from lora_fsdp.distributed.status import FsdpStatus
-from lora_fsdp.evaluation.comparison import answers_of
+from lora_fsdp.evaluation.metrics import answers_of
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.reporting.recording.data_health import HELD_OUT, TRAINING, data_health
 from lora_fsdp.reporting.recording.environment import environment, launch_command
@@ -66,13 +66,15 @@ def record_start(
             _rows(data, data.held_out, trainer.eval_dataset or [], part=HELD_OUT),
         ]
     )
-    write_json(folder / DATA_HEALTH_FILE, data_health(rows, labels=data.task.labels))
+    write_json(folder / DATA_HEALTH_FILE, data_health(rows, labels=data.task.answer_kind.labels))
 
 
 def _facts(trainer: LoraTrainer, data: TaskData) -> dict[str, Any]:
+    kind = data.task.answer_kind
     return {
         "task": data.task.name,
-        "labels": None if data.task.labels is None else list(data.task.labels),
+        "labels": list(kind.labels) or None,
+        "answers": kind.announcement(max_new_tokens=trainer.max_new_tokens),
         "primary_metric": data.task.primary_metric,
         "training_rows": len(data.train),
         "held_out_rows": len(data.held_out),
@@ -127,7 +129,7 @@ def _asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
         return None
     encoder, prompt = trainer.encoder, examples[0].prompt
     before, after = encoder.frame(prompt.before, prompt.after)
-    labels = [str(label) for label in data.task.labels or ()]
+    labels = data.task.answer_kind.labels
     answers = dict(zip(labels, encoded[0].candidate_ids, strict=True)) if labels else None
     return {
         "before": before,

@@ -44,7 +44,7 @@ def choices_section(predictions: pd.DataFrame) -> dict[str, Any]:
 
 
 def free_text_section(predictions: pd.DataFrame) -> dict[str, Any]:
-    """Which held-out targets the tuned model writes to the letter, with samples, JSON-ready."""
+    """Which held-out targets the tuned model generates to the letter, with samples, JSON-ready."""
     right = (predictions["tuned"] == predictions["target"]) & (predictions["tuned"] != "")
     return {
         "rows": len(predictions),
@@ -57,8 +57,8 @@ def free_text_section(predictions: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def written_section(run: RunFiles) -> list[dict[str, Any]]:
-    """What both models wrote by themselves, beside the row's text and target."""
+def generated_section(run: RunFiles) -> list[dict[str, Any]]:
+    """The text that both models generated freely, beside the row's text and target."""
     if run.metrics is None:
         return []
     known: dict[int, Any] = {}

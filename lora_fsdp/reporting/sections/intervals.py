@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -56,8 +57,8 @@ class PairedBootstrap:
     """Scores of several systems on the same resampled rows.
 
     Rows are drawn with replacement, 2,000 times, with a fixed seed. What a row contributes depends
-    on its target and answers only, so rows that agree in all of them are drawn together, by their
-    number. Intervals are the 2.5th and 97.5th percentiles.
+    on its target, answers and scores only, so rows that agree in all of them are drawn together, by
+    their number. Intervals are the 2.5th and 97.5th percentiles.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13; Koehn,
     "Statistical Significance Tests for Machine Translation Evaluation", EMNLP 2004 (paired).
@@ -66,6 +67,7 @@ class PairedBootstrap:
         targets: the N right answers.
         answers: for each system its N answers.
         labels: the label set over which macro-F1 is the mean; empty if it is not asked for.
+        scores: by (system, metric) N scores of which the metric is the mean.
     """
 
     def __init__(
@@ -74,10 +76,12 @@ class PairedBootstrap:
         answers: Mapping[str, Sequence[str]],
         *,
         labels: Sequence[str] = (),
+        scores: Mapping[tuple[str, str], Sequence[float]] | None = None,
         seed: int = 0,
     ) -> None:
-        columns = {"target": list(targets)}
+        columns: dict[Any, list[Any]] = {"target": list(targets)}
         columns |= {f"answer {name}": list(given) for name, given in answers.items()}
+        columns |= {key: list(given) for key, given in (scores or {}).items()}
         kinds = pd.DataFrame(columns, dtype=object).value_counts(sort=False)
         self.rows = len(targets)
         self.labels = list(labels)
@@ -87,8 +91,14 @@ class PairedBootstrap:
         # The rows as they are come first, the resampled ones after them.
         self._weights = np.vstack([counts, drawn]).astype(float)
 
+    def knows(self, system: str, metric: str) -> bool:
+        """Whether there are the system's `scores` by the metric, or its macro-F1."""
+        if metric == "macro_f1" and self.labels and f"answer {system}" in self._kinds:
+            return True
+        return (system, metric) in self._kinds
+
     def interval(self, system: str, metric: str) -> Interval:
-        """A system's score, `metric` being "accuracy" or "macro_f1"."""
+        """A system's score by a metric of `scores`, or by "accuracy" or "macro_f1"."""
         return _interval(self._scores(system, metric))
 
     def difference(self, first: str, second: str, metric: str) -> Interval:
@@ -97,6 +107,8 @@ class PairedBootstrap:
 
     def _scores(self, system: str, metric: str) -> np.ndarray:
         """[1 + draws]"""
+        if (system, metric) in self._kinds:
+            return self._weights @ self._kinds[system, metric].to_numpy(dtype=float) / self.rows
         targets, answers = self._kinds["target"], self._kinds[f"answer {system}"]
         right = (targets == answers).to_numpy()
         if metric == "accuracy":

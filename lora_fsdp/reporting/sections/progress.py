@@ -73,7 +73,7 @@ def _logged_span(entries: list[dict[str, Any]]) -> tuple[float | None, int]:
 
 
 def plan_against_measured(run: RunFiles) -> list[dict[str, Any]]:
-    """What a plan foretold beside what came; empty unless `metrics.json` holds a `plan`.
+    """What a plan predicted beside what was measured; empty unless `metrics.json` holds a `plan`.
 
     The plan may hold `peak_memory_gb`, `training_seconds` and `cost` (with `currency`); each is set
     beside the entry of the same name in `metrics.json`.

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lora_fsdp.evaluation.outputs import CHANCE, TFIDF, TUNED, UNTRAINED
+from lora_fsdp.evaluation.outputs import CHANCE, TUNED, UNTRAINED, shown_metrics
 from lora_fsdp.reporting.run_files import RunFiles, baseline_columns, label_columns
 from lora_fsdp.reporting.sections.intervals import Interval, PairedBootstrap, wilson_interval
+from lora_fsdp.tasks.answers.kind import MAJORITY, SCORE_BY, TFIDF
 
 # Below these, resampling says nothing and no verdict is given.
 _LEAST_ROWS_TO_RESAMPLE = 10
 _LEAST_ROWS_FOR_A_VERDICT = 30
-_SHOWN = ("accuracy", "macro_f1", "exact_match", "loss")
-# The metric of the bootstrap that each of the shown ones is.
-_RESAMPLED = {"accuracy": "accuracy", "exact_match": "accuracy", "macro_f1": "macro_f1"}
+# Metrics that are the share of right answers.
+_SHARES = ("accuracy", "exact_match")
 NAMES = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
@@ -27,7 +27,7 @@ NAMES = {
     TUNED: "tuned model",
     UNTRAINED: "untrained model",
     TFIDF: "TF-IDF + logistic regression",
-    "majority": "majority label",
+    MAJORITY: "majority label",
     CHANCE: "guess among the choices",
     "token_f1": "F1 of words",
     "field_f1": "F1 of fields",
@@ -53,11 +53,7 @@ def score_table(run: RunFiles) -> dict[str, Any] | None:
         return None
     metrics: dict[str, dict[str, float]] = run.metrics["metrics"]
     primary = str(run.metrics["primary_metric"])
-    shown = [key for key in dict.fromkeys((primary, *_SHOWN)) if key in metrics[TUNED]]
-    if run.predictions is not None and not label_columns(run.predictions):
-        # A task with metrics of its own; those of a classification go on label by label.
-        own = [key for key in metrics[TUNED] if key not in shown]
-        shown = [*shown[:1], *own, *shown[1:]]
+    shown = shown_metrics(metrics[TUNED], primary=primary)
     bootstrap = bootstrap_of(run.predictions)
     systems = [
         {
@@ -93,7 +89,18 @@ def bootstrap_of(predictions: pd.DataFrame | None) -> PairedBootstrap | None:
         predictions["target"].tolist(),
         {system: answers.tolist() for system, answers in answers_by_system(predictions).items()},
         labels=list(label_columns(predictions)),
+        scores=scores_of_rows(predictions),
     )
+
+
+def scores_of_rows(predictions: pd.DataFrame) -> dict[tuple[str, str], list[float]]:
+    """By (system, metric) the rows' scores in a table of predictions."""
+    found = {}
+    for column in predictions.columns:
+        if column.startswith(SCORE_BY):
+            metric, _, system = column.removeprefix(SCORE_BY).rpartition("/")
+            found[system, metric] = predictions[column].tolist()
+    return found
 
 
 def answers_by_system(predictions: pd.DataFrame) -> dict[str, pd.Series]:
@@ -112,18 +119,16 @@ def score(
 ) -> dict[str, float | None]:
     """A score with its interval, where the predictions give this very score."""
     plain: dict[str, float | None] = {"value": float(value), "low": None, "high": None}
-    if predictions is None or predictions.empty or metric not in _RESAMPLED:
+    if predictions is None or predictions.empty:
         return plain
     answers = answers_by_system(predictions)
-    if system not in answers:
-        return plain
-    if metric == "macro_f1":
-        if bootstrap is None or not bootstrap.labels:
-            return plain
-        found = bootstrap.interval(system, "macro_f1")
-    else:
+    if bootstrap is not None and bootstrap.knows(system, metric):
+        found = bootstrap.interval(system, metric)
+    elif metric in _SHARES and system in answers:
         right = int((answers[system] == predictions["target"]).sum())
         found = wilson_interval(right, len(predictions))
+    else:
+        return plain
     # A task may mean something of its own by the name, or the file is of another run.
     return asdict(found) if np.isclose(found.value, value, atol=1e-6) else plain
 
@@ -147,13 +152,11 @@ def difference(
     """
     value = float(scores[TUNED][metric]) - float(scores[system][metric])
     found: Interval | None = None
-    known = (
-        metric in _RESAMPLED
-        and predictions is not None
-        and system in answers_by_system(predictions)
-    )
-    if bootstrap is not None and known and (metric != "macro_f1" or bootstrap.labels):
-        found = bootstrap.difference(TUNED, system, _RESAMPLED[metric])
+    if bootstrap is not None and predictions is not None:
+        if bootstrap.knows(TUNED, metric) and bootstrap.knows(system, metric):
+            found = bootstrap.difference(TUNED, system, metric)
+        elif metric in _SHARES and system in answers_by_system(predictions):
+            found = bootstrap.difference(TUNED, system, "accuracy")
     if found is None or not np.isclose(found.value, value, atol=1e-6):
         return {"value": value, "low": None, "high": None}
     return asdict(found)

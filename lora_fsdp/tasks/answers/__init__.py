@@ -1,0 +1,8 @@
+"""Kinds of answers, a file each: what is scored, what that makes of a row, how it is measured."""
+
+from lora_fsdp.tasks.answers.closed_set import ClosedSet
+from lora_fsdp.tasks.answers.free_text import FreeText
+from lora_fsdp.tasks.answers.kind import AnswerKind, ModelOutputs, Section
+from lora_fsdp.tasks.answers.own_choices import OwnChoices
+
+__all__ = ["AnswerKind", "ClosedSet", "FreeText", "ModelOutputs", "OwnChoices", "Section"]

@@ -1,0 +1,159 @@
+"""What every kind of answer says of itself. Arrays and texts only: no tokenizer, device or rank."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from lora_fsdp.tasks.example import Example
+
+# What a tuned model should beat, as it is called in `metrics.json` and in tables.
+MAJORITY, TFIDF = "majority", "TF-IDF + logistic"
+# Columns of predictions: a label's probability, a row's own choices with theirs, and the score of a
+# row by "<metric>/<system>".
+PROBABILITY_OF, CHOICES, SCORE_BY = "probability/", "choices", "score/"
+
+
+class Section(StrEnum):
+    """The report's sections about answers, row by row."""
+
+    ANSWERS = "answers"  # confusions, label by label; needs a `probability/<label>` column for each
+    CHOICES = "choices"  # confident mistakes and calibration, of any answer with a probability
+    FREE_TEXT = "free_text"  # which targets the model writes to the letter
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOutputs:
+    """What a model gives for N examples.
+
+    Attributes:
+        log_likelihoods: [N, A] float32, log-probability of each of up to A scored texts with its
+            end token, minus infinity where an example has fewer; [N, 0] if nothing was scored.
+        tokens: [N, A] how many tokens each of them has, 0 where an example has fewer.
+        texts: what greedy decoding generated, N texts; none if nothing was generated.
+    """
+
+    log_likelihoods: np.ndarray
+    tokens: np.ndarray
+    texts: Sequence[str] = ()
+
+    @property
+    def best(self) -> list[int]:
+        """[N], the place of each example's most likely text."""
+        return self.log_likelihoods.argmax(axis=1).tolist()
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """[N, A] float64, softmax over each example's texts."""
+        scores = self.log_likelihoods.astype(np.float64)
+        powers = np.exp(scores - scores.max(axis=1, keepdims=True, initial=-np.inf))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+    def of(self, places: Sequence[int]) -> ModelOutputs:
+        """Those of the examples at `places`."""
+        chosen = list(places)
+        texts = [self.texts[place] for place in chosen] if self.texts else ()
+        return ModelOutputs(self.log_likelihoods[chosen], self.tokens[chosen], texts)
+
+
+class AnswerKind(ABC):
+    """One kind of answer. All that depends on the kind is asked of it, and of nothing else.
+
+    A task names its kind by `Task.answer_kind`. A subclass says at least which texts are scored and
+    which answer they make; the rest has defaults that fit one answer of several, the likeliest.
+
+    Attributes:
+        name: as it is called in files.
+        description: for `lora-fsdp tasks show`.
+        labels: the answers that all rows share, in the order of their candidates; empty if there
+            are none. A label set is checked for labels that a tokenizer cannot tell apart.
+        generates_text: whether a model must generate text for an answer, beside what is scored.
+        rivals: the classic baselines that fit, `MAJORITY` and `TFIDF`.
+        report_sections: the report's sections about answers that fit.
+        answer_column: the column with the answer in what `lora-fsdp predict` writes.
+    """
+
+    name: ClassVar[str]
+    description: ClassVar[str]
+    labels: Sequence[str] = ()
+    generates_text: ClassVar[bool] = False
+    rivals: ClassVar[Sequence[str]] = ()
+    report_sections: ClassVar[Sequence[Section]] = (Section.CHOICES,)
+    answer_column: ClassVar[str] = "predicted_answer"
+
+    @abstractmethod
+    def candidates(self, example: Example) -> Sequence[str]:
+        """The texts that are scored after the prompt; none = the target alone."""
+
+    @abstractmethod
+    def answers(self, examples: Sequence[Example], outputs: ModelOutputs) -> Sequence[str | None]:
+        """The answer to each of N examples; `None` = no answer."""
+
+    def answer_of(self, example: Example) -> str:
+        """The right answer, as metrics compare it with those of `answers`."""
+        return (example.target or "").strip()
+
+    def probabilities(self, outputs: ModelOutputs) -> Sequence[float | None]:
+        """[N], from 0 to 1, of each answer given; `None` where it is not known."""
+        return outputs.probabilities.max(axis=1, initial=0.0).tolist()
+
+    def metrics(
+        self, targets: Sequence[str], predictions: Sequence[str | None]
+    ) -> dict[str, float]:
+        """Metrics of the answers against the right ones, which any task of this kind has."""
+        return {}
+
+    def metrics_of_outputs(
+        self, examples: Sequence[Example], outputs: ModelOutputs
+    ) -> dict[str, float]:
+        """Metrics that the answers alone do not give, of examples that all have a target."""
+        return {}
+
+    def row_scores(
+        self, metric: str, examples: Sequence[Example], outputs: ModelOutputs
+    ) -> Sequence[float] | None:
+        """[N], of which `metric` is the mean, for its interval; `None` if it is no such mean.
+
+        Accuracy needs none: the answers say it.
+        """
+        return None
+
+    def confusion_matrix(
+        self, targets: Sequence[str], predictions: Sequence[str | None]
+    ) -> pd.DataFrame | None:
+        """Counts of rows, true by predicted answer; `None` where there is no such table."""
+        return None
+
+    def chance(self, examples: Sequence[Example]) -> dict[str, float]:
+        """Metrics that guessing has on average; empty if it says nothing."""
+        return {}
+
+    def run_columns(
+        self, examples: Sequence[Example], outputs: ModelOutputs
+    ) -> dict[str, Sequence[Any]]:
+        """Further columns of a run's `predictions.csv`, beside the answer and its probability."""
+        return {}
+
+    def predicted_columns(
+        self, examples: Sequence[Example], outputs: ModelOutputs
+    ) -> dict[str, Sequence[Any]]:
+        """The columns that `lora-fsdp predict` adds to a table; all names for no examples too."""
+        return {
+            self.answer_column: self.answers(examples, outputs),
+            "probability": self.probabilities(outputs),
+            **self.run_columns(examples, outputs),
+        }
+
+    def announcement(self, *, max_new_tokens: int) -> str:
+        """What the answers are, for the lines with which a run begins.
+
+        Args:
+            max_new_tokens: longest generated text.
+        """
+        return self.description
