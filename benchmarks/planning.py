@@ -35,11 +35,12 @@ from benchmarks.workload import (
     longest_length,
     task_and_examples,
 )
-from lora_fsdp.data.encoding import Encoder
+from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.workload import measure_work
 from lora_fsdp.placement.counting import build_on_meta, shape_of
 from lora_fsdp.placement.gpus import parse_gpus
 from lora_fsdp.placement.memory import Placement, largest_sequence, peak_allocated
+from lora_fsdp.placement.shape import ModelShape
 from lora_fsdp.placement.timing import step_seconds
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
@@ -185,14 +186,13 @@ def predicted(
 ) -> dict[str, Any]:
     """As the trainer foretells it, from the same examples; `placed` changes where the base lies."""
     work = point.work
-    task, examples = task_and_examples(work)
-    encoder = Encoder(load_tokenizer(work), task=task, max_length=longest_length(work))
+    examples = _encoded(work.rows, data=work.data)
     asked = measure_work(
-        encoder.encode(examples), [], examples_per_rank=work.examples,
+        examples, [], examples_per_rank=work.examples,
         epochs=work.steps * work.examples * ranks / len(examples), share_prefix=True,
         max_tokens_per_row=None, ranks=ranks, seed=SEED,
     )  # fmt: skip
-    shape = shape_of(build_on_meta(SHAPES[work.model]), lora(work))
+    shape = _counted(work.model, rank=work.rank, targets=tuple(work.targets), dropout=work.dropout)
     placement = placed(
         Placement(
             ranks,
@@ -211,6 +211,21 @@ def predicted(
     )
     memory = peak_allocated(shape, placement, rows)
     return _beside(measured, gigabytes=memory / 1e9, milliseconds=1e3 * step)
+
+
+# Points of the grid share their examples and, but for what is stored and recomputed, their shape.
+@functools.cache
+def _encoded(rows: str, *, data: str) -> list[EncodedExample]:
+    work = Workload(rows=rows, data=data)
+    task, examples = task_and_examples(work)
+    encoder = Encoder(load_tokenizer(work), task=task, max_length=longest_length(work))
+    return encoder.encode(examples)
+
+
+@functools.cache
+def _counted(model: str, *, rank: int, targets: tuple[str, ...], dropout: float) -> ModelShape:
+    adapter = lora(Workload(model, rank=rank, targets=list(targets), dropout=dropout))
+    return shape_of(build_on_meta(SHAPES[model]), adapter)
 
 
 PLACED = {
