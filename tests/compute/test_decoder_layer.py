@@ -89,7 +89,12 @@ def test_gradients_are_the_modules_own(kind, targets, join):
     assert_close(gradients(model, padded, computation=at_labels), expected)
 
 
-def test_biases():
+@pytest.mark.parametrize("join", [False, True], ids=["apart", "joined"])
+def test_biases(join):
+    """In fp64: a key's gradient is the little that is left of terms that nearly cancel, and in fp32
+    both the modules' own and the fused one are up to 3.5e-6 away from it. What is left in fp64,
+    2e-8, is the norms', which transformers computes in fp32.
+    """
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     torch.manual_seed(0)
@@ -104,9 +109,11 @@ def test_biases():
     base.requires_grad_(False)
     model = attach_adapter(base, LoraConfig(r=4, target_modules="all-linear"))
     randomise_adapter(model)
-    expected = gradients(model, some_row())
-    assert isinstance(fuse(model, join=True), list)
-    assert_close(gradients(model, some_row()), expected)
+    model, computation = model.double(), RowComputation(torch.float64)
+    expected = gradients(model, some_row(), computation=computation)
+    assert isinstance(fuse(model, join=join), list)
+    found = gradients(model, some_row(), computation=computation)
+    assert_close(found, expected, tolerance=1e-7)
 
 
 @pytest.mark.parametrize(
