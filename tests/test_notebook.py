@@ -102,6 +102,7 @@ def options(tmp_path: Path, model_folder: Path) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_mistake_of_a_process_is_the_error_of_the_cell(
     tmp_path: Path, model_folder: Path, capfd: pytest.CaptureFixture[str]
