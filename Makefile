@@ -43,16 +43,15 @@ sentiment: $(PREPARED)  ## fine-tune the embedded default on airline tweets (ARG
 # each, in the order of tests/conftest.py; a file keeps to one worker, because its tests share what
 # they set up.
 PYTEST := HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 \
-	$(BIN)/python -m pytest --quiet --numprocesses=2 --dist=loadfile --no-loadscope-reorder \
-	--cov --cov-report=term
+	$(BIN)/python -m pytest --quiet --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-test: $(PREPARED)  ## run the tests with coverage (ARGS="-k name")
+test: $(PREPARED)  ## run the tests (ARGS="-k name", ARGS=--cov with coverage)
 	@echo "==> Testing"
 	@$(PYTEST) -m "not slow" $(ARGS)
 
-campaigns: $(PREPARED)  ## run the long tests that `make test` leaves out; their coverage is added
+campaigns: $(PREPARED)  ## run the long tests that `make test` leaves out
 	@echo "==> Testing what takes long"
-	@$(PYTEST) -m slow --cov-append $(ARGS)
+	@$(PYTEST) -m slow $(ARGS)
 
 lint: $(INSTALLED_LINT)  ## ruff: rules and format
 	@echo "==> Linting"
