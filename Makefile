@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sentiment test lint types docs clean
+.PHONY: help sentiment test campaigns lint types docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s%s\n", $$1, $$2}'
@@ -38,14 +38,20 @@ sentiment: $(PREPARED)  ## fine-tune the embedded default on airline tweets (ARG
 	@exec $(BIN)/lora-fsdp train $(if $(CONFIG),--accelerate_config $(CONFIG)) \
 		--config $(RECIPE) $(ARGS)
 
-test: $(PREPARED)  ## run the tests with coverage (ARGS="-k name")
+# On the CPU also where there is a GPU: tests/gpu is run by name (CONTRIBUTING). Nothing is compiled
+# on a CPU, and without dynamo no process imports a compiler. Two workers of one thread take a file
+# each, in the order of tests/conftest.py; a file keeps to one worker, because its tests share what
+# they set up.
+PYTEST := HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 \
+	$(BIN)/python -m pytest --quiet --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+
+test: $(PREPARED)  ## run the tests (ARGS="-k name", ARGS=--cov with coverage)
 	@echo "==> Testing"
-	@# On the CPU also where there is a GPU: tests/gpu is run by name (CONTRIBUTING). Nothing is
-	@# compiled on a CPU, and without dynamo no process imports a compiler. Two workers of one thread
-	@# take a file each; a file keeps to one worker, because its tests share what they set up.
-	@HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= TORCHDYNAMO_DISABLE=1 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest --quiet --numprocesses=2 --dist=loadfile \
-		--cov --cov-report=term $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
+
+campaigns: $(PREPARED)  ## run the long tests that `make test` leaves out
+	@echo "==> Testing what takes long"
+	@$(PYTEST) -m slow $(ARGS)
 
 lint: $(INSTALLED_LINT)  ## ruff: rules and format
 	@echo "==> Linting"

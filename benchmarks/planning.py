@@ -35,13 +35,14 @@ from benchmarks.workload import (
     longest_length,
     task_and_examples,
 )
-from lora_fsdp.data.encoding import Encoder
+from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.workload import measure_work
 from lora_fsdp.placement.counting import build_on_meta, shape_of
 from lora_fsdp.placement.gpus import parse_gpus
 from lora_fsdp.placement.layout import Layout
 from lora_fsdp.placement.memory import peak_allocated
 from lora_fsdp.placement.sequences import largest_sequence
+from lora_fsdp.placement.shape import ModelShape
 from lora_fsdp.placement.timing import step_seconds
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
@@ -187,14 +188,13 @@ def predicted(
 ) -> dict[str, Any]:
     """As the trainer foretells it, from the same examples; `placed` changes where the base lies."""
     work = point.work
-    task, examples = task_and_examples(work)
-    encoder = Encoder(load_tokenizer(work), task=task, max_length=longest_length(work))
+    examples = _encoded(work.rows, data=work.data)
     training = {
         "per_device_train_batch_size": work.examples, "gradient_accumulation_steps": 1,
         "max_steps": work.steps, "seed": SEED, "data_seed": None, "max_tokens_per_row": None,
     }  # fmt: skip
-    asked = measure_work(training, encoder.encode(examples), [], ranks=ranks, share_prefix=True)
-    shape = shape_of(build_on_meta(SHAPES[work.model]), lora(work))
+    asked = measure_work(training, examples, [], ranks=ranks, share_prefix=True)
+    shape = _counted(work.model, rank=work.rank, targets=tuple(work.targets), dropout=work.dropout)
     placement = placed(
         Layout(
             ranks,
@@ -213,6 +213,21 @@ def predicted(
     )
     memory = peak_allocated(shape, placement, rows)
     return _beside(measured, gigabytes=memory / 1e9, milliseconds=1e3 * step)
+
+
+# Points of the grid share their examples and, but for what is stored and recomputed, their shape.
+@functools.cache
+def _encoded(rows: str, *, data: str) -> list[EncodedExample]:
+    work = Workload(rows=rows, data=data)
+    task, examples = task_and_examples(work)
+    encoder = Encoder(load_tokenizer(work), task=task, max_length=longest_length(work))
+    return encoder.encode(examples)
+
+
+@functools.cache
+def _counted(model: str, *, rank: int, targets: tuple[str, ...], dropout: float) -> ModelShape:
+    adapter = lora(Workload(model, rank=rank, targets=list(targets), dropout=dropout))
+    return shape_of(build_on_meta(SHAPES[model]), adapter)
 
 
 PLACED = {

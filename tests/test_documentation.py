@@ -36,6 +36,7 @@ OF_OTHERS = {
     *("--shm-size", "--ipc"),  # docker
     "--exclude",  # tar
     "--strict",  # mkdocs
+    "--cov",  # pytest-cov
     *("--arms", "--examples", "--model"),  # benchmarks.throughput
     *("--host", "--port"),  # transformers serve
     "--logdir",  # tensorboard

@@ -1,10 +1,10 @@
 """Every `lora-fsdp` command and training of README, docs and help runs, in a folder like a user's.
 
 The model behind every name is a toy, the tables have some dozens of rows, trainings stop after two
-steps, and downloads come from a server on this machine. Trainings of README and of
-`docs/from-1-to-8-gpus.md`, and all of `accelerate launch`, are launched as they stand. Of the
-others the launch is asked for its command line, and what that starts in every process runs here,
-in one.
+steps, and downloads come from a server on this machine. Of a training the launch is asked for its
+command line, and what that starts in every process runs here, in one. Those of README and of
+`docs/from-1-to-8-gpus.md`, and all of `accelerate launch`, are also launched as they stand: one
+with `make` and one with `accelerate` by `make test`, all by `make campaigns`.
 
 `make`, set-up and measurements: test_documented_setup.py. The Chinese README has the English one's
 commands (test_documentation.py). What nothing runs is listed with its reason, and what has a test
@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -56,8 +57,9 @@ def is_doctor(command: str) -> bool:
 
 TRAININGS = of_kind("training")
 LAUNCHED = [c for c in TRAININGS if is_launched(c)]
+OFTEN = [c for c in LAUNCHED if c.startswith("make") or "examples/custom_task.py" in c]
 RESUMED = [c for c in TRAININGS if " ".join(RESUME) in c]
-HERE = [c for c in TRAININGS if c not in LAUNCHED and c not in RESUMED]
+HERE = [c for c in TRAININGS if c not in OFTEN and c not in RESUMED]
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +97,9 @@ def test_doctor(command: str, at_home: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.distributed
-@pytest.mark.slow
-@pytest.mark.parametrize("command", LAUNCHED)
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=() if c in OFTEN else pytest.mark.slow) for c in LAUNCHED]
+)
 def test_launched(command: str, folder: Path) -> None:
     done = subprocess.run(
         launched_words(command),
@@ -113,8 +116,13 @@ def test_launched(command: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("command", HERE)
 def test_in_one_process(command: str, at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(command, [*changed(command), *ANEW], capsys)
-    assert "Ask it: lora-fsdp predict --adapter" in capsys.readouterr().out
+    if command.startswith("accelerate"):
+        script, *words = launched_words(command)[6:]
+        sys.argv = [script, *words]
+        runpy.run_path(script, run_name="__main__")
+    else:
+        train(command, [*changed(command), *ANEW], capsys)
+    assert "Adapter, metrics and predictions:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", RESUMED)
@@ -191,6 +199,7 @@ def test_in_a_shell(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_every_command_has_a_test_or_a_reason() -> None:
+    assert len(OFTEN) == 2
     kinds = [kind_of(command) for command in all_commands()]
     assert {kind for kind in kinds if kind and kind.startswith("tests/")} == {
         "tests/test_rented_gpu.py",

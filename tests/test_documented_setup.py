@@ -173,9 +173,14 @@ def at_home(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("command", of_kind("measurement"))
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.slow if "throughput" in command else ())
+        for command in of_kind("measurement")
+    ],
+)
 def test_measurement(
     command: str,
     at_home: Path,

@@ -74,7 +74,6 @@ class TestCommandLine:
         assert done.stdout.rstrip().endswith("--config recipe.yaml")
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 class TestTwoProcesses:
     def test_a_run(self, options, tmp_path):
@@ -98,6 +97,7 @@ class TestTwoProcesses:
         assert "Did you mean 'text'" in done.stderr
         assert "Traceback" not in done.stdout
 
+    @pytest.mark.slow
     def test_also_when_accelerate_launch_is_used(self, options):
         """The launcher adds its own lines; ours comes once before them, and in their summary."""
         options[options.index("--text_column") + 1] = "txet"
@@ -111,6 +111,7 @@ class TestTwoProcesses:
         assert "Root Cause" in launchers
         assert "ColumnNotFoundError" in launchers.partition("Root Cause")[2]
 
+    @pytest.mark.slow
     def test_a_mistake_of_one_process_alone_is_told_once(self, options, tmp_path):
         """The other process then fails for a reason of no interest, or is ended."""
         task = tmp_path / "one_rank_task.py"
@@ -122,6 +123,7 @@ class TestTwoProcesses:
         assert done.returncode == 2
         assert done.stderr == "DataError: only here\n"
 
+    @pytest.mark.slow
     def test_a_process_that_is_killed(self, options, tmp_path):
         task = tmp_path / "killer_task.py"
         task.write_text(
@@ -152,7 +154,6 @@ def test_how_a_process_ended(capsys, code, ours, words):
     assert bool(error) == bool(words)
 
 
-@pytest.mark.slow
 class TestOneProcess:
     def test_a_bug_keeps_its_traceback(self, options, tmp_path):
         task = tmp_path / "odd_task.py"

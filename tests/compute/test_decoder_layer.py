@@ -94,7 +94,12 @@ def test_gradients_are_the_modules_own(kind, targets, join):
     assert_close(gradients(packed, padded), expected)
 
 
-def test_biases():
+@pytest.mark.parametrize("join", [False, True], ids=["apart", "joined"])
+def test_biases(join):
+    """In fp64: a key's gradient is the little that is left of terms that nearly cancel, and in fp32
+    the modules' own is up to 2.3e-6 away from it, the fused one 3.5e-6. What is left in fp64,
+    2e-8, is the norms', which transformers computes in fp32.
+    """
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     torch.manual_seed(0)
@@ -109,9 +114,10 @@ def test_biases():
     base.requires_grad_(False)
     model = attach_adapter(base, LoraConfig(r=4, target_modules="all-linear"))
     randomise_adapter(model)
+    model = model.double()
     expected = gradients(model, some_row())
-    assert fuse(model, join=True).fusing.is_fused
-    assert_close(gradients(model, some_row()), expected)
+    assert fuse(model, join=join).fusing.is_fused
+    assert_close(gradients(model, some_row()), expected, tolerance=1e-7)
 
 
 @pytest.mark.parametrize(

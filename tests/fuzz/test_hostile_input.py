@@ -49,7 +49,6 @@ PACKAGE = Path(__file__).resolve().parents[2] / "lora_fsdp"
 SECRET = "hf_" + "Sekret" * 5
 
 
-@pytest.mark.slow
 def test_campaign(tmp_path, caplog):
     """A small one, on inputs that are the same every time."""
     caplog.set_level(logging.CRITICAL)

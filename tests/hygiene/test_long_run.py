@@ -35,6 +35,7 @@ def plain_run(folder):
     return long_run(folder, STEPS, every=20)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 class TestGrowth:
     def test_memory_files_threads_and_children_stay(self, tmp_path):

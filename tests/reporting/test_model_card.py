@@ -292,7 +292,9 @@ def test_no_text_ends_its_block_of_code(text: str) -> None:
     assert tokens[-2].content == "after"
 
 
-def test_hostile_labels_in_a_snippet_are_literals(model_folder: Path, tmp_path: Path) -> None:
+def test_hostile_labels_in_a_snippet_are_literals(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a real run, whose labels would be code if they were pasted."""
     rows = toy_table(40)
     nasty = {"negative": "'); raise SystemExit('", "neutral": '"""\n```', "positive": "ok"}
@@ -315,7 +317,6 @@ def test_hostile_labels_in_a_snippet_are_literals(model_folder: Path, tmp_path: 
             output_dir=str(tmp_path / "run"), max_steps=1, disable_tqdm=True, save_strategy="no"
         ),
     ).output_dir
-    [code] = blocks(card_of(folder), "python")
-    compile(code, "snippet", "exec")
     [answer] = answers_of(Predictor.from_adapter(folder), [SAMPLE_TEXT])
-    assert run_as_it_is(folder).rpartition(" ")[0] == answer["predicted_label"].strip()
+    printed = run_with(folder, SAMPLE_TEXT, monkeypatch)
+    assert printed.rpartition(" ")[0].strip() == answer["predicted_label"].strip()

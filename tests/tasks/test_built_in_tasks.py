@@ -13,7 +13,7 @@ from lora_fsdp.tasks import list_tasks
 from tests.support.built_in import RECIPES, data_arguments, predict_all, save_chat_model, train_all
 from tests.support.ranks import launch_environment, run_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = pytest.mark.distributed
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
