@@ -48,7 +48,7 @@ EXPECTED = {
     "ddp.yaml": None,
     "fsdp2.yaml": SHARDED,
     "fsdp2_cpu.yaml": replace(SHARDED, reshard_after_forward=False),
-    "fsdp2_offload.yaml": FsdpSettings(True, True, True, None, True),
+    "fsdp2_offload.yaml": FsdpSettings(True, True, False, None, True),
 }
 
 

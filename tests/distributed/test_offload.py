@@ -98,6 +98,7 @@ def test_the_shipped_yaml_rehearsed(tmp_path):
     plain = launch_environment("fsdp2_cpu.yaml")
     offload = launch_environment("fsdp2_offload.yaml") | {
         "ACCELERATE_USE_CPU": "True",
+        "FSDP_ACTIVATION_CHECKPOINTING": "true",
         "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true",
     }
     expected = run_ranks(toy_run, tmp_path / "plain", environment=plain)

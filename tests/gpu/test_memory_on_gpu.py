@@ -265,7 +265,8 @@ def test_offload(in_4bit, activations, tmp_path):
     options = {"base": tmp_path / "base", "streamed": True, "load_in_4bit": in_4bit}
     options |= {"allow_fsdp_on_one_process": True, "num_train_epochs": 1}
     environment = launch_environment("fsdp2_offload.yaml") | {
-        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": activations
+        "FSDP_ACTIVATION_CHECKPOINTING": "true",
+        "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": activations,
     }
     [expected] = run_ranks(run_from, tmp_path / "plain", options, world_size=1)
     [found] = run_ranks(
