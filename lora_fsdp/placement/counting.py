@@ -51,6 +51,7 @@ def shape_of(
     base = skeleton
     adapter = copy.deepcopy(adapter)  # PEFT writes the base's name into it
     adapter.init_lora_weights = True  # of whatever values: there are none
+    adapter.base_model_name_or_path = None  # another base's, to PEFT, if it is attached already
     layers = decoder_layers(base)
     # An adapter draws its first values, though there are none: the run's own come after.
     with torch.random.fork_rng(devices=[]):

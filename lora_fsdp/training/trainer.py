@@ -167,7 +167,7 @@ class LoraTrainer(Trainer):
         )
         self.task, self.max_new_tokens = task, longest_answer(args, run.train)
         self.shortened, self.share_prefix = run.shortened, run.request.shares_prefix
-        self.schedule, self.work = run.schedule, run.work
+        self.request, self.schedule, self.work = run.request, run.schedule, run.work
         super().__init__(
             model=run.model,
             args=fold_accumulation(args),

@@ -5,7 +5,6 @@ Run: python -m pytest tests/distributed/test_offload.py
 
 import pytest
 import torch
-from lora_fsdp.distributed.residency import plan_residency
 
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
@@ -13,11 +12,10 @@ from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.compute.decoder_layer import FusedLayer
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.packing import Tree, pack_sequence
-from lora_fsdp.errors import ArgumentError
 from lora_fsdp.training.recomputing import enable_checkpointing
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_run
-from tests.support.tiny import adapted_model, randomise_adapter, tiny_model
+from tests.support.tiny import adapted_model, randomise_adapter
 
 SETTINGS = {
     "kept": FsdpSettings(True, False, False, None, True),
@@ -76,20 +74,6 @@ def test_gradients_are_those_of_kept_activations(fused, setting, monkeypatch):
     # Each of the three layers once, and once more in backward: it really is recomputed.
     assert at_first == {"layers": 3, "packed": 0}
     assert counts == {"layers": 6, "packed": 3 if setting == "offloaded" else 0}
-
-
-@pytest.mark.parametrize("requested", ["all", "3"])
-def test_offload_of_a_base_that_is_to_be_resident(requested):
-    base = tiny_model()
-    with pytest.raises(ArgumentError, match="fsdp_offload_params"):
-        plan_residency(
-            requested,
-            decoder_layers(base),
-            base,
-            settings=FsdpSettings(True, True, False, None, True),
-            device=torch.device("cpu"),
-            fitting_layers=lambda free: 0,
-        )
 
 
 @pytest.mark.distributed

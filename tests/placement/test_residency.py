@@ -59,6 +59,7 @@ def test_one_group_is_all_or_nothing(shape):
     assert placed(shape, "all", settings=settings).is_whole
 
 
-def test_an_offloaded_base_is_not_kept_whole(shape):
-    with pytest.raises(ArgumentError, match="keeps it in host memory: drop one"):
-        placed(shape, "all", settings=replace(SHARDED, offload=True))
+@pytest.mark.parametrize("requested", ["all", "3"])
+def test_an_offloaded_base_is_not_kept_whole(shape, requested):
+    with pytest.raises(ArgumentError, match=r"fsdp_offload_params.* in host memory: drop one"):
+        placed(shape, requested, settings=replace(SHARDED, offload=True))

@@ -168,14 +168,6 @@ def test_a_resumed_run_keeps_one_log(tmp_path: Path) -> None:
     assert losses[5] < 99
 
 
-@pytest.mark.parametrize(("steps", "examples"), [(0, 0), (2, 16), (3, 20), (4, 28), (7, 48)])
-def test_the_last_step_of_an_epoch_has_fewer_examples(
-    tmp_path: Path, steps: int, examples: int
-) -> None:
-    trainer = toy_trainer(tmp_path, rows=20)  # 8, 8 and 4
-    assert lora_fsdp.pipeline._examples_seen(trainer, steps) == examples
-
-
 def test_a_failed_report_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.json").write_text("{")
     lora_fsdp.pipeline._report(tmp_path)
