@@ -168,7 +168,7 @@ class TokenizerNotFoundError(ModelError, FileNotFoundError):
 
 
 class UnsupportedModelError(ModelError, ValueError):
-    """The architecture cannot be trained in packed rows."""
+    """The architecture cannot be trained in packed sequences."""
 
 
 class TargetModulesError(ModelError, ValueError):

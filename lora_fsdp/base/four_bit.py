@@ -11,7 +11,7 @@ Needs bitsandbytes (`pip install "lora-fsdp[4bit]"`), which is imported here and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from bitsandbytes import matmul_4bit
@@ -24,6 +24,11 @@ from lora_fsdp.base.quantized_layers import QUANTIZED_WHILE_READ, QuantizedLayer
 from lora_fsdp.errors import UnsupportedModelError
 
 _BLOCK = 64
+_NF4: dict[str, Any] = {
+    "blocksize": _BLOCK,
+    "compress_statistics": True,
+    "quant_type": "nf4",
+}
 
 
 class FourBitLinear(Linear4bit, QuantizedLayer):
@@ -60,9 +65,7 @@ class FourBitLinear(Linear4bit, QuantizedLayer):
             packed,
             requires_grad=False,
             quant_state=scales,
-            blocksize=_BLOCK,
-            compress_statistics=True,
-            quant_type="nf4",
+            **_NF4,
             quant_storage=packed.dtype,
             bnb_quantized=True,
         )
@@ -71,9 +74,7 @@ class FourBitLinear(Linear4bit, QuantizedLayer):
         """Pack `values` [out, in], which lie where the layer will compute; keep their scales."""
         packed, self.quant_state = quantize_4bit(
             values.to(self.compute_dtype).contiguous(),
-            blocksize=_BLOCK,
-            compress_statistics=True,
-            quant_type="nf4",
+            **_NF4,
             quant_storage=self.compute_dtype,
         )
         return packed

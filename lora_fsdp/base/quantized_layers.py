@@ -41,10 +41,9 @@ class QuantizedLayer(nn.Module):
     @classmethod
     def unpack_all(cls, layers: Sequence[QuantizedLayer], out: torch.Tensor) -> torch.Tensor:
         """Write the numbers of several layers' weights into `out`, one below the other."""
-        for layer, rows in zip(
-            layers, out.split([layer.out_features for layer in layers]), strict=True
-        ):
-            layer.unpack(rows)
+        parts = out.split([layer.out_features for layer in layers])
+        for layer, part in zip(layers, parts, strict=True):
+            layer.unpack(part)
         return out
 
 

@@ -17,10 +17,8 @@ from lora_fsdp.base.loading import (
     existing_model,
     warn_of_remote_code,
 )
-from lora_fsdp.base.stored_weights import BaseWeights, base_folder, stored_names
+from lora_fsdp.base.stored_weights import PLAIN_DTYPES, BaseWeights, base_folder, stored_names
 from lora_fsdp.errors import ModelNotFoundError, UnsafeFileError
-
-_PLAIN_DTYPES = ("F32", "BF16", "F16", "F64")
 
 
 class CannotStreamError(Exception):
@@ -40,7 +38,7 @@ def empty_base(
     Raises:
         CannotStreamError: the files do not hold each parameter as the model has it, or the model
             cannot be built without them; transformers then either loads it or says what is wrong.
-        UnsupportedModelError: its attention takes no mask for packed rows.
+        UnsupportedModelError: its attention takes no mask for packed sequences.
     """
     name = existing_model(arguments)
     try:
@@ -53,7 +51,8 @@ def empty_base(
     names = stored_names(model, weights.tensors)
     if reason := _incomplete(model, weights, names):
         raise CannotStreamError(reason)
-    _read_buffers(model, weights)
+    for buffer_name, buffer in _saved_buffers(model):
+        buffer.copy_(weights.read(buffer_name))
     check_attention(model, name)
     warn_of_remote_code(arguments)
     return model, weights, names
@@ -78,17 +77,15 @@ def _empty_model(arguments: ModelArguments, name: str, *, dtype: torch.dtype) ->
             )
         if not type(model).__module__.startswith("transformers."):
             raise CannotStreamError("its code is not transformers' own")
-        _read_generation_settings(model, name, arguments.model_revision)
+        # Without a file of its own it is made from the model's settings, which has been done.
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(
+                name, revision=arguments.model_revision
+            )
     except (OSError, *LOADING_ERRORS) as error:
         raise CannotStreamError("transformers cannot build it without its weights") from error
     model.tie_weights()
     return model.requires_grad_(False).eval()
-
-
-def _read_generation_settings(model: PreTrainedModel, name: str, revision: str) -> None:
-    # Without a file of its own it is made from the model's settings, which has been done.
-    with suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
 
 
 def _differs(model: PreTrainedModel, weights: BaseWeights) -> str | None:
@@ -109,18 +106,15 @@ def _incomplete(model: PreTrainedModel, weights: BaseWeights, names: dict[str, s
         if name not in names:
             return f"its files hold no {name}"
         stored = weights.tensors[names[name]]
-        if stored.shape != tuple(parameter.shape) or stored.dtype not in _PLAIN_DTYPES:
+        if stored.shape != tuple(parameter.shape) or stored.dtype not in PLAIN_DTYPES:
             return f"its files hold {name} in another shape or as {stored.dtype}"
-    kept = {name for name, _ in model.named_non_persistent_buffers()}
-    for name, _ in model.named_buffers():
-        if name not in kept and name not in weights.tensors:
+    for name, _ in _saved_buffers(model):
+        if name not in weights.tensors:
             return f"its files hold no {name}"
     return None
 
 
-def _read_buffers(model: PreTrainedModel, weights: BaseWeights) -> None:
+def _saved_buffers(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
     """Those that are saved with a model; the others were computed when it was built."""
-    kept = {name for name, _ in model.named_non_persistent_buffers()}
-    for name, buffer in model.named_buffers():
-        if name not in kept:
-            buffer.copy_(weights.read(name))
+    computed = {name for name, _ in model.named_non_persistent_buffers()}
+    return [(name, buffer) for name, buffer in model.named_buffers() if name not in computed]

@@ -2,8 +2,8 @@
 
 `from_pretrained` puts a whole model into host memory before anything is sharded, on every rank.
 Here the model is built on the meta device, the adapter attached, the base sharded, and only then is
-each tensor read, by each rank the rows that it keeps, straight to where they stay. No rank ever
-holds more than that and one layer.
+does each rank read its shard of each tensor, straight to where it stays. No rank ever holds more
+than that and one layer.
 """
 
 from __future__ import annotations
@@ -86,8 +86,7 @@ class StoredBase:
     def fill(
         self, modules: Iterable[nn.Module], *, device: torch.device, keep_on: torch.device
     ) -> None:
-        """Read what of `modules` is still on the meta device; of a sharded parameter, this rank's
-        rows.
+        """Read what of `modules` is still on the meta device; of a sharded one, this rank's shard.
 
         Args:
             modules: modules of the model.
@@ -167,23 +166,29 @@ def open_base(
         dtype = resolve_dtype(arguments.dtype, device=device)
         model, weights, names = empty_base(arguments, dtype=dtype)
     except CannotStreamError as reason:
-        if arguments.load_in_4bit:
-            raise UnsupportedModelError(
-                f"{arguments.model_name_or_path} cannot be turned into 4 bits while it is read: "
-                f"{reason}. Run without --load_in_4bit."
-            ) from reason
-        whole = load_base(arguments, device=device)
-        if rank() == 0:
-            logger.warning(
-                "Every process held the whole base in host memory while it was loaded, because %s.",
-                reason,
-            )
-        return whole
+        return _load_whole(arguments, device, reason)
     if arguments.load_in_4bit:
         from lora_fsdp.base.four_bit import replace_linear_layers
 
         replace_linear_layers(model, dtype=dtype)
     return StoredBase(model, weights, names)
+
+
+def _load_whole(
+    arguments: ModelArguments, device: torch.device, reason: CannotStreamError
+) -> PreTrainedModel:
+    if arguments.load_in_4bit:
+        raise UnsupportedModelError(
+            f"{arguments.model_name_or_path} cannot be turned into 4 bits while it is read: "
+            f"{reason}. Run without --load_in_4bit."
+        ) from reason
+    whole = load_base(arguments, device=device)
+    if rank() == 0:
+        logger.warning(
+            "Every process held the whole base in host memory while it was loaded, because %s.",
+            reason,
+        )
+    return whole
 
 
 def load_on_device(arguments: ModelArguments, *, device: torch.device) -> PreTrainedModel:
@@ -267,6 +272,6 @@ def _copy_shard(shard: torch.Tensor, read: Callable[[tuple[slice, ...]], torch.T
     shape, start = compute_local_shape_and_global_offset(
         sharded.shape, sharded.device_mesh, sharded.placements
     )
-    if all(shape):  # more ranks than rows: this one has none
-        rows = tuple(slice(first, first + n) for first, n in zip(start, shape, strict=True))
-        sharded.to_local().copy_(read(rows))
+    if all(shape):  # a rank's shard may be empty
+        own = tuple(slice(first, first + n) for first, n in zip(start, shape, strict=True))
+        sharded.to_local().copy_(read(own))

@@ -105,7 +105,7 @@ class FusedLayer:
         self.gate_up.join()
 
     def packed_blocks(self) -> list[QuantizedBlock]:
-        """Of the products, in their order; empty unless all weights are packed."""
+        """Of the matmuls, in their order; empty unless all weights are packed."""
         blocks = [projections.packed for projections in self.projections]
         return [block for block in blocks if block] if all(blocks) else []
 

@@ -6,8 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from types import TracebackType
-from typing import NamedTuple, Self, cast
+from typing import NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -37,7 +36,7 @@ class LabelOutputs(NamedTuple):
     is_most_likely: torch.Tensor
 
 
-class PackedModel:
+class PackedModel(AbstractContextManager["PackedModel"]):
     """Computes packed sequences by a causal LM, and owns all that is patched on it for that.
 
     What is patched is in `patches`, in words as text, and is put back by `undo` or where a `with`
@@ -120,15 +119,7 @@ class PackedModel:
         self.patches.undo()
         self.fusing = Fusing()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.undo()
 
     # ---- computing ------------------------------------------------------------------------------
@@ -227,7 +218,7 @@ class PackedModel:
         if not difference < _ROUNDING[self.dtype == torch.bfloat16]:
             raise UnsupportedModelError(
                 f"{type(self.base).__name__} computes packed examples differently from single ones "
-                f"(by {difference:.2g} nats a token): it cannot be trained in packed rows."
+                f"(by {difference:.2g} nats a token): it cannot be trained in packed sequences."
             )
 
     def _two_texts(self) -> list[list[int]]:

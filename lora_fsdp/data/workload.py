@@ -57,45 +57,36 @@ def measure_work(
 ) -> Work:
     """Pack some optimizer steps as training will, and count: the first ones, and the largest.
 
-    Args:
-        training: values of `FineTuningArguments` by name.
-        train, held_out: the rows as tokens.
-        ranks: that share a step.
-        share_prefix: compute the prompts' common prefix once a packed sequence.
-        tree_of: which answers of a training example are laid down.
+    `training` holds values of `FineTuningArguments` by name; the others are as in `TrainingSteps`.
     """
     if not train:
         return replace(NO_WORK, longest_example=max(1, longest_example(held_out)))
     schedule = Schedule.of(training, rows=len(train), ranks=ranks)
     seed = training["seed"] if training["data_seed"] is None else training["data_seed"]
 
-    def steps_of(rank: int, *, epoch: int) -> TrainingSteps:
-        steps = TrainingSteps(
-            train,
-            examples_per_step=min(schedule.examples_per_step, len(train)),
-            rank=rank,
-            world_size=ranks,
-            seed=int(seed),
-            share_prefix=share_prefix,
-            max_tokens=training["max_tokens_per_row"] or 2**31,
-            tree_of=tree_of,
-        )
-        steps.set_epoch(epoch)
-        return steps
-
-    first = steps_of(0, epoch=0)
-    looked_at = min(len(first), max(1, schedule.steps), _STEPS_LOOKED_AT)
-    seen = [first[index] for index in range(looked_at)]
+    steps = TrainingSteps(
+        train,
+        examples_per_step=min(schedule.examples_per_step, len(train)),
+        rank=0,
+        world_size=ranks,
+        seed=int(seed),
+        share_prefix=share_prefix,
+        max_tokens=training["max_tokens_per_row"] or 2**31,
+        tree_of=tree_of,
+    )
+    looked_at = min(len(steps), max(1, schedule.steps), _STEPS_LOOKED_AT)
+    seen = [steps[index] for index in range(looked_at)]
     sizes = [_tokens(step) for step in seen]
     labels = [int(one.labels.shape[1]) for step in seen for one in step.sequences]
-    epoch, index, rank = _largest_step(first, epochs=schedule.epochs)
+    epoch, index, steps.rank = _largest_step(steps, epochs=schedule.epochs)
+    steps.set_epoch(epoch)
     return Work(
         steps=max(1, schedule.steps),
         examples=schedule.examples,
         examples_per_rank=examples_per_rank(training),
         step_tokens=sum(sizes) / len(seen),
         step_labels=sum(labels) / len(seen),
-        largest_step=max(*sizes, _tokens(steps_of(rank, epoch=epoch)[index])),
+        largest_step=max(*sizes, _tokens(steps[index])),
         # An objective may lay down several answers of an example.
         longest_example=max(
             longest_example([*train, *held_out]), *(len(tree_of(example)) for example in train)

@@ -97,10 +97,10 @@ def reference(folder, dtype="float32"):
 
 
 def outputs(model, dtype=torch.float32):
-    """Log-probabilities of a packed row's labels, and the adapter's gradients."""
+    """Log-probabilities of a packed sequence's labels, and the adapter's gradients."""
     texts = torch.arange(5, 29).view(2, 12).tolist()
-    row = pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True)
-    log_probs = PackedModel(model.train()).label_log_probs(row)
+    sequence = pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True)
+    log_probs = PackedModel(model.train()).label_log_probs(sequence)
     (-log_probs.sum()).backward()
     return log_probs.detach(), {n: p.grad for n, p in trainable_parameters(model).items()}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_fsdp.training.setup import enable_checkpointing
+from lora_fsdp.training.recomputing import enable_checkpointing
 
 from lora_fsdp import FineTuningArguments, LoraTrainer
 from lora_fsdp.arguments.fsdp import FsdpSettings

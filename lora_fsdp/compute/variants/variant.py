@@ -18,7 +18,7 @@ class LoraVariant(ABC):
 
     Attributes:
         linear: the frozen layer.
-        rank: rows of A.
+        rank: r.
     """
 
     linear: nn.Linear | QuantizedLayer
