@@ -144,7 +144,7 @@ def open_base(
 ) -> StoredBase | PreTrainedModel:
     """The frozen base, to be read when it is known which parts of it this rank keeps.
 
-    Where that cannot be (the weights are pickles, or laid out otherwise than the model has them;
+    Where that cannot be (the weights are pickles, or not in the form that the model has them in;
     the adapter's first values depend on them), it is loaded whole into host memory by transformers,
     and a line in the log says why.
 

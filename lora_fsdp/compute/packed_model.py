@@ -40,7 +40,7 @@ class PackedModel(AbstractContextManager["PackedModel"]):
     """Computes packed sequences by a causal LM, and owns all that is patched on it for that.
 
     What is patched is in `patches`, in words as text, and is put back by `undo` or where a `with`
-    block ends. Weights that `join_weights` laid side by side stay there: they are the same numbers.
+    block ends. Weights that `join_weights` joined stay joined: they are the same numbers.
 
     Args:
         model: a causal LM, with or without adapter; may be sharded, now or later.
@@ -81,10 +81,10 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         *,
         filled_copy: Callable[[nn.Module], nn.Module] | None = None,
     ) -> Fusing:
-        """Let fused layers compute, if they compute the same. Before the layers are sharded.
+        """Replace the layers by fused ones, if these compute the same; before they are sharded.
 
         Args:
-            layers: the decoder layers; `None` = found by themselves.
+            layers: the decoder layers; `None` = those of the base.
             filled_copy: gives a copy of a layer with its weights, if they have none yet.
         """
         base = self.base
@@ -100,11 +100,7 @@ class PackedModel(AbstractContextManager["PackedModel"]):
             layer.join_weights()
 
     def unpack_ahead(self, *, recomputed: bool) -> None:
-        """Let packed weights be unpacked ahead of their use. For whole ones in a graph.
-
-        Args:
-            recomputed: backward computes each layer's forward again.
-        """
+        """Unpack packed weights ahead of their use (see `decoder_layer.unpack_ahead`)."""
         unpack_ahead(self.fusing.layers, recomputed=recomputed)
 
     def compile(self, layers: Iterable[nn.Module] | None = None) -> None:

@@ -62,7 +62,7 @@ class UnpackAtUse:
 
 
 class UnpackAhead(UnpackAtUse):
-    """Unpacks a block while the one before it is used. For whole weights; a gain on a GPU.
+    """Unpacks a block while the one before it is used. For unsharded weights; faster on a GPU.
 
     What comes next is a guess, from the layers' order: where another block is asked for, that one
     is unpacked at once.
