@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 import torch
@@ -22,9 +23,9 @@ from lora_fsdp.errors import ModelNotFoundError, UnsafeFileError
 
 
 class CannotStreamError(Exception):
-    """A base cannot be read tensor by tensor; the message says why, in half a sentence.
+    """A base cannot be read tensor by tensor; the message gives the reason as half a sentence.
 
-    Never shown as it is: the base is then loaded whole, or refused in a sentence of its own.
+    Always caught: the base is then loaded whole, or refused with a message of its own.
     """
 
 
@@ -46,10 +47,8 @@ def empty_base(
     except (ModelNotFoundError, UnsafeFileError) as error:
         raise CannotStreamError("its weights are in no whole safetensors files") from error
     model = _empty_model(arguments, name, dtype=dtype)
-    if reason := _differs(model, weights):
-        raise CannotStreamError(reason)
     names = stored_names(model, weights.tensors)
-    if reason := _incomplete(model, weights, names):
+    if reason := next(_obstacles(model, weights, names), None):
         raise CannotStreamError(reason)
     for buffer_name, buffer in _saved_buffers(model):
         buffer.copy_(weights.read(buffer_name))
@@ -88,30 +87,28 @@ def _empty_model(arguments: ModelArguments, name: str, *, dtype: torch.dtype) ->
     return model.requires_grad_(False).eval()
 
 
-def _differs(model: PreTrainedModel, weights: BaseWeights) -> str | None:
-    """Why what is in the files is not what is in the model."""
+def _obstacles(
+    model: PreTrainedModel, weights: BaseWeights, names: Mapping[str, str]
+) -> Iterator[str]:
+    """Why the files do not hold each tensor as the model has it."""
+    kind = type(model).__name__
     if any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(model)):
-        return f"{type(model).__name__} has other tensors than its files"
+        yield f"{kind} has other tensors than its files"
     if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
-        return f"{type(model).__name__} keeps some modules in float32"
+        yield f"{kind} keeps some modules in float32"
     for target, source in model.all_tied_weights_keys.items():
         if {target, source} <= weights.tensors.keys():
-            return f"its files hold both {target} and {source}, which the model shares"
-    return None
-
-
-def _incomplete(model: PreTrainedModel, weights: BaseWeights, names: dict[str, str]) -> str | None:
-    """Why the files do not hold each parameter as it is."""
+            yield f"its files hold both {target} and {source}, which the model shares"
     for name, parameter in model.named_parameters():
         if name not in names:
-            return f"its files hold no {name}"
+            yield f"its files hold no {name}"
+            continue
         stored = weights.tensors[names[name]]
         if stored.shape != tuple(parameter.shape) or stored.dtype not in PLAIN_DTYPES:
-            return f"its files hold {name} in another shape or as {stored.dtype}"
+            yield f"its files hold {name} in another shape or as {stored.dtype}"
     for name, _ in _saved_buffers(model):
         if name not in weights.tensors:
-            return f"its files hold no {name}"
-    return None
+            yield f"its files hold no {name}"
 
 
 def _saved_buffers(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:

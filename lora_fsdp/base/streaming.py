@@ -95,13 +95,9 @@ class StoredBase:
         """
         names = self._names_by_id()
         order = {stored: index for index, stored in enumerate(self.weights.tensors)}
-
-        def place_in_files(places: _Places) -> int:
-            return order[names[id(_parameter_at(places))]]
-
+        found = [(names[id(_parameter_at(places))], places) for places in _empty_places(modules)]
         # In the files' order, of which one is open at a time.
-        for places in sorted(_empty_places(modules), key=place_in_files):
-            stored = names[id(_parameter_at(places))]
+        for stored, places in sorted(found, key=lambda pair: order[pair[0]]):
             self._fill_one(places, stored, device=device, keep_on=keep_on)
 
     def filled_copy(self, layer: nn.Module) -> nn.Module:
