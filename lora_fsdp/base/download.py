@@ -1,8 +1,8 @@
 """A model's files onto the disk: only those needed, resumed after a break, each verified.
 
-The client's `snapshot_download` throws a half file away when its process ends; on a slow line that
+The client's `snapshot_download` discards a partial file when its process ends; on a slow line that
 may be an hour's work. So each file goes through the client's `http_get` into a `.part` file, which
-stays until it is whole and its hash is right.
+stays until it is complete and its hash is right.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def download_files(
 
     Args:
         model: where from.
-        folder: where to. Whole files that are there and right are kept.
+        folder: where to. Complete files that are there and right are kept.
         progress_class: a `tqdm` class for the bars of single files.
         on_file: called for each finished file, with whether it was there before.
 
@@ -95,7 +95,7 @@ def _check_space(folder: Path, files: Sequence[RemoteFile]) -> None:
 
 
 def _part(folder: Path, file: RemoteFile) -> Path:
-    """The half file; another version of the file has another."""
+    """The partial file; each version of the file has its own."""
     version = (file.sha256 or file.git_sha1 or "")[:12]
     return folder / f".{file.path}.{version}.part"
 

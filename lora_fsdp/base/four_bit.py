@@ -3,7 +3,7 @@
 The packed values are kept in a tensor of the dtype the model computes in, four or eight to an
 element: FSDP2 shards floating-point parameters only, and leaves others out or spoils them. What
 turns them back into numbers (a scale for every 64 values, itself in 8 bits: 0.13 bits a value)
-stays whole on every rank.
+is kept unsharded on every rank.
 
 Needs bitsandbytes (`pip install "lora-fsdp[4bit]"`), which is imported here and nowhere else.
 """
@@ -158,7 +158,7 @@ def replace_linear_layers(model: PreTrainedModel, *, dtype: torch.dtype) -> None
         )
     for name, module in linear:
         model.set_submodule(name, FourBitLinear(module, dtype=dtype))
-    # By this PEFT and transformers know what they deal with.
+    # PEFT and transformers recognise a quantised model by these.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
     name = str(dtype).removeprefix("torch.")
     model.config.quantization_config = {

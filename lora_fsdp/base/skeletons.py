@@ -45,7 +45,7 @@ def empty_base(
     try:
         weights = BaseWeights(base_folder(name, revision=arguments.model_revision))
     except (ModelNotFoundError, UnsafeFileError) as error:
-        raise CannotStreamError("its weights are in no whole safetensors files") from error
+        raise CannotStreamError("its weights are in no complete safetensors files") from error
     model = _empty_model(arguments, name, dtype=dtype)
     names = stored_names(model, weights.tensors)
     if reason := next(_obstacles(model, weights, names), None):

@@ -119,7 +119,7 @@ class StoredBase:
         parameter = _parameter_at(places)
         owner, attribute = places[0]
         if isinstance(owner, QuantizedLayer) and attribute == "weight":
-            # All of it: the scales are in relation to their mean over the whole tensor.
+            # The full tensor: the scales are relative to their mean over all of it.
             packed = owner.quantize(self.weights.read(stored).to(device))
             if not isinstance(parameter, DTensor):
                 owner.set_whole(packed.to(keep_on))
@@ -263,7 +263,7 @@ def _stand_in(meta: nn.Parameter) -> nn.Parameter:
 
 
 def _copy_shard(shard: torch.Tensor, read: Callable[[tuple[slice, ...]], torch.Tensor]) -> None:
-    """Copy into this rank's part what `read` gives of the whole."""
+    """Fill this rank's shard with its slices of the full tensor, which `read` gives."""
     sharded = cast(DTensor, shard)
     shape, start = compute_local_shape_and_global_offset(
         sharded.shape, sharded.device_mesh, sharded.placements

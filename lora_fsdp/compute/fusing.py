@@ -29,12 +29,12 @@ class Fusing:
     """What came of fusing.
 
     Attributes:
-        layers: the fused layers, in their order; empty if the model's own compute.
-        reason: why they do, in words.
+        layers: the fused layers, in their order; empty if none is.
+        reason: why no layer is fused, in words.
     """
 
     layers: Sequence[FusedLayer] = ()
-    reason: str = "nobody fused its layers"
+    reason: str = "its layers were not fused"
 
     @property
     def is_fused(self) -> bool:

@@ -39,8 +39,8 @@ class LabelOutputs(NamedTuple):
 class PackedModel(AbstractContextManager["PackedModel"]):
     """Computes packed sequences by a causal LM, and owns all that is patched on it for that.
 
-    What is patched is in `patches`, in words as text, and is put back by `undo` or where a `with`
-    block ends. Weights that `join_weights` joined stay joined: they are the same numbers.
+    `patches` lists what is patched (as text: `str`); `undo` or the end of a `with` puts it back.
+    Weights that `join_weights` joined stay joined: they are the same numbers.
 
     Args:
         model: a causal LM, with or without adapter; may be sharded, now or later.

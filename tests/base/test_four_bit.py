@@ -322,7 +322,7 @@ class TestRefusals:
         model = tiny_model()
         model.config.save_pretrained(tmp_path)
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-        with pytest.raises(UnsupportedModelError, match=r"no whole safetensors.*--load_in_4bit"):
+        with pytest.raises(UnsupportedModelError, match=r"no complete safetensors.*--load_in_4bit"):
             open_base(arguments(tmp_path), device=CPU)
 
     def test_by_the_function_that_loads_whole(self, base):
