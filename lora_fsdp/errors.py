@@ -36,7 +36,7 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   ├── UnsupportedAdapterError(ValueError)
     │   ├── BaseMismatchError(ValueError)
     │   └── MergeError(RuntimeError)
-    ├── LaunchError(RuntimeError)       what the launcher was asked for against what the ranks got
+    ├── LaunchError(RuntimeError)       the ranks got something else than the launcher was asked for
     │   ├── Fsdp1ConfigError
     │   ├── FsdpOnOneProcessError
     │   ├── FsdpDroppedError
@@ -168,7 +168,7 @@ class TokenizerNotFoundError(ModelError, FileNotFoundError):
 
 
 class UnsupportedModelError(ModelError, ValueError):
-    """The architecture cannot be trained in packed rows."""
+    """The architecture cannot be trained in packed sequences."""
 
 
 class TargetModulesError(ModelError, ValueError):
@@ -276,7 +276,7 @@ class StalledRankError(WatchdogError, TimeoutError):
 
 
 class CaptureError(LoraFsdpError, RuntimeError):
-    """A step that gathers layers cannot be captured as a CUDA graph, which the plan counted on."""
+    """A step that gathers layers cannot be captured as a CUDA graph, as the plan assumed."""
 
 
 class TrainingInterrupted(LoraFsdpError, SystemExit):

@@ -1,8 +1,8 @@
 """A model's files onto the disk: only those needed, resumed after a break, each verified.
 
-The client's `snapshot_download` throws a half file away when its process ends; on a slow line that
+The client's `snapshot_download` discards a partial file when its process ends; on a slow line that
 may be an hour's work. So each file goes through the client's `http_get` into a `.part` file, which
-stays until it is whole and its hash is right.
+stays until it is complete and its hash is right.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ def download_files(
     model: RemoteModel,
     folder: Path,
     *,
-    server: str,
     progress_class: Any = None,
     on_file: Callable[[RemoteFile, bool], None] | None = None,
 ) -> list[RemoteFile]:
@@ -64,13 +63,9 @@ def download_files(
 
     Args:
         model: where from.
-        folder: where to. Whole files that are there and right are kept.
-        server: for messages.
+        folder: where to. Complete files that are there and right are kept.
         progress_class: a `tqdm` class for the bars of single files.
         on_file: called for each finished file, with whether it was there before.
-
-    Returns:
-        The files.
 
     Raises:
         DiskSpaceError: they do not fit; found before the first byte, as far as it can be known.
@@ -78,22 +73,13 @@ def download_files(
     """
     files = needed_files(model)
     folder.mkdir(parents=True, exist_ok=True)
-    there = {file.path: (folder / file.path).is_file() and _is_right(folder / file.path, file)
-             for file in files}  # fmt: skip
-    _check_space(folder, [file for file in files if not there[file.path]])
+    there = {file.path for file in files if _is_right(folder / file.path, file)}
+    _check_space(folder, [file for file in files if file.path not in there])
     for file in files:
-        if not there[file.path]:
-            try:
-                _download(file, folder, model=model, server=server, progress_class=progress_class)
-            except OSError as error:
-                if error.errno == errno.ENOSPC:
-                    raise DiskSpaceError(
-                        f"The disk of {folder} is full, at {file.path}: make room and run the same "
-                        "command; what is there is kept."
-                    ) from error
-                raise
+        if file.path not in there:
+            _download(file, folder, model=model, progress_class=progress_class)
         if on_file is not None:
-            on_file(file, there[file.path])
+            on_file(file, file.path in there)
     return files
 
 
@@ -109,15 +95,33 @@ def _check_space(folder: Path, files: Sequence[RemoteFile]) -> None:
 
 
 def _part(folder: Path, file: RemoteFile) -> Path:
-    """The half file; another version of the file has another."""
+    """The partial file; each version of the file has its own."""
     version = (file.sha256 or file.git_sha1 or "")[:12]
     return folder / f".{file.path}.{version}.part"
 
 
-def _download(
-    file: RemoteFile, folder: Path, *, model: RemoteModel, server: str, progress_class: Any
-) -> None:
+def _download(file: RemoteFile, folder: Path, *, model: RemoteModel, progress_class: Any) -> None:
     part = _part(folder, file)
+    try:
+        _fetch(file, part, model=model, progress_class=progress_class)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DiskSpaceError(
+            f"The disk of {folder} is full, at {file.path}: make room and run the same command; "
+            "what is there is kept."
+        ) from error
+    if not _is_right(part, file):
+        part.unlink()
+        raise DownloadError(
+            f"{file.path} came out damaged (its size or hash is not what {model.server} says) and "
+            "was removed: run the same command again."
+        )
+    part.replace(folder / file.path)
+
+
+def _fetch(file: RemoteFile, part: Path, *, model: RemoteModel, progress_class: Any) -> None:
+    """Fill `part` up; after a break go on, until several attempts bring nothing."""
     attempts = 0
     while True:
         before = part.stat().st_size if part.is_file() else 0
@@ -132,42 +136,33 @@ def _download(
                     displayed_filename=file.path,
                     tqdm_class=progress_class,
                 )
-            break
+            return
         except HfHubHTTPError as error:
-            raise explain(error, name=model.name, revision=model.revision, server=server) from error
+            raise explain(
+                error, name=model.name, revision=model.revision, server=model.server
+            ) from error
         except TRANSPORT_ERRORS as error:
-            attempts = 0 if part.stat().st_size > before else attempts + 1
+            got = part.stat().st_size
+            attempts = 0 if got > before else attempts + 1
             if attempts >= _ATTEMPTS:
                 raise DownloadError(
-                    f"The connection to {server} broke off at {part.stat().st_size} of {file.size} "
-                    f"bytes of {file.path}: run the same command to go on from there."
+                    f"The connection to {model.server} broke off at {got} of {file.size} bytes of "
+                    f"{file.path}: run the same command to go on from there."
                 ) from error
             logger.warning("The connection broke off in %s; going on.", file.path)
             time.sleep(min(2**attempts, 10))
         except OSError as error:
-            # The client found another length than was told.
-            if error.errno is not None:
-                raise
-            break
-    if not _is_right(part, file):
-        part.unlink()
-        raise DownloadError(
-            f"{file.path} came out damaged (its size or hash is not what {server} says) and was "
-            "removed: run the same command again."
-        )
-    part.replace(folder / file.path)
+            if error.errno is None:  # the client found another length than was told
+                return
+            raise
 
 
 def _is_right(path: Path, file: RemoteFile) -> bool:
-    """Whether size and hash are what the server says."""
-    if path.stat().st_size != file.size:
+    """Whether the file is there, with the size and hash that the server says."""
+    if not path.is_file() or path.stat().st_size != file.size:
         return False
+    blob = f"blob {file.size}\0".encode()
+    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(blob, usedforsecurity=False)
+    expected = file.sha256 or file.git_sha1
     with path.open("rb") as opened:
-        if file.sha256 is not None:
-            return hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256
-        if file.git_sha1 is not None:
-            digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
-            while block := opened.read(1 << 20):
-                digest.update(block)
-            return digest.hexdigest() == file.git_sha1
-    return True
+        return not expected or hashlib.file_digest(opened, lambda: digest).hexdigest() == expected

@@ -3,7 +3,7 @@
 The packed values are kept in a tensor of the dtype the model computes in, four or eight to an
 element: FSDP2 shards floating-point parameters only, and leaves others out or spoils them. What
 turns them back into numbers (a scale for every 64 values, itself in 8 bits: 0.13 bits a value)
-stays whole on every rank.
+is kept unsharded on every rank.
 
 Needs bitsandbytes (`pip install "lora-fsdp[4bit]"`), which is imported here and nowhere else.
 """
@@ -11,7 +11,7 @@ Needs bitsandbytes (`pip install "lora-fsdp[4bit]"`), which is imported here and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from bitsandbytes import matmul_4bit
@@ -24,6 +24,11 @@ from lora_fsdp.base.quantized_layers import QUANTIZED_WHILE_READ, QuantizedLayer
 from lora_fsdp.errors import UnsupportedModelError
 
 _BLOCK = 64
+_NF4: dict[str, Any] = {
+    "blocksize": _BLOCK,
+    "compress_statistics": True,
+    "quant_type": "nf4",
+}
 
 
 class FourBitLinear(Linear4bit, QuantizedLayer):
@@ -60,9 +65,7 @@ class FourBitLinear(Linear4bit, QuantizedLayer):
             packed,
             requires_grad=False,
             quant_state=scales,
-            blocksize=_BLOCK,
-            compress_statistics=True,
-            quant_type="nf4",
+            **_NF4,
             quant_storage=packed.dtype,
             bnb_quantized=True,
         )
@@ -71,9 +74,7 @@ class FourBitLinear(Linear4bit, QuantizedLayer):
         """Pack `values` [out, in], which lie where the layer will compute; keep their scales."""
         packed, self.quant_state = quantize_4bit(
             values.to(self.compute_dtype).contiguous(),
-            blocksize=_BLOCK,
-            compress_statistics=True,
-            quant_type="nf4",
+            **_NF4,
             quant_storage=self.compute_dtype,
         )
         return packed
@@ -157,7 +158,7 @@ def replace_linear_layers(model: PreTrainedModel, *, dtype: torch.dtype) -> None
         )
     for name, module in linear:
         model.set_submodule(name, FourBitLinear(module, dtype=dtype))
-    # By this PEFT and transformers know what they deal with.
+    # PEFT and transformers recognise a quantised model by these.
     model.is_loaded_in_4bit = True  # type: ignore[assignment]
     name = str(dtype).removeprefix("torch.")
     model.config.quantization_config = {

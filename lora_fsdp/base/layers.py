@@ -25,22 +25,16 @@ def decoder_layers(base: nn.Module) -> list[nn.Module]:
     Raises:
         UnsupportedModelError: the model has no list of modules.
     """
-    lists = [
-        list(module)
-        for module in base.modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
-    ]
+    modules = (module for module in base.modules() if isinstance(module, nn.ModuleList))
+    lists = [list(module) for module in modules if len(module) > 0]
     unsplittable = set(getattr(base, "_no_split_modules", None) or ())
-    named = [
-        layers for layers in lists if all(type(layer).__name__ in unsplittable for layer in layers)
-    ]
+    named = [layers for layers in lists if {type(one).__name__ for one in layers} <= unsplittable]
     if not lists:
         raise UnsupportedModelError(
             f"No list of decoder layers was found in {type(base).__name__}: name their class in "
             "the accelerate YAML (fsdp_transformer_layer_cls_to_wrap)."
         )
-    return max(named or lists, key=lambda layers: sum(map(_parameter_count, layers)))
-
-
-def _parameter_count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return max(
+        named or lists,
+        key=lambda layers: sum(p.numel() for layer in layers for p in layer.parameters()),
+    )

@@ -38,7 +38,7 @@ LOADING_ERRORS = (
     UnpicklingError,
     ValueError,
 )
-#: Attention that takes the 4-D mask of packed rows.
+#: Attention that takes the 4-D mask of packed sequences.
 _MASKED_ATTENTION = ("sdpa", "eager")
 
 
@@ -65,7 +65,7 @@ def load_tokenizer(arguments: ModelArguments) -> Tokenizer:
         tokenizer("Does it work?")
     except Exception as error:  # a damaged file gives a plain Exception of the Rust library
         raise TokenizerNotFoundError(
-            f"No tokenizer could be loaded from {name}: {_first_line(error)}"
+            f"No tokenizer could be loaded from {name}: {first_line(error)}"
         ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -88,6 +88,23 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
             "lora_fsdp.base.streaming.load_on_device."
         )
     warn_of_remote_code(arguments)
+    model, absent = _load_weights(
+        arguments, name, dtype=resolve_dtype(arguments.dtype, device=device)
+    )
+    # transformers fills missing weights with random ones and says so in a log line only.
+    if absent:
+        raise ModelNotFoundError(
+            f"The checkpoint {name} lacks {len(absent)} of the weights of {type(model).__name__} "
+            f"(for example {absent[0]}): it is incomplete, or not a causal language model's."
+        )
+    check_attention(model, name)
+    return model.requires_grad_(False)
+
+
+def _load_weights(
+    arguments: ModelArguments, name: str, *, dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of the weights that its files lack."""
     attention = arguments.attn_implementation
     model: PreTrainedModel
     loaded: dict[str, Any]
@@ -95,7 +112,7 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
         model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             name,
             revision=arguments.model_revision,
-            dtype=resolve_dtype(arguments.dtype, device=device),
+            dtype=dtype,
             attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=arguments.trust_remote_code,
             weights_only=True,  # should the weights be a pickle: nothing in it is run
@@ -107,16 +124,9 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
         raise
     except LOADING_ERRORS as error:
         raise UnsupportedModelError(
-            f"{name} cannot be loaded as a causal language model: {_first_line(error)}"
+            f"{name} cannot be loaded as a causal language model: {first_line(error)}"
         ) from error
-    # transformers fills missing weights with random ones and says so in a log line only.
-    if absent := sorted({*loaded["missing_keys"], *map(str, loaded["mismatched_keys"])}):
-        raise ModelNotFoundError(
-            f"The checkpoint {name} lacks {len(absent)} of the weights of {type(model).__name__} "
-            f"(for example {absent[0]}): it is incomplete, or not a causal language model's."
-        )
-    check_attention(model, name)
-    return model.requires_grad_(False)
+    return model, sorted({*loaded["missing_keys"], *map(str, loaded["mismatched_keys"])})
 
 
 def warn_of_remote_code(arguments: ModelArguments) -> None:
@@ -129,16 +139,16 @@ def warn_of_remote_code(arguments: ModelArguments) -> None:
 
 
 def check_attention(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model whose attention takes no mask for packed rows."""
+    """Refuse a model whose attention takes no mask for packed sequences."""
     if model.config._attn_implementation not in _MASKED_ATTENTION:
         raise UnsupportedModelError(
             f"{name} runs with {model.config._attn_implementation} attention, which takes no mask "
-            "for packed rows: set --attn_implementation eager."
+            "for packed sequences: set --attn_implementation eager."
         )
 
 
-def _first_line(error: Exception) -> str:
-    """What follows it lists every architecture there is."""
+def first_line(error: Exception) -> str:
+    """Of what an error says; transformers goes on to list every architecture there is."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:500]
 

@@ -1,7 +1,7 @@
 """Linear layers whose frozen weight is stored packed, whatever the packing.
 
-What of the library computes with weights knows these two things only: how a packed weight is turned
-back into numbers, and how a module is made that has the numbers instead.
+Code that computes with weights knows only two things of them: how a packed weight is turned back
+into numbers, and how to make a module that holds the numbers instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class QuantizedLayer(nn.Module):
     compute_dtype: torch.dtype
 
     def quantize(self, values: torch.Tensor) -> torch.Tensor:
-        """What becomes the weight: `values`, which are the whole weight, packed."""
+        """The packed form of `values`, which are the full weight."""
         raise NotImplementedError
 
     def set_whole(self, packed: torch.Tensor) -> None:
@@ -41,10 +41,9 @@ class QuantizedLayer(nn.Module):
     @classmethod
     def unpack_all(cls, layers: Sequence[QuantizedLayer], out: torch.Tensor) -> torch.Tensor:
         """Write the numbers of several layers' weights into `out`, one below the other."""
-        for layer, rows in zip(
-            layers, out.split([layer.out_features for layer in layers]), strict=True
-        ):
-            layer.unpack(rows)
+        parts = out.split([layer.out_features for layer in layers])
+        for layer, part in zip(layers, parts, strict=True):
+            layer.unpack(part)
         return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 import torch
@@ -17,16 +18,14 @@ from lora_fsdp.base.loading import (
     existing_model,
     warn_of_remote_code,
 )
-from lora_fsdp.base.stored_weights import BaseWeights, base_folder, stored_names
+from lora_fsdp.base.stored_weights import PLAIN_DTYPES, BaseWeights, base_folder, stored_names
 from lora_fsdp.errors import ModelNotFoundError, UnsafeFileError
-
-_PLAIN_DTYPES = ("F32", "BF16", "F16", "F64")
 
 
 class CannotStreamError(Exception):
-    """A base cannot be read tensor by tensor; the message says why, in half a sentence.
+    """A base cannot be read tensor by tensor; the message gives the reason as half a sentence.
 
-    Never shown as it is: the base is then loaded whole, or refused in a sentence of its own.
+    Always caught: the base is then loaded whole, or refused with a message of its own.
     """
 
 
@@ -40,20 +39,19 @@ def empty_base(
     Raises:
         CannotStreamError: the files do not hold each parameter as the model has it, or the model
             cannot be built without them; transformers then either loads it or says what is wrong.
-        UnsupportedModelError: its attention takes no mask for packed rows.
+        UnsupportedModelError: its attention takes no mask for packed sequences.
     """
     name = existing_model(arguments)
     try:
         weights = BaseWeights(base_folder(name, revision=arguments.model_revision))
     except (ModelNotFoundError, UnsafeFileError) as error:
-        raise CannotStreamError("its weights are in no whole safetensors files") from error
+        raise CannotStreamError("its weights are in no complete safetensors files") from error
     model = _empty_model(arguments, name, dtype=dtype)
-    if reason := _differs(model, weights):
-        raise CannotStreamError(reason)
     names = stored_names(model, weights.tensors)
-    if reason := _incomplete(model, weights, names):
+    if reason := next(_obstacles(model, weights, names), None):
         raise CannotStreamError(reason)
-    _read_buffers(model, weights)
+    for buffer_name, buffer in _saved_buffers(model):
+        buffer.copy_(weights.read(buffer_name))
     check_attention(model, name)
     warn_of_remote_code(arguments)
     return model, weights, names
@@ -78,49 +76,42 @@ def _empty_model(arguments: ModelArguments, name: str, *, dtype: torch.dtype) ->
             )
         if not type(model).__module__.startswith("transformers."):
             raise CannotStreamError("its code is not transformers' own")
-        _read_generation_settings(model, name, arguments.model_revision)
+        # Without a file of its own it is made from the model's settings, which has been done.
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(
+                name, revision=arguments.model_revision
+            )
     except (OSError, *LOADING_ERRORS) as error:
         raise CannotStreamError("transformers cannot build it without its weights") from error
     model.tie_weights()
     return model.requires_grad_(False).eval()
 
 
-def _read_generation_settings(model: PreTrainedModel, name: str, revision: str) -> None:
-    # Without a file of its own it is made from the model's settings, which has been done.
-    with suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(name, revision=revision)
-
-
-def _differs(model: PreTrainedModel, weights: BaseWeights) -> str | None:
-    """Why what is in the files is not what is in the model."""
+def _obstacles(
+    model: PreTrainedModel, weights: BaseWeights, names: Mapping[str, str]
+) -> Iterator[str]:
+    """Why the files do not hold each tensor as the model has it."""
+    kind = type(model).__name__
     if any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(model)):
-        return f"{type(model).__name__} has other tensors than its files"
+        yield f"{kind} has other tensors than its files"
     if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
-        return f"{type(model).__name__} keeps some modules in float32"
+        yield f"{kind} keeps some modules in float32"
     for target, source in model.all_tied_weights_keys.items():
         if {target, source} <= weights.tensors.keys():
-            return f"its files hold both {target} and {source}, which the model shares"
-    return None
-
-
-def _incomplete(model: PreTrainedModel, weights: BaseWeights, names: dict[str, str]) -> str | None:
-    """Why the files do not hold each parameter as it is."""
+            yield f"its files hold both {target} and {source}, which the model shares"
     for name, parameter in model.named_parameters():
         if name not in names:
-            return f"its files hold no {name}"
+            yield f"its files hold no {name}"
+            continue
         stored = weights.tensors[names[name]]
-        if stored.shape != tuple(parameter.shape) or stored.dtype not in _PLAIN_DTYPES:
-            return f"its files hold {name} in another shape or as {stored.dtype}"
-    kept = {name for name, _ in model.named_non_persistent_buffers()}
-    for name, _ in model.named_buffers():
-        if name not in kept and name not in weights.tensors:
-            return f"its files hold no {name}"
-    return None
+        if stored.shape != tuple(parameter.shape) or stored.dtype not in PLAIN_DTYPES:
+            yield f"its files hold {name} in another shape or as {stored.dtype}"
+    for name, _ in _saved_buffers(model):
+        if name not in weights.tensors:
+            yield f"its files hold no {name}"
 
 
-def _read_buffers(model: PreTrainedModel, weights: BaseWeights) -> None:
+def _saved_buffers(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
     """Those that are saved with a model; the others were computed when it was built."""
-    kept = {name for name, _ in model.named_non_persistent_buffers()}
-    for name, buffer in model.named_buffers():
-        if name not in kept:
-            buffer.copy_(weights.read(name))
+    computed = {name for name, _ in model.named_non_persistent_buffers()}
+    return [(name, buffer) for name, buffer in model.named_buffers() if name not in computed]

@@ -38,11 +38,8 @@ TRANSPORT_ERRORS: tuple[type[Exception], ...] = tuple(
 )
 
 _REQUEST_ERRORS: tuple[type[Exception], ...] = (
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    HFValidationError,
-    *TRANSPORT_ERRORS,
-)
+    HfHubHTTPError, OfflineModeIsEnabled, HFValidationError, *TRANSPORT_ERRORS
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,10 +63,11 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A model at one revision: its files, and the headers to ask for them with."""
+    """A model at one revision: its files, and the headers to ask `server` for them with."""
 
     name: str
     revision: str
+    server: str
     files: tuple[RemoteFile, ...]
     headers: Mapping[str, str]
 
@@ -87,10 +85,11 @@ def list_hub_model(name: str, *, revision: str, endpoint: str | None) -> RemoteM
             may not be read, or the server cannot be reached.
     """
     api = HfApi(endpoint=endpoint)
+    server = api.endpoint.rstrip("/")
     try:
         info = api.model_info(name, revision=revision, files_metadata=True)
     except _REQUEST_ERRORS as error:
-        raise explain(error, name=name, revision=revision, server=api.endpoint) from error
+        raise explain(error, name=name, revision=revision, server=server) from error
     files = tuple(
         RemoteFile(
             path=file.rfilename,
@@ -101,7 +100,7 @@ def list_hub_model(name: str, *, revision: str, endpoint: str | None) -> RemoteM
         )
         for file in info.siblings or ()
     )
-    return RemoteModel(name, str(info.sha), files, build_hf_headers())
+    return RemoteModel(name, str(info.sha), server, files, build_hf_headers())
 
 
 def list_modelscope_model(name: str, *, revision: str, endpoint: str | None) -> RemoteModel:
@@ -136,7 +135,7 @@ def list_modelscope_model(name: str, *, revision: str, endpoint: str | None) -> 
         for entry in listed
         if entry["Type"] == "blob"
     )
-    return RemoteModel(name, revision, files, {})
+    return RemoteModel(name, revision, server, files, {})
 
 
 def explain(error: BaseException, *, name: str, revision: str, server: str) -> LoraFsdpError:

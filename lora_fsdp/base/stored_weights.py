@@ -20,7 +20,7 @@ from lora_fsdp.base.fingerprints import (
     sample_digest,
 )
 from lora_fsdp.base.folders import contained_file, open_safetensors, read_json_object
-from lora_fsdp.base.loading import LOADING_ERRORS
+from lora_fsdp.base.loading import LOADING_ERRORS, first_line
 from lora_fsdp.errors import (
     AdapterVerificationError,
     ModelNotFoundError,
@@ -32,8 +32,8 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _MAPPED_AT_MOST = 256_000_000
-_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-_SAMPLED = ("F32", "BF16", "F16", "F64")
+#: Dtypes that are not quantised, in safetensors' words, and the bytes of a value.
+PLAIN_DTYPES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class BaseWeights:
         """The file that holds a tensor, which is about to be read."""
         stored = self.tensors[name]
         file = self._file(stored.file)
-        self._mapped += prod(stored.shape) * _BYTES.get(stored.dtype, 4)
+        self._mapped += prod(stored.shape) * PLAIN_DTYPES.get(stored.dtype, 4)
         return file
 
     def read(self, name: str) -> torch.Tensor:
@@ -116,8 +116,8 @@ class BaseWeights:
         shape = self.tensors[name].shape
         if not shape:
             return self.read(name).flatten()
-        rows = min(shape[0], -(-count // max(1, prod(shape[1:]))))
-        part = self.reader(name)((slice(0, rows), *(slice(0, size) for size in shape[1:])))
+        needed = min(shape[0], -(-count // max(1, prod(shape[1:]))))
+        part = self.reader(name)((slice(0, needed), *(slice(0, size) for size in shape[1:])))
         return part.flatten()[:count]
 
 
@@ -126,13 +126,11 @@ def _listed_tensors(folder: Path) -> dict[str, str]:
     if not (folder / INDEX_FILE).is_file():
         if not (folder / WEIGHTS_FILE).is_file():
             pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-            hint = (
+            hint = pickles and (
                 f" Its {pickles[0]} is a pickle, which is not read tensor by tensor: load the "
                 "model once with transformers and save it with save_pretrained."
-                if pickles
-                else ""
             )
-            raise AdapterVerificationError(f"{folder} holds no {WEIGHTS_FILE}.{hint}")
+            raise AdapterVerificationError(f"{folder} holds no {WEIGHTS_FILE}.{hint or ''}")
         return {}
     listed = read_json_object(folder, INDEX_FILE).get("weight_map")
     if not isinstance(listed, dict) or not listed:
@@ -187,8 +185,7 @@ def base_skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTraine
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, *LOADING_ERRORS) as error:
         raise UnsupportedModelError(
-            f"{folder / 'config.json'} describes no causal language model: "
-            f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+            f"{folder / 'config.json'} describes no causal language model: {first_line(error)}"
         ) from error
     skeleton.tie_weights()
     return skeleton
@@ -204,8 +201,7 @@ def stored_names(skeleton: PreTrainedModel, stored: Iterable[str]) -> dict[str, 
     found = {}
     for name, _ in base_parameters(skeleton):
         choices = (name, name.removeprefix(prefix), f"{prefix}{name}")
-        match = next((choice for choice in choices if choice in known), None)
-        if match is not None:
+        if match := next((choice for choice in choices if choice in known), None):
             found[name] = match
     return found
 
@@ -215,7 +211,7 @@ def fingerprint_stored(skeleton: PreTrainedModel, weights: BaseWeights) -> BaseF
     digests = {
         name: sample_digest(weights.tensors[stored].shape, weights.reader(stored))
         for name, stored in stored_names(skeleton, weights.tensors).items()
-        if weights.tensors[stored].dtype in _SAMPLED
+        if weights.tensors[stored].dtype in PLAIN_DTYPES
     }
     config = comparable_config(skeleton.config.to_dict())
     return BaseFingerprint(type(skeleton).__name__, config, digests)

@@ -2,8 +2,8 @@
 
 `from_pretrained` puts a whole model into host memory before anything is sharded, on every rank.
 Here the model is built on the meta device, the adapter attached, the base sharded, and only then is
-each tensor read, by each rank the rows that it keeps, straight to where they stay. No rank ever
-holds more than that and one layer.
+does each rank read its shard of each tensor, straight to where it stays. No rank ever holds more
+than that and one layer.
 """
 
 from __future__ import annotations
@@ -86,8 +86,7 @@ class StoredBase:
     def fill(
         self, modules: Iterable[nn.Module], *, device: torch.device, keep_on: torch.device
     ) -> None:
-        """Read what of `modules` is still on the meta device; of a sharded parameter, this rank's
-        rows.
+        """Read what of `modules` is still on the meta device; of a sharded one, this rank's shard.
 
         Args:
             modules: modules of the model.
@@ -96,13 +95,9 @@ class StoredBase:
         """
         names = self._names_by_id()
         order = {stored: index for index, stored in enumerate(self.weights.tensors)}
-
-        def place_in_files(places: _Places) -> int:
-            return order[names[id(_parameter_at(places))]]
-
+        found = [(names[id(_parameter_at(places))], places) for places in _empty_places(modules)]
         # In the files' order, of which one is open at a time.
-        for places in sorted(_empty_places(modules), key=place_in_files):
-            stored = names[id(_parameter_at(places))]
+        for stored, places in sorted(found, key=lambda pair: order[pair[0]]):
             self._fill_one(places, stored, device=device, keep_on=keep_on)
 
     def filled_copy(self, layer: nn.Module) -> nn.Module:
@@ -124,7 +119,7 @@ class StoredBase:
         parameter = _parameter_at(places)
         owner, attribute = places[0]
         if isinstance(owner, QuantizedLayer) and attribute == "weight":
-            # All of it: the scales are in relation to their mean over the whole tensor.
+            # The full tensor: the scales are relative to their mean over all of it.
             packed = owner.quantize(self.weights.read(stored).to(device))
             if not isinstance(parameter, DTensor):
                 owner.set_whole(packed.to(keep_on))
@@ -145,7 +140,7 @@ def open_base(
 ) -> StoredBase | PreTrainedModel:
     """The frozen base, to be read when it is known which parts of it this rank keeps.
 
-    Where that cannot be (the weights are pickles, or laid out otherwise than the model has them;
+    Where that cannot be (the weights are pickles, or not in the form that the model has them in;
     the adapter's first values depend on them), it is loaded whole into host memory by transformers,
     and a line in the log says why.
 
@@ -167,23 +162,29 @@ def open_base(
         dtype = resolve_dtype(arguments.dtype, device=device)
         model, weights, names = empty_base(arguments, dtype=dtype)
     except CannotStreamError as reason:
-        if arguments.load_in_4bit:
-            raise UnsupportedModelError(
-                f"{arguments.model_name_or_path} cannot be turned into 4 bits while it is read: "
-                f"{reason}. Run without --load_in_4bit."
-            ) from reason
-        whole = load_base(arguments, device=device)
-        if rank() == 0:
-            logger.warning(
-                "Every process held the whole base in host memory while it was loaded, because %s.",
-                reason,
-            )
-        return whole
+        return _load_whole(arguments, device, reason)
     if arguments.load_in_4bit:
         from lora_fsdp.base.four_bit import replace_linear_layers
 
         replace_linear_layers(model, dtype=dtype)
     return StoredBase(model, weights, names)
+
+
+def _load_whole(
+    arguments: ModelArguments, device: torch.device, reason: CannotStreamError
+) -> PreTrainedModel:
+    if arguments.load_in_4bit:
+        raise UnsupportedModelError(
+            f"{arguments.model_name_or_path} cannot be turned into 4 bits while it is read: "
+            f"{reason}. Run without --load_in_4bit."
+        ) from reason
+    whole = load_base(arguments, device=device)
+    if rank() == 0:
+        logger.warning(
+            "Every process held the whole base in host memory while it was loaded, because %s.",
+            reason,
+        )
+    return whole
 
 
 def load_on_device(arguments: ModelArguments, *, device: torch.device) -> PreTrainedModel:
@@ -262,11 +263,11 @@ def _stand_in(meta: nn.Parameter) -> nn.Parameter:
 
 
 def _copy_shard(shard: torch.Tensor, read: Callable[[tuple[slice, ...]], torch.Tensor]) -> None:
-    """Copy into this rank's part what `read` gives of the whole."""
+    """Fill this rank's shard with its slices of the full tensor, which `read` gives."""
     sharded = cast(DTensor, shard)
     shape, start = compute_local_shape_and_global_offset(
         sharded.shape, sharded.device_mesh, sharded.placements
     )
-    if all(shape):  # more ranks than rows: this one has none
-        rows = tuple(slice(first, first + n) for first, n in zip(start, shape, strict=True))
-        sharded.to_local().copy_(read(rows))
+    if all(shape):  # a rank's shard may be empty
+        own = tuple(slice(first, first + n) for first, n in zip(start, shape, strict=True))
+        sharded.to_local().copy_(read(own))

@@ -39,29 +39,23 @@ def download(options: DownloadOptions) -> int:
     name = required(options.model, "MODEL", "a model, as owner/name")
     # Files come by plain HTTP, which a mirror also speaks, and which can be resumed.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    from huggingface_hub import constants
-
     from lora_fsdp.base.download import download_files
-    from lora_fsdp.base.sources import MODELSCOPE, list_hub_model, list_modelscope_model
+    from lora_fsdp.base.sources import list_hub_model, list_modelscope_model
 
     # It warns at every retry; of what comes of them there is one sentence.
     logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)
-    own = MODELSCOPE if options.source == "modelscope" else constants.ENDPOINT
-    server = (options.endpoint or own).rstrip("/")
     listing = list_modelscope_model if options.source == "modelscope" else list_hub_model
     model = listing(name, revision=options.revision, endpoint=options.endpoint)
     folder = Path(options.output_dir or Path("models") / name.rpartition("/")[2])
     if not options.json:
-        write(f"{name} at {model.revision[:12]} from {server} into {folder}")
+        write(f"{name} at {model.revision[:12]} from {model.server} into {folder}")
 
     def report(file: RemoteFile, was_there: bool) -> None:
         if not options.json:
             size = f"{file.size / 1e6:>10.1f} MB"
             write(f"{size}  {file.path}{'  (was there)' if was_there else ''}")
 
-    files = download_files(
-        model, folder, server=server, progress_class=_bar_class(), on_file=report
-    )
+    files = download_files(model, folder, progress_class=_bar_class(), on_file=report)
     if options.json:
         sizes = {file.path: file.size for file in files}
         print_json({"folder": str(folder), "revision": model.revision, "files": sizes})

@@ -21,14 +21,14 @@ def check_architecture(model: nn.Module, *, longest: int) -> None:
     for needed in ("attention_mask", "position_ids"):
         if needed not in accepted:
             raise UnsupportedModelError(
-                f"{name} takes no `{needed}`, without which several examples cannot share a row: "
+                f"{name} takes no `{needed}`, without which examples cannot share a sequence: "
                 "choose a model with rotary or learnt positions (Llama, Qwen, Mistral, Gemma, ...)."
             )
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
     if getattr(config, "is_decoder", None) is False or getattr(config, "alibi", False):
         raise UnsupportedModelError(
             f"{name} reads in both directions (is_decoder: false) or weighs distances by ALiBi, "
-            "which a packed row cannot give it: choose a causal model with rotary positions."
+            "which a packed sequence cannot give it: choose a causal model with rotary positions."
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
@@ -41,7 +41,7 @@ def check_architecture(model: nn.Module, *, longest: int) -> None:
     if recurrent or getattr(model, "_is_stateful", False):
         raise UnsupportedModelError(
             f"{name} mixes tokens by {sorted(recurrent) or 'a recurrent state'}, which no mask "
-            "can keep apart within a row: choose an attention-only model."
+            "can keep apart within a sequence: choose an attention-only model."
         )
     window = getattr(config, "sliding_window", None) or getattr(
         config, "attention_chunk_size", None

@@ -30,8 +30,8 @@ def log_probs_forward(
     """A `forward` for `head` that gives [1, L, 2] instead of logits: log-probabilities, and 1 where
     highest.
 
-    The head's forward is exchanged and not called by itself, so that FSDP gathers its weight as for
-    any forward.
+    The head's forward is replaced, and the head is called as before, so that FSDP gathers its
+    weight as for any forward.
 
     Args:
         head: the output head, frozen.

@@ -1,8 +1,8 @@
 """The fused decoder layer: Llama's shape, which Mistral, Qwen and many others share.
 
-The layer's modules stay what and where they are; only the layer's `forward` is exchanged, and only
-for packed sequences: generation, other masks and anything unusual run transformers' own code.
-Which layers have this shape, `lora_fsdp.compute.fusing` says.
+The layer's modules stay as they are. Only the layer's `forward` is replaced, and only for packed
+sequences: generation, other masks and anything unusual run transformers' own code.
+`lora_fsdp.compute.fusing` says which layers have this shape.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class FusedLayer:
         self.gate_up.join()
 
     def packed_blocks(self) -> list[QuantizedBlock]:
-        """Of the products, in their order; empty unless all weights are packed."""
+        """Of the matmuls, in their order; empty unless all weights are packed."""
         blocks = [projections.packed for projections in self.projections]
         return [block for block in blocks if block] if all(blocks) else []
 
@@ -148,7 +148,7 @@ class FusedLayer:
         return batch
 
     def _must_recompute(self) -> bool:
-        """Whether activations are to be recomputed in backward, and nobody else sees to it.
+        """Whether this layer has to recompute its activations in backward.
 
         transformers does so in the layer's `forward`, which this stands for; older versions in
         `__call__`, where it still happens.
@@ -195,7 +195,7 @@ class FusedLayer:
 
 
 def unpack_ahead(fused: Sequence[FusedLayer], *, recomputed: bool) -> None:
-    """Let packed weights, if all are, be unpacked ahead of their use. For whole ones in a graph.
+    """Unpack weights ahead of their use, if all are packed. For unsharded ones in a graph.
 
     Args:
         fused: all decoder layers, in their order.

@@ -2,7 +2,7 @@
 
 Three things that autograd over transformers' and PEFT's modules does not know are used here: the
 base is frozen (no gradient for its weights), the activations stay in the base's dtype (PEFT takes
-them through float32 and back), and projections of one input are one matrix product. Every gradient
+them through float32 and back), and projections of one input are one matmul. Every gradient
 is tested against the plain modules. On a GPU the elementwise parts are Triton kernels
 (`lora_fsdp.compute.kernels`), elsewhere torch operations.
 """
@@ -187,7 +187,7 @@ def _rotate(
 
 
 class _Project(Function):
-    """y = x W^T + sum of s_i drop_i(x) A_i^T B_i^T, the base's part as one product where joined."""
+    """y = x W^T + sum of s_i drop_i(x) A_i^T B_i^T, the base's part as one matmul where joined."""
 
     @staticmethod
     def forward(ctx: Any, projections, inputs, residual, *adapters):
@@ -203,14 +203,14 @@ class _Project(Function):
         if any(member.lora.dropout() > 0.0 for member in adapted):
             for member in adapted:
                 kept, mask = torch.native_dropout(inputs, member.lora.dropout(), train=True)
-                _scaled_product(kept, down[member.ranks], member, low)
+                _scaled_matmul(kept, down[member.ranks], member, low)
                 dropped += [kept, mask]
         elif len({member.lora.scaling() for member in adapted}) == 1:
             scaling = adapted[0].lora.scaling()
             torch.addmm(low, inputs, down.t(), beta=0.0, alpha=scaling, out=low)
         else:
             for member in adapted:
-                _scaled_product(inputs, down[member.ranks], member, low)
+                _scaled_matmul(inputs, down[member.ranks], member, low)
         for member, up in zip(adapted, ups, strict=True):
             output[:, member.columns].addmm_(low[:, member.ranks], up.t())
         ctx.save_for_backward(inputs, low, down, *ups, *dropped)
@@ -233,24 +233,24 @@ class _Project(Function):
             part = gradient[:, member.columns]
             scaled = d_low[:, member.ranks]
             torch.addmm(scaled, part, up, beta=0.0, alpha=member.lora.scaling(), out=scaled)
-            d_ups.append(_product(part.t(), low[:, member.ranks]))
+            d_ups.append(_matmul(part.t(), low[:, member.ranks]))
         if dropped:
             d_downs = []
             for member, kept, mask in zip(adapted, dropped[0::2], dropped[1::2], strict=True):
-                d_downs.append(_product(d_low[:, member.ranks].t(), kept))
+                d_downs.append(_matmul(d_low[:, member.ranks].t(), kept))
                 if d_inputs is not None:
                     through = d_low[:, member.ranks] @ down[member.ranks]
                     scale = 1.0 / (1.0 - member.lora.dropout())
                     d_inputs += torch.ops.aten.native_dropout_backward(through, mask, scale)
         else:
-            d_downs = list(_product(d_low.t(), inputs).split([m.lora.rank for m in adapted]))
+            d_downs = list(_matmul(d_low.t(), inputs).split([m.lora.rank for m in adapted]))
             if d_inputs is not None:
                 d_inputs.addmm_(d_low, down)
         adapters = [g for pair in zip(d_downs, d_ups, strict=True) for g in pair]
         return None, d_inputs, into_residual, *adapters
 
 
-def _scaled_product(
+def _scaled_matmul(
     inputs: torch.Tensor, down: torch.Tensor, member: AdaptedProjection, low: torch.Tensor
 ) -> None:
     """The member's part of `low`: its scaling times inputs A^T."""
@@ -258,7 +258,7 @@ def _scaled_product(
     torch.addmm(part, inputs, down.t(), beta=0.0, alpha=member.lora.scaling(), out=part)
 
 
-def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def _matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right in float32 at least: an adapter's gradient is never rounded to bfloat16."""
     if left.dtype in (torch.float32, torch.float64):
         return left @ right

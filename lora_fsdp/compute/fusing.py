@@ -29,12 +29,12 @@ class Fusing:
     """What came of fusing.
 
     Attributes:
-        layers: the fused layers, in their order; empty if the model's own compute.
-        reason: why they do, in words.
+        layers: the fused layers, in their order; empty if none is.
+        reason: why no layer is fused, in words.
     """
 
     layers: Sequence[FusedLayer] = ()
-    reason: str = "nobody fused its layers"
+    reason: str = "its layers were not fused"
 
     @property
     def is_fused(self) -> bool:
@@ -49,20 +49,20 @@ def fuse_layers(
     patches: Patches,
     filled_copy: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Fusing:
-    """Exchange the `forward` of `layers` for fused ones, if they compute the same.
+    """Replace the `forward` of `layers` by fused ones, if they compute the same.
 
     To be called before the layers are sharded, in training or evaluation mode.
 
     Args:
         decoder: the module that runs the layers.
         layers: its decoder layers.
-        patches: note what is exchanged.
+        patches: list what is replaced.
         filled_copy: gives a copy of a layer with its weights, if `layers` have none yet. All are
             then compared with the first one's weights, of which a single copy exists.
     """
-    wanting = [reason for layer in layers if (reason := why_not_fused(layer))]
-    if wanting:
-        return Fusing(reason=wanting[0])
+    unfit = [reason for layer in layers if (reason := why_not_fused(layer))]
+    if unfit:
+        return Fusing(reason=unfit[0])
     fused = [FusedLayer(layer) for layer in layers]
     candidates = _candidates(layers, filled_copy)
     for index, candidate in enumerate(map(FusedLayer, candidates), start=-1):
@@ -76,7 +76,7 @@ def fuse_layers(
 
 
 def exchange_forwards(decoder: nn.Module, fused: Sequence[FusedLayer], *, patches: Patches) -> None:
-    """Let `fused` compute the layers that they were made of, whether or not they agree.
+    """Let `fused` compute the layers that they were made of, without comparing them.
 
     The adapters' copies in the base's dtype are made anew at every forward of `decoder`, so they
     are never stale.
@@ -100,9 +100,9 @@ def _before_forward(fused: Sequence[FusedLayer], decoder: nn.Module, inputs: obj
 def _candidates(
     layers: Sequence[nn.Module], filled_copy: Callable[[nn.Module], nn.Module] | None
 ) -> Iterator[nn.Module]:
-    """What is compared: all layers, as some models have layers of two kinds, and before them the
-    first without its dtype's rounding. Packed weights are unpacked: how a layer computes is in
-    question here, and not with which numbers.
+    """What is compared: the first layer without its dtype's rounding, then all layers, since some
+    models have layers of two kinds. Packed weights are unpacked: the comparison is of how a layer
+    computes, not of its numbers.
     """
     first = unpacked(layers[0]) if filled_copy is None else filled_copy(layers[0])
     yield deepcopy(first).float()

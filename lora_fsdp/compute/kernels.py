@@ -19,11 +19,11 @@ def rms_norm(
     hidden: torch.Tensor, weight: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMS norm over the last dimension of `hidden` [N, H], and the reciprocal RMS [N]."""
-    rows, width = hidden.shape
+    vectors, width = hidden.shape
     normed = torch.empty_like(hidden)
-    reciprocal = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+    reciprocal = torch.empty(vectors, dtype=torch.float32, device=hidden.device)
     block = triton.next_power_of_2(width)
-    _rms_norm_forward[(rows,)](
+    _rms_norm_forward[(vectors,)](
         hidden, weight, normed, reciprocal, width, epsilon, BLOCK=block, num_warps=_warps(block)
     )
     return normed, reciprocal
@@ -37,10 +37,10 @@ def rms_norm_backward(
     also: torch.Tensor | None,
 ) -> torch.Tensor:
     """Gradient of `rms_norm` for `hidden` [N, H], plus `also` [N, H] if given."""
-    rows, width = hidden.shape
+    vectors, width = hidden.shape
     result = torch.empty_like(hidden)
     block = triton.next_power_of_2(width)
-    _rms_norm_backward[(rows,)](
+    _rms_norm_backward[(vectors,)](
         gradient,
         hidden,
         weight,
@@ -57,18 +57,18 @@ def rms_norm_backward(
 
 def silu_multiply(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of `gate_up` [N, 2 I], [N, I]."""
-    rows, double = gate_up.shape
-    result = gate_up.new_empty(rows, double // 2)
-    grid = (rows, triton.cdiv(double // 2, _SILU_BLOCK))
+    vectors, double = gate_up.shape
+    result = gate_up.new_empty(vectors, double // 2)
+    grid = (vectors, triton.cdiv(double // 2, _SILU_BLOCK))
     _silu_multiply_forward[grid](gate_up, result, double // 2, BLOCK=_SILU_BLOCK)
     return result
 
 
 def silu_multiply_backward(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     """Gradient of `silu_multiply` for `gate_up`, [N, 2 I]."""
-    rows, double = gate_up.shape
+    vectors, double = gate_up.shape
     result = torch.empty_like(gate_up)
-    grid = (rows, triton.cdiv(double // 2, _SILU_BLOCK))
+    grid = (vectors, triton.cdiv(double // 2, _SILU_BLOCK))
     _silu_multiply_backward[grid](gradient, gate_up, result, double // 2, BLOCK=_SILU_BLOCK)
     return result
 
@@ -119,16 +119,16 @@ def _warps(block: int) -> int:
 
 @triton.jit
 def _rms_norm_forward(hidden, weight, normed, reciprocal, width, epsilon, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+    vector = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    x = tl.load(hidden + row * width + columns, inside, 0.0)
+    x = tl.load(hidden + vector * width + columns, inside, 0.0)
     scale = tl.load(weight + columns, inside, 0.0).to(tl.float32)
     wide = x.to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(wide * wide, 0) / width + epsilon)
     rounded = (wide * r).to(x.dtype).to(tl.float32)  # transformers rounds before the weight
-    tl.store(normed + row * width + columns, (scale * rounded).to(x.dtype), inside)
-    tl.store(reciprocal + row, r)
+    tl.store(normed + vector * width + columns, (scale * rounded).to(x.dtype), inside)
+    tl.store(reciprocal + vector, r)
 
 
 @triton.jit
@@ -143,12 +143,12 @@ def _rms_norm_backward(
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    vector = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    at = row * width + columns
+    at = vector * width + columns
     x = tl.load(hidden + at, inside, 0.0)
-    r = tl.load(reciprocal + row)
+    r = tl.load(reciprocal + vector)
     scale = tl.load(weight + columns, inside, 0.0).to(tl.float32)
     g = tl.load(gradient + at, inside, 0.0).to(tl.float32) * scale
     unit = x.to(tl.float32) * r
@@ -160,26 +160,26 @@ def _rms_norm_backward(
 
 @triton.jit
 def _silu_multiply_forward(gate_up, result, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+    vector = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    at = gate_up + row * width * 2 + columns
+    at = gate_up + vector * width * 2 + columns
     gate = tl.load(at, inside, 0.0)
     up = tl.load(at + width, inside, 0.0).to(tl.float32)
     wide = gate.to(tl.float32)
     activated = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
-    tl.store(result + row * width + columns, (activated * up).to(gate.dtype), inside)
+    tl.store(result + vector * width + columns, (activated * up).to(gate.dtype), inside)
 
 
 @triton.jit
 def _silu_multiply_backward(gradient, gate_up, result, width, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
+    vector = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    at = row * width * 2 + columns
+    at = vector * width * 2 + columns
     gate = tl.load(gate_up + at, inside, 0.0)
     up = tl.load(gate_up + at + width, inside, 0.0).to(tl.float32)
-    g = tl.load(gradient + row * width + columns, inside, 0.0).to(tl.float32)
+    g = tl.load(gradient + vector * width + columns, inside, 0.0).to(tl.float32)
     wide = gate.to(tl.float32)
     sigmoid = tl.sigmoid(wide)
     d_gate = g * up * sigmoid * (1.0 + wide * (1.0 - sigmoid))

@@ -6,8 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from types import TracebackType
-from typing import NamedTuple, Self, cast
+from typing import NamedTuple, cast
 
 import torch
 from peft import PeftModel
@@ -37,11 +36,11 @@ class LabelOutputs(NamedTuple):
     is_most_likely: torch.Tensor
 
 
-class PackedModel:
+class PackedModel(AbstractContextManager["PackedModel"]):
     """Computes packed sequences by a causal LM, and owns all that is patched on it for that.
 
-    What is patched is in `patches`, in words as text, and is put back by `undo` or where a `with`
-    block ends. Weights that `join_weights` laid side by side stay there: they are the same numbers.
+    `patches` lists what is patched (as text: `str`); `undo` or the end of a `with` puts it back.
+    Weights that `join_weights` joined stay joined: they are the same numbers.
 
     Args:
         model: a causal LM, with or without adapter; may be sharded, now or later.
@@ -82,10 +81,10 @@ class PackedModel:
         *,
         filled_copy: Callable[[nn.Module], nn.Module] | None = None,
     ) -> Fusing:
-        """Let fused layers compute, if they compute the same. Before the layers are sharded.
+        """Replace the layers by fused ones, if these compute the same; before they are sharded.
 
         Args:
-            layers: the decoder layers; `None` = found by themselves.
+            layers: the decoder layers; `None` = those of the base.
             filled_copy: gives a copy of a layer with its weights, if they have none yet.
         """
         base = self.base
@@ -101,11 +100,7 @@ class PackedModel:
             layer.join_weights()
 
     def unpack_ahead(self, *, recomputed: bool) -> None:
-        """Let packed weights be unpacked ahead of their use. For whole ones in a graph.
-
-        Args:
-            recomputed: backward computes each layer's forward again.
-        """
+        """Unpack packed weights ahead of their use (see `decoder_layer.unpack_ahead`)."""
         unpack_ahead(self.fusing.layers, recomputed=recomputed)
 
     def compile(self, layers: Iterable[nn.Module] | None = None) -> None:
@@ -120,15 +115,7 @@ class PackedModel:
         self.patches.undo()
         self.fusing = Fusing()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.undo()
 
     # ---- computing ------------------------------------------------------------------------------
@@ -227,7 +214,7 @@ class PackedModel:
         if not difference < _ROUNDING[self.dtype == torch.bfloat16]:
             raise UnsupportedModelError(
                 f"{type(self.base).__name__} computes packed examples differently from single ones "
-                f"(by {difference:.2g} nats a token): it cannot be trained in packed rows."
+                f"(by {difference:.2g} nats a token): it cannot be trained in packed sequences."
             )
 
     def _two_texts(self) -> list[list[int]]:

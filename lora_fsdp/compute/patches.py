@@ -21,7 +21,7 @@ class Patch:
         target: the object.
         attribute: the attribute's name.
         value: what it is now.
-        why: what for, in words.
+        why: the purpose, in words.
         undo: puts back what was there before.
     """
 

@@ -1,4 +1,4 @@
-"""Linear layers of one input, with their LoRA adapters, as one product."""
+"""Linear layers of one input, with their LoRA adapters, as one matmul."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""When packed weights are turned back into numbers: as a product needs them, or ahead of it.
+"""When packed weights are turned back into numbers: where a matmul needs them, or ahead of it.
 
-Unpacking is bound by memory and takes few registers; products are bound by arithmetic and leave
-some multiprocessors free, and norms, rotations and attention between them leave most. So the next
-product's weights are unpacked on a stream of their own while the present one's are used.
+Unpacking is bound by memory and takes few registers. Matmuls are bound by arithmetic and leave some
+multiprocessors free; norms, rotations and attention between them leave most. So the next matmul's
+weights are unpacked on a stream of their own while the present one's are used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NARROW_LAYERS = 3
 
 @dataclass(eq=False)
 class QuantizedBlock:
-    """Layers whose weights are unpacked together, one below the other, for one product."""
+    """Layers whose weights are unpacked together, one below the other, for one matmul."""
 
     layers: Sequence[QuantizedLayer]
 
@@ -53,16 +53,16 @@ class UnpackAtUse:
     """Unpacks a block where it is used."""
 
     def in_forward(self, block: QuantizedBlock, *, has_backward: bool) -> torch.Tensor:
-        """The numbers for a product; `has_backward`: its backward will need them again."""
+        """The numbers for a matmul; `has_backward`: its backward will need them again."""
         return block.unpack()
 
     def in_backward(self, block: QuantizedBlock) -> torch.Tensor:
-        """The numbers for a product's gradient."""
+        """The numbers for a matmul's gradient."""
         return block.unpack()
 
 
 class UnpackAhead(UnpackAtUse):
-    """Unpacks a block while the one before it is used. For whole weights; a gain on a GPU.
+    """Unpacks a block while the one before it is used. For unsharded weights; faster on a GPU.
 
     What comes next is a guess, from the layers' order: where another block is asked for, that one
     is unpacked at once.
@@ -73,7 +73,7 @@ class UnpackAhead(UnpackAtUse):
     """
 
     def __init__(self, layers: Sequence[Sequence[QuantizedBlock]], *, recomputed: bool) -> None:
-        # Where a layer is recomputed, what comes after its last product is not always the same.
+        # Where a layer is recomputed, what comes after its last matmul is not always the same.
         chains = layers if recomputed else [[block for layer in layers for block in layer]]
         self._following = {now: then for chain in chains for now, then in pairwise(chain)}
         self._preceding = {
@@ -90,7 +90,7 @@ class UnpackAhead(UnpackAtUse):
         self._begun: tuple[QuantizedBlock, torch.Tensor] | None = None
 
     def in_forward(self, block: QuantizedBlock, *, has_backward: bool) -> torch.Tensor:
-        """The numbers for a product; `has_backward`: its backward will need them again."""
+        """The numbers for a matmul; `has_backward`: its backward will need them again."""
         if block is self._first:
             self._drop()  # what a computation that was broken off had begun
         if has_backward:
@@ -101,7 +101,7 @@ class UnpackAhead(UnpackAtUse):
         return self._take(block, self._following.get(block), is_wide=has_backward)
 
     def in_backward(self, block: QuantizedBlock) -> torch.Tensor:
-        """The numbers for a product's gradient."""
+        """The numbers for a matmul's gradient."""
         then = self._preceding.get(block)
         return self._take(block, then if then in self._has_backward else None, is_wide=True)
 
@@ -149,5 +149,5 @@ def _wait_for_unpacking(device: torch.device) -> None:
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Of the lowest priority: products, where they are captured with a higher one, go first."""
+    """Of the lowest priority: matmuls, where they are captured with a higher one, go first."""
     return torch.cuda.Stream(device)

@@ -19,7 +19,7 @@ _SKEWED = 20
 
 @dataclass(frozen=True)
 class TaskCheck:
-    """What a task makes of its rows.
+    """What was found in a task's rows.
 
     Attributes:
         task: the task, bound to its table.

@@ -46,7 +46,7 @@ class ControlTokens:
     def texts_between(
         self, frames: Sequence[str], texts: Sequence[str], *, allowed: int
     ) -> list[int] | None:
-        """Ids of the whole, with control tokens in `frames` and none in `texts`.
+        """Ids of the complete prompt, with control tokens in `frames` and none in `texts`.
 
         Between control tokens a tokenizer starts afresh, so the parts are tokenised apart there.
 
@@ -72,7 +72,7 @@ class ControlTokens:
         return None
 
     def _stretches(self, frames: Sequence[str], texts: Sequence[str]) -> list[tuple[str, bool]]:
-        """The whole in parts, each with whether it is a frame's and may hold control tokens."""
+        """The prompt in parts, each with whether it is a frame's and may hold control tokens."""
         stretches = []
         pending = ""
         for place, (frame, text) in enumerate(zip(frames, [*texts, ""], strict=True)):

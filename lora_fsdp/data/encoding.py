@@ -213,10 +213,7 @@ class Encoder:
         return tuple(alone)
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[*self.leading_ids, *ids] for ids in self._bare(texts)]
-
-    def _bare(self, texts: Sequence[str]) -> list[list[int]]:
-        return tokenize(self.tokenizer, texts)
+        return [[*self.leading_ids, *ids] for ids in tokenize(self.tokenizer, texts)]
 
     @cached_property
     def leading_ids(self) -> list[int]:
@@ -224,7 +221,7 @@ class Encoder:
         if self.chat_template:  # the template writes its own
             return []
         probe = self.tokenizer("a")["input_ids"]
-        bare = self._bare(["a"])[0]
+        bare = tokenize(self.tokenizer, ["a"])[0]
         return list(probe[: probe.index(bare[0])])
 
     # ---- texts that forge control tokens --------------------------------------------------------
@@ -283,7 +280,7 @@ class Encoder:
                 f"repeats messages of a conversation of {', '.join((*roles, 'user'))}: use another "
                 "model, or rows without these messages."
             )
-        return frames, sum(map(self._controls.count, self._bare(frames)))
+        return frames, sum(map(self._controls.count, tokenize(self.tokenizer, frames)))
 
     @cached_property
     def end_token_id(self) -> int:

@@ -1,6 +1,6 @@
 """Many examples in one sequence without padding, and the prefix they share only once.
 
-A packed sequence is a tree laid flat. Its trunk is the token prefix that all examples share; each
+A packed sequence is a flattened tree. Its trunk is the token prefix that all examples share; each
 example grows from it, and from each example grow its answers (the target when training, every label
 when scoring)::
 
@@ -38,7 +38,7 @@ class Tree:
     Attributes:
         prompt_ids: the prompt.
         answers: each with a token at least.
-        targets: a number for each answer that an objective makes of it what it will; empty = 0.
+        targets: a number for each answer, whose meaning is the objective's; empty = 0.
     """
 
     prompt_ids: list[int]
@@ -173,11 +173,11 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class Pack:
-    """Trees that are laid flat in one sequence, in order.
+    """Trees that are flattened into one sequence, in order.
 
     Attributes:
         trees: one for each example.
-        share_prefix: whether the longest token prefix common to all prompts is laid down once.
+        share_prefix: whether the longest token prefix common to all prompts stands there once.
         indices: of the trees among those that were planned (`plan_packs`).
     """
 
@@ -187,7 +187,7 @@ class Pack:
 
     @cached_property
     def shared(self) -> int:
-        """Tokens that are laid down once. Worked out once for the plan, the size and the laying."""
+        """Tokens of the shared prefix; computed once for the plan, the size and the sequence."""
         return len(common_prefix(self.trees)) if self.share_prefix and self.trees else 0
 
     @property
@@ -201,14 +201,14 @@ class Pack:
 
     def lay(self) -> PackedSequence:
         """The packed sequence."""
-        laying = _Laying(self.trees[0].prompt_ids[: self.shared])
+        builder = _SequenceBuilder(self.trees[0].prompt_ids[: self.shared])
         for tree in self.trees:
-            laying.add(tree)
-        return laying.sequence(is_one_sequence=self.size.is_one_sequence)
+            builder.add(tree)
+        return builder.sequence(is_one_sequence=self.size.is_one_sequence)
 
 
-class _Laying:
-    """A sequence of which the trees are laid down one after the other."""
+class _SequenceBuilder:
+    """Builds a packed sequence, tree by tree."""
 
     def __init__(self, prefix: list[int]) -> None:
         self._shared = len(prefix)
@@ -239,7 +239,7 @@ class _Laying:
             self._targets.append(target)
 
     def sequence(self, *, is_one_sequence: bool) -> PackedSequence:
-        """What was laid down."""
+        """The packed sequence of the trees added so far."""
         return PackedSequence(
             torch.tensor(self._tokens, dtype=torch.int64),
             torch.tensor(self._labels, dtype=torch.int64).reshape(-1, 3).t().contiguous(),
@@ -257,9 +257,9 @@ class _Laying:
 
 
 def pack_sequence(trees: Sequence[Tree], *, share_prefix: bool) -> PackedSequence:
-    """Lay `trees` flat in one packed sequence, in order.
+    """Flatten `trees` into one packed sequence, in order.
 
-    With `share_prefix` the longest token prefix common to all prompts is laid down once.
+    With `share_prefix` the longest token prefix common to all prompts stands there once.
     """
     return Pack(trees, share_prefix).lay()
 

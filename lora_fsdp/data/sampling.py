@@ -7,7 +7,7 @@ an epoch. So a run is defined by (seed, global batch size), and resuming needs o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -24,12 +24,12 @@ from lora_fsdp.data.packing import (
 
 
 def target_tree(example: EncodedExample) -> Tree:
-    """The prompt and its one right answer: what supervised learning lays down."""
+    """The prompt and its one right answer, as supervised learning trains on them."""
     return Tree(example.prompt_ids, [example.target_ids])
 
 
 def target_tokens(example: EncodedExample) -> float:
-    """What an example counts where every label token counts one."""
+    """An example's weight where every label token has weight one."""
     return len(example.target_ids)
 
 
@@ -75,45 +75,36 @@ def shares_of_step(
     return [[examples[i] for i in chosen[rank::world_size]] for rank in range(world_size)]
 
 
+@dataclass(eq=False)
 class TrainingSteps(Dataset[TrainingStep]):
     """The optimizer steps of an epoch, as a map-style dataset: index = step within the epoch.
 
     Every rank holds all examples and works out every rank's share, so the number of sequences and
     the loss's denominator are known everywhere without communication.
 
-    Args:
+    Attributes:
         examples: all training examples, the same on every rank.
         examples_per_step: examples of one optimizer step over all ranks.
         rank, world_size: this process and the number of processes.
         seed: seed of the order.
         share_prefix: compute the prompts' common prefix once a packed sequence.
         max_tokens: longest packed sequence in tokens.
-        tree_of: which answers of an example are laid down (`Objective.tree`).
-        count_of: what an example counts in the denominator (`Objective.count`).
+        tree_of: which answers of an example are trained on (`Objective.tree`).
+        count_of: an example's weight in the denominator (`Objective.count`).
     """
 
-    def __init__(
-        self,
-        examples: Sequence[EncodedExample],
-        *,
-        examples_per_step: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        share_prefix: bool,
-        max_tokens: int,
-        tree_of: Callable[[EncodedExample], Tree] = target_tree,
-        count_of: Callable[[EncodedExample], float] = target_tokens,
-    ) -> None:
-        self.examples = examples
-        self.examples_per_step = examples_per_step
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.share_prefix = share_prefix
-        self.max_tokens = max_tokens
-        self.tree_of = tree_of
-        self.count_of = count_of
+    examples: Sequence[EncodedExample]
+    _: KW_ONLY
+    examples_per_step: int
+    rank: int
+    world_size: int
+    seed: int
+    share_prefix: bool
+    max_tokens: int
+    tree_of: Callable[[EncodedExample], Tree] = target_tree
+    count_of: Callable[[EncodedExample], float] = target_tokens
+
+    def __post_init__(self) -> None:
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -148,7 +139,7 @@ class TrainingSteps(Dataset[TrainingStep]):
 
 @dataclass
 class ScoringSequence:
-    """What is scored at once; `examples` are indices into the scored set, in its order."""
+    """One packed sequence to score; `examples` are indices into the scored set, in its order."""
 
     sequence: PackedSequence
     examples: list[int]

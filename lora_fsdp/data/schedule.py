@@ -17,7 +17,7 @@ class Schedule:
     Attributes:
         rows: examples of an epoch.
         examples_per_step: of an optimizer step, over all ranks.
-        steps: of the whole run.
+        steps: of the complete run.
     """
 
     rows: int
@@ -51,7 +51,7 @@ class Schedule:
 
     @property
     def examples(self) -> int:
-        """Of the whole run."""
+        """Of the complete run."""
         return self.examples_before(self.steps)
 
     def examples_before(self, step: int) -> int:

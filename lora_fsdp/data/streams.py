@@ -12,20 +12,22 @@ import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lora_fsdp.errors import (
-    DataFileNotFoundError,
-    MalformedRowError,
-    NoRowsError,
-    TableEncodingError,
-    UnsupportedTableError,
+from lora_fsdp.data.records import (
+    SEPARATORS,
+    delimited_records,
+    json_records,
+    not_found,
+    wrong_encoding,
 )
+from lora_fsdp.errors import TableEncodingError, UnsupportedTableError
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,17 @@ class TableStream(ABC):
     def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
         """Write a chunk with further columns, as a file of its own."""
 
-    @abstractmethod
     def join(self, parts: Iterable[Path], path: Path) -> None:
         """Write the files of `write` as one."""
+        with path.open("wb") as joined:
+            for number, part in enumerate(parts):
+                with part.open("rb") as file:
+                    if number:
+                        self._skip_header(file)
+                    shutil.copyfileobj(file, joined)
+
+    def _skip_header(self, file: BinaryIO) -> None:  # noqa: B027 (most formats have none)
+        """Read past what only the first part keeps."""
 
 
 class DelimitedStream(TableStream):
@@ -78,116 +88,51 @@ class DelimitedStream(TableStream):
         self.separator = separator
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """See the base class."""
         with _open_text(self.path, self.encoding, newline="") as file:
-            reader = csv.reader(file, delimiter=self.separator, strict=True)
-            rows = self._rows(reader)
-            header = next(rows, None)
-            if header is None:
-                raise NoRowsError(f"{self.path} is empty.")
+            rows = delimited_records(file, source=self.path, separator=self.separator)
+            header = next(rows)
             for first, chunk in _batches(rows, size):
                 yield Chunk(first, chunk, header)
 
-    def _rows(self, reader: Any) -> Iterator[list[str]]:
-        header: list[str] | None = None
-        line = 1
-        # A text may be longer than csv's own limit of 128 KiB a cell.
-        csv.field_size_limit(2**31 - 1)
-        try:
-            for row in reader:
-                if row and header is not None and len(row) != len(header):
-                    raise MalformedRowError(
-                        f"{self.path}, line {line}: {len(row)} fields where the header has "
-                        f"{len(header)}. Put a field that contains a separator, a quote or a line "
-                        "break in double quotes."
-                    )
-                if row:
-                    header = header or row
-                    yield row
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise MalformedRowError(f"{self.path}, line {line}: {error}.") from error
-        except UnicodeDecodeError as error:
-            raise _wrong_encoding(self.path, self.encoding, error) from error
-
     def records(self, chunk: Chunk) -> list[dict[str, Any]]:
-        """See the base class."""
         return [dict(zip(chunk.columns, row, strict=True)) for row in chunk.rows]
 
     def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
-        """See the base class."""
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, delimiter=self.separator, lineterminator="\n")
             writer.writerow([*chunk.columns, *added])
             for row, further in zip(chunk.rows, _records(added, len(chunk)), strict=True):
                 writer.writerow([*row, *("" if v is None else v for v in further.values())])
 
-    def join(self, parts: Iterable[Path], path: Path) -> None:
-        """See the base class."""
-        with path.open("wb") as joined:
-            for number, part in enumerate(parts):
-                with part.open("rb") as file:
-                    if number:
-                        # A header may hold line breaks inside quotes: as many lines as it took.
-                        _skip_header(file, self.separator)
-                    shutil.copyfileobj(file, joined)
+    def _skip_header(self, file: BinaryIO) -> None:
+        # A header may hold line breaks inside quotes: as many lines as it took.
+        lines = (line.decode("utf-8") for line in iter(file.readline, b""))
+        next(csv.reader(lines, delimiter=self.separator))
 
 
 class JsonLinesStream(TableStream):
     """JSON Lines. Each line stays as it is written, with further keys at its end."""
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """See the base class."""
         with _open_text(self.path, self.encoding, newline="\n") as file:
-            for first, chunk in _batches(self._rows(file), size):
+            for first, chunk in _batches(json_records(file, source=self.path), size):
                 keys = dict.fromkeys(key for _, row in chunk for key in row)
                 yield Chunk(first, chunk, list(keys))
 
-    def _rows(self, file: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        try:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()
-                if not isinstance(row, dict):
-                    raise MalformedRowError(
-                        f"{self.path}, line {number}: a row must be a JSON object, one a line."
-                    )
-                yield line.strip(), row
-        except json.JSONDecodeError as error:
-            raise MalformedRowError(f"{self.path}, line {number}: {error.msg}.") from error
-        except UnicodeEncodeError as error:
-            raise MalformedRowError(
-                f"{self.path}, line {number}: half a surrogate pair (\\ud8…)."
-            ) from error
-        except UnicodeDecodeError as error:
-            raise _wrong_encoding(self.path, self.encoding, error) from error
-
     def records(self, chunk: Chunk) -> list[dict[str, Any]]:
-        """See the base class."""
         return [{name: row.get(name) for name in chunk.columns} for _, row in chunk.rows]
 
     def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
-        """See the base class."""
         with path.open("w", encoding="utf-8", newline="\n") as file:
             for (line, row), new in zip(chunk.rows, _records(added, len(chunk)), strict=True):
                 further = json.dumps(new, ensure_ascii=False)[1:]
                 file.write(f"{line[:-1]}{', ' if row else ''}{further}\n")
-
-    def join(self, parts: Iterable[Path], path: Path) -> None:
-        """See the base class."""
-        with path.open("wb") as joined:
-            for part in parts:
-                with part.open("rb") as file:
-                    shutil.copyfileobj(file, joined)
 
 
 class ParquetStream(TableStream):
     """Parquet. Columns keep their types."""
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        """See the base class."""
         try:
             file = pq.ParquetFile(self.path)
         except pa.ArrowInvalid as error:
@@ -207,12 +152,10 @@ class ParquetStream(TableStream):
                 yield Chunk(first, table, table.column_names)
 
     def records(self, chunk: Chunk) -> list[dict[str, Any]]:
-        """See the base class."""
         rows: list[dict[str, Any]] = chunk.rows.to_pylist()
         return rows
 
     def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
-        """See the base class."""
         table = chunk.rows
         for name, values in added.items():
             # Said outright: a chunk may hold nothing but missing values.
@@ -222,7 +165,6 @@ class ParquetStream(TableStream):
         pq.write_table(table, path)
 
     def join(self, parts: Iterable[Path], path: Path) -> None:
-        """See the base class."""
         writer: pq.ParquetWriter | None = None
         try:
             for part in parts:
@@ -236,7 +178,6 @@ class ParquetStream(TableStream):
 
 # The new columns that hold texts and not probabilities.
 _TEXT_COLUMNS = ("predicted_label", "predicted_choice", "choice_probabilities", "predicted_text")
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 
 
 def open_stream(path: str | Path, *, encoding: str | None = None) -> TableStream:
@@ -254,13 +195,13 @@ def open_stream(path: str | Path, *, encoding: str | None = None) -> TableStream
     source = Path(path)
     suffix = source.suffix.lower()
     if not source.is_file():
-        raise DataFileNotFoundError(f"There is no data file {str(source.resolve())!r}.")
+        raise not_found(source)
     try:
         codecs.lookup(encoding or "utf-8")
     except LookupError as error:
         raise TableEncodingError(f"{source}: there is no encoding {encoding!r}.") from error
-    if suffix in _SEPARATORS:
-        return DelimitedStream(source, separator=_SEPARATORS[suffix], encoding=encoding)
+    if suffix in SEPARATORS:
+        return DelimitedStream(source, separator=SEPARATORS[suffix], encoding=encoding)
     if suffix in (".jsonl", ".ndjson"):
         return JsonLinesStream(source, encoding=encoding)
     if suffix == ".parquet":
@@ -270,8 +211,13 @@ def open_stream(path: str | Path, *, encoding: str | None = None) -> TableStream
     )
 
 
-def _open_text(path: Path, encoding: str, *, newline: str) -> Any:
-    return path.open(encoding=encoding, newline=newline)
+@contextmanager
+def _open_text(path: Path, encoding: str, *, newline: str) -> Iterator[TextIO]:
+    try:
+        with path.open(encoding=encoding, newline=newline) as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise wrong_encoding(path, encoding, error) from error
 
 
 def _batches(rows: Iterator[Any], size: int) -> Iterator[tuple[int, list[Any]]]:
@@ -287,16 +233,3 @@ def _batches(rows: Iterator[Any], size: int) -> Iterator[tuple[int, list[Any]]]:
 
 def _records(added: Mapping[str, Sequence[Any]], count: int) -> list[dict[str, Any]]:
     return [{name: values[place] for name, values in added.items()} for place in range(count)]
-
-
-def _skip_header(file: Any, separator: str) -> None:
-    reader = csv.reader((line.decode("utf-8") for line in iter(file.readline, b"")),
-                        delimiter=separator)  # fmt: skip
-    next(reader)
-
-
-def _wrong_encoding(path: Path, encoding: str, error: UnicodeDecodeError) -> TableEncodingError:
-    return TableEncodingError(
-        f"{path} is not {encoding.removesuffix('-sig')}: byte 0x{error.object[error.start]:02x} "
-        f"({error.reason}). Name its encoding, for example --encoding latin-1."
-    )

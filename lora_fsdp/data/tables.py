@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
 import io
-import json
 import logging
-import re
 from pathlib import Path
-from typing import Any
 
 import charset_normalizer
 import numpy as np
 import pandas as pd
 
+from lora_fsdp.data.records import (
+    HALF_SURROGATE,
+    SEPARATORS,
+    checked_record,
+    delimited_records,
+    json_records,
+    load_json,
+    not_found,
+    wrong_encoding,
+)
 from lora_fsdp.errors import (
     ArgumentError,
-    DataFileNotFoundError,
     MalformedRowError,
     NoRowsError,
     TableEncodingError,
@@ -26,9 +30,8 @@ from lora_fsdp.errors import (
 
 logger = logging.getLogger(__name__)
 
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_SUPPORTED = ", ".join([*_SEPARATORS, *_JSON_SUFFIXES, ".parquet", "a folder of save_to_disk"])
+_SUPPORTED = ", ".join([*SEPARATORS, *_JSON_SUFFIXES, ".parquet", "a folder of save_to_disk"])
 
 # What text files are in when they are not Unicode. Left to choose among all 99 encodings it knows,
 # charset-normalizer takes the few accents of a mostly ASCII file for Baltic DOS.
@@ -57,12 +60,12 @@ def read_table(path: str | Path, *, encoding: str | None = None) -> pd.DataFrame
     source = Path(path)
     suffix = source.suffix.lower()
     if not source.exists():
-        raise _not_found(source)
+        raise not_found(source)
     if source.is_dir():
         table = _read_saved_dataset(source)
-    elif suffix in _SEPARATORS:
+    elif suffix in SEPARATORS:
         text = _read_text(source, encoding)
-        table = _parse_delimited(text, source=source, separator=_SEPARATORS[suffix])
+        table = _parse_delimited(text, source=source, separator=SEPARATORS[suffix])
     elif suffix in _JSON_SUFFIXES:
         table = _parse_json(_read_text(source, encoding), source)
     elif suffix == ".parquet":
@@ -96,44 +99,34 @@ def sample_rows(
     return table.iloc[np.sort(chosen)]
 
 
-def _not_found(source: Path) -> DataFileNotFoundError:
-    folder = source.resolve().parent
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    nearest = difflib.get_close_matches(source.name, names, n=1)
-    hint = f" Did you mean {str(folder / nearest[0])!r}?" if nearest else ""
-    return DataFileNotFoundError(f"There is no data file {str(source.resolve())!r}.{hint}")
-
-
 def _read_text(source: Path, encoding: str | None) -> str:
     raw = source.read_bytes()
     try:
         text = raw.decode(encoding or "utf-8")
     except UnicodeDecodeError as error:
         if encoding is not None:
-            raise _wrong_encoding(source, encoding, error) from error
+            raise wrong_encoding(source, encoding, error, whole=True) from error
         text = _decode_legacy(raw, source=source, failure=error)
     except UnicodeError as error:  # of codecs that are no encodings of files
         raise TableEncodingError(f"{source} is not {encoding}: {error}.") from error
     except (LookupError, ValueError) as error:
         raise TableEncodingError(f"{source}: there is no encoding {encoding!r}.") from error
-    _refuse_half_surrogates(text, source)
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
+    # Some encodings let them through, and they could never be written again.
+    if half := HALF_SURROGATE.search(text):
         raise MalformedRowError(
-            f"{source}, line {line}: NUL byte. The file is damaged, or it is UTF-16 without a "
-            "mark (then pass --encoding utf-16-le)."
+            f"{source}, line {_line_of(half.start(), text)}: half a surrogate pair. Name the "
+            "file's real encoding with --encoding."
+        )
+    if "\0" in text:
+        raise MalformedRowError(
+            f"{source}, line {_line_of(text.index(chr(0)), text)}: NUL byte. The file is damaged, "
+            "or it is UTF-16 without a mark (then pass --encoding utf-16-le)."
         )
     return text.removeprefix("\ufeff")
 
 
-def _refuse_half_surrogates(text: str, source: Path) -> None:
-    """Which some encodings let through, and which could never be written again."""
-    if half := re.search("[\ud800-\udfff]", text):
-        line = text.count("\n", 0, half.start()) + 1
-        raise MalformedRowError(
-            f"{source}, line {line}: half a surrogate pair. Name the file's real encoding with "
-            "--encoding."
-        )
+def _line_of(place: int, text: str) -> int:
+    return text.count("\n", 0, place) + 1
 
 
 def _decode_legacy(raw: bytes, *, source: Path, failure: UnicodeDecodeError) -> str:
@@ -141,7 +134,7 @@ def _decode_legacy(raw: bytes, *, source: Path, failure: UnicodeDecodeError) -> 
     matches = charset_normalizer.from_bytes(raw, cp_isolation=_LEGACY_ENCODINGS + unicode_marks)
     best = matches.best()
     if best is None:
-        raise _wrong_encoding(source, "utf-8", failure) from failure
+        raise wrong_encoding(source, "utf-8", failure, whole=True) from failure
     text = raw.decode(best.encoding)
     first = next((place for place, letter in enumerate(text) if not letter.isascii()), 0)
     logger.warning(
@@ -152,90 +145,24 @@ def _decode_legacy(raw: bytes, *, source: Path, failure: UnicodeDecodeError) -> 
     return text
 
 
-def _wrong_encoding(source: Path, encoding: str, error: UnicodeDecodeError) -> TableEncodingError:
-    return TableEncodingError(
-        f"{source} is not {encoding}: byte 0x{error.object[error.start]:02x} at offset "
-        f"{error.start} ({error.reason}). Name its encoding, for example --encoding latin-1."
-    )
-
-
 def _parse_delimited(text: str, *, source: Path, separator: str) -> pd.DataFrame:
-    # pandas' parser fills short rows up and takes a long first row for an index; this one says
-    # where a row is wrong.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    former_limit = csv.field_size_limit(max(len(text), 1))
-    rows: list[list[str]] = []
-    line = 1
-    try:
-        for row in reader:
-            if row and rows and len(row) != len(rows[0]):
-                raise MalformedRowError(
-                    f"{source}, line {line}: {len(row)} fields where the header has "
-                    f"{len(rows[0])}. Put a field that contains a separator, a quote or a line "
-                    "break in double quotes."
-                )
-            rows += [row] if row else []
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise MalformedRowError(
-            f"{source}, line {line}: {error}. A double quote inside a quoted field is written "
-            "twice, and every quote that opens must close."
-        ) from error
-    finally:
-        csv.field_size_limit(former_limit)
-    if not rows:
-        raise NoRowsError(f"{source} is empty.")
-    return pd.DataFrame(rows[1:], columns=_column_names(rows[0], source), dtype="str")
-
-
-def _column_names(header: list[str], source: Path) -> list[str]:
+    lines = io.StringIO(text, newline="")
+    header, *rows = delimited_records(lines, source=source, separator=separator)
     names = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(header)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise MalformedRowError(
             f"{source}, line 1: the header names {', '.join(map(repr, twice))} more than once."
         )
-    return names
+    return pd.DataFrame(rows, columns=names, dtype="str")
 
 
 def _parse_json(text: str, source: Path) -> pd.DataFrame:
     """Records of JSON Lines, or of one list of records."""
     if text.lstrip().startswith("["):
-        records = _load_json(text, source=source, first_line=1)
-        places = [f"record {number}" for number in range(1, len(records) + 1)]
-    else:
-        # Not splitlines: U+2028 and its like may stand inside JSON strings.
-        lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-        records = [_load_json(line, source=source, first_line=number) for number, line in lines]
-        places = [f"line {number}" for number, _ in lines]
-    for place, record in zip(places, records, strict=True):
-        if not isinstance(record, dict):
-            raise MalformedRowError(f"{source}, {place}: a row must be a JSON object.")
-    if re.search(r"\\u[dD][89a-fA-F]", text):
-        for place, record in zip(places, records, strict=True):
-            _refuse_half_pairs(record, f"{source}, {place}")
-    return pd.DataFrame(records)
-
-
-def _refuse_half_pairs(record: object, where: str) -> None:
-    text = json.dumps(record, ensure_ascii=False)
-    if half := re.search("[\ud800-\udfff]", text):
-        near = text[max(0, half.start() - 20) : half.end() + 20]
-        raise MalformedRowError(f"{where}: half a surrogate pair (\\ud8…) in {near!r}.")
-
-
-def _load_json(text: str, *, source: Path, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise MalformedRowError(
-            f"{source}, line {line}, column {error.colno}: {error.msg}. What can be read: one JSON "
-            "object a line, or one list of objects."
-        ) from error
-    except (RecursionError, ValueError) as error:  # nested too deeply, or a number too long
-        raise MalformedRowError(
-            f"{source}, line {first_line}: {error}. A row must be a plain JSON object."
-        ) from error
+        values = enumerate(load_json(text, source=source, first_line=1), start=1)
+        return pd.DataFrame([checked_record(v, f"{source}, record {n}") for n, v in values])
+    # Not splitlines: U+2028 and its like may stand inside JSON strings.
+    return pd.DataFrame([record for _, record in json_records(text.split("\n"), source=source)])
 
 
 def _read_parquet(source: Path) -> pd.DataFrame:

@@ -57,49 +57,34 @@ def measure_work(
 ) -> Work:
     """Pack some optimizer steps as training will, and count: the first ones, and the largest.
 
-    Args:
-        training: values of `FineTuningArguments` by name.
-        train, held_out: the rows as tokens.
-        ranks: that share a step.
-        share_prefix: compute the prompts' common prefix once a packed sequence.
-        tree_of: which answers of a training example are laid down.
+    `training` holds values of `FineTuningArguments` by name; the others are as in `TrainingSteps`.
     """
     if not train:
         return replace(NO_WORK, longest_example=max(1, longest_example(held_out)))
     schedule = Schedule.of(training, rows=len(train), ranks=ranks)
     seed = training["seed"] if training["data_seed"] is None else training["data_seed"]
-
-    def steps_of(rank: int, *, epoch: int) -> TrainingSteps:
-        steps = TrainingSteps(
-            train,
-            examples_per_step=min(schedule.examples_per_step, len(train)),
-            rank=rank,
-            world_size=ranks,
-            seed=int(seed),
-            share_prefix=share_prefix,
-            max_tokens=training["max_tokens_per_row"] or 2**31,
-            tree_of=tree_of,
-        )
-        steps.set_epoch(epoch)
-        return steps
-
-    first = steps_of(0, epoch=0)
-    looked_at = min(len(first), max(1, schedule.steps), _STEPS_LOOKED_AT)
-    seen = [first[index] for index in range(looked_at)]
+    steps = TrainingSteps(
+        train,
+        examples_per_step=min(schedule.examples_per_step, len(train)),
+        rank=0,
+        world_size=ranks,
+        seed=int(seed),
+        share_prefix=share_prefix,
+        max_tokens=training["max_tokens_per_row"] or 2**31,
+        tree_of=tree_of,
+    )
+    looked_at = min(len(steps), max(1, schedule.steps), _STEPS_LOOKED_AT)
+    seen = [steps[index] for index in range(looked_at)]
     sizes = [_tokens(step) for step in seen]
-    labels = [int(one.labels.shape[1]) for step in seen for one in step.sequences]
-    epoch, index, rank = _largest_step(first, epochs=schedule.epochs)
     return Work(
         steps=max(1, schedule.steps),
         examples=schedule.examples,
         examples_per_rank=examples_per_rank(training),
         step_tokens=sum(sizes) / len(seen),
-        step_labels=sum(labels) / len(seen),
-        largest_step=max(*sizes, _tokens(steps_of(rank, epoch=epoch)[index])),
-        # An objective may lay down several answers of an example.
-        longest_example=max(
-            longest_example([*train, *held_out]), *(len(tree_of(example)) for example in train)
-        ),
+        step_labels=sum(one.size.labels for step in seen for one in step.sequences) / len(seen),
+        largest_step=max(*sizes, _largest_step(steps, epochs=schedule.epochs)),
+        # An objective may train on several answers of an example.
+        longest_example=max(longest_example([*train, *held_out]), *map(len, map(tree_of, train))),
         # Before and after training.
         scored_tokens=2.0 * sum(len(e.prompt_ids) + len(e.target_ids) for e in held_out),
     )
@@ -109,8 +94,8 @@ def _tokens(step: TrainingStep) -> int:
     return sum(map(len, step.sequences))
 
 
-def _largest_step(steps: TrainingSteps, *, epochs: float) -> tuple[int, int, int]:
-    """Epoch, place in it and rank of the step with the most tokens, by the examples' lengths."""
+def _largest_step(steps: TrainingSteps, *, epochs: float) -> int:
+    """Tokens of the step that is the largest on any rank, going by the examples' lengths."""
     examples = steps.examples
     trees = [steps.tree_of(example) for example in examples]
     lengths = np.array([len(tree) + len(tree.answers) for tree in trees])
@@ -129,8 +114,11 @@ def _largest_step(steps: TrainingSteps, *, epochs: float) -> tuple[int, int, int
         for rank in range(steps.world_size):
             tokens = by_step[:, rank :: steps.world_size].sum(axis=1)
             if tokens.max() > most:
-                most, found = int(tokens.max()), (epoch, int(tokens.argmax()), rank)
-    return found
+                most, found = int(tokens.max()), (epoch, rank, int(tokens.argmax()))
+    epoch, rank, index = found
+    largest = replace(steps, rank=rank)
+    largest.set_epoch(epoch)
+    return _tokens(largest[index])
 
 
 def given_work(

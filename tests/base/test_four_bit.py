@@ -97,10 +97,10 @@ def reference(folder, dtype="float32"):
 
 
 def outputs(model, dtype=torch.float32):
-    """Log-probabilities of a packed row's labels, and the adapter's gradients."""
+    """Log-probabilities of a packed sequence's labels, and the adapter's gradients."""
     texts = torch.arange(5, 29).view(2, 12).tolist()
-    row = pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True)
-    log_probs = PackedModel(model.train()).label_log_probs(row)
+    sequence = pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True)
+    log_probs = PackedModel(model.train()).label_log_probs(sequence)
     (-log_probs.sum()).backward()
     return log_probs.detach(), {n: p.grad for n, p in trainable_parameters(model).items()}
 
@@ -322,7 +322,7 @@ class TestRefusals:
         model = tiny_model()
         model.config.save_pretrained(tmp_path)
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-        with pytest.raises(UnsupportedModelError, match=r"no whole safetensors.*--load_in_4bit"):
+        with pytest.raises(UnsupportedModelError, match=r"no complete safetensors.*--load_in_4bit"):
             open_base(arguments(tmp_path), device=CPU)
 
     def test_by_the_function_that_loads_whole(self, base):

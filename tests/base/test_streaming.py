@@ -132,7 +132,7 @@ class TestLoadedWhole:
         model.config.save_pretrained(tmp_path)
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
         found, line = self.whole(tmp_path, caplog)
-        assert "no whole safetensors" in line
+        assert "no complete safetensors" in line
         for name, tensor in model.state_dict().items():
             assert torch.equal(found.state_dict()[name], tensor)
 

@@ -49,7 +49,7 @@ def why_not_fused(model):
     return fusing.reason
 
 
-def some_row(*, share_prefix=True, seed=0):
+def some_sequence(*, share_prefix=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
     head = [5, 6, 7, 8]
     trees = [
@@ -59,10 +59,10 @@ def some_row(*, share_prefix=True, seed=0):
     return pack_sequence(trees, share_prefix=share_prefix)
 
 
-def gradients(model, row):
+def gradients(model, sequence):
     """Of a model, or of a packed model."""
     packed = model if isinstance(model, PackedModel) else PackedModel(model)
-    loss = -packed.label_log_probs(row).sum()
+    loss = -packed.label_log_probs(sequence).sum()
     loss.backward()
     found = {}
     for name, parameter in trainable_parameters(packed.model).items():
@@ -83,14 +83,14 @@ def assert_close(found, expected, *, tolerance=3e-6):
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["k_proj"], ["down_proj"]])
 @pytest.mark.parametrize("kind", FUSED_KINDS)
 def test_gradients_are_the_modules_own(kind, targets, join):
-    model, row = adapted(kind, targets=targets), some_row()
-    expected = gradients(model, row)
+    model, sequence = adapted(kind, targets=targets), some_sequence()
+    expected = gradients(model, sequence)
     packed = fuse(model, join=join)
     assert packed.fusing.is_fused
-    assert_close(gradients(packed, row), expected)
+    assert_close(gradients(packed, sequence), expected)
     packed.shortened_last_layer = True
-    assert_close(gradients(packed, row), expected)
-    padded = row.padded(tokens=len(row) + 3, labels=row.labels.shape[1])
+    assert_close(gradients(packed, sequence), expected)
+    padded = sequence.padded(tokens=len(sequence) + 3, labels=sequence.labels.shape[1])
     assert_close(gradients(packed, padded), expected)
 
 
@@ -115,9 +115,9 @@ def test_biases(join):
     model = attach_adapter(base, LoraConfig(r=4, target_modules="all-linear"))
     randomise_adapter(model)
     model = model.double()
-    expected = gradients(model, some_row())
+    expected = gradients(model, some_sequence())
     assert fuse(model, join=join).fusing.is_fused
-    assert_close(gradients(model, some_row()), expected, tolerance=1e-7)
+    assert_close(gradients(model, some_sequence()), expected, tolerance=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -129,26 +129,26 @@ def test_biases(join):
     ids=["rslora", "patterns"],
 )
 def test_scaling_and_ranks_of_each_module(options):
-    model, row = adapted(**options), some_row()
-    expected = gradients(model, row)
+    model, sequence = adapted(**options), some_sequence()
+    expected = gradients(model, sequence)
     assert fuse(model, join=True).fusing.is_fused
-    assert_close(gradients(model, row), expected)
+    assert_close(gradients(model, sequence), expected)
 
 
 def test_an_adapter_that_was_changed_is_seen_at_the_next_forward():
-    model, row = adapted(), some_row()
+    model, sequence = adapted(), some_sequence()
     assert fuse(model).fusing.is_fused
-    gradients(model, row)
+    gradients(model, sequence)
     randomise_adapter(model, seed=8)
-    found = gradients(model, row)
+    found = gradients(model, sequence)
     reference = adapted()
     randomise_adapter(reference, seed=8)
-    assert_close(found, gradients(reference, row))
+    assert_close(found, gradients(reference, sequence))
 
 
 @pytest.mark.parametrize("change", ["merge_adapter", "merge_and_unload", "unload", "set_adapter"])
 def test_what_peft_does_to_an_adapter_afterwards_is_seen(change):
-    model, row = adapted().eval(), some_row()
+    model, sequence = adapted().eval(), some_sequence()
     packed = fuse(model)
     packed.shortened_last_layer = True
     if change == "set_adapter":
@@ -157,57 +157,57 @@ def test_what_peft_does_to_an_adapter_afterwards_is_seen(change):
     else:
         getattr(model, change)()
     with torch.no_grad():
-        found = packed.label_log_probs(row)
+        found = packed.label_log_probs(sequence)
         expected = adapted().eval()
         if change in ("unload", "set_adapter"):
             expected = expected.unload()
-        assert torch.allclose(PackedModel(expected).label_log_probs(row), found, atol=1e-5)
+        assert torch.allclose(PackedModel(expected).label_log_probs(sequence), found, atol=1e-5)
 
 
 def test_a_deep_copy_has_adapters_of_its_own():
-    model, row = adapted(), some_row()
+    model, sequence = adapted(), some_sequence()
     fuse(model)
     copy = deepcopy(model)
     randomise_adapter(copy, seed=8)
     reference = adapted()
     randomise_adapter(reference, seed=8)
     with torch.no_grad():
-        expected = PackedModel(reference).label_log_probs(row)
-        assert torch.allclose(PackedModel(copy).label_log_probs(row), expected, atol=1e-5)
+        expected = PackedModel(reference).label_log_probs(sequence)
+        assert torch.allclose(PackedModel(copy).label_log_probs(sequence), expected, atol=1e-5)
 
 
 def test_one_modules_adapter_switched_off():
-    model, row = adapted(), some_row()
+    model, sequence = adapted(), some_sequence()
     fuse(model)
     reference = adapted()
     for one in (model, reference):
         one.get_base_model().model.layers[1].self_attn.v_proj.enable_adapters(False)
     with torch.no_grad():
-        expected = PackedModel(reference).label_log_probs(row)
-        assert torch.allclose(PackedModel(model).label_log_probs(row), expected, atol=1e-5)
+        expected = PackedModel(reference).label_log_probs(sequence)
+        assert torch.allclose(PackedModel(model).label_log_probs(sequence), expected, atol=1e-5)
 
 
 def test_adapter_switched_off():
-    model, row = adapted(), some_row()
+    model, sequence = adapted(), some_sequence()
     with model.disable_adapter(), torch.no_grad():
-        expected = PackedModel(model).label_log_probs(row)
+        expected = PackedModel(model).label_log_probs(sequence)
     fuse(model, join=True)
     with model.disable_adapter(), torch.no_grad():
-        assert torch.allclose(PackedModel(model).label_log_probs(row), expected, atol=1e-5)
+        assert torch.allclose(PackedModel(model).label_log_probs(sequence), expected, atol=1e-5)
 
 
 def test_weights_that_were_moved_after_joining_are_used():
-    model, row = adapted(), some_row()
+    model, sequence = adapted(), some_sequence()
     fuse(model, join=True)
-    before = gradients(model, row)
+    before = gradients(model, sequence)
     base = model.get_base_model()
     for parameter in base.parameters():
         parameter.data = parameter.data.clone()
     base.model.layers[0].self_attn.q_proj.base_layer.weight.data.mul_(1.5)
-    after = gradients(model, row)
+    after = gradients(model, sequence)
     reference = adapted()
     reference.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.data.mul_(1.5)
-    assert_close(after, gradients(reference, row))
+    assert_close(after, gradients(reference, sequence))
     assert after[0] != before[0]
 
 
@@ -226,14 +226,17 @@ class TestDropout:
     """Masks are drawn at random; what is tested is what they must do on average and in backward."""
 
     def test_gradient_is_that_of_the_drawn_masks(self):
-        model, row = adapted(lora_dropout=0.5, targets=["q_proj", "down_proj"]), some_row()
+        model, sequence = (
+            adapted(lora_dropout=0.5, targets=["q_proj", "down_proj"]),
+            some_sequence(),
+        )
         fuse(model)
         model.train()
         layer = model.get_base_model().model.layers[1].mlp.down_proj.lora_B["default"].weight
 
         def loss():
             torch.manual_seed(0)
-            return -PackedModel(model).label_log_probs(row).sum()
+            return -PackedModel(model).label_log_probs(sequence).sum()
 
         loss().backward()
         slope = layer.grad[0, 0].item()
@@ -261,11 +264,11 @@ class TestDropout:
         assert ((draws.mean(0) - exact).abs() < 5 * deviation).all()
 
     def test_zero_in_evaluation(self):
-        model, row = adapted(lora_dropout=0.5).eval(), some_row()
+        model, sequence = adapted(lora_dropout=0.5).eval(), some_sequence()
         with torch.no_grad():
-            expected = PackedModel(model).label_log_probs(row)
+            expected = PackedModel(model).label_log_probs(sequence)
             fuse(model)
-            found = PackedModel(model).label_log_probs(row)
+            found = PackedModel(model).label_log_probs(sequence)
         assert torch.allclose(found, expected, atol=1e-5)
 
 
@@ -304,9 +307,9 @@ class TestFallback:
 
     def test_another_architecture_is_left_alone(self):
         model = adapted("gpt2")
-        before = gradients(model, some_row())
+        before = gradients(model, some_sequence())
         assert "GPT2Block" in why_not_fused(model)
-        assert_close(gradients(model, some_row()), before, tolerance=0)
+        assert_close(gradients(model, some_sequence()), before, tolerance=0)
 
     def test_a_layer_that_computes_something_else(self):
         model = adapted()
@@ -330,7 +333,7 @@ class TestFallback:
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
         model(input_ids=ids)
         with pytest.raises(AssertionError, match="the fused layer ran"):
-            packed.label_log_probs(some_row())
+            packed.label_log_probs(some_sequence())
 
 
 class TestBlocks:
@@ -341,43 +344,46 @@ class TestBlocks:
     @pytest.mark.parametrize("share_prefix", [True, False])
     def test_block_mask_is_the_dense_mask(self, share_prefix):
         trees = [Tree([1, 2, 3, 4 + n], [[5, 6, 0], [7, 8, 0]][: 1 + n % 2]) for n in range(3)]
-        row = pack_sequence(trees, share_prefix=share_prefix).padded(tokens=32, labels=16)
-        mask = sequence_mask(row, dtype=torch.float32, by_blocks=True)
+        sequence = pack_sequence(trees, share_prefix=share_prefix).padded(tokens=32, labels=16)
+        mask = sequence_mask(sequence, dtype=torch.float32, by_blocks=True)
         assert isinstance(mask, BlockMask)
-        index = torch.arange(len(row))
+        index = torch.arange(len(sequence))
         allowed = mask.mask_mod(0, 0, index[:, None], index[None, :])
-        assert torch.equal(allowed, dense_mask(row, dtype=torch.float32)[0, 0] == 0)
+        assert torch.equal(allowed, dense_mask(sequence, dtype=torch.float32)[0, 0] == 0)
 
     @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
     @pytest.mark.parametrize("kind", ["llama", "qwen3"])
     def test_gradients(self, kind):
-        model, row = adapted(kind), some_row()
-        expected = gradients(model, row)
+        model, sequence = adapted(kind), some_sequence()
+        expected = gradients(model, sequence)
         packed = fuse(model.eval())
         with torch.no_grad():
-            found = packed.label_log_probs(row).sum()
+            found = packed.label_log_probs(sequence).sum()
         assert -found.item() == pytest.approx(expected[0], rel=1e-5)
 
     def test_one_sequence_is_causal(self):
-        row = pack_sequence([Tree([3, 4, 5, 6], [[7, 8, 9, 0]])], share_prefix=True)
-        assert row.is_one_sequence
-        assert sequence_mask(row, dtype=torch.float32, by_blocks=True).mask_mod is attention.causal
+        sequence = pack_sequence([Tree([3, 4, 5, 6], [[7, 8, 9, 0]])], share_prefix=True)
+        assert sequence.is_one_sequence
+        assert (
+            sequence_mask(sequence, dtype=torch.float32, by_blocks=True).mask_mod
+            is attention.causal
+        )
         model = adapted()
-        expected = gradients(model, row)
-        assert_close(gradients(fuse(model), row), expected)
+        expected = gradients(model, sequence)
+        assert_close(gradients(fuse(model), sequence), expected)
 
     def test_several_sequences_are_not(self):
-        assert not some_row().is_one_sequence
+        assert not some_sequence().is_one_sequence
         assert not pack_sequence([Tree([3], [[4, 0], [5, 0]])], share_prefix=True).is_one_sequence
 
     def test_one_sequence_with_padding(self):
-        row = pack_sequence([Tree([3, 4, 5, 6], [[7, 8, 9, 0]])], share_prefix=True)
-        padded = row.padded(tokens=16, labels=6)
+        sequence = pack_sequence([Tree([3, 4, 5, 6], [[7, 8, 9, 0]])], share_prefix=True)
+        padded = sequence.padded(tokens=16, labels=6)
         assert (
             sequence_mask(padded, dtype=torch.float32, by_blocks=True).mask_mod is attention.causal
         )
         model = adapted()
-        expected = PackedModel(model).label_log_probs(row)
+        expected = PackedModel(model).label_log_probs(sequence)
         found = fuse(model).label_log_probs(padded)
         assert torch.allclose(found[:4], expected, atol=1e-5)
 
@@ -385,30 +391,33 @@ class TestBlocks:
 class TestPadding:
     @pytest.mark.parametrize("fused", [False, True])
     def test_padding_changes_nothing(self, fused):
-        model, row = adapted(), some_row()
+        model, sequence = adapted(), some_sequence()
         if fused:
             fuse(model)
-        expected = PackedModel(model).label_log_probs(row)
-        padded = row.padded(tokens=len(row) + 13, labels=row.labels.shape[1] + 5)
+        expected = PackedModel(model).label_log_probs(sequence)
+        padded = sequence.padded(tokens=len(sequence) + 13, labels=sequence.labels.shape[1] + 5)
         found = PackedModel(model).label_log_probs(padded)
         assert torch.allclose(found[: len(expected)], expected, atol=1e-5)
         assert found.isfinite().all()
 
     def test_to_less_is_refused(self):
         with pytest.raises(ValueError, match="cannot be padded"):
-            some_row().padded(tokens=3, labels=99)
+            some_sequence().padded(tokens=3, labels=99)
 
 
 class TestChunkedHead:
     @pytest.mark.parametrize("kind", CONFIGS)
     def test_log_probs_gradients_and_ranks(self, kind, monkeypatch):
         monkeypatch.setattr("lora_fsdp.compute.chunked_head.CHUNK", 4)
-        model, row = adapted(kind, targets=["c_attn"] if kind == "gpt2" else ["q_proj"]), some_row()
+        model, sequence = (
+            adapted(kind, targets=["c_attn"] if kind == "gpt2" else ["q_proj"]),
+            some_sequence(),
+        )
         packed = PackedModel(model)
         packed.chunked_head = True
-        expected = PackedModel(model).label_outputs(row)
-        expected_gradients = gradients(model, row)
-        found = packed.label_outputs(row, chunk_above=0)
+        expected = PackedModel(model).label_outputs(sequence)
+        expected_gradients = gradients(model, sequence)
+        found = packed.label_outputs(sequence, chunk_above=0)
         assert torch.allclose(found.log_probs, expected.log_probs, atol=1e-5)
         assert torch.equal(found.is_most_likely, expected.is_most_likely)
         loss = -found.log_probs.sum()
@@ -417,14 +426,14 @@ class TestChunkedHead:
         assert_close((loss.item(), mine), expected_gradients)
 
     def test_weighted_tokens(self):
-        model, row = adapted(), some_row()
-        weights = torch.linspace(0, 2, row.labels.shape[1])
-        (PackedModel(model).label_log_probs(row) * weights).sum().backward()
+        model, sequence = adapted(), some_sequence()
+        weights = torch.linspace(0, 2, sequence.labels.shape[1])
+        (PackedModel(model).label_log_probs(sequence) * weights).sum().backward()
         expected = {n: p.grad.clone() for n, p in trainable_parameters(model).items()}
         model.zero_grad()
         packed = PackedModel(model)
         packed.chunked_head = True
-        outputs = packed.label_outputs(row, chunk_above=0)
+        outputs = packed.label_outputs(sequence, chunk_above=0)
         (outputs.log_probs * weights).sum().backward()
         mine = {n: p.grad for n, p in trainable_parameters(model).items()}
         assert_close((0.0, mine), (0.0, expected))

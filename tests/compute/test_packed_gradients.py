@@ -1,4 +1,4 @@
-"""Packed, prefix-sharing rows give the losses and gradients of one-by-one training.
+"""Packed, prefix-sharing sequences give the losses and gradients of one-by-one training.
 
 Run: python -m pytest tests/compute/test_packed_gradients.py
 """
@@ -40,9 +40,9 @@ def one_by_one(model, trees):
 
 
 def packed(model, trees, *, share_prefix):
-    row = pack_sequence(trees, share_prefix=share_prefix)
+    sequence = pack_sequence(trees, share_prefix=share_prefix)
     total = sum(len(tree.answers[0]) for tree in trees)
-    loss = -PackedModel(model).label_log_probs(row).sum() / total
+    loss = -PackedModel(model).label_log_probs(sequence).sum() / total
     loss.backward()
     return loss.item(), take_gradients(model)
 
@@ -129,10 +129,10 @@ def test_candidate_answers_score_as_they_would_alone():
     model = adapted("llama", torch.float32)
     answers = [[11, 0], [12, 13, 0], [14, 15, 16, 0]]
     prompts = [[3, 4, 5, *range(20 + i, 25 + 2 * i)] for i in range(3)]
-    row = pack_sequence([Tree(prompt, answers) for prompt in prompts], share_prefix=True)
+    sequence = pack_sequence([Tree(prompt, answers) for prompt in prompts], share_prefix=True)
     with torch.no_grad():
-        log_probs = PackedModel(model).label_log_probs(row)
-        scores = torch.zeros(9).index_add_(0, row.label_answers, log_probs)
+        log_probs = PackedModel(model).label_log_probs(sequence)
+        scores = torch.zeros(9).index_add_(0, sequence.label_answers, log_probs)
         alone = []
         for prompt in prompts:
             for answer in answers:

@@ -1,4 +1,4 @@
-"""The head at label positions, and which architectures can compute a packed row at all.
+"""The head at label positions, and which architectures can compute a packed sequence at all.
 
 Run: python -m pytest tests/compute/test_packed_model.py
 """
@@ -76,11 +76,11 @@ def test_logits_are_those_of_the_label_positions(kind):
 
 def test_head_runs_at_label_positions_only():
     model = tiny_model().eval()
-    rows = []
-    model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
-    row = pack_sequence(two_trees(), share_prefix=True)
-    PackedModel(model).label_log_probs(row)
-    assert rows == [row.label_ids.numel()] == [5]
+    lengths = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: lengths.append(inputs[0].shape[1]))
+    sequence = pack_sequence(two_trees(), share_prefix=True)
+    PackedModel(model).label_log_probs(sequence)
+    assert lengths == [sequence.label_ids.numel()] == [5]
 
 
 def test_model_without_logits_to_keep():
@@ -102,10 +102,10 @@ def test_model_without_logits_to_keep():
             )
 
     model = tiny_model().eval()
-    row = pack_sequence(two_trees(), share_prefix=True)
+    sequence = pack_sequence(two_trees(), share_prefix=True)
     with torch.no_grad():
-        expected = PackedModel(model).label_log_probs(row)
-        found = PackedModel(Wrapper(model)).label_log_probs(row)
+        expected = PackedModel(model).label_log_probs(sequence)
+        found = PackedModel(Wrapper(model)).label_log_probs(sequence)
     torch.testing.assert_close(found, expected)
 
 
@@ -116,14 +116,14 @@ def test_logits_are_float32_over_a_bf16_base():
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))
-def test_a_row_without_labels(kind):
+def test_a_sequence_without_labels(kind):
     assert PackedModel(tiny_model(kind).eval()).label_log_probs(empty_sequence()).shape == (0,)
 
 
 class TestCacheTrap:
-    """Without an explicit mask, examples of a row attend to each other, and nothing says so."""
+    """Without an explicit mask, examples attend to each other, and nothing says so."""
 
-    def rows(self):
+    def sequences(self):
         first, second = [5, 6, 7, 8, 9, 11, 0], [15, 16, 17, 18, 12, 0]
         other = [25, 26, 27, 28, 29, 21, 0]
         return first + second, other + second, len(second)
@@ -148,7 +148,7 @@ class TestCacheTrap:
         ids=["use_cache unset", "use_cache on", "mask of ones"],
     )
     def test_naive_packing_contaminates(self, keywords):
-        ids, changed, second = self.rows()
+        ids, changed, second = self.sequences()
         before = self.naive(ids, second, **keywords)
         after = self.naive(changed, second, **keywords)
         assert (before - after).abs().max() > 1e-3
@@ -172,10 +172,10 @@ class TestCacheTrap:
     @pytest.mark.parametrize("use_cache", [True, False])
     def test_the_model_s_own_setting_changes_nothing(self, use_cache):
         model = tiny_model().eval()
-        row = pack_sequence(two_trees(), share_prefix=True)
-        expected = PackedModel(model).label_log_probs(row)
+        sequence = pack_sequence(two_trees(), share_prefix=True)
+        expected = PackedModel(model).label_log_probs(sequence)
         model.config.use_cache = use_cache
-        assert torch.equal(PackedModel(model).label_log_probs(row), expected)
+        assert torch.equal(PackedModel(model).label_log_probs(sequence), expected)
 
 
 class TestArchitectures:
@@ -230,8 +230,10 @@ class TestArchitectures:
         ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
         with torch.no_grad():
             windowed = model(input_ids=ids, use_cache=False).logits[0, -1].log_softmax(-1)[3]
-            row = pack_sequence([Tree([2], [[4]]), Tree(ids[0].tolist(), [[3]])], share_prefix=True)
-            packed = PackedModel(model).label_log_probs(row)[-1]
+            sequence = pack_sequence(
+                [Tree([2], [[4]]), Tree(ids[0].tolist(), [[3]])], share_prefix=True
+            )
+            packed = PackedModel(model).label_log_probs(sequence)[-1]
         torch.testing.assert_close(packed, windowed)
 
     def test_no_window(self):

@@ -52,9 +52,9 @@ def fused(folder, *, targets, recomputed=False):
 
 def gradients(packed):
     texts = torch.arange(5, 29).view(2, 12).tolist()
-    row = pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True)
+    sequence = pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True)
     packed.model.zero_grad()
-    (-packed.label_log_probs(row).sum()).backward()
+    (-packed.label_log_probs(sequence).sum()).backward()
     return {name: p.grad.clone() for name, p in trainable_parameters(packed.model).items()}
 
 
@@ -119,10 +119,10 @@ def test_a_forward_without_backward_is_forgotten(tmp_path, unpacked):
     packed.unpack_ahead(recomputed=False)
     expected = gradients(packed)
     once = [block for block, _ in unpacked]
-    row = pack_sequence([Tree([5, 6, 7], [[8, 9]])], share_prefix=True)
-    packed.label_log_probs(row)
+    sequence = pack_sequence([Tree([5, 6, 7], [[8, 9]])], share_prefix=True)
+    packed.label_log_probs(sequence)
     with torch.no_grad():
-        packed.label_log_probs(row)
+        packed.label_log_probs(sequence)
     unpacked.clear()
     for name, gradient in gradients(packed).items():
         assert torch.equal(gradient, expected[name]), name

@@ -38,12 +38,12 @@ def training_steps(examples, *, rank=0, world_size=1, per_step=6, **options):
 
 
 def seen(step):
-    """The numbers of the examples that really lie in the step's rows."""
+    """The numbers of the examples that really lie in the step's sequences."""
     numbers = []
-    for row in step.sequences:
-        ends = row.input_ids[row.label_positions[row.label_ids != 0]]
-        own = sorted({int(token) - 30 for token in row.input_ids if token >= 30})
-        assert len(ends) > 0 or len(row) == 1
+    for sequence in step.sequences:
+        ends = sequence.input_ids[sequence.label_positions[sequence.label_ids != 0]]
+        own = sorted({int(token) - 30 for token in sequence.input_ids if token >= 30})
+        assert len(ends) > 0 or len(sequence) == 1
         numbers += own
     return numbers
 
@@ -84,7 +84,7 @@ def test_every_example_exactly_once_an_epoch(
         assert len({len(share.sequences) for share in shares}) == 1
         assert len({share.denominator for share in shares}) == 1
         assert shares[0].denominator == sum(
-            row.label_ids.numel() for share in shares for row in share.sequences
+            one.label_ids.numel() for share in shares for one in share.sequences
         )
         for rank, share in enumerate(shares):
             assert share.sizes_of_ranks == shares[0].sizes_of_ranks
@@ -159,19 +159,19 @@ def test_scoring_takes_every_example_once_in_rows_that_ignore_the_ranks(
         for rank in range(world_size)
     ]
     assert len({len(rank) for rank in ranks}) == 1
-    rows = [rank[index] for index in range(len(ranks[0])) for rank in ranks]
-    filled = [row for row in rows if row.examples]
-    assert [row.examples for row in filled] == [alone[i].examples for i in range(len(alone))]
-    assert sorted(number for row in filled for number in row.examples) == list(range(count))
-    for row in filled:
-        answers = sum(len(alone.answers[number]) for number in row.examples)
-        assert row.sequence.label_answers.unique().tolist() == list(range(answers))
+    laid = [rank[index] for index in range(len(ranks[0])) for rank in ranks]
+    filled = [one for one in laid if one.examples]
+    assert [one.examples for one in filled] == [alone[i].examples for i in range(len(alone))]
+    assert sorted(number for one in filled for number in one.examples) == list(range(count))
+    for one in filled:
+        answers = sum(len(alone.answers[number]) for number in one.examples)
+        assert one.sequence.label_answers.unique().tolist() == list(range(answers))
 
 
 def test_scoring_rows_of_closed_sets_hold_all_candidates():
-    rows = ScoringSequences(make_examples(2), rank=0, world_size=1, max_tokens=1000)
-    assert len(rows) == 1
-    assert rows[0].sequence.label_ids.tolist() == [11, 0, 12, 13, 0, 14, 0] * 2
+    laid = ScoringSequences(make_examples(2), rank=0, world_size=1, max_tokens=1000)
+    assert len(laid) == 1
+    assert laid[0].sequence.label_ids.tolist() == [11, 0, 12, 13, 0, 14, 0] * 2
 
 
 @pytest.mark.parametrize("index", [-1, 1])

@@ -93,7 +93,7 @@ def save_run(
 
 
 def _generated(held_out: Sequence[Example], scores: Scores) -> list[str]:
-    """The target where greedy decoding writes it, else nothing."""
+    """The target where greedy decoding generates it, else nothing."""
     hits = scores.is_greedy[:, 0].tolist()
     return [str(one.target) if hit else "" for one, hit in zip(held_out, hits, strict=True)]
 

@@ -1,4 +1,4 @@
-"""A whole toy training run in one call, for the tests that compare runs."""
+"""A complete toy training run in one call, for the tests that compare runs."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class Setup:
         train: training rows.
         held_out: held-out rows.
         max_length: longest example in tokens.
-        stored: the base is read from its files, each rank its part, instead of given whole.
+        stored: the base is read from its files, by each rank its shard, instead of given loaded.
         in_4bit: the base is kept in 4 bits; implies `stored`.
         arguments: of `FineTuningArguments`, where they differ from `build_trainer`'s.
     """
@@ -204,7 +204,7 @@ def run(
     return found
 
 
-def whole(folder: Path, setup: Setup, **launch: Any) -> dict[str, Any]:
+def complete(folder: Path, setup: Setup, **launch: Any) -> dict[str, Any]:
     """From the first step to the last."""
     return run(folder / "run", setup, **launch)
 
@@ -253,8 +253,8 @@ def choices_table(count: int, *, seed: int = 0) -> pd.DataFrame:
 
 
 def toy(launch: Mapping[str, Any] | None = None, /, **settings: Any) -> Callable[..., Any]:
-    """A whole run: of `Setup`'s fields those that `settings` names; the rest are arguments."""
-    return partial(whole, setup=make_setup(**settings), **(launch or {}))
+    """A complete run: of `Setup`'s fields those that `settings` names; the rest are arguments."""
+    return partial(complete, setup=make_setup(**settings), **(launch or {}))
 
 
 def make_setup(**settings: Any) -> Setup:

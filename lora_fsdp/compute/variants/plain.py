@@ -41,23 +41,18 @@ class PlainLora(LoraVariant):
         )
 
     def is_as_made(self) -> bool:
-        """Whether the module's adapter is the one it had, and not merged."""
         return list(self._module.active_adapters) == [self._name] and not self._module.merged
 
     def is_on(self) -> bool:
-        """Whether the adapter is to be added."""
         return not self._module.disable_adapters
 
     def matrices(self) -> tuple[nn.Parameter, nn.Parameter]:
-        """A [r, in] and B [out, r], float32, as they are now."""
         a, b = self._module.lora_A[self._name], self._module.lora_B[self._name]
         return a.weight, b.weight  # type: ignore[return-value]
 
     def scaling(self) -> float:
-        """What the update is multiplied with."""
         return float(self._module.scaling[self._name])
 
     def dropout(self) -> float:
-        """Share of the adapter's input that is dropped; 0 when not training."""
         dropout = self._module.lora_dropout[self._name]
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0

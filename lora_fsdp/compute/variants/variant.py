@@ -18,7 +18,7 @@ class LoraVariant(ABC):
 
     Attributes:
         linear: the frozen layer.
-        rank: rows of A.
+        rank: r.
     """
 
     linear: nn.Linear | QuantizedLayer
@@ -30,7 +30,7 @@ class LoraVariant(ABC):
     @classmethod
     @abstractmethod
     def fits(cls, module: LoraLayer) -> bool:
-        """Whether `module` is adapted this way and no other way besides."""
+        """Whether `module` is adapted in this way only."""
 
     @abstractmethod
     def is_as_made(self) -> bool:
