@@ -9,6 +9,7 @@ import importlib
 import os
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def test_files_exist(page: Path) -> None:
     """A path from the root, or the end of one (`tasks/base.py`)."""
     here = files_here()
     text = page.read_text(encoding="utf-8")
-    named = set(re.findall(r"(?<![\w/.-])[\w./-]*\w\.(?:py|ya?ml|toml)\b(?![\w/(])", text))
+    named = set(re.findall(r"(?<![\w/.-])[\w./-]*\w\.(?:py|ya?ml|toml)\b(?![\w/(]|\.\w)", text))
     named = {re.sub(r"^(\.\./|\./)+", "", name) for name in named} - NOT_OURS
     missing = {
         name
@@ -232,3 +233,103 @@ def test_every_accelerate_config_is_explained() -> None:
     page = (ROOT / "docs" / "fsdp.md").read_text(encoding="utf-8")
     configs = [name_of(path) for path in (ROOT / "accelerate_configs").glob("*.yaml")]
     assert [config for config in configs if config not in page] == []
+
+
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+LIBRARY = ROOT / "lora_fsdp"
+
+
+def endings(file: str) -> list[str]:
+    """`a/b/c.py`, `b/c.py`, `c.py`."""
+    parts = file.split("/")
+    return ["/".join(parts[first:]) for first in range(len(parts))]
+
+
+def only_marks_a_package(path: Path) -> bool:
+    """An `__init__.py` that holds no code."""
+    return path.name == "__init__.py" and all(
+        isinstance(node, ast.Expr) for node in ast.parse(path.read_text(encoding="utf-8")).body
+    )
+
+
+def test_the_architecture_names_every_file_of_the_library() -> None:
+    """By the end of its path, in backticks; an end that two files have names neither."""
+    paths = [
+        path
+        for path in LIBRARY.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
+    ]
+    owners = Counter(ending for path in paths for ending in endings(name_of(path)))
+    named = set(re.findall(r"`([\w./-]+)`", ARCHITECTURE.read_text(encoding="utf-8")))
+    clear = {name for name in named if owners[name] == 1}
+    unnamed = [
+        name_of(path)
+        for path in paths
+        if not only_marks_a_package(path) and clear.isdisjoint(endings(name_of(path)))
+    ]
+    assert not unnamed, f"docs/architecture.md does not name {sorted(unnamed)}"
+
+
+def test_the_architecture_names_functions_that_exist() -> None:
+    """`finetune()`, and `Pack.lay()` as a method of that class."""
+    there = set()
+    for source in LIBRARY.rglob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                there.add(node.name)
+            if isinstance(node, ast.ClassDef):
+                parts = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+                there |= {f"{node.name}.{part.name}" for part in parts}
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+(?:\.\w+)?)\(\)`", text))
+    assert named
+    assert not named - there
+
+
+def glossary() -> list[list[str]]:
+    """The cells of the glossary's lines: word, meaning, words that are not used for it."""
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    section = text.partition("\n## Glossary\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+UNUSED_WORDS = [word for *_, unused in glossary() for word in re.findall(r"`([^`]+)`", unused)]
+
+
+def spellings(word: str) -> re.Pattern[str]:
+    """`word` in any case, with any ending, over the end of a line, and in a Python name."""
+    parts = [re.escape(part).replace("'", "['\u2019]") for part in word.split()]
+    return re.compile(r"(?<![a-z])" + r"[\s_#-]+".join(parts), flags=re.IGNORECASE)
+
+
+def texts_held_to_the_glossary() -> Iterator[tuple[str, str]]:
+    """Name and text of pages, Python files, and the templates of reports."""
+    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
+    pages.append(ROOT / "benchmarks" / "NOTES.md")
+    folders = ("lora_fsdp", "tests", "benchmarks", "examples")
+    sources = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    for path in (*pages, *sources, *sorted(LIBRARY.rglob("*.jinja"))):
+        text = path.read_text(encoding="utf-8")
+        if path == ARCHITECTURE:  # the table itself names them
+            before, heading, after = text.partition("\n## Glossary\n")
+            text = before + heading + "\n## ".join(after.split("\n## ")[1:])
+        yield name_of(path), text
+
+
+@pytest.mark.parametrize("word", UNUSED_WORDS)
+def test_words_that_the_glossary_replaces_are_not_used(word: str) -> None:
+    used = [
+        f"{name}, line {text.count(chr(10), 0, match.start()) + 1}: {match[0]}"
+        for name, text in texts_held_to_the_glossary()
+        for match in spellings(word).finditer(text)
+    ]
+    assert not used, f"docs/architecture.md has another word for {word!r}: {used}"
+
+
+def test_the_glossary_is_read() -> None:
+    words = [word for word, *_ in glossary()]
+    assert {"row", "packed sequence", "proof"} <= set(words)
+    assert len(words) == len(set(words))
+    assert UNUSED_WORDS
+    assert spellings("so so").search("what_So\n# SO called")
