@@ -31,6 +31,11 @@ class Fact(Generic[T]):
         except LoraFsdpError as error:
             self.error = error
 
+    def check(self) -> None:
+        """Raise the error, if there is one."""
+        if self.error is not None:
+            raise self.error
+
     @property
     def value(self) -> T:
         """The result.
