@@ -8,11 +8,12 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
+from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import print_json
 from lora_fsdp.cli.terminal import width, write
 from lora_fsdp.cli.train import LaunchOptions, TrainCommand, launched_config
@@ -29,8 +30,8 @@ class DoctorOptions:
 
     _argument_group_name: ClassVar[str] = "doctor"
 
-    strict: bool = field(default=False, metadata={"help": "Let warnings count as errors do."})
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    strict: bool = option(False, "Let warnings count as errors do.")
+    json: bool = option(False, "Print JSON.")
 
 
 class DoctorCommand(TrainCommand):

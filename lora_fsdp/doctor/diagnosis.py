@@ -91,6 +91,10 @@ def diagnose(
         task=task,
         machine=machine or Machine.here(output_dir=Path(str(training.get("output_dir") or "."))),
     )
+    return _examined(case)
+
+
+def _examined(case: Case) -> Diagnosis:
     findings: list[Finding] = []
     checked, unchecked = [], []
     for rule in (rule for rules in RULES.values() for rule in rules):

@@ -10,9 +10,9 @@ class Prompt:
     """What the model is given: the author's words around a row's. Only `text` is ever shortened.
 
     `before` and `after` hold the instruction and the cue for the answer; what is the same in every
-    row of a task should stand in `before`, where packed rows compute it once. They may hold control
-    tokens. What comes from a row belongs into the other parts, where a control token that it spells
-    is taken as the letters it is.
+    row of a task should stand in `before`, where a packed sequence computes it once. They may hold
+    control tokens. What comes from a row belongs in the other parts, where a control token that it
+    spells is taken as the letters it is.
 
     Attributes:
         before: the author's words before the row's.

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from lora_fsdp.evaluation.outputs import CHANCE, TUNED, UNTRAINED, shown_metrics
-from lora_fsdp.reporting.run_files import RunFiles, baseline_columns, label_columns
+from lora_fsdp.reporting.run_files import BASELINE, RunFiles, columns_after
 from lora_fsdp.reporting.sections.intervals import Interval, PairedBootstrap, wilson_interval
-from lora_fsdp.tasks.answers.kind import MAJORITY, SCORE_BY, TFIDF
+from lora_fsdp.tasks.answers.kind import MAJORITY, PROBABILITY_OF, SCORE_BY, TFIDF
 
 # Below these, resampling says nothing and no verdict is given.
 _LEAST_ROWS_TO_RESAMPLE = 10
@@ -88,7 +88,7 @@ def bootstrap_of(predictions: pd.DataFrame | None) -> PairedBootstrap | None:
     return PairedBootstrap(
         predictions["target"].tolist(),
         {system: answers.tolist() for system, answers in answers_by_system(predictions).items()},
-        labels=list(label_columns(predictions)),
+        labels=list(columns_after(PROBABILITY_OF, predictions)),
         scores=scores_of_rows(predictions),
     )
 
@@ -105,7 +105,7 @@ def scores_of_rows(predictions: pd.DataFrame) -> dict[tuple[str, str], list[floa
 
 def answers_by_system(predictions: pd.DataFrame) -> dict[str, pd.Series]:
     """The answers of every system in a table of predictions."""
-    columns = {**baseline_columns(predictions), UNTRAINED: "base", TUNED: "tuned"}
+    columns = {**columns_after(BASELINE, predictions), UNTRAINED: "base", TUNED: "tuned"}
     return {system: predictions[column] for system, column in columns.items()}
 
 
