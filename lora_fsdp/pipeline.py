@@ -126,7 +126,7 @@ def claim_output_folder(arguments: FineTuningArguments) -> Path:
     Raises:
         OutputFolderError: it holds a run, and neither resuming nor overwriting was asked for; or
             another run is writing into it.
-        DamagedCheckpointError: it is to be resumed and holds no whole checkpoint.
+        DamagedCheckpointError: it is to be resumed and holds no complete checkpoint.
     """
     folder = Path(arguments.output_dir or ".")
     end_with_launcher()

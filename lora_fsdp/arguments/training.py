@@ -65,8 +65,8 @@ class FineTuningArguments(TrainingArguments):
     )
     resident_layers: str = option(
         "auto",
-        "Under FSDP, the layers that every rank keeps whole, which are then never "
-        "gathered: all, none, or their number. auto = as many as GPU memory holds; none on a "
+        "Under FSDP, the layers that every rank keeps resident (unsharded, never "
+        "gathered): all, none, or their number. auto = as many as GPU memory holds; none on a "
         "CPU.",
     )
     overwrite_output_dir: bool = option(False, "Replace a run that output_dir already holds.")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
 from lora_fsdp.arguments.option import option
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class DoctorOptions:
-    """How the doctor speaks."""
+    """How findings are printed."""
 
     _argument_group_name: ClassVar[str] = "doctor"
 
-    strict: bool = option(False, "Let warnings count as errors do.")
+    strict: bool = option(False, "Count warnings as errors.")
     json: bool = option(False, "Print JSON.")
 
 
@@ -74,7 +74,7 @@ def doctor(options: DoctorOptions, launch: LaunchOptions, arguments: Sequence[st
     counted = [Severity.ERROR, *([Severity.WARNING] if options.strict else [])]
     passed = not any(found.of(severity) for severity in counted)
     if options.json:
-        print_json(_facts(found, passed=passed))
+        print_json({"passed": passed, **dataclasses.asdict(found)})
     else:
         _print(found)
     return 0 if passed else FOUND_ERRORS
@@ -87,15 +87,6 @@ def _quietly() -> Iterator[None]:
         # peft 0.21 asks transformers >= 5.20 by the switch's old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         yield
-
-
-def _facts(found: Diagnosis, *, passed: bool) -> dict[str, Any]:
-    return {
-        "passed": passed,
-        "findings": [dataclasses.asdict(finding) for finding in found.findings],
-        "checked": list(found.checked),
-        "unchecked": list(found.unchecked),
-    }
 
 
 def _print(found: Diagnosis) -> None:

@@ -156,7 +156,7 @@ def _row_facts(example: Example, tokens: EncodedExample | None) -> dict[str, Any
 
 
 def _print_row(example: Example, tokens: EncodedExample | None, encoder: Encoder | None) -> None:
-    """The prompt to the letter; what is learnt stands in brackets, a pair for each token."""
+    """The exact prompt; what is learnt stands in brackets, a pair for each token."""
     heading = f"---- row {example.row}"
     prompt, learnt = str(example.prompt), f"[{example.target}]"
     if tokens is not None and encoder is not None:

@@ -160,7 +160,7 @@ def _columns(
 
 
 def write_predictions(predictions: pd.DataFrame, path: Path) -> None:
-    """Write a table of predictions, all or nothing, each cell to the letter.
+    """Write a table of predictions, atomically, each cell as it is.
 
     Cells that begin like a formula ("=", "@united ...") are data: what reads the file again gets
     the texts as they were. Import it as text into a spreadsheet.

@@ -28,7 +28,7 @@ def write_page(
 ) -> None:
     """Write `page`, the JSON file beside it, and its pictures into a folder named after it.
 
-    Each file is written whole or not at all; the page comes last.
+    Each file is written atomically; the page comes last.
 
     Raises:
         DamagedRunError: the contents lack something that a run's files should hold.

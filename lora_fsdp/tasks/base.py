@@ -104,7 +104,7 @@ class Task:
         raise IncompleteTaskError(f"Task {self.name!r} does not define build_prompt(row).")
 
     def build_target(self, row: Mapping[str, Any]) -> str:
-        """The answer for one row, to the letter, without the end token."""
+        """The exact answer for one row, without the end token."""
         raise IncompleteTaskError(f"Task {self.name!r} does not define build_target(row).")
 
     def build_choices(self, row: Mapping[str, Any]) -> tuple[str, ...]:

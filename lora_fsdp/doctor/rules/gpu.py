@@ -26,8 +26,8 @@ RULES = Rules()
 
 
 def least_device_memory(case: Case) -> DeviceMemory:
-    """What the run takes of each GPU at the least: it keeps no more layers whole than it was told
-    to, recomputes activations, and takes one example at a time.
+    """What the run takes of each GPU at the least: it keeps no more layers resident than it was
+    told to, recomputes activations, and takes one example at a time.
 
     Raises:
         UnknownFactError: nothing can be trained.

@@ -58,7 +58,7 @@ def checkpoints_on_disk(arguments: FineTuningArguments, *, examples: int, proces
         written = math.ceil(steps / max(1, per_epoch))
     if arguments.save_total_limit is None:
         return max(1, written)
-    # A new one is whole before the oldest goes, and the best one may stay beside the newest.
+    # A new one is complete before the oldest goes, and the best one may stay beside the newest.
     besides = 1 + bool(arguments.load_best_model_at_end)
     return max(1, min(written, arguments.save_total_limit + besides))
 

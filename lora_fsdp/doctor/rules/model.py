@@ -72,7 +72,7 @@ def _weights(case: Case) -> Iterator[Problem]:
 
 @RULES.warning(
     "model-pickled",
-    "The weights are a pickle, which is read whole and cannot be checked here.",
+    "The weights are a pickle, which is read completely and cannot be checked here.",
     "Load the model once with transformers and save it with save_pretrained.",
 )
 def _pickles(case: Case) -> Iterator[Problem]:

@@ -120,7 +120,7 @@ def _nan_filter(case: Case) -> Iterator[Problem]:
 
 @RULES.error(
     "output-folder-taken",
-    "`--output_dir` holds a run, or no whole checkpoint to resume from.",
+    "`--output_dir` holds a run, or no complete checkpoint to resume from.",
     "Choose another --output_dir, --resume_from_checkpoint true, or --overwrite_output_dir true.",
 )
 def _folder_taken(case: Case) -> None:

@@ -80,8 +80,8 @@ def _distributed_type(case: Case) -> Iterator[Problem]:
     kind = case.launch_yaml.value.get("distributed_type", "NO")
     if isinstance(kind, str) and kind in _OTHER_TYPES:
         yield Problem(
-            f"distributed_type: {kind} is not one that this library trains under: the base lies "
-            "whole on each GPU, or in FSDP2 shards."
+            f"distributed_type: {kind} is not one that this library trains under: the base is "
+            "complete on each GPU, or in FSDP2 shards."
         )
 
 
@@ -175,6 +175,6 @@ _unsupported(
 def _state_dict_type(case: Case) -> Iterator[Problem]:
     if case.fsdp.value is not None and "fsdp_state_dict_type" in _fsdp_keys(case):
         yield Problem(
-            "fsdp_state_dict_type has no effect: the adapter is whole on every rank and is saved "
-            "without a gather, whatever it says."
+            "fsdp_state_dict_type has no effect: the adapter is complete on every rank and is "
+            "saved without a gather, whatever it says."
         )

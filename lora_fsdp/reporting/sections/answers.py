@@ -41,7 +41,7 @@ def labels_section(predictions: pd.DataFrame) -> dict[str, Any]:
 
 
 def free_text_section(predictions: pd.DataFrame) -> dict[str, Any]:
-    """Which held-out targets the tuned model generates to the letter, with samples, JSON-ready."""
+    """Which held-out targets the tuned model generates exactly, with samples, JSON-ready."""
     right = (predictions["tuned"] == predictions["target"]) & (predictions["tuned"] != "")
     return {
         "rows": len(predictions),
