@@ -173,7 +173,7 @@ def test_the_last_step_of_an_epoch_has_fewer_examples(
     tmp_path: Path, steps: int, examples: int
 ) -> None:
     trainer = toy_trainer(tmp_path, rows=20)  # 8, 8 and 4
-    assert lora_fsdp.pipeline._examples_seen(trainer, steps) == examples
+    assert trainer.schedule.examples_before(steps) == examples
 
 
 def test_a_failed_report_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
