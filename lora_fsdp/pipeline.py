@@ -92,7 +92,10 @@ def finetune(
             record_start(output_dir, trainer=trainer, data=data, status=status, asked=asked)
         comparison = _train_and_compare(trainer, data, log)
         if trainer.is_world_process_zero():
-            _save_results(comparison, output_dir)
+            comparison.save(output_dir)
+            try_to_write_card(output_dir)
+            print(f"\n{comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
+            _report(output_dir)
         trainer.accelerator.wait_for_everyone()
         return FineTuningResult(output_dir, comparison)
     finally:
@@ -182,10 +185,8 @@ def _generate_freely(trainer: LoraTrainer) -> list[str]:
     return texts
 
 
-def _save_results(comparison: Comparison, folder: Path) -> None:
-    comparison.save(folder)
-    try_to_write_card(folder)
-    print(f"\n{comparison}\n\nAdapter, metrics and predictions: {folder}", flush=True)
+def _report(folder: Path) -> None:
+    """Draw the report. The run is saved by now: what goes wrong here is said, and costs nothing."""
     try:
         print(f"Report: {folder / write_report(folder).name}", flush=True)
     except Exception as error:  # whatever it is, it must not turn a saved run into a failed one
