@@ -62,6 +62,15 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     └── TrainingInterrupted(SystemExit) stopped on request, with a checkpoint; exit code 75
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or ""."""
+    nearest = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+
 
 class LoraFsdpError(Exception):
     """Base class of all errors that this library raises on purpose."""

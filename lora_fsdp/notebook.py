@@ -49,11 +49,9 @@ def launch(
     if not options.get("output_dir"):
         raise ArgumentError('The options name no output_dir: add {"output_dir": "runs/mine"}.')
     command = [sys.executable, "-m", "lora_fsdp", "train"]
-    command += as_arguments("accelerate_config", _text(accelerate_config), source="launch")
-    command += as_arguments("num_processes", num_processes, source="launch")
-    for key, value in options.items():
-        plain = str(value) if isinstance(value, Path) else value
-        command += as_arguments(key, plain, source="The options")
+    given = {"accelerate_config": accelerate_config, "num_processes": num_processes}
+    for key, value in {**given, **options}.items():
+        command += as_arguments(key, value, source="The options")
     code, last_line = _run(command)
     if code == STOPPED:
         raise LaunchError(
@@ -108,7 +106,3 @@ def _run(command: list[str]) -> tuple[int, str]:
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
-
-
-def _text(value: str | Path | None) -> str | None:
-    return None if value is None else str(value)

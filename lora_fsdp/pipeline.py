@@ -105,13 +105,13 @@ def finetune(
 def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Comparison:
     with trainer.model.disable_adapter():
         untrained = trainer.outputs()
-        base_texts = _write_freely(trainer)
+        base_texts = _generate_freely(trainer)
     trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
     if trainer.is_world_process_zero():
         try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)
     tuned = trainer.outputs()
-    tuned_texts = _write_freely(trainer)
+    tuned_texts = _generate_freely(trainer)
     return compare(
         data.task,
         train=data.train,
@@ -129,7 +129,7 @@ def claim_output_folder(arguments: FineTuningArguments) -> Path:
     Raises:
         OutputFolderError: it holds a run, and neither resuming nor overwriting was asked for; or
             another run is writing into it.
-        DamagedCheckpointError: it is to be resumed and holds no whole checkpoint.
+        DamagedCheckpointError: it is to be resumed and holds no complete checkpoint.
     """
     folder = Path(arguments.output_dir or ".")
     end_with_launcher()
@@ -160,16 +160,15 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     if data.dropped:
         print(f"  rows left out as unusable: {data.dropped}")
     print(f"  rows whose text was shortened to fit: {trainer.shortened}")
-    print(
-        f"  prompts' common prefix computed once a row: {'yes' if trainer.share_prefix else 'no'}"
-    )
+    shared = "yes" if trainer.share_prefix else "no"
+    print(f"  prompts' common prefix computed once a packed sequence: {shared}")
     print(status)
     print(trainer.placement)
     untrained = f"Scoring the untrained model on {len(data.held_out)} held-out rows, then training."
     print(untrained, flush=True)
 
 
-def _write_freely(trainer: LoraTrainer) -> list[str]:
+def _generate_freely(trainer: LoraTrainer) -> list[str]:
     """The text that the model generates freely for the first held-out rows."""
     args = trainer.args
     chosen = trainer.eval_dataset[: args.generate_examples]  # type: ignore[index]
@@ -225,7 +224,7 @@ def _facts(
 
 
 def _predicted_and_measured(trainer: LoraTrainer, seconds: float) -> dict[str, Any]:
-    """Memory and cost, beside what was foretold of them; a collective call."""
+    """Memory and cost beside what was predicted; a collective call."""
     on_gpus = trainer.args.device.type == "cuda"
     paid = trainer.args.world_size if on_gpus else 1
     facts: dict[str, Any] = {}

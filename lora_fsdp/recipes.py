@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lora_fsdp.errors import ArgumentError
+from lora_fsdp.errors import ArgumentError, did_you_mean
 
 #: Far above any real recipe. References make a small file a huge one, so they count in full.
 _LARGEST_BYTES = 1_000_000
@@ -44,10 +43,9 @@ def read_recipe(
     _refuse_endless(contents, file)
     for key in contents:
         if key not in options and not others_allowed:
-            nearest = difflib.get_close_matches(str(key), options, n=1)
-            hint = f" Did you mean {nearest[0]}?" if nearest else ""
             raise ArgumentError(
-                f"Unknown option or recipe key: {str(key)[:80]!r}.{hint} See --help."
+                f"Unknown option or recipe key: {str(key)[:80]!r}."
+                f"{did_you_mean(str(key), options)} See --help."
             )
     return [
         part
@@ -86,7 +84,8 @@ def as_arguments(key: str, value: object, *, source: str) -> list[str]:
 
     Args:
         key: the option, without the dashes.
-        value: a text, a number, a truth value, a list of them, or a mapping, which becomes JSON.
+        value: a text, a number, a path, a truth value, a list of them, or a mapping,
+            which becomes JSON.
         source: what holds the option, as the beginning of a message.
 
     Raises:
@@ -105,7 +104,7 @@ def as_arguments(key: str, value: object, *, source: str) -> list[str]:
                 f"{source}: {key} must be a plain list, without {str(nested[0])[:80]!r}."
             )
         return [f"--{key}", *map(str, value)]
-    if isinstance(value, str | bool | int | float):
+    if isinstance(value, str | bool | int | float | Path):
         return [f"--{key}={value}"]
     raise ArgumentError(
         f"{source}: {key} must be a text, a number, true or false, or a list of them, not "

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from lora_fsdp.arguments.option import option
 from lora_fsdp.errors import ArgumentError
 
 
@@ -16,21 +17,17 @@ class LoraArguments:
     # The heading of these options in a help text.
     _argument_group_name: ClassVar[str] = "adapter"
 
-    lora_r: int = field(default=8, metadata={"help": "Rank of the update matrices."})
-    lora_alpha: int = field(default=32, metadata={"help": "The update is scaled by alpha / r."})
-    lora_dropout: float = field(
-        default=0.0,
-        metadata={
-            "help": "Dropout before the adapter. At 0, packed rows share their prefix exactly."
-        },
+    lora_r: int = option(8, "Rank of the update matrices.")
+    lora_alpha: int = option(32, "The update is scaled by alpha / r.")
+    lora_dropout: float = option(
+        0.0, "Dropout before the adapter. At 0, packed sequences share their prefix exactly."
     )
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj"],
         metadata={"help": "Module names to adapt, or all-linear."},
     )
-    lora_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Any other peft.LoraConfig field, as JSON: '{\"use_dora\": true}'."},
+    lora_kwargs: dict[str, Any] | str | None = option(
+        None, "Any other peft.LoraConfig field, as JSON: '{\"use_dora\": true}'."
     )
 
     def __post_init__(self) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lora_fsdp.arguments.adapter import parse_json_object
+from lora_fsdp.arguments.option import option
 
 
 @dataclass
@@ -15,57 +16,32 @@ class DataArguments:
     # The heading of these options in a help text.
     _argument_group_name: ClassVar[str] = "task and rows"
 
-    task: str = field(default="", metadata={"help": "Name of a registered task."})
-    task_file: str | None = field(
-        default=None, metadata={"help": "Python file to import first; it registers the task."}
+    task: str = option("", "Name of a registered task.")
+    task_file: str | None = option(None, "Python file to import first; it registers the task.")
+    data_file: str | None = option(
+        None, "CSV, TSV, JSONL, Parquet, or a folder saved by `datasets`."
     )
-    data_file: str | None = field(
-        default=None,
-        metadata={"help": "CSV, TSV, JSONL, Parquet, or a folder saved by `datasets`."},
+    eval_file: str | None = option(None, "Held-out rows; without it they are split off data_file.")
+    encoding: str | None = option(None, "Text encoding of the files; detected when not given.")
+    instruction: str | None = option(None, "Overrides the task's instruction.")
+    text_column: str | None = option(None, "Column with the text.")
+    label_column: str | None = option(None, "Column with the label, or the right answer.")
+    labels: list[str] | None = option(None, "Closed label set; read from the data when not given.")
+    task_options: dict[str, Any] | str | None = option(
+        None, 'Further options of the task, as JSON: \'{"choices_column": "options"}\'.'
     )
-    eval_file: str | None = field(
-        default=None, metadata={"help": "Held-out rows; without it they are split off data_file."}
+    on_bad_rows: Literal["error", "drop"] = option(
+        "error", "Rows without text or with an unknown label: stop, or drop and count."
     )
-    encoding: str | None = field(
-        default=None, metadata={"help": "Text encoding of the files; detected when not given."}
+    max_rows: int | None = option(None, "Use a seeded random sample of this many rows.")
+    head: int | None = option(None, "Use the first rows of the file, as the article does.")
+    eval_size: float = option(
+        0.1, "Held-out share of the rows (below 1), or their number (1 and above)."
     )
-    instruction: str | None = field(
-        default=None, metadata={"help": "Overrides the task's instruction."}
+    max_length: int = option(
+        512, "Longest example in tokens; longer ones have their text shortened."
     )
-    text_column: str | None = field(default=None, metadata={"help": "Column with the text."})
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column with the label, or the right answer."}
-    )
-    labels: list[str] | None = field(
-        default=None, metadata={"help": "Closed label set; read from the data when not given."}
-    )
-    task_options: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": 'Further options of the task, as JSON: \'{"choices_column": "options"}\'.'
-        },
-    )
-    on_bad_rows: Literal["error", "drop"] = field(
-        default="error",
-        metadata={"help": "Rows without text or with an unknown label: stop, or drop and count."},
-    )
-    max_rows: int | None = field(
-        default=None, metadata={"help": "Use a seeded random sample of this many rows."}
-    )
-    head: int | None = field(
-        default=None, metadata={"help": "Use the first rows of the file, as the article does."}
-    )
-    eval_size: float = field(
-        default=0.1,
-        metadata={"help": "Held-out share of the rows (below 1), or their number (1 and above)."},
-    )
-    max_length: int = field(
-        default=512,
-        metadata={"help": "Longest example in tokens; longer ones have their text shortened."},
-    )
-    chat_template: bool = field(
-        default=False, metadata={"help": "Put the prompt through the tokenizer's chat template."}
-    )
+    chat_template: bool = option(False, "Put the prompt through the tokenizer's chat template.")
 
     def __post_init__(self) -> None:
         if isinstance(self.task_options, str):

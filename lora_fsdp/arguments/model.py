@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+from lora_fsdp.arguments.option import option
 
 
 @dataclass
@@ -13,23 +15,17 @@ class ModelArguments:
     # The heading of these options in a help text.
     _argument_group_name: ClassVar[str] = "model"
 
-    model_name_or_path: str = field(
-        default="", metadata={"help": "Model folder, or a name on the Hugging Face Hub."}
+    model_name_or_path: str = option("", "Model folder, or a name on the Hugging Face Hub.")
+    model_revision: str = option("main", "Branch, tag or commit.")
+    dtype: Literal["auto", "bfloat16", "float32"] = option(
+        "auto", "The frozen base's dtype; auto = bfloat16 on GPUs, float32 on CPUs."
     )
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit."})
-    dtype: Literal["auto", "bfloat16", "float32"] = field(
-        default="auto",
-        metadata={"help": "The frozen base's dtype; auto = bfloat16 on GPUs, float32 on CPUs."},
+    load_in_4bit: bool = option(
+        False, "Keep the frozen linear layers in 4 bits (NF4); needs bitsandbytes."
     )
-    load_in_4bit: bool = field(
-        default=False,
-        metadata={"help": "Keep the frozen linear layers in 4 bits (NF4); needs bitsandbytes."},
+    attn_implementation: Literal["auto", "sdpa", "eager"] = option(
+        "auto", "Attention kernel; auto = SDPA, or eager where a model has no SDPA."
     )
-    attn_implementation: Literal["auto", "sdpa", "eager"] = field(
-        default="auto",
-        metadata={"help": "Attention kernel; auto = SDPA, or eager where a model has no SDPA."},
-    )
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run Python code that comes with the model. Off unless asked."},
+    trust_remote_code: bool = option(
+        False, "Run Python code that comes with the model. Off unless asked."
     )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
-from lora_fsdp.errors import ArgumentError, MissingPackageError
+from lora_fsdp.errors import ArgumentError, MissingPackageError, did_you_mean
 
 # Those that we have seen our figures in; each package is called as its tracker is.
 PACKAGES = ("tensorboard", "trackio", "wandb", "mlflow")
@@ -28,10 +27,9 @@ def check_trackers(names: Sequence[str]) -> None:
 
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
-            nearest = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
             raise ArgumentError(
-                f"--report_to {name}: there is no such tracker.{hint} Known: "
+                f"--report_to {name}: there is no such tracker."
+                f"{did_you_mean(name, INTEGRATION_TO_CALLBACK)} Known: "
                 f"{', '.join(INTEGRATION_TO_CALLBACK)}."
             )
         if name in PACKAGES and name not in get_available_reporting_integrations():

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
+from lora_fsdp.arguments.option import option
 from lora_fsdp.arguments.trackers import check_trackers
 from lora_fsdp.errors import ArgumentError
 
-# What `TrainingArguments` offers and packed rows cannot honour.
+# What `TrainingArguments` offers and packed sequences cannot honour.
 _WITHOUT_EFFECT = (
     "torch_compile",
     "label_smoothing_factor",
@@ -29,110 +30,81 @@ class FineTuningArguments(TrainingArguments):
     """`transformers.TrainingArguments` with this library's defaults and the few settings it adds.
 
     An optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` examples per
-    process, however they are divided between the two: they are packed into rows of at most
-    `max_tokens_per_row` tokens, so accumulation is never needed to save memory.
+    process, however they are divided between the two: they are packed into sequences of at
+    most `max_tokens_per_row` tokens, so accumulation is never needed to save memory.
     """
 
-    output_dir: str = field(default="runs/latest", metadata={"help": "Where the run is written."})
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "Examples per process and accumulation step."}
-    )
-    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
-    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={"help": "Hide NaN losses from the log (costs a device sync every step)."},
+    output_dir: str = option("runs/latest", "Where the run is written.")
+    per_device_train_batch_size: int = option(8, "Examples per process and accumulation step.")
+    learning_rate: float = option(2e-4, "Peak learning rate.")
+    logging_steps: float = option(10, "Log every so many steps.")
+    logging_nan_inf_filter: bool = option(
+        False, "Hide NaN losses from the log (costs a device sync every step)."
     )
     # A list, so that nothing leaves the machine unless a tracker is asked for by name.
     report_to: None | str | list[str] = field(  # noqa: RUF036 (trl reads the order)
         default_factory=list, metadata={"help": "Trackers to report to; none by default."}
     )
-    share_prefix: Literal["auto", "always", "never"] = field(
-        default="auto",
-        metadata={
-            "help": "Compute the tokens that all prompts of a row begin with once. auto = when "
-            "lora_dropout is 0, where gradients are exact; with dropout they stay unbiased, but "
-            "examples of a row share the prefix's dropout masks."
-        },
+    share_prefix: Literal["auto", "always", "never"] = option(
+        "auto",
+        "Compute the tokens that all prompts of a packed sequence begin with once. "
+        "auto = when lora_dropout is 0, where gradients are exact; with dropout they "
+        "stay unbiased, but examples of a sequence share the prefix's dropout masks.",
     )
-    max_tokens_per_row: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest packed row in tokens (bounds activation memory). Not given: what half "
-            "of the free GPU memory holds, from 2048 to 8192; 2048 on a CPU."
-        },
+    max_tokens_per_row: int | None = option(
+        None,
+        "Longest packed sequence in tokens (bounds activation memory). Not given: what "
+        "half of the free GPU memory holds, from 2048 to 8192; 2048 on a CPU.",
     )
-    step: Literal["auto", "eager", "fused", "compiled", "graph"] = field(
-        default="auto",
-        metadata={
-            "help": "How forward and backward run: by the model's own layers, by fused layers, by "
-            "layers compiled by torch and captured, or by fused layers captured as CUDA graphs "
-            "(under FSDP shards with their gathers, which auto leaves out). All give the same "
-            "gradients; auto says what it chose."
-        },
+    step: Literal["auto", "eager", "fused", "compiled", "graph"] = option(
+        "auto",
+        "How forward and backward run: by the model's own layers, by fused layers, by "
+        "layers compiled by torch and captured, or by fused layers captured as CUDA graphs "
+        "(under FSDP shards with their gathers, which auto leaves out). All give the same "
+        "gradients; auto says what it chose.",
     )
-    resident_layers: str = field(
-        default="auto",
-        metadata={
-            "help": "Under FSDP, the layers that every rank keeps whole, which are then never "
-            "gathered: all, none, or their number. auto = as many as GPU memory holds; none on a "
-            "CPU."
-        },
+    resident_layers: str = option(
+        "auto",
+        "Under FSDP, the layers that every rank keeps resident (unsharded, never "
+        "gathered): all, none, or their number. auto = as many as GPU memory holds; none on a "
+        "CPU.",
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace a run that output_dir already holds."}
+    overwrite_output_dir: bool = option(False, "Replace a run that output_dir already holds.")
+    max_hours: float | None = option(
+        None,
+        "Stop after so many hours of training, as on SIGTERM: with a checkpoint and exit code 75.",
     )
-    max_hours: float | None = field(
-        default=None,
-        metadata={
-            "help": "Stop after so many hours of training, as on SIGTERM: with a checkpoint and "
-            "exit code 75."
-        },
+    stall_seconds: float = option(
+        600.0,
+        "End a run whose step makes no progress for so long, with the last step and "
+        "the stack of every rank; exit code 70. 0 = never.",
     )
-    stall_seconds: float = field(
-        default=600.0,
-        metadata={
-            "help": "End a run whose step makes no progress for so long, with the last step and "
-            "the stack of every rank; exit code 70. 0 = never."
-        },
+    drift_check_steps: int = option(
+        100,
+        "Compare the adapter across ranks at the first log after so many steps. "
+        "0 = only when it is saved.",
     )
-    drift_check_steps: int = field(
-        default=100,
-        metadata={
-            "help": "Compare the adapter across ranks at the first log after so many steps. "
-            "0 = only when it is saved."
-        },
+    flat_loss_steps: int = option(
+        200, "Warn when the loss has not moved in so many steps. 0 = never."
     )
-    flat_loss_steps: int = field(
-        default=200,
-        metadata={"help": "Warn when the loss has not moved in so many steps. 0 = never."},
+    restore_callback_states_from_checkpoint: bool = option(
+        True, "Resume callbacks (early stopping) where they were as well."
     )
-    restore_callback_states_from_checkpoint: bool = field(
-        default=True,
-        metadata={"help": "Resume callbacks (early stopping) where they were as well."},
+    price_per_hour: float | None = option(
+        None, "GPU (or machine) price per hour; shows the run's cost so far."
     )
-    price_per_hour: float | None = field(
-        default=None,
-        metadata={"help": "GPU (or machine) price per hour; shows the run's cost so far."},
+    allow_fsdp_on_one_process: bool = option(
+        False, "Run an FSDP YAML on one process, where it shards nothing."
     )
-    allow_fsdp_on_one_process: bool = field(
-        default=False,
-        metadata={"help": "Run an FSDP YAML on one process, where it shards nothing."},
+    generate_examples: int = option(
+        0, "Let base and adapter generate text freely for so many held-out rows."
     )
-    generate_examples: int = field(
-        default=0,
-        metadata={"help": "Let base and adapter write freely on so many held-out rows."},
+    max_new_tokens: int | None = option(
+        None,
+        "Longest answer that is generated, in tokens. Not given: the longest training "
+        "answer, and at least 20.",
     )
-    max_new_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest answer that is written, in tokens. Not given: the longest training "
-            "answer, and at least 20."
-        },
-    )
-    temperature: float = field(
-        default=0.0, metadata={"help": "Sampling temperature of free generation; 0 = greedy."}
-    )
+    temperature: float = option(0.0, "Sampling temperature of free generation; 0 = greedy.")
 
     def __post_init__(self) -> None:
         if not torch.cuda.is_available():
@@ -159,11 +131,11 @@ class FineTuningArguments(TrainingArguments):
             )
         for name in _WITHOUT_EFFECT:
             if getattr(self, name) != _default_of(name):
-                raise ArgumentError(f"--{name} has no effect on packed rows: remove it.")
+                raise ArgumentError(f"--{name} has no effect on packed sequences: remove it.")
         if self.ignore_data_skip:
             raise ArgumentError(
                 "--ignore_data_skip would show examples twice in the resumed epoch, and skipping "
-                "costs nothing on packed rows: remove it."
+                "costs nothing on packed sequences: remove it."
             )
         if self.max_hours is not None and self.max_hours <= 0:
             raise ArgumentError(f"--max_hours must be more than 0, not {self.max_hours}.")

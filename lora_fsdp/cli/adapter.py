@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import required
 from lora_fsdp.tasks.files import import_task_file
 
@@ -19,19 +20,16 @@ class AdapterOptions:
 
     _argument_group_name: ClassVar[str] = "adapter"
 
-    adapter: str = field(default="", metadata={"help": "Output folder of a finished run."})
-    base: str | None = field(
-        default=None,
-        metadata={"help": "Base model's folder or Hub name, if it is not where the adapter says."},
+    adapter: str = option("", "Output folder of a finished run.")
+    base: str | None = option(
+        None, "Base model's folder or Hub name, if it is not where the adapter says."
     )
-    task_file: str | None = field(
-        default=None, metadata={"help": "Python file to import first; it registers the task."}
+    task_file: str | None = option(None, "Python file to import first; it registers the task.")
+    text_column: str | None = option(
+        None, "Column with the text, if it is not the training table's."
     )
-    text_column: str | None = field(
-        default=None, metadata={"help": "Column with the text, if it is not the training table's."}
-    )
-    dtype: Literal["auto", "bfloat16", "float32"] = field(
-        default="auto", metadata={"help": "The base's dtype; auto = bfloat16 on GPUs."}
+    dtype: Literal["auto", "bfloat16", "float32"] = option(
+        "auto", "The base's dtype; auto = bfloat16 on GPUs."
     )
 
 
@@ -51,10 +49,3 @@ def load_predictor(options: AdapterOptions, *, label_column: str | None = None) 
         task = get_task(predictor.task.name, {**predictor.task.options(), **given})
         predictor = replace(predictor, task=task)
     return predictor
-
-
-def adapter_identity(folder: str | Path) -> str:
-    """SHA-256 of the adapter's weights."""
-    from lora_fsdp.evaluation.file_prediction import file_digest
-
-    return file_digest(Path(folder) / "adapter_model.safetensors")

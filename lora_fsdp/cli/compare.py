@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.adapter import AdapterOptions, load_predictor
 from lora_fsdp.cli.command import Command, print_json
 from lora_fsdp.cli.terminal import width, write
@@ -14,20 +15,18 @@ from lora_fsdp.cli.terminal import width, write
 class CompareOptions:
     """How many rows, and what is asked."""
 
-    rows: int = field(default=10, metadata={"help": "How many held-out rows."})
-    generate: bool = field(default=False, metadata={"help": "Let both write freely, too."})
-    temperature: float = field(
-        default=0.0, metadata={"help": "Sampling temperature of free generation; 0 = greedy."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of the sample."})
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    rows: int = option(10, "How many held-out rows.")
+    generate: bool = option(False, "Let both generate text freely, too.")
+    temperature: float = option(0.0, "Sampling temperature of free generation; 0 = greedy.")
+    seed: int = option(0, "Seed of the sample.")
+    json: bool = option(False, "Print JSON.")
 
 
 def compare(options: CompareOptions, adapter: AdapterOptions) -> int:
     """Both models' answers, and whether the adapter answers as it did in training."""
     predictor = load_predictor(adapter)
     from lora_fsdp.evaluation.adapter_comparison import compare_on_held_out
-    from lora_fsdp.evaluation.comparison import format_written
+    from lora_fsdp.evaluation.comparison import format_generated
     from lora_fsdp.evaluation.outputs import format_predictions_table
 
     found = compare_on_held_out(
@@ -43,7 +42,7 @@ def compare(options: CompareOptions, adapter: AdapterOptions) -> int:
         return 0
     write(format_predictions_table(found.rows, width=width()))
     for entry in found.written:
-        write(format_written(entry))
+        write(format_generated(entry))
     write(f"{found.agreeing} of {len(found.rows)} answers are those of the run's own evaluation.")
     return 0
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal
 
+from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import Command, required
 
 # The words are in the script: asking Python at every key press would take half a second.
@@ -34,9 +35,7 @@ _ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 class CompletionOptions:
     """Which shell."""
 
-    shell: Literal["bash", "zsh", "fish"] | None = field(
-        default=None, metadata={"help": "The shell that reads the script."}
-    )
+    shell: Literal["bash", "zsh", "fish"] | None = option(None, "The shell that reads the script.")
 
 
 def completion(options: CompletionOptions) -> int:

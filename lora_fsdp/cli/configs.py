@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from lora_fsdp.errors import ArgumentError
+from lora_fsdp.errors import ArgumentError, did_you_mean
 
 
 def config_folder() -> Path:
@@ -27,11 +26,9 @@ def find_config(name: str) -> Path:
     stem = Path(name).name.removesuffix(".yaml")
     if stem in shipped and Path(name).parent.name in ("", "accelerate_configs"):
         return shipped[stem]
-    nearest = difflib.get_close_matches(stem, shipped, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     raise ArgumentError(
-        f"There is no accelerate YAML {name!r}.{hint} Give a file, or one of those shipped: "
-        f"{', '.join(shipped)}."
+        f"There is no accelerate YAML {name!r}.{did_you_mean(stem, shipped)} Give a file, or one "
+        f"of those shipped: {', '.join(shipped)}."
     )
 
 

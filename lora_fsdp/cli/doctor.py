@@ -8,11 +8,12 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
+from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import print_json
 from lora_fsdp.cli.terminal import width, write
 from lora_fsdp.cli.train import LaunchOptions, TrainCommand, launched_config
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class DoctorOptions:
-    """How the doctor speaks."""
+    """How findings are printed."""
 
     _argument_group_name: ClassVar[str] = "doctor"
 
-    strict: bool = field(default=False, metadata={"help": "Let warnings count as errors do."})
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    strict: bool = option(False, "Count warnings as errors.")
+    json: bool = option(False, "Print JSON.")
 
 
 class DoctorCommand(TrainCommand):
@@ -73,7 +74,7 @@ def doctor(options: DoctorOptions, launch: LaunchOptions, arguments: Sequence[st
     counted = [Severity.ERROR, *([Severity.WARNING] if options.strict else [])]
     passed = not any(found.of(severity) for severity in counted)
     if options.json:
-        print_json(_facts(found, passed=passed))
+        print_json({"passed": passed, **dataclasses.asdict(found)})
     else:
         _print(found)
     return 0 if passed else FOUND_ERRORS
@@ -86,15 +87,6 @@ def _quietly() -> Iterator[None]:
         # peft 0.21 asks transformers >= 5.20 by the switch's old name.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         yield
-
-
-def _facts(found: Diagnosis, *, passed: bool) -> dict[str, Any]:
-    return {
-        "passed": passed,
-        "findings": [dataclasses.asdict(finding) for finding in found.findings],
-        "checked": list(found.checked),
-        "unchecked": list(found.unchecked),
-    }
 
 
 def _print(found: Diagnosis) -> None:

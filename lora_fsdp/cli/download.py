@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import is_live, write
 
@@ -19,19 +20,16 @@ if TYPE_CHECKING:
 class DownloadOptions:
     """What, from where, and where to."""
 
-    model: str = field(default="", metadata={"help": "The model: owner/name."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder to fill; models/<name> when not given."}
+    model: str = option("", "The model: owner/name.")
+    output_dir: str | None = option(None, "Folder to fill; models/<name> when not given.")
+    revision: str = option("main", "Branch, tag or commit.")
+    source: Literal["hub", "modelscope"] = option(
+        "hub", "Hugging Face Hub (or a mirror of it), or ModelScope."
     )
-    revision: str = field(default="main", metadata={"help": "Branch, tag or commit."})
-    source: Literal["hub", "modelscope"] = field(
-        default="hub", metadata={"help": "Hugging Face Hub (or a mirror of it), or ModelScope."}
+    endpoint: str | None = option(
+        None, "Address of a mirror; HF_ENDPOINT, or the source's own, if not given."
     )
-    endpoint: str | None = field(
-        default=None,
-        metadata={"help": "Address of a mirror; HF_ENDPOINT, or the source's own, if not given."},
-    )
-    json: bool = field(default=False, metadata={"help": "Print the result as JSON."})
+    json: bool = option(False, "Print the result as JSON.")
 
 
 def download(options: DownloadOptions) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.adapter import AdapterOptions, load_predictor
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import table_text, write
@@ -14,25 +15,16 @@ from lora_fsdp.cli.terminal import table_text, write
 class EvaluateOptions:
     """Which rows."""
 
-    data_file: str | None = field(
-        default=None, metadata={"help": "CSV, TSV, JSONL, Parquet, or a folder of `datasets`."}
+    data_file: str | None = option(None, "CSV, TSV, JSONL, Parquet, or a folder of `datasets`.")
+    label_column: str | None = option(None, "Column with the label, if not the training table's.")
+    encoding: str | None = option(None, "Text encoding of the file; detected when not given.")
+    on_bad_rows: Literal["error", "drop"] = option(
+        "error", "Rows without text or with an unknown label: stop, or drop and count."
     )
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column with the label, if not the training table's."}
-    )
-    encoding: str | None = field(
-        default=None, metadata={"help": "Text encoding of the file; detected when not given."}
-    )
-    on_bad_rows: Literal["error", "drop"] = field(
-        default="error",
-        metadata={"help": "Rows without text or with an unknown label: stop, or drop and count."},
-    )
-    max_rows: int | None = field(
-        default=None, metadata={"help": "Use a seeded random sample of this many rows."}
-    )
-    head: int | None = field(default=None, metadata={"help": "Use the first rows of the file."})
-    seed: int = field(default=42, metadata={"help": "Seed of the sample."})
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    max_rows: int | None = option(None, "Use a seeded random sample of this many rows.")
+    head: int | None = option(None, "Use the first rows of the file.")
+    seed: int = option(42, "Seed of the sample.")
+    json: bool = option(False, "Print JSON.")
 
 
 def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import keyword
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
+from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import Command, required
 from lora_fsdp.cli.configs import find_config
 from lora_fsdp.cli.terminal import write
@@ -24,7 +25,7 @@ from lora_fsdp import ClassificationTask, register_task
 class {class_name}Task(ClassificationTask):
     name = {name_text}
     description = "One line for `lora-fsdp tasks list`"
-    # What the model is told to do. The wording matters: say that one label is to be written.
+    # What the model is told to do. The wording matters: say that the answer is one label.
     instruction = {instruction}
     text_column = {text_column}
     label_column = {label_column}
@@ -44,7 +45,7 @@ output_dir: runs/{name}
 
 lora_r: 8
 lora_alpha: 32
-lora_dropout: 0.0 # exact gradients with the instruction computed once a row
+lora_dropout: 0.0 # exact gradients with the instruction computed once a packed sequence
 lora_target_modules: [q_proj, v_proj]
 
 num_train_epochs: 1
@@ -62,22 +63,18 @@ seed: 0
 class InitOptions:
     """What is known already; the rest is filled in by hand."""
 
-    name: str = field(default="", metadata={"help": "Name of the task, for example ticket."})
-    folder: str = field(default=".", metadata={"help": "Where the three files are written."})
-    data_file: str = field(default="data.csv", metadata={"help": "The table."})
-    text_column: str = field(default="text", metadata={"help": "Column with the text."})
-    label_column: str = field(default="label", metadata={"help": "Column with the label."})
-    instruction: str = field(
-        default="Classify the following text. Output exactly one label:",
-        metadata={"help": "What the model is told to do."},
+    name: str = option("", "Name of the task, for example ticket.")
+    folder: str = option(".", "Where the three files are written.")
+    data_file: str = option("data.csv", "The table.")
+    text_column: str = option("text", "Column with the text.")
+    label_column: str = option("label", "Column with the label.")
+    instruction: str = option(
+        "Classify the following text. Output exactly one label:", "What the model is told to do."
     )
-    model_name_or_path: str = field(
-        default="HuggingFaceTB/SmolLM2-135M-Instruct",
-        metadata={"help": "Model folder, or a name on the Hugging Face Hub."},
+    model_name_or_path: str = option(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", "Model folder, or a name on the Hugging Face Hub."
     )
-    accelerate_config: str = field(
-        default="fsdp2_cpu", metadata={"help": "The shipped accelerate YAML to copy."}
-    )
+    accelerate_config: str = option("fsdp2_cpu", "The shipped accelerate YAML to copy.")
 
 
 def init(options: InitOptions) -> int:

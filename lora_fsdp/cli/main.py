@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import shutil
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from lora_fsdp import __version__
 from lora_fsdp.cli.command import Command
-from lora_fsdp.errors import ArgumentError, DownloadError, LoraFsdpError
+from lora_fsdp.errors import ArgumentError, DownloadError, LoraFsdpError, did_you_mean
 from lora_fsdp.failures import INTERRUPTED, NOT_REACHED, WRONG_INPUT
 
 # In the order in which one needs them. A command's module is imported when it is called.
@@ -117,8 +116,7 @@ def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
 def _known(word: str, known: Sequence[str], what: str) -> str:
     if word in known:
         return word
-    nearest = difflib.get_close_matches(word, known, n=1)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    hint = did_you_mean(word, known)
     raise ArgumentError(f"There is no {what} {word!r}.{hint} Known: {', '.join(known)}.")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import write
 
@@ -13,21 +14,15 @@ from lora_fsdp.cli.terminal import write
 class MergeOptions:
     """What is merged, and how it is written."""
 
-    adapter: str = field(default="", metadata={"help": "The adapter's folder."})
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the new model; must not hold anything."}
+    adapter: str = option("", "The adapter's folder.")
+    output_dir: str | None = option(None, "Folder of the new model; must not hold anything.")
+    base: str | None = option(None, "Base folder or Hub name; the adapter's own if not given.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "auto", "Of the written weights; auto = as the base has them."
     )
-    base: str | None = field(
-        default=None, metadata={"help": "Base folder or Hub name; the adapter's own if not given."}
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = field(
-        default="auto", metadata={"help": "Of the written weights; auto = as the base has them."}
-    )
-    max_shard_size: str = field(default="5GB", metadata={"help": "Size of a weight file."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with the base."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print the result as JSON."})
+    max_shard_size: str = option("5GB", "Size of a weight file.")
+    trust_remote_code: bool = option(False, "Run Python code that comes with the base.")
+    json: bool = option(False, "Print the result as JSON.")
 
 
 def merge(options: MergeOptions) -> int:

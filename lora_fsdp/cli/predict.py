@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from lora_fsdp.cli.adapter import AdapterOptions, adapter_identity, load_predictor
+from lora_fsdp.arguments.option import option
+from lora_fsdp.cli.adapter import AdapterOptions, load_predictor
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import is_live, write
 from lora_fsdp.errors import ArgumentError
@@ -20,24 +21,14 @@ _ROWS_NAMED = 5
 class PredictOptions:
     """What to answer, and where the answers go."""
 
-    data_file: str | None = field(
-        default=None, metadata={"help": "Table to answer: .csv, .tsv, .jsonl, .ndjson, .parquet."}
-    )
-    output: str | None = field(
-        default=None, metadata={"help": "File to write, of the same format; must not exist yet."}
-    )
-    text: str | None = field(default=None, metadata={"help": "Answer this one text instead."})
-    encoding: str | None = field(
-        default=None, metadata={"help": "Text encoding of the table; UTF-8 when not given."}
-    )
-    chunk_rows: int = field(
-        default=256, metadata={"help": "Rows answered and written at a time; lost by a kill."}
-    )
-    column_prefix: str = field(
-        default="", metadata={"help": "Put before the new columns' names, if they are taken."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an output, finished or not."})
-    json: bool = field(default=False, metadata={"help": "Print the result as JSON."})
+    data_file: str | None = option(None, "Table to answer: .csv, .tsv, .jsonl, .ndjson, .parquet.")
+    output: str | None = option(None, "File to write, of the same format; must not exist yet.")
+    text: str | None = option(None, "Answer this one text instead.")
+    encoding: str | None = option(None, "Text encoding of the table; UTF-8 when not given.")
+    chunk_rows: int = option(256, "Rows answered and written at a time; lost by a kill.")
+    column_prefix: str = option("", "Put before the new columns' names, if they are taken.")
+    overwrite: bool = option(False, "Replace an output, finished or not.")
+    json: bool = option(False, "Print the result as JSON.")
 
 
 def predict(options: PredictOptions, adapter: AdapterOptions) -> int:
@@ -64,6 +55,8 @@ def _one_text(options: PredictOptions, adapter: AdapterOptions) -> int:
 
 def _table(options: PredictOptions, adapter: AdapterOptions) -> int:
     output = Path(required(options.output, "--output", "the file to write"))
+    from lora_fsdp.adapter.folder import ADAPTER_FILE
+    from lora_fsdp.base.folders import sha256_of_file
     from lora_fsdp.data.streams import open_stream
 
     stream = open_stream(str(options.data_file), encoding=options.encoding)
@@ -77,7 +70,7 @@ def _table(options: PredictOptions, adapter: AdapterOptions) -> int:
         output,
         chunk_rows=options.chunk_rows,
         column_prefix=options.column_prefix,
-        identity=adapter_identity(adapter.adapter),
+        identity=sha256_of_file(Path(adapter.adapter) / ADAPTER_FILE),
         overwrite=options.overwrite,
         on_chunk=progress.advance,
     )

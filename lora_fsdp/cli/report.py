@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import Command, print_json
 from lora_fsdp.cli.terminal import write
 from lora_fsdp.errors import ArgumentError
@@ -16,10 +17,8 @@ class ReportOptions:
     runs: list[str] = field(
         default_factory=list, metadata={"help": "Output folder of a run, or of several."}
     )
-    output: str = field(
-        default=".", metadata={"help": "Of a comparison: the HTML file, or a folder for it."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print the page's path as JSON."})
+    output: str = option(".", "Of a comparison: the HTML file, or a folder for it.")
+    json: bool = option(False, "Print the page's path as JSON.")
 
 
 def report(options: ReportOptions) -> int:

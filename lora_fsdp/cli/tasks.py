@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lora_fsdp.arguments import DataArguments
+from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import table_text, write
 from lora_fsdp.tasks import get_task, list_tasks
@@ -26,30 +27,27 @@ if TYPE_CHECKING:
 class ListOptions:
     """Options of `tasks list`."""
 
-    task_file: str | None = field(
-        default=None, metadata={"help": "Python file to import first; it registers the task."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    task_file: str | None = option(None, "Python file to import first; it registers the task.")
+    json: bool = option(False, "Print JSON.")
 
 
 @dataclass
 class ShowOptions(ListOptions):
     """Options of `tasks show`."""
 
-    name: str = field(default="", metadata={"help": "The task."})
+    name: str = option("", "The task.")
 
 
 @dataclass
 class CheckOptions:
     """Options of `tasks check` beside those of the task and its rows."""
 
-    rows: int = field(default=20, metadata={"help": "How many rows to print."})
-    model_name_or_path: str = field(
-        default="",
-        metadata={"help": "Model whose tokenizer counts and marks the tokens; none = text only."},
+    rows: int = option(20, "How many rows to print.")
+    model_name_or_path: str = option(
+        "", "Model whose tokenizer counts and marks the tokens; none = text only."
     )
-    seed: int = field(default=42, metadata={"help": "Seed of the sample and of the split."})
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    seed: int = option(42, "Seed of the sample and of the split.")
+    json: bool = option(False, "Print JSON.")
 
 
 def show_list(options: ListOptions) -> int:
@@ -158,7 +156,7 @@ def _row_facts(example: Example, tokens: EncodedExample | None) -> dict[str, Any
 
 
 def _print_row(example: Example, tokens: EncodedExample | None, encoder: Encoder | None) -> None:
-    """The prompt to the letter; what is learnt stands in brackets, a pair for each token."""
+    """The exact prompt; what is learnt stands in brackets, a pair for each token."""
     heading = f"---- row {example.row}"
     prompt, learnt = str(example.prompt), f"[{example.target}]"
     if tokens is not None and encoder is not None:

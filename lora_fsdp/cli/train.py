@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
+from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import Command
 from lora_fsdp.cli.configs import find_config, suggested_config
 from lora_fsdp.failures import CRASHED, INTERRUPTED, STALLED, STOPPED, WRONG_INPUT
@@ -40,8 +41,8 @@ TRAINING_OPTIONS = {
     "logging_steps": "Log every so many steps.",
     "report_to": "Trackers to report to; none by default.",
     "price_per_hour": "GPU (or machine) price per hour; shows the run's cost so far.",
-    "max_tokens_per_row": "Longest packed row in tokens (bounds activation memory). Not given: "
-    "what half of the free GPU memory holds, from 2048 to 8192; 2048 on a CPU.",
+    "max_tokens_per_row": "Longest packed sequence in tokens (bounds activation memory). Not "
+    "given: what half of the free GPU memory holds, from 2048 to 8192; 2048 on a CPU.",
     "seed": "Of the sample, the split, the order and the adapter's first values.",
 }
 
@@ -52,23 +53,16 @@ class LaunchOptions:
 
     _argument_group_name: ClassVar[str] = "launch"
 
-    accelerate_config: str | None = field(
-        default=None,
-        metadata={
-            "help": "Accelerate YAML: a file, or the name of a shipped one (single, ddp, fsdp2, "
-            "fsdp2_offload, fsdp2_cpu). Without it, what fits this machine's GPUs."
-        },
+    accelerate_config: str | None = option(
+        None,
+        "Accelerate YAML: a file, or the name of a shipped one (single, ddp, fsdp2, "
+        "fsdp2_offload, fsdp2_cpu). Without it, what fits this machine's GPUs.",
     )
-    num_processes: int | None = field(
-        default=None,
-        metadata={"help": "Processes, instead of the YAML's number; one for each GPU."},
+    num_processes: int | None = option(
+        None, "Processes, instead of the YAML's number; one for each GPU."
     )
-    main_process_port: int | None = field(
-        default=None, metadata={"help": "Port at which the processes meet; any free one."}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Print the command that would be run, and stop."}
-    )
+    main_process_port: int | None = option(None, "Port at which the processes meet; any free one.")
+    dry_run: bool = option(False, "Print the command that would be run, and stop.")
 
 
 class TrainCommand(Command):

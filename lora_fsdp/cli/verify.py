@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
+from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import write
 from lora_fsdp.failures import NOT_VERIFIED
@@ -15,17 +16,13 @@ from lora_fsdp.failures import NOT_VERIFIED
 class VerifyOptions:
     """Which adapter, against which base."""
 
-    adapter: str = field(default="", metadata={"help": "The adapter's folder."})
-    base: str | None = field(
-        default=None, metadata={"help": "Base folder or Hub name; the adapter's own if not given."}
+    adapter: str = option("", "The adapter's folder.")
+    base: str | None = option(None, "Base folder or Hub name; the adapter's own if not given.")
+    dtype: Literal["auto", "bfloat16", "float32"] = option(
+        "auto", "The base's dtype; auto = bfloat16 on GPUs."
     )
-    dtype: Literal["auto", "bfloat16", "float32"] = field(
-        default="auto", metadata={"help": "The base's dtype; auto = bfloat16 on GPUs."}
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with the base."}
-    )
-    json: bool = field(default=False, metadata={"help": "Print JSON."})
+    trust_remote_code: bool = option(False, "Run Python code that comes with the base.")
+    json: bool = option(False, "Print JSON.")
 
 
 def verify(options: VerifyOptions) -> int:

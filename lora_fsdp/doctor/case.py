@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +21,7 @@ from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.rows import TaskData, load_task_data
 from lora_fsdp.distributed.launch import fsdp_requested, read_fsdp_settings, read_plugin
 from lora_fsdp.distributed.launch_files import Launch, as_launched, read_launch, read_launch_yaml
-from lora_fsdp.doctor.fact import Fact, UnknownFactError
+from lora_fsdp.doctor.fact import UnknownFactError, fact
 from lora_fsdp.doctor.machine import Machine
 from lora_fsdp.errors import ArgumentError, Fsdp1ConfigError
 from lora_fsdp.tasks import Task
@@ -57,57 +56,41 @@ class Case:
 
     # ---- the launch -----------------------------------------------------------------------------
 
-    @cached_property
-    def launch_yaml(self) -> Fact[dict[str, Any]]:
+    @fact
+    def launch_yaml(self) -> dict[str, Any]:
         """The YAML as it is written."""
-        return Fact(lambda: read_launch_yaml(self.accelerate_config))
+        return read_launch_yaml(self.accelerate_config)
 
-    @cached_property
-    def launch(self) -> Fact[Launch]:
+    @fact
+    def launch(self) -> Launch:
         """What accelerate makes of it."""
+        self.launch_yaml.value  # noqa: B018 (is known, or this is not either)
+        return read_launch(self.accelerate_config, processes=self.num_processes)
 
-        def find() -> Launch:
-            self.launch_yaml.value  # noqa: B018 (is known, or this is not either)
-            return read_launch(self.accelerate_config, processes=self.num_processes)
-
-        return Fact(find)
-
-    @cached_property
-    def fsdp(self) -> Fact[Any]:
+    @fact
+    def fsdp(self) -> Any:
         """The run's reading of the FSDP settings: `FsdpSettings`, or `None` without FSDP."""
+        with as_launched(self.launch.value):
+            return read_fsdp_settings()
 
-        def find() -> Any:
-            with as_launched(self.launch.value):
-                return read_fsdp_settings()
-
-        return Fact(find)
-
-    @cached_property
-    def plugin(self) -> Fact[FullyShardedDataParallelPlugin | None]:
+    @fact
+    def plugin(self) -> FullyShardedDataParallelPlugin | None:
         """accelerate's reading of the FSDP2 settings; `None` without FSDP2."""
+        with as_launched(self.launch.value):
+            if not fsdp_requested() or isinstance(self.fsdp.error, Fsdp1ConfigError):
+                return None
+            return read_plugin()
 
-        def find() -> FullyShardedDataParallelPlugin | None:
-            with as_launched(self.launch.value):
-                if not fsdp_requested() or isinstance(self.fsdp.error, Fsdp1ConfigError):
-                    return None
-                return read_plugin()
-
-        return Fact(find)
-
-    @cached_property
-    def arguments(self) -> Fact[FineTuningArguments]:
+    @fact
+    def arguments(self) -> FineTuningArguments:
         """The training arguments, as each process would have them."""
-
-        def find() -> FineTuningArguments:
-            with as_launched(self.launch.value):
-                try:
-                    return FineTuningArguments(**self.training)
-                except ArgumentError:
-                    raise
-                except (ImportError, TypeError, ValueError) as error:  # upstream's own checks
-                    raise ArgumentError(str(error)) from error
-
-        return Fact(find)
+        with as_launched(self.launch.value):
+            try:
+                return FineTuningArguments(**self.training)
+            except ArgumentError:
+                raise
+            except (ImportError, TypeError, ValueError) as error:  # upstream's own checks
+                raise ArgumentError(str(error)) from error
 
     @property
     def output_dir(self) -> Path:
@@ -127,121 +110,91 @@ class Case:
 
     # ---- base and adapter -----------------------------------------------------------------------
 
-    @cached_property
-    def folder(self) -> Fact[Path]:
+    @fact
+    def folder(self) -> Path:
         """The base's folder; of a Hub model one without weights, unless they are cached."""
-
-        def find() -> Path:
-            if not (name := self.model_args.model_name_or_path):
-                raise ArgumentError(
-                    "No model given: set --model_name_or_path to a folder or Hub name."
-                )
-            return base_folder(name, revision=self.model_args.model_revision, with_weights=False)
-
-        return Fact(find)
+        if not (name := self.model_args.model_name_or_path):
+            raise ArgumentError("No model given: set --model_name_or_path to a folder or Hub name.")
+        return base_folder(name, revision=self.model_args.model_revision, with_weights=False)
 
     @property
     def is_local(self) -> bool:
         """Whether the base is a folder rather than a Hub name."""
         return Path(self.model_args.model_name_or_path).expanduser().is_dir()
 
-    @cached_property
-    def skeleton(self) -> Fact[PreTrainedModel]:
+    @fact
+    def skeleton(self) -> PreTrainedModel:
         """The base without values, on the meta device."""
-        return Fact(self._build)
+        return self._build()
 
     def _build(self) -> PreTrainedModel:
         remote = self.model_args.trust_remote_code
         return base_skeleton(self.folder.value, trust_remote_code=remote)
 
-    @cached_property
-    def weights(self) -> Fact[BaseWeights]:
+    @fact
+    def weights(self) -> BaseWeights:
         """The headers of the base's safetensors files."""
-        return Fact(lambda: BaseWeights(self.folder.value))
+        return BaseWeights(self.folder.value)
 
-    @cached_property
-    def lora(self) -> Fact[LoraConfig]:
+    @fact
+    def lora(self) -> LoraConfig:
         """The adapter's settings, as PEFT takes them."""
-        return Fact(lambda: lora_config(self.lora_args))
+        return lora_config(self.lora_args)
 
-    @cached_property
-    def adapted(self) -> Fact[PeftModel]:
+    @fact
+    def adapted(self) -> PeftModel:
         """Base and adapter without values. A base of its own: attaching changes it."""
-
-        def find() -> PeftModel:
-            base, config = self._build(), lora_config(self.lora_args)
-            with torch.device("meta"):
-                return attach_adapter(base, config)
-
-        return Fact(find)
+        base, config = self._build(), lora_config(self.lora_args)
+        with torch.device("meta"):
+            return attach_adapter(base, config)
 
     # ---- rows -----------------------------------------------------------------------------------
 
-    @cached_property
-    def tokenizer(self) -> Fact[PreTrainedTokenizerBase]:
+    @fact
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer."""
+        folder = str(self.folder.value)
+        return load_tokenizer(replace(self.model_args, model_name_or_path=folder))
 
-        def find() -> PreTrainedTokenizerBase:
-            folder = str(self.folder.value)
-            return load_tokenizer(replace(self.model_args, model_name_or_path=folder))
-
-        return Fact(find)
-
-    @cached_property
-    def rows(self) -> Fact[TaskData]:
+    @fact
+    def rows(self) -> TaskData:
         """All rows, as examples of the task."""
+        if (seed := int(self.training.get("seed", 42))) < 0:
+            raise UnknownFactError  # the rule over the training's numbers says so
+        return load_task_data(self.data_args, seed=seed, task=self.task)
 
-        def find() -> TaskData:
-            if (seed := int(self.training.get("seed", 42))) < 0:
-                raise UnknownFactError  # the rule over the training's numbers says so
-            return load_task_data(self.data_args, seed=seed, task=self.task)
-
-        return Fact(find)
-
-    @cached_property
-    def encoder(self) -> Fact[Encoder]:
+    @fact
+    def encoder(self) -> Encoder:
         """What turns examples into tokens."""
+        return Encoder(
+            self.tokenizer.value,
+            task=self.rows.value.task,
+            max_length=self.data_args.max_length,
+            chat_template=self.data_args.chat_template,
+        )
 
-        def find() -> Encoder:
-            return Encoder(
-                self.tokenizer.value,
-                task=self.rows.value.task,
-                max_length=self.data_args.max_length,
-                chat_template=self.data_args.chat_template,
-            )
-
-        return Fact(find)
-
-    @cached_property
-    def sample(self) -> Fact[TaskData]:
+    @fact
+    def sample(self) -> TaskData:
         """The rows that are tokenised: all, or evenly spread ones of a long table."""
+        rows = self.rows.value
+        held_out = _spread(rows.held_out, LOOKED_AT // 5)
+        return replace(rows, train=_spread(rows.train, LOOKED_AT), held_out=held_out)
 
-        def find() -> TaskData:
-            rows = self.rows.value
-            held_out = _spread(rows.held_out, LOOKED_AT // 5)
-            return replace(rows, train=_spread(rows.train, LOOKED_AT), held_out=held_out)
-
-        return Fact(find)
-
-    @cached_property
-    def encoded(self) -> Fact[list[EncodedExample]]:
+    @fact
+    def encoded(self) -> list[EncodedExample]:
         """The sample as tokens, training rows first."""
+        sample = self.sample.value
+        return self.encoder.value.encode([*sample.train, *sample.held_out])
 
-        def find() -> list[EncodedExample]:
-            sample = self.sample.value
-            return self.encoder.value.encode([*sample.train, *sample.held_out])
-
-        return Fact(find)
-
-    @cached_property
-    def task_check(self) -> Fact[TaskCheck]:
+    @fact
+    def task_check(self) -> TaskCheck:
         """What `lora-fsdp tasks check` says of all rows."""
-        return Fact(lambda: check_task_data(self.rows.value, None))
+        return check_task_data(self.rows.value, None)
 
-    @cached_property
-    def sample_check(self) -> Fact[TaskCheck]:
+    @fact
+    def sample_check(self) -> TaskCheck:
         """What `lora-fsdp tasks check` says of the sample, with its tokens."""
-        return Fact(lambda: check_task_data(self.sample.value, self.encoded.value))
+        return check_task_data(self.sample.value, self.encoded.value)
 
 
 def _spread(items: Sequence[T], most: int) -> list[T]:

@@ -10,7 +10,7 @@ from typing import Any
 from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.fact import UnknownFactError
-from lora_fsdp.doctor.finding import Finding, Rule, Severity
+from lora_fsdp.doctor.finding import Finding, Problem, Rule, Severity
 from lora_fsdp.doctor.machine import Machine
 from lora_fsdp.doctor.rules import (
     data,
@@ -23,6 +23,7 @@ from lora_fsdp.doctor.rules import (
     training,
     yaml,
 )
+from lora_fsdp.errors import LoraFsdpError
 from lora_fsdp.tasks import Task
 
 #: By subject, in the order in which a run would meet them.
@@ -80,7 +81,6 @@ def diagnose(
         task: stands in for `data_args.task`.
         machine: where it is to run; `None` = here.
     """
-    folder = Path(str(training.get("output_dir") or "."))
     case = Case(
         model_args=model_args,
         lora_args=lora_args,
@@ -89,21 +89,31 @@ def diagnose(
         accelerate_config=Path(accelerate_config),
         num_processes=num_processes,
         task=task,
-        machine=machine or Machine.here(output_dir=folder),
+        machine=machine or Machine.here(output_dir=Path(str(training.get("output_dir") or "."))),
     )
+    return _examined(case)
+
+
+def _examined(case: Case) -> Diagnosis:
     findings: list[Finding] = []
     checked, unchecked = [], []
     for rule in (rule for rules in RULES.values() for rule in rules):
         try:
-            problems = list(rule.check(case))
+            findings += _findings(rule, case)
+            checked.append(rule.name)
         except UnknownFactError:
             unchecked.append(rule.name)
-            continue
-        checked.append(rule.name)
-        findings += [
-            Finding(rule.name, rule.severity, problem.sentence, problem.fix or rule.fix)
-            for problem in problems
-        ]
     order = list(Severity)
     findings.sort(key=lambda finding: order.index(finding.severity))
     return Diagnosis(findings, checked, unchecked)
+
+
+def _findings(rule: Rule, case: Case) -> list[Finding]:
+    try:
+        problems = list(rule.check(case) or ())
+    except LoraFsdpError as error:
+        problems = [Problem(str(error))]
+    return [
+        Finding(rule.name, rule.severity, problem.sentence, problem.fix or rule.fix)
+        for problem in problems
+    ]

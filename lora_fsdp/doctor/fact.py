@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from functools import cached_property
+from typing import Any, Generic, TypeVar
 
 from lora_fsdp.errors import LoraFsdpError
 
@@ -31,6 +32,11 @@ class Fact(Generic[T]):
         except LoraFsdpError as error:
             self.error = error
 
+    def check(self) -> None:
+        """Raise the error, if there is one."""
+        if self.error is not None:
+            raise self.error
+
     @property
     def value(self) -> T:
         """The result.
@@ -41,3 +47,10 @@ class Fact(Generic[T]):
         if not self._found:
             raise UnknownFactError
         return self._found[0]
+
+
+def fact(find: Callable[[Any], T]) -> cached_property[Fact[T]]:
+    """A method as a cached property: the fact that it finds."""
+    found = cached_property(lambda case: Fact(lambda: find(case)))
+    found.__doc__ = find.__doc__
+    return found

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from lora_fsdp.doctor.case import Case
@@ -36,6 +36,10 @@ class Problem:
     fix: str | None = None
 
 
+Check = Callable[["Case"], Iterable[Problem] | None]
+C = TypeVar("C", bound=Check)
+
+
 @dataclass(frozen=True)
 class Rule:
     """One thing that the doctor looks at.
@@ -45,14 +49,38 @@ class Rule:
         severity: of what it finds.
         meaning: what it finds, for the documentation.
         fix: what to do about it.
-        check: gives the problems of a case; raises `UnknownFactError` where it cannot be checked.
+        check: gives the problems of a case, or raises the error that the run would raise; raises
+            `UnknownFactError` where it cannot be checked.
     """
 
     name: str
     severity: Severity
     meaning: str
     fix: str
-    check: Callable[[Case], Iterator[Problem]]
+    check: Check
+
+
+class Rules(list[Rule]):
+    """The rules of a subject. `error`, `warning` and `note` decorate the check of a rule."""
+
+    def error(self, name: str, meaning: str, fix: str) -> Callable[[C], C]:
+        """A rule that finds errors."""
+        return self._adds(name, Severity.ERROR, meaning, fix)
+
+    def warning(self, name: str, meaning: str, fix: str) -> Callable[[C], C]:
+        """A rule that finds what warrants a warning."""
+        return self._adds(name, Severity.WARNING, meaning, fix)
+
+    def note(self, name: str, meaning: str, fix: str) -> Callable[[C], C]:
+        """A rule that finds what is worth a note."""
+        return self._adds(name, Severity.NOTE, meaning, fix)
+
+    def _adds(self, name: str, severity: Severity, meaning: str, fix: str) -> Callable[[C], C]:
+        def add(check: C) -> C:
+            self.append(Rule(name, severity, meaning, fix, check))
+            return check
+
+        return add
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,15 @@ from typing import Any
 
 import pandas as pd
 
-from lora_fsdp.errors import ArgumentError, DataFileNotFoundError
+from lora_fsdp.errors import DataFileNotFoundError
 from lora_fsdp.evaluation.comparison import generated_texts
+from lora_fsdp.evaluation.file_prediction import examples_of_texts
 from lora_fsdp.evaluation.outputs import PredictionRow
 from lora_fsdp.evaluation.prediction import Predictor
-from lora_fsdp.tasks import Example, Task
+
+_ADVICE = (
+    "a run's predictions.csv holds one text a row. Use lora-fsdp evaluate on the table instead."
+)
 
 
 @dataclass(frozen=True)
@@ -53,40 +57,28 @@ def compare_on_held_out(
         DataFileNotFoundError: the folder holds no `predictions.csv`.
         ArgumentError: the task's prompt needs more of a row than its text.
     """
-    file = Path(folder) / "predictions.csv"
-    if not file.is_file():
-        raise DataFileNotFoundError(
-            f"There is no {file}: the run did not end, or another program wrote the folder."
-        )
-    held_out = pd.read_csv(file, keep_default_na=False, dtype={"target": str, "tuned": str})
+    held_out = _held_out(Path(folder) / "predictions.csv")
     sample = held_out.sample(min(rows, len(held_out)), random_state=seed)
-    examples = _examples(predictor.task, sample)
+    texts = dict(zip(sample["row"].tolist(), sample["text"], strict=True))
+    examples = examples_of_texts(predictor.task, texts, advice=_ADVICE)
     kind, outputs = predictor.task.answer_kind, predictor.outputs(examples)
-    answers, probabilities = kind.answers(examples, outputs), kind.probabilities(outputs)
-    texts = predictor.write(examples, temperature=temperature) if generate else []
+    answers, asked = kind.answers(examples, outputs), examples if generate else []
+    tuned = predictor.write(asked, temperature=temperature)
     with predictor.model.disable_adapter():
         base_answers = kind.answers(examples, predictor.outputs(examples))
-        base_texts = predictor.write(examples, temperature=temperature) if generate else []
-    columns = zip(
-        sample["row"], sample["text"], sample["target"], base_answers, answers, probabilities,
-        strict=True,
-    )  # fmt: skip
+        base = predictor.write(asked, temperature=temperature)
+    known = (sample[name] for name in ("row", "text", "target"))
+    columns = zip(*known, base_answers, answers, kind.probabilities(outputs), strict=True)
     return SideBySide(
         rows=[PredictionRow(int(row), *values) for row, *values in columns],
-        written=generated_texts(predictor.task, examples, base=base_texts, tuned=texts),
+        written=generated_texts(predictor.task, asked, base=base, tuned=tuned),
         agreeing=sum((a or "") == b for a, b in zip(answers, sample["tuned"], strict=True)),
     )
 
 
-def _examples(task: Task, sample: pd.DataFrame) -> list[Example]:
-    column = str(task.options().get("text_column") or "text")
-    try:
-        return [
-            Example(int(row), task.build_prompt({column: text}), None, task.build_choices({}))
-            for row, text in zip(sample["row"], sample["text"], strict=True)
-        ]
-    except KeyError as error:
-        raise ArgumentError(
-            f"Task {task.name!r} asks about more than one column (it also needs {error}), and a "
-            "run's predictions.csv holds one text a row: use lora-fsdp evaluate on the table."
-        ) from error
+def _held_out(file: Path) -> pd.DataFrame:
+    if not file.is_file():
+        raise DataFileNotFoundError(
+            f"There is no {file}: the run did not end, or another program wrote the folder."
+        )
+    return pd.read_csv(file, keep_default_na=False, dtype={"target": str, "tuned": str})

@@ -78,7 +78,7 @@ class Comparison:
             f"Held-out rows: {len(self.predictions)}",
             format_metrics_table(self.metrics, keys),
             format_predictions_table(rows),
-            *map(format_written, self.written),
+            *map(format_generated, self.written),
             self.verdict(),
         ]
         return "\n\n".join(parts)
@@ -120,38 +120,47 @@ def compare(
     """
     kind, tested = task.answer_kind, [encoded.example for encoded in held_out]
     baselines = _baselines(task, train, tested)
-    chance = kind.chance(tested)
-    truth = answers_of(task, tested)
+    chance, truth = kind.chance(tested), answers_of(task, tested)
     metrics = {
         **{name: task.compute_metrics(truth, answers) for name, answers in baselines.items()},
         **({CHANCE: chance} if chance else {}),
         UNTRAINED: evaluation_metrics(task, held_out, untrained),
         TUNED: evaluation_metrics(task, held_out, tuned),
     }
-    columns = {
-        "row": [example.row for example in tested],
-        "text": [example.prompt.content for example in tested],
-        "target": truth,
-        # As objects, where no answer stays None and does not become NaN.
-        "base": pd.Series(kind.answers(tested, untrained), dtype=object),
-        "tuned": pd.Series(kind.answers(tested, tuned), dtype=object),
-        "probability": kind.probabilities(tuned),
-        **kind.run_columns(tested, tuned),
+    predictions = {
+        **_columns(task, tested, untrained=untrained, tuned=tuned),
         **_row_scores(task, tested, {UNTRAINED: untrained, TUNED: tuned}, metrics),
         **{f"baseline/{name}": answers for name, answers in baselines.items()},
     }
     return Comparison(
         metrics,
         task.primary_metric,
-        pd.DataFrame(columns),
+        pd.DataFrame(predictions),
         confusion_matrix(task, held_out, tuned),
         written,
         {**facts, "answer_kind": kind.name, "report_sections": list(kind.report_sections)},
     )
 
 
+def _columns(
+    task: Task, examples: Sequence[Example], *, untrained: ModelOutputs, tuned: ModelOutputs
+) -> dict[str, Any]:
+    """The columns of `predictions.csv` about the model itself."""
+    kind = task.answer_kind
+    return {
+        "row": [example.row for example in examples],
+        "text": [example.prompt.content for example in examples],
+        "target": answers_of(task, examples),
+        # As objects, where no answer stays None and does not become NaN.
+        "base": pd.Series(kind.answers(examples, untrained), dtype=object),
+        "tuned": pd.Series(kind.answers(examples, tuned), dtype=object),
+        "probability": kind.probabilities(tuned),
+        **kind.run_columns(examples, tuned),
+    }
+
+
 def write_predictions(predictions: pd.DataFrame, path: Path) -> None:
-    """Write a table of predictions, all or nothing, each cell to the letter.
+    """Write a table of predictions, atomically, each cell as it is.
 
     Cells that begin like a formula ("=", "@united ...") are data: what reads the file again gets
     the texts as they were. Import it as text into a spreadsheet.
@@ -176,11 +185,11 @@ def generated_texts(
     ]
 
 
-def format_written(entry: Mapping[str, Any]) -> str:
+def format_generated(entry: Mapping[str, Any]) -> str:
     """One of `generated_texts` as text."""
     lines = [f"row {entry['row']}"]
     for who in ("base", "tuned"):
-        lines.append(f"  {who:<5} writes {entry[who]['text']!r} -> {entry[who]['answer']}")
+        lines.append(f"  {who:<5} generates {entry[who]['text']!r} -> {entry[who]['answer']}")
     return "\n".join(lines)
 
 

@@ -1,22 +1,21 @@
 """A table in, the same table with answers out: in chunks, and after a kill from where it was.
 
 Every chunk becomes a file of its own in `<output>.partial`, written beside and renamed, so that it
-is whole or not there; the chunks that are there are done. At the end they are joined into the
+is complete or not there; the chunks that are there are done. At the end they are joined into the
 output, which also appears in one rename.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from lora_fsdp.base.folders import sha256_of_file
 from lora_fsdp.data.streams import Chunk, TableStream
 from lora_fsdp.errors import (
     ArgumentError,
@@ -25,7 +24,7 @@ from lora_fsdp.errors import (
     NoRowsError,
     OutputFileError,
 )
-from lora_fsdp.evaluation.outputs import write_json
+from lora_fsdp.evaluation.outputs import write_atomically, write_json
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.tasks import Example, Task
 
@@ -65,11 +64,8 @@ def predict_file(
     Args:
         predictor: the adapter.
         stream: the table.
-        output: a file of the same format; its columns are the table's and those that the task's
-            kind of answer adds: `predicted_label`, `probability` (of that label) and
-            `probability/<label>` for a label set; `predicted_choice`, `probability` and
-            `choice_probabilities` (JSON) where rows have their own choices; `predicted_text` for
-            free text. A row without text keeps them empty.
+        output: a file of the same format; its columns are the table's and those of the task's kind
+            of answer (`AnswerKind.predicted_columns`), empty in a row without text.
         chunk_rows: rows that are read, answered and written at a time.
         column_prefix: put before the new columns' names.
         identity: says which adapter this is; an unfinished output of another one is not continued.
@@ -87,64 +83,84 @@ def predict_file(
     _refuse_other_format(stream.path, target)
     folder = target.with_name(f"{target.name}.partial")
     job = {
-        "input": file_digest(stream.path),
+        "input": sha256_of_file(stream.path),
         "adapter": identity,
         "task": predictor.task.options(),
         "chunk_rows": chunk_rows,
         "column_prefix": column_prefix,
     }
     _claim(target, folder, job, overwrite=overwrite)
-    parts: list[Path] = []
-    rows = resumed = 0
-    without_text: list[int] = []
+    parts: list[_Part] = []
     for chunk in stream.chunks(chunk_rows):
-        part = folder / f"{chunk.first:012d}{target.suffix}"
-        done = part.is_file()
-        examples = _examples(predictor.task, stream, chunk)
-        if not done:
-            columns = _answers(predictor, examples)
-            added = {f"{column_prefix}{name}": values for name, values in columns.items()}
-            _refuse_taken_names(added, chunk)
-            _write_whole(part, partial(stream.write, chunk, added))
-        parts.append(part)
-        rows += len(chunk)
-        resumed += len(chunk) if done else 0
-        without_text += [example.row for example in examples if not _has_text(example)]
+        file = folder / f"{chunk.first:012d}{target.suffix}"
+        parts.append(_answer_chunk(predictor, stream, chunk, file, prefix=column_prefix))
         if on_chunk is not None:
-            on_chunk(len(chunk), done)
-    if not parts:
-        shutil.rmtree(folder)
-        raise NoRowsError(f"{stream.path} holds no rows.")
-    _write_whole(target, lambda path: stream.join(parts, path))
+            on_chunk(parts[-1].rows, parts[-1].resumed)
+    if parts:
+        write_atomically(target, lambda path: stream.join([part.file for part in parts], path))
     shutil.rmtree(folder)
-    return FilePrediction(target, rows, resumed, without_text)
+    if not parts:
+        raise NoRowsError(f"{stream.path} holds no rows.")
+    return FilePrediction(
+        target,
+        rows=sum(part.rows for part in parts),
+        resumed=sum(part.rows for part in parts if part.resumed),
+        without_text=[row for part in parts for row in part.without_text],
+    )
+
+
+class _Part(NamedTuple):
+    file: Path
+    rows: int
+    resumed: bool
+    without_text: list[int]
+
+
+def _answer_chunk(
+    predictor: Predictor, stream: TableStream, chunk: Chunk, file: Path, *, prefix: str
+) -> _Part:
+    """Write the chunk with its answers to `file`, if an earlier call has not."""
+    resumed = file.is_file()
+    examples = _examples(predictor.task, stream, chunk)
+    if not resumed:
+        added = _answers(predictor, examples, prefix=prefix)
+        _refuse_taken_names(added, chunk)
+        write_atomically(file, partial(stream.write, chunk, added))
+    without_text = [example.row for example in examples if not _has_text(example)]
+    return _Part(file, len(chunk), resumed, without_text)
+
+
+def examples_of_texts(task: Task, texts: Mapping[int, str], *, advice: str) -> list[Example]:
+    """Examples of a task that asks about one column, by the rows' numbers.
+
+    Raises:
+        ArgumentError: the task needs more than one text; the message ends with `advice`.
+    """
+    column = str(task.options().get("text_column") or "text")
+    try:
+        return [
+            Example(number, task.build_prompt({column: text}), None, task.build_choices({}))
+            for number, text in texts.items()
+        ]
+    except KeyError as error:
+        raise ArgumentError(
+            f"Task {task.name!r} asks about more than one column and needs {error}, too: {advice}"
+        ) from error
 
 
 def answers_of(predictor: Predictor, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The new columns' values for each of `texts`, as `predict_file` writes them.
+    """The new columns' values for each of `texts`, as in the output of `predict_file`.
 
     Raises:
         ArgumentError: the task needs more than one text.
     """
-    task = predictor.task
-    column = str(task.options().get("text_column") or "text")
-    try:
-        examples = [
-            Example(number, task.build_prompt({column: text}), None, task.build_choices({}))
-            for number, text in enumerate(texts, start=1)
-        ]
-    except KeyError as error:
-        raise ArgumentError(
-            f"Task {task.name!r} needs the column {error}: give a table, not a text."
-        ) from error
-    columns = _answers(predictor, examples)
+    columns = _answers(
+        predictor,
+        examples_of_texts(
+            predictor.task, dict(enumerate(texts, start=1)), advice="give a table, not a text."
+        ),
+    )
     return [{name: values[i] for name, values in columns.items()} for i in range(len(texts))]
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _examples(task: Task, stream: TableStream, chunk: Chunk) -> list[Example]:
@@ -173,7 +189,9 @@ def _has_text(example: Example) -> bool:
     return bool(example.prompt.text.strip())
 
 
-def _answers(predictor: Predictor, examples: Sequence[Example]) -> dict[str, list[Any]]:
+def _answers(
+    predictor: Predictor, examples: Sequence[Example], *, prefix: str = ""
+) -> dict[str, list[Any]]:
     """The new columns; `None` where there is no text."""
     places = [place for place, example in enumerate(examples) if _has_text(example)]
     asked = [examples[place] for place in places]
@@ -182,7 +200,7 @@ def _answers(predictor: Predictor, examples: Sequence[Example]) -> dict[str, lis
     for name, values in found.items():
         for place, value in zip(places, values, strict=True):
             spread[name][place] = value
-    return spread
+    return {f"{prefix}{name}": values for name, values in spread.items()}
 
 
 def _refuse_other_format(source: Path, target: Path) -> None:
@@ -222,15 +240,3 @@ def _claim(target: Path, folder: Path, job: Mapping[str, Any], *, overwrite: boo
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, dict(job))
-
-
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Through a file beside `path`, which is on the disk before it gets its name."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(draft)
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Free generation, for looking at the text that a model generates."""
+"""Text that a model generates, for every prompt on each rank or in batches that the ranks share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from lora_fsdp.ranks import has_others, on_first_rank
+from lora_fsdp.ranks import from_every_rank, has_others, on_first_rank, rank, world_size
+
+# What a batch may hold: prompts, and tokens with those still to be generated. The same on every
+# device and number of ranks, since rounding depends on what shares a batch.
+_MOST_PROMPTS = 32
+_MOST_TOKENS = 16_384
+# Where no right answer says how long answers are.
+LEAST_NEW_TOKENS = 20
 
 
 @torch.no_grad()
@@ -49,6 +56,62 @@ def generate_texts(
 
 
 @torch.no_grad()
+def generate_answers(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    device: torch.device,
+    max_new_tokens: int,
+    end_token_id: int,
+) -> list[str]:
+    """The text that greedy decoding generates after each prompt.
+
+    A collective call under FSDP: every rank brings all prompts, generates its share of the batches
+    and gets all texts. The division into batches does not depend on the number of ranks, so neither
+    do the texts; a rank without a batch keeps step with the others on one of its own.
+
+    Args:
+        prompts: N prompts as token ids.
+        max_new_tokens: length limit in tokens.
+        end_token_id: the token that ends an answer.
+
+    Returns:
+        N texts, the same on every rank.
+    """
+    plan = plan_batches([len(prompt) for prompt in prompts], max_new_tokens=max_new_tokens)
+    generated: dict[int, str] = {}
+    for first in range(0, len(plan), world_size()):
+        place_of_mine = first + rank()
+        mine = plan[place_of_mine] if place_of_mine < len(plan) else []
+        texts = generate_batch(
+            model,
+            tokenizer,
+            [prompts[place] for place in mine] or [[end_token_id]],
+            device=device,
+            max_new_tokens=max_new_tokens if mine else 1,
+            temperature=0.0,
+            end_token_id=end_token_id,
+        )
+        generated |= dict(zip(mine, texts, strict=False))
+    generated = {place: text for part in from_every_rank(generated) for place, text in part.items()}
+    return [generated[place] for place in range(len(prompts))]
+
+
+def plan_batches(lengths: Sequence[int], *, max_new_tokens: int) -> list[list[int]]:
+    """Divide prompts of these lengths over batches, like with like; returns their indices."""
+    batches: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lambda index: lengths[index]):
+        # The longest so far: in this order a batch's last prompt sets its width.
+        width = lengths[place] + max_new_tokens
+        full = batches and (len(batches[-1]) + 1) * width > _MOST_TOKENS
+        if not batches or full or len(batches[-1]) == _MOST_PROMPTS:
+            batches.append([])
+        batches[-1].append(place)
+    return batches
+
+
+@torch.no_grad()
 def generate_batch(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -67,7 +130,7 @@ def generate_batch(
     model.eval()
     input_ids, attention_mask = _pad_left(prompts, tokenizer.pad_token_id, device)
     # Complete, so that nothing is taken over from the model's own file: a repetition penalty there
-    # would make greedy decoding write something else than the likeliest answer.
+    # would make greedy decoding generate something else than the likeliest answer.
     sampling = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature > 0 else {}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -95,8 +158,8 @@ def _pad_left(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, longest] ids and mask, padded on the left so that all prompts end together."""
 
-    def padded(rows: Sequence[list[int]], value: int) -> torch.Tensor:
-        tensors = [torch.tensor(row) for row in rows]
+    def padded(sequences: Sequence[list[int]], value: int) -> torch.Tensor:
+        tensors = [torch.tensor(sequence) for sequence in sequences]
         return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side="left").to(
             device
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,12 +157,16 @@ def write_json(path: str | Path, data: object) -> None:
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes a UTF-8 file, all or nothing, with line breaks as they are in `text`."""
+    write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8", newline=""))
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
+    """Through a file beside `path`, which is on the disk before it gets its name."""
     target = Path(path)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
+        write(draft)
+        with draft.open("rb+") as file:
             os.fsync(file.fileno())
         draft.replace(target)
     finally:

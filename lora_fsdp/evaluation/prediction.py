@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,8 +29,7 @@ from lora_fsdp.compute.fusing import Fusing
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.errors import AdapterVerificationError
-from lora_fsdp.evaluation.batched_generation import LEAST_NEW_TOKENS, generate_answers
-from lora_fsdp.evaluation.generation import generate_texts
+from lora_fsdp.evaluation.generation import LEAST_NEW_TOKENS, generate_answers, generate_texts
 from lora_fsdp.evaluation.metrics import model_outputs
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.evaluation.scoring import Scores, score_examples
@@ -80,6 +80,15 @@ def _read_task(folder: Path) -> dict[str, Any]:
                 f"{str(saved.get(key))[:80]!r}."
             )
     return saved
+
+
+def _read_encoder(folder: Path, saved: dict[str, Any]) -> Encoder:
+    return Encoder(
+        load_tokenizer(ModelArguments(model_name_or_path=str(folder.absolute()))),
+        task=get_task(saved["task"], saved["options"]),
+        max_length=saved["max_length"],
+        chat_template=saved["chat_template"],
+    )
 
 
 def _fastest(model: PeftModel, *, device: torch.device) -> PackedModel:
@@ -135,33 +144,20 @@ class Predictor:
         path = Path(folder)
         saved = _read_task(path)
         adapter, proof = read_adapter_folder(path), read_proof(path)
-        name, revision = (
-            find_base(adapter, beside=proof.base_beside if proof else None)
-            if base is None
-            else (str(base), "main")
+        beside = proof.base_beside if proof else None
+        name, revision = find_base(adapter, beside=beside) if base is None else (str(base), "main")
+        in_4bit = proof is not None and proof.base_in_4bit
+        arguments = ModelArguments(
+            name, revision, dtype, load_in_4bit=in_4bit, trust_remote_code=trust_remote_code
         )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        arguments = ModelArguments(
-            name,
-            revision,
-            dtype,
-            load_in_4bit=proof is not None and proof.base_in_4bit,
-            trust_remote_code=trust_remote_code,
-        )
         model = load_on_device(arguments, device=device)
         if proof is not None:
             check_base(proof, fingerprint_base(model), adapter=path, base=name)
         load_with_peft(adapter, model)
-        task = get_task(saved["task"], saved["options"])
-        encoder = Encoder(
-            load_tokenizer(ModelArguments(model_name_or_path=str(path.absolute()))),
-            task=task,
-            max_length=saved["max_length"],
-            chat_template=saved["chat_template"],
-        )
-        adapted = attach_saved(adapter, model).to(device)
-        packed = _fastest(adapted, device=device)
-        return cls(task, encoder, packed, device, saved["max_new_tokens"])
+        encoder = _read_encoder(path, saved)
+        packed = _fastest(attach_saved(adapter, model).to(device), device=device)
+        return cls(encoder.task, encoder, packed, device, saved["max_new_tokens"])
 
     def score(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> Scores:
         """Scores of every answer, as during training; `examples` may be encoded already."""
@@ -199,21 +195,13 @@ class Predictor:
         """
         prompts = [encoded.prompt_ids for encoded in self.encoder.encode(examples)]
         limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if temperature == 0:
-            return generate_answers(
-                self.model,
-                self.encoder.tokenizer,
-                prompts,
-                device=self.device,
-                max_new_tokens=limit,
-                end_token_id=self.encoder.end_token_id,
-            )
-        return generate_texts(
+        sampled = partial(generate_texts, temperature=temperature)
+        generate = generate_answers if temperature == 0 else sampled
+        return generate(
             self.model,
             self.encoder.tokenizer,
             prompts,
             device=self.device,
             max_new_tokens=limit,
-            temperature=temperature,
             end_token_id=self.encoder.end_token_id,
         )

@@ -20,8 +20,8 @@ class Scores:
     Attributes:
         log_likelihoods: [N, A] float32, log-probability of each answer with its end token; minus
             infinity for the answers that an example has fewer than others.
-        is_greedy: [N, A] bool, whether greedy decoding from the prompt writes exactly this answer
-            (each of its tokens is the most likely one given those before it).
+        is_greedy: [N, A] bool, whether greedy decoding from the prompt generates exactly this
+            answer (each of its tokens is the most likely one given those before it).
     """
 
     log_likelihoods: torch.Tensor

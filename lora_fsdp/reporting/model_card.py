@@ -5,20 +5,17 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_fsdp.adapter.folder import CONFIG_FILE
 from lora_fsdp.base.folders import read_json_object
 from lora_fsdp.evaluation.outputs import write_text
 from lora_fsdp.reporting.card_contents import card_contents, card_header, data_name
-from lora_fsdp.reporting.markdown import fenced, inline
+from lora_fsdp.reporting.rendering import template_of
 from lora_fsdp.reporting.run_files import RECORD_FILE, RunFiles, read_run
-from lora_fsdp.reporting.texts import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +47,7 @@ def write_model_card(
     path = Path(folder)
     card = path / CARD_FILE
     if not _may_write(card):
-        logger.info("%s is not a card as this library writes it: it is kept.", card)
+        logger.info("%s is not a card of this library, or was changed: it is kept.", card)
         return None
     run = read_run(path if run_folder is None else run_folder)
     number = path.name.rpartition("-")[2]
@@ -66,8 +63,8 @@ def write_model_card(
 def _card_text(run: RunFiles, *, adapter: dict[str, Any], step: int | None, measured: bool) -> str:
     contents = card_contents(run, adapter=adapter, step=step, with_scores=measured)
     snippet = "snippet_labels.py.jinja" if contents["answers"] else "snippet_text.py.jinja"
-    contents["snippet"] = _environment().get_template(snippet).render(**contents)
-    body = _environment().get_template("model_card.md.jinja").render(**contents)
+    contents["snippet"] = template_of(snippet).render(**contents)
+    body = template_of("model_card.md.jinja").render(**contents)
     return f"---\n{card_header(contents, data_name=data_name(run))}\n---\n\n{body}\n"
 
 
@@ -124,21 +121,3 @@ def _may_write(card: Path) -> bool:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-@cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lora_fsdp.reporting"),
-        autoescape=False,  # Markdown and Python: each value goes through a filter of its own
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "inline": inline,
-        "fenced": fenced,
-        "literal": repr,
-        "comment": lambda text: one_line(text, limit=80),
-    }
-    return environment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from markupsafe import Markup
 from lora_fsdp.errors import DamagedRunError
 from lora_fsdp.evaluation.outputs import write_json, write_text
 from lora_fsdp.reporting.sections.scores import name_of
+from lora_fsdp.reporting.texts import fenced, inline, one_line
 
 if TYPE_CHECKING:
     from lora_fsdp.reporting.sections.figures import Picture
@@ -27,17 +28,14 @@ def write_page(
 ) -> None:
     """Write `page`, the JSON file beside it, and its pictures into a folder named after it.
 
-    Each file is written whole or not at all; the page comes last.
+    Each file is written atomically; the page comes last.
 
     Raises:
         DamagedRunError: the contents lack something that a run's files should hold.
     """
     try:
-        html = (
-            _environment()
-            .get_template(template)
-            .render(**contents, pictures={picture.name: _shown(picture) for picture in pictures})
-        )
+        shown = {picture.name: _shown(picture) for picture in pictures}
+        html = template_of(template).render(**contents, pictures=shown)
     except jinja2.UndefinedError as error:
         raise DamagedRunError(
             f"A file beside {page} lacks something that a report shows ({error}): restore it, or "
@@ -62,10 +60,11 @@ def _shown(picture: Picture) -> dict[str, Any]:
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def template_of(name: str) -> jinja2.Template:
+    """A template of the room; texts in one for HTML are escaped, others have filters for that."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("lora_fsdp.reporting"),
-        autoescape=True,
+        autoescape=name.endswith(".html.jinja"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -78,8 +77,12 @@ def _environment() -> jinja2.Environment:
         "moment": moment_text,
         "rate": rate_text,
         "named": name_of,
+        "inline": inline,
+        "fenced": fenced,
+        "literal": repr,
+        "comment": partial(one_line, limit=80),
     }
-    return environment
+    return environment.get_template(name)
 
 
 def score_text(value: float | None) -> str:

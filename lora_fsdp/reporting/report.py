@@ -1,12 +1,59 @@
-"""The report on one run."""
+"""The report on one run: everything it shows as one dictionary, which the page only lays out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from lora_fsdp.reporting.contents import report_contents
+import pandas as pd
+
 from lora_fsdp.reporting.rendering import write_page
-from lora_fsdp.reporting.run_files import read_run
+from lora_fsdp.reporting.run_files import (
+    DATA_HEALTH_FILE,
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    RECORD_FILE,
+    RunFiles,
+    read_run,
+)
+from lora_fsdp.reporting.sections.answers import (
+    choices_section,
+    free_text_section,
+    generated_section,
+    labels_section,
+)
+from lora_fsdp.reporting.sections.intervals import CONFIDENCE, DRAWS
+from lora_fsdp.reporting.sections.progress import (
+    curves,
+    not_finite,
+    plan_against_measured,
+    progress,
+)
+from lora_fsdp.reporting.sections.scores import score_table
+from lora_fsdp.reporting.sections.usage import base_of, usage
+from lora_fsdp.reporting.texts import one_line, setting_text
+from lora_fsdp.tasks.answers import Section
+
+# What the page shows of these files; the keys are those of `data_health` and `FsdpStatus`.
+_HEALTH_PARTS: dict[str, tuple[str, ...]] = {
+    "exact_duplicates": ("groups", "rows", "largest"),
+    "near_duplicates": ("groups", "rows", "largest"),
+    "contradictions": ("groups", "rows", "first"),
+    "leaks": ("exact", "near"),
+    "shortened": ("count", "rows"),
+    "tokens": (),
+    "balance": (),
+    "suspected_training_labels": (),
+}
+_SECTIONS: dict[Section, Callable[[pd.DataFrame], dict[str, Any]]] = {
+    Section.ANSWERS: labels_section,
+    Section.CHOICES: choices_section,
+    Section.FREE_TEXT: free_text_section,
+}
+_FSDP_PARTS = ("ranks", "groups", "base_parameters", "base_dtype", "adapter_dtype", "settings")
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -21,11 +68,130 @@ def write_report(run_folder: str | Path) -> Path:
         RunNotFoundError: there is no run in `run_folder`.
         DamagedRunError: one of its files is damaged; the message names it.
     """
-    # Matplotlib takes a second to import, and of a run's processes one alone draws, at its end.
+    # Matplotlib takes a second to import, and only one of a run's processes draws, at its end.
     from lora_fsdp.reporting.sections.figures import run_pictures
 
     run = read_run(run_folder)
-    contents = report_contents(run)
+    contents = _contents(run)
     page = run.folder / "report.html"
     write_page(page, "report.html.jinja", contents, run_pictures(contents))
     return page
+
+
+def _contents(run: RunFiles) -> dict[str, Any]:
+    log_file = "the log" if run.log is None else run.log.file
+    found = run.part(log_file, curves)
+    contents: dict[str, Any] = {
+        "run": run.folder.name,
+        "folder": str(run.folder),
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": run.finished,
+        "missing": _missing(run),
+        "statistics": {"confidence": CONFIDENCE, "draws": DRAWS},
+        "asked": run.part(RECORD_FILE, _asked),
+        "scores": run.part(METRICS_FILE, score_table),
+        "curves": found,
+        "not_finite": not_finite(found),
+        **dict[str, Any].fromkeys(_SECTIONS),
+        "free_writing": run.part(METRICS_FILE, generated_section),
+        "health": run.part(DATA_HEALTH_FILE, _health),
+        "progress": run.part(METRICS_FILE, progress),
+        "plan": run.part(METRICS_FILE, plan_against_measured),
+        "fsdp": run.part(RECORD_FILE, _fsdp),
+        "usage": run.part(RECORD_FILE, usage),
+    }
+    for section in run.part(METRICS_FILE, lambda run: [Section(name) for name in run.sections]):
+        contents[section] = run.part(PREDICTIONS_FILE, partial(_section, section))
+    return contents
+
+
+def _section(section: Section, run: RunFiles) -> dict[str, Any]:
+    return _SECTIONS[section](run.predictions)
+
+
+def _health(run: RunFiles) -> dict[str, Any] | None:
+    if run.health is None:
+        return None
+    parts = {part: run.health[part] for part in _HEALTH_PARTS}
+    for part, keys in _HEALTH_PARTS.items():
+        parts[part] = {key: parts[part][key] for key in keys} if keys else parts[part]
+    return parts
+
+
+def _fsdp(run: RunFiles) -> dict[str, Any] | None:
+    status = (run.record or {}).get("fsdp")
+    if status is None:
+        return None
+    return {key: status[key] for key in _FSDP_PARTS}
+
+
+def _missing(run: RunFiles) -> list[str]:
+    """What is not in the folder, and what the report therefore lacks."""
+    lacks = {
+        f"{RECORD_FILE}: the settings, versions and FSDP status": run.record,
+        f"{DATA_HEALTH_FILE}: the data health": run.health,
+        "log_history.jsonl or a checkpoint: the curves": run.log,
+        f"{METRICS_FILE}: the scores; a run writes it last": run.metrics,
+        f"{PREDICTIONS_FILE}: the answers row by row": run.predictions,
+        "adapter_config.json: the adapter": run.adapter,
+    }
+    return [what for what, part in lacks.items() if part is None]
+
+
+def _asked(run: RunFiles) -> dict[str, Any]:
+    """What was asked, with which model and versions; where unknown, `None`."""
+    record = run.record or {}
+    metrics = run.metrics or {}
+    data = (record.get("arguments") or {}).get("data") or {}
+    changed = record.get("not_default") or {}
+    options = (run.task or {}).get("options") or {}
+    environment = record.get("environment")
+    return {
+        "started": record.get("started"),
+        "finished": metrics.get("finished"),
+        "task": record.get("task") or metrics.get("task") or (run.task or {}).get("task"),
+        "instruction": one_line(options.get("instruction") or "", limit=400) or None,
+        "labels": run.labels,
+        "answers": record.get("answers"),
+        "base": base_of(run) or None,
+        "adapter": _adapter(run),
+        "data_file": data.get("data_file"),
+        "eval_file": data.get("eval_file"),
+        "training_rows": record.get("training_rows", metrics.get("training_rows")),
+        "held_out_rows": record.get("held_out_rows", metrics.get("held_out_rows")),
+        "rows_left_out": record.get("rows_left_out", metrics.get("rows_left_out")),
+        "device": record.get("device"),
+        "settings": {
+            group: {name: setting_text(value) for name, value in changed.get(group, {}).items()}
+            for group in ("model", "adapter", "data", "training")
+        },
+        "versions": environment and _versions(environment),
+        "devices": environment and environment["devices"],
+        "platform": environment and environment["platform"],
+    }
+
+
+def _adapter(run: RunFiles) -> str | None:
+    """Rank, scale, dropout and places of the adapter, in a line."""
+    if run.adapter is not None:
+        names = ("r", "lora_alpha", "lora_dropout", "target_modules")
+        rank, alpha, dropout, targets = (run.adapter[name] for name in names)
+    elif "adapter" in ((run.record or {}).get("arguments") or {}):
+        asked = run.record["arguments"]["adapter"]  # type: ignore[index]
+        names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        rank, alpha, dropout, targets = (asked[name] for name in names)
+    else:
+        return None
+    places = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    return one_line(f"LoRA, r {rank}, alpha {alpha}, dropout {dropout:g}, on {places}")
+
+
+def _versions(environment: dict[str, Any]) -> dict[str, str]:
+    commit = environment.get("lora_fsdp_commit")
+    versions = {
+        "lora_fsdp": environment["lora_fsdp"] + (f" (commit {commit})" if commit else ""),
+        "python": environment["python"],
+        "CUDA": environment["cuda"] or "none",
+        **{name: version or "none" for name, version in environment["packages"].items()},
+    }
+    return {name: str(version) for name, version in versions.items()}

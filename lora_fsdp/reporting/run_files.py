@@ -23,7 +23,7 @@ PREDICTIONS_FILE = "predictions.csv"
 ADAPTER_FILE = "adapter_config.json"
 _COLUMNS = ("row", "text", "target", "base", "tuned", "probability")
 _ADAPTER_KEYS = ("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules")
-_BASELINE = "baseline/"
+BASELINE = "baseline/"
 
 Part = TypeVar("Part")
 
@@ -85,7 +85,7 @@ class RunFiles:
         if self.metrics is not None and "report_sections" in self.metrics:
             return list(self.metrics["report_sections"])
         # A run of an earlier version, or one whose metrics are gone, shows it by its columns.
-        if label_columns(self.predictions):
+        if columns_after(PROBABILITY_OF, self.predictions):
             return [Section.ANSWERS]
         return [Section.CHOICES if CHOICES in self.predictions.columns else Section.FREE_TEXT]
 
@@ -212,22 +212,10 @@ def _predictions(path: Path) -> pd.DataFrame | None:
     return table
 
 
-def label_columns(predictions: pd.DataFrame) -> dict[str, str]:
-    """For each label of a closed set the column with its probability."""
-    return {
-        name.removeprefix(PROBABILITY_OF): name
-        for name in predictions.columns
-        if name.startswith(PROBABILITY_OF)
-    }
-
-
-def baseline_columns(predictions: pd.DataFrame) -> dict[str, str]:
-    """For each baseline the column with its answers."""
-    return {
-        name.removeprefix(_BASELINE): name
-        for name in predictions.columns
-        if name.startswith(_BASELINE)
-    }
+def columns_after(prefix: str, predictions: pd.DataFrame) -> dict[str, str]:
+    """The columns that begin with `prefix`, by what follows it: labels, or baselines."""
+    names = [name for name in predictions.columns if name.startswith(prefix)]
+    return {name.removeprefix(prefix): name for name in names}
 
 
 def _damaged(path: Path, why: object) -> DamagedRunError:

@@ -18,7 +18,7 @@ from lora_fsdp.reporting.run_files import (
     METRICS_FILE,
     RECORD_FILE,
     RunFiles,
-    label_columns,
+    columns_after,
     read_run,
 )
 from lora_fsdp.reporting.sections.intervals import (
@@ -30,6 +30,7 @@ from lora_fsdp.reporting.sections.intervals import (
 from lora_fsdp.reporting.sections.progress import curves, progress
 from lora_fsdp.reporting.sections.scores import score_table
 from lora_fsdp.reporting.texts import setting_text
+from lora_fsdp.tasks.answers.kind import PROBABILITY_OF
 
 if TYPE_CHECKING:
     from lora_fsdp.reporting.sections.figures import Picture
@@ -166,7 +167,11 @@ def _paired(first: RunFiles, other: RunFiles, metrics: Sequence[str]) -> dict[st
     mine, theirs = (table.sort_values("row", ignore_index=True) for table in (mine, theirs))
     if not mine[_SAME_ROWS].equals(theirs[_SAME_ROWS]):
         return {"same_rows": False, "why": "they were not scored on the same held-out rows"}
-    labels = list(dict.fromkeys([*label_columns(mine), *label_columns(theirs)]))
+    labels = list(
+        dict.fromkeys(
+            [*columns_after(PROBABILITY_OF, mine), *columns_after(PROBABILITY_OF, theirs)]
+        )
+    )
     bootstrap = PairedBootstrap(
         mine["target"].tolist(),
         {"first": mine["tuned"].tolist(), "other": theirs["tuned"].tolist()},

@@ -1,10 +1,15 @@
-"""Texts of the data as they can be shown: on one line, shortened, nothing invisible in them."""
+"""Texts of the data as they can be shown: shortened, nothing invisible in them, no markup."""
 
 from __future__ import annotations
+
+import html
+import re
 
 # Parts of ordinary writing that `str.isprintable` counts as invisible: joiners in emoji and in
 # Persian or Indic words, and the marks of writing direction that do not reorder other text.
 _HARMLESS = {"\u200c", "\u200d", "\u200e", "\u200f"}
+# What means something to Markdown within a line, and what makes an address a link by itself.
+_MARKUP = re.compile(r"([\\`*_{}\[\]#!|~$^:@]|(?<=www)\.)", flags=re.IGNORECASE)
 
 
 def setting_text(value: object) -> str:
@@ -33,3 +38,22 @@ def without_invisible(line: str) -> str:
         else letter.encode("unicode_escape").decode()
         for letter in line
     )
+
+
+def inline(value: object, *, limit: int = 120) -> str:
+    """`value` for the middle of a line, with all escaped that Markdown, HTML or a table would read.
+
+    Source: https://spec.commonmark.org/0.31.2/#backslash-escapes
+    """
+    line = _MARKUP.sub(r"\\\1", one_line(str(value), limit=limit))
+    return html.escape(line, quote=False)
+
+
+def fenced(text: str, language: str) -> str:
+    """`text` as a block of code; no line of it can end the block."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    # A carriage return alone ends a line too.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    shown = ["\t".join(map(without_invisible, line.split("\t"))) for line in lines]
+    return "\n".join([f"{fence}{language}", *shown, fence])

@@ -16,8 +16,8 @@ class AlpacaTask(GenerationTask):
     """Follows instructions, each with or without an input.
 
     Source of the columns and the wording: https://github.com/tatsu-lab/stanford_alpaca (there, a
-    prompt with an input has another first sentence; here all rows begin alike, so that packed rows
-    compute the beginning once).
+    prompt with an input has another first sentence; here all rows begin alike, so that a packed
+    sequence computes the beginning once).
 
     Attributes:
         input_column: column with the input, which may be empty or missing.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_fsdp.errors import IncompleteTaskError, MalformedRowError
 from lora_fsdp.tasks.answers import AnswerKind, ClosedSet, FreeText, OwnChoices
+from lora_fsdp.tasks.cells import records
 from lora_fsdp.tasks.example import Example, Prompt
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 class Task:
     """Base class of all tasks: rows in, prompts and targets out, text in, metrics out.
 
-    A subclass sets `name` and writes `build_prompt` and `build_target`. Its answers are one of a
+    A subclass sets `name` and defines `build_prompt` and `build_target`. Its answers are one of a
     closed set (`labels`), one of the row's own (`per_row_choices`), both scored by likelihood; or
     free text, which greedy decoding generates; or of a kind of its own (`answer_kind`).
 
@@ -87,18 +88,23 @@ class Task:
         """What `lora-fsdp tasks show` lists, JSON-ready: the options, by default."""
         return self.options()
 
+    def bad_rows(self, table: pd.DataFrame, *, with_labels: bool = True) -> pd.Series:
+        """What is wrong with each row that cannot be used, under its index in `table`."""
+        return table.iloc[:0].index.to_series()
+
     def drop_bad_rows(
         self, table: pd.DataFrame, *, with_labels: bool = True
     ) -> tuple[pd.DataFrame, int]:
-        """The table without the rows that cannot be used, and how many were left out."""
-        return table, 0
+        """The table without its bad rows, row numbers kept, and how many were left out."""
+        bad = self.bad_rows(table, with_labels=with_labels)
+        return table[~table.index.isin(bad.index)], len(bad)
 
     def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
         """The prompt for one row."""
         raise IncompleteTaskError(f"Task {self.name!r} does not define build_prompt(row).")
 
     def build_target(self, row: Mapping[str, Any]) -> str:
-        """The answer for one row, to the letter, without the end token."""
+        """The exact answer for one row, without the end token."""
         raise IncompleteTaskError(f"Task {self.name!r} does not define build_target(row).")
 
     def build_choices(self, row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -133,8 +139,6 @@ class Task:
 
     def examples(self, table: pd.DataFrame, *, with_targets: bool = True) -> list[Example]:
         """All rows of `table` as examples, in order; the index gives the row numbers."""
-        columns = [str(column) for column in table.columns]
-        rows = (dict(zip(columns, values, strict=True)) for values in table.itertuples(index=False))
         return [
             Example(
                 row=int(number),
@@ -143,7 +147,7 @@ class Task:
                 choices=self.checked_choices(int(number), row),
                 references=self.build_references(row) if with_targets else (),
             )
-            for number, row in zip(table.index, rows, strict=True)
+            for number, row in zip(table.index, records(table), strict=True)
         ]
 
     def parse(self, text: str) -> str | None:

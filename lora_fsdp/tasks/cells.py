@@ -1,12 +1,16 @@
-"""Cells of a table as texts, lists and objects, whatever kind of file they come from."""
+"""Cells of a table as texts, lists and objects, whatever file they come from; its rows; faults."""
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+_ROWS_SHOWN = 5
 
 
 def cell_text(value: object) -> str:
@@ -38,3 +42,22 @@ def plain(value: object) -> Any:
     if isinstance(value, np.generic):
         return plain(value.item())
     return None if pd.api.types.is_scalar(value) and pd.isna(value) else value
+
+
+def records(table: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """The rows of a table, each by its columns' names."""
+    columns = [str(column) for column in table.columns]
+    for values in table.itertuples(index=False):
+        yield dict(zip(columns, values, strict=True))
+
+
+def first_faults(faults: pd.Series) -> str:
+    """The first of what `Task.bad_rows` returns, for a message."""
+    shown = [f"row {number} ({fault})" for number, fault in faults[:_ROWS_SHOWN].items()]
+    return ", ".join([*shown, "…"] if len(faults) > len(shown) else shown)
+
+
+def nearest_columns(missing: Sequence[str], there: Sequence[str]) -> list[str]:
+    """For each missing column that resembles one of the table, the question whether it is meant."""
+    nearest = {name: difflib.get_close_matches(name, there, n=1) for name in missing}
+    return [f"Did you mean {near[0]!r} for {name!r}?" for name, near in nearest.items() if near]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -22,13 +21,12 @@ from lora_fsdp.errors import (
 )
 from lora_fsdp.tasks.answers import ClosedSet
 from lora_fsdp.tasks.base import Task
-from lora_fsdp.tasks.cells import cell_text
+from lora_fsdp.tasks.cells import cell_text, first_faults, nearest_columns
 from lora_fsdp.tasks.example import Prompt
 from lora_fsdp.tasks.registry import register_task
 
 _NO_TEXT = "no text"
 _NO_LABEL = "no label"
-_ROWS_SHOWN = 5
 _HOW_TO_DROP = "Correct them, or leave them out with --on_bad_rows drop."
 
 
@@ -151,13 +149,6 @@ class ClassificationTask(Task):
         faults[table[task.text_column].map(cell_text).str.strip() == ""] = _NO_TEXT
         return faults[faults != ""]
 
-    def drop_bad_rows(
-        self, table: pd.DataFrame, *, with_labels: bool = True
-    ) -> tuple[pd.DataFrame, int]:
-        """The table without its bad rows, row numbers kept, and how many were left out."""
-        bad = self.bad_rows(table, with_labels=with_labels)
-        return table[~table.index.isin(bad.index)], len(bad)
-
     def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
         """The article's format: instruction, input, and the cue for the answer."""
         if self.text_column is None:
@@ -188,16 +179,7 @@ class ClassificationTask(Task):
     def compute_metrics(
         self, targets: Sequence[str], predictions: Sequence[str | None]
     ) -> dict[str, float]:
-        """Accuracy, F1 and per-label scores over the whole label set, as scikit-learn has them.
-
-        Args:
-            targets: the right labels.
-            predictions: as many labels; `None`, or what is not in the label set, counts as wrong.
-
-        Returns:
-            `accuracy`, `macro_f1`, `weighted_f1` and, for every label, `precision/<label>`,
-            `recall/<label>` and `f1/<label>`, each from 0 to 1. A label that occurs nowhere has 0.
-        """
+        """See `ClosedSet.metrics`."""
         self._label_set()
         return self.answer_kind.metrics(targets, predictions)
 
@@ -226,13 +208,13 @@ class ClassificationTask(Task):
         if len(empty) > 0:
             raise EmptyTextError(
                 f"{len(empty)} of {len(table)} rows have no text in column {self.text_column!r}: "
-                f"{_first_rows(empty)}. {_HOW_TO_DROP}"
+                f"{first_faults(empty)}. {_HOW_TO_DROP}"
             )
         if len(bad) > 0:
             known = "" if self.labels is None else f", or none of {_listed(self.labels)}"
             raise UnknownLabelError(
                 f"{len(bad)} of {len(table)} rows have no label in column {self.label_column!r}"
-                f"{known}: {_first_rows(bad)}. {_HOW_TO_DROP}"
+                f"{known}: {first_faults(bad)}. {_HOW_TO_DROP}"
             )
 
     def _label_set(self) -> Sequence[str]:
@@ -267,19 +249,12 @@ def _column_error(
             f"The table has {_listed(columns)}."
         )
     missing = [str(name) for names in wanted for name in names if name not in columns]
-    nearest = {name: difflib.get_close_matches(name, columns, n=1) for name in missing}
-    hints = [f"Did you mean {near[0]!r} for {name!r}?" for name, near in nearest.items() if near]
     choices = dict.fromkeys(" and ".join(map(repr, names)) for names in wanted)
     return ColumnNotFoundError(
         f"Task {task!r} needs {', or '.join(choices)}, but the columns of the table are "
-        f"{_listed(columns)}. {' '.join([*hints, advice])}"
+        f"{_listed(columns)}. {' '.join([*nearest_columns(missing, columns), advice])}"
     )
 
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names))
-
-
-def _first_rows(faults: pd.Series) -> str:
-    shown = [f"row {number} ({fault})" for number, fault in faults[:_ROWS_SHOWN].items()]
-    return ", ".join([*shown, "…"] if len(faults) > len(shown) else shown)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -16,15 +15,13 @@ from lora_fsdp.errors import (
     NoRowsError,
 )
 from lora_fsdp.tasks.base import Task
-from lora_fsdp.tasks.cells import cell_text
-
-_ROWS_SHOWN = 5
+from lora_fsdp.tasks.cells import cell_text, first_faults, nearest_columns, records
 
 
 class ColumnTask(Task):
     """A task that says which columns it takes, and what is wrong with a row.
 
-    A subclass sets the class attributes and writes `build_prompt` and, for answers that are no
+    A subclass sets the class attributes and defines `build_prompt` and, for answers that are no
     plain texts, `build_target`. One with further columns takes them in its constructor and hands
     them to `settle`.
 
@@ -91,11 +88,9 @@ class ColumnTask(Task):
             raise NoRowsError(f"Task {self.name!r} was given a table without rows.")
         bad = self.bad_rows(table, with_labels=with_labels)
         if len(bad) > 0:
-            shown = [f"row {number} ({fault})" for number, fault in bad[:_ROWS_SHOWN].items()]
-            listed = ", ".join([*shown, "…"] if len(bad) > len(shown) else shown)
             raise MalformedRowError(
-                f"{len(bad)} of {len(table)} rows cannot be used: {listed}. Correct them, or leave "
-                "them out with --on_bad_rows drop."
+                f"{len(bad)} of {len(table)} rows cannot be used: {first_faults(bad)}. Correct "
+                "them, or leave them out with --on_bad_rows drop."
             )
         return self
 
@@ -110,18 +105,9 @@ class ColumnTask(Task):
     def bad_rows(self, table: pd.DataFrame, *, with_labels: bool = True) -> pd.Series:
         """What is wrong with each row that cannot be used, under its index in `table`."""
         self._check_columns(table, with_labels=with_labels)
-        names = [str(column) for column in table.columns]
-        rows = (dict(zip(names, values, strict=True)) for values in table.itertuples(index=False))
-        faults = [self.fault(row, with_labels=with_labels) or "" for row in rows]
+        faults = [self.fault(row, with_labels=with_labels) or "" for row in records(table)]
         found = pd.Series(faults, index=table.index, name="fault", dtype="str")
         return found[found != ""]
-
-    def drop_bad_rows(
-        self, table: pd.DataFrame, *, with_labels: bool = True
-    ) -> tuple[pd.DataFrame, int]:
-        """The table without its bad rows, row numbers kept, and how many were left out."""
-        bad = self.bad_rows(table, with_labels=with_labels)
-        return table[~table.index.isin(bad.index)], len(bad)
 
     def _check_columns(self, table: pd.DataFrame, *, with_labels: bool) -> None:
         there = [str(column) for column in table.columns]
@@ -129,10 +115,7 @@ class ColumnTask(Task):
         missing = [name for name in needed if name not in there]
         if not missing:
             return
-        near = {name: difflib.get_close_matches(name, there, n=1) for name in missing}
-        hints = [
-            f"Did you mean {match[0]!r} for {name!r}?" for name, match in near.items() if match
-        ]
+        hints = nearest_columns(missing, there)
         advice = "Name them with --text_column, --label_column or --task_options."
         raise ColumnNotFoundError(
             f"Task {self.name!r} needs {', '.join(map(repr, missing))}, but the columns of the "

@@ -10,15 +10,15 @@ class Prompt:
     """What the model is given: the author's words around a row's. Only `text` is ever shortened.
 
     `before` and `after` hold the instruction and the cue for the answer; what is the same in every
-    row of a task should stand in `before`, where packed rows compute it once. They may hold control
-    tokens. What comes from a row belongs into the other parts, where a control token that it spells
-    is taken as the letters it is.
+    row of a task should stand in `before`, where a packed sequence computes it once. They may hold
+    control tokens. What comes from a row belongs in the other parts, where a control token that it
+    spells is taken as the letters it is.
 
     Attributes:
         before: the author's words before the row's.
         text: the row's text, of which the end is cut if the prompt is too long.
         after: the author's words after the row's.
-        lead, tail: what else of the row stands right before and right after `text`, whole.
+        lead, tail: what else of the row stands right before and after `text`, never shortened.
         turns: (role, content) of the messages before this one; for chat templates only.
     """
 
@@ -50,7 +50,7 @@ class Example:
     Attributes:
         row: number of the row in its table (1 = first data row), for messages and reports.
         prompt: what the model is given.
-        target: what it must continue with, to the letter (for most prompts it starts with a
+        target: exactly what it must continue with (for most prompts it starts with a
             space); `None` for a row without an answer, which can be predicted but not trained on.
         choices: the targets among which this row's answer is, if they are its own and not those of
             the task's label set; empty otherwise.

@@ -15,10 +15,10 @@ from lora_fsdp.tasks.text_metrics import exact_match, token_f1
 
 @register_task
 class GenerationTask(ColumnTask):
-    """Writes a text for each text of a table. Complete as it is; subclasses set class attributes.
+    """Generates a text for each text. Complete as it is; subclasses set class attributes.
 
-    Every class attribute is also a constructor argument. A subclass with metrics of its own writes
-    `score_answer`, or `measure_answers` if they are no means over the rows.
+    Every class attribute is also a constructor argument. A subclass with metrics of its own
+    defines `score_answer`, or `measure_answers` if they are no means over the rows.
     """
 
     name = "generation"

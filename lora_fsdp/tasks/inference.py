@@ -22,7 +22,7 @@ class InferenceTask(ClassificationTask):
 
     Attributes:
         text_column, second_column: columns with the two texts.
-        shorten: which of them is cut where a pair is too long; the other one always stays whole.
+        shorten: which of them is cut where a pair is too long; the other one is never shortened.
     """
 
     name = "inference"

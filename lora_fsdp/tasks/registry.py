@@ -10,7 +10,6 @@ It is imported only when it is asked for or listed.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from lora_fsdp.errors import (
     LoraFsdpError,
     TaskError,
     UnknownTaskError,
+    did_you_mean,
 )
 from lora_fsdp.tasks.base import Task
 
@@ -92,11 +92,10 @@ def get_task(name: str, options: Mapping[str, object] | None = None) -> Task:
     """
     claims = _claims()
     if name not in claims:
-        nearest = difflib.get_close_matches(name, claims, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise UnknownTaskError(
-            f"No task {name!r}.{hint} Known: {', '.join(sorted(claims))}. A task of a script is "
-            "known once its module has been imported."
+            f"No task {name!r}.{did_you_mean(name, claims)} Known: "
+            f"{', '.join(sorted(claims))}. A task of a script is known once its module has been "
+            "imported."
         )
     if len(claims[name]) > 1:
         raise _duplicate(name, claims[name])

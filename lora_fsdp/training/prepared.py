@@ -22,7 +22,7 @@ from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.schedule import Schedule
 from lora_fsdp.data.workload import Work, measure_work
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.evaluation.batched_generation import LEAST_NEW_TOKENS
+from lora_fsdp.evaluation.generation import LEAST_NEW_TOKENS
 from lora_fsdp.placement.request import Request
 from lora_fsdp.ranks import check_ranks_agree
 from lora_fsdp.tasks import Example

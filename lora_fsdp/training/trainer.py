@@ -38,7 +38,7 @@ from lora_fsdp.distributed.launch import accelerate_without_fsdp, read_fsdp_sett
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.evaluation.batched_generation import generate_answers
+from lora_fsdp.evaluation.generation import generate_answers
 from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics, model_outputs
 from lora_fsdp.evaluation.scoring import Scores, score_sequences
 from lora_fsdp.ranks import on_first_rank

@@ -6,7 +6,7 @@ Run: python -m pytest tests/evaluation/test_writing.py
 import pytest
 import torch
 
-from lora_fsdp.evaluation import batched_generation as writing
+from lora_fsdp.evaluation import generation as writing
 from lora_fsdp.evaluation.generation import generate_texts
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_trainer

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lora_fsdp.reporting.recording.data_health import data_health, same_but_for_trifles
+from lora_fsdp.reporting.recording.data_health import data_health, normalised
 from lora_fsdp.reporting.texts import one_line
 
 
@@ -94,9 +94,9 @@ def test_planted_training_label_error_comes_first() -> None:
 
 
 @pytest.mark.parametrize("other", ["LATE again", "late, again!", "@x late again https://t.co/1"])
-def test_trifles(other: str) -> None:
-    assert same_but_for_trifles(other) == same_but_for_trifles("late again")
-    assert same_but_for_trifles(other) != same_but_for_trifles("late")
+def test_texts_are_normalised(other: str) -> None:
+    assert normalised(other) == normalised("late again")
+    assert normalised(other) != normalised("late")
 
 
 def test_texts_on_one_line() -> None:

@@ -31,8 +31,8 @@ from lora_fsdp.evaluation.file_prediction import answers_of
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.reporting.card_contents import SAMPLE_TEXT
-from lora_fsdp.reporting.markdown import fenced, inline
 from lora_fsdp.reporting.model_card import CARD_FILE, remove_model_card, write_model_card
+from lora_fsdp.reporting.texts import fenced, inline
 from lora_fsdp.tasks import Prompt, register_task
 from lora_fsdp.training.saving.atomic_folders import check_whole
 from tests.support.reported import HOSTILE, HOSTILE_TEXTS, made_up_run

@@ -8,7 +8,7 @@ from lora_fsdp.base.loading import resolve_dtype
 from lora_fsdp.data.workload import measure_work
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.fact import UnknownFactError
-from lora_fsdp.doctor.finding import Problem, Rule, Severity
+from lora_fsdp.doctor.finding import Problem, Rules
 from lora_fsdp.doctor.numbers import impossible_numbers
 from lora_fsdp.errors import ModelError
 from lora_fsdp.placement.counting import build_on_meta, shape_of
@@ -22,9 +22,12 @@ from lora_fsdp.placement.sequences import largest_sequence
 _GB = 1e9
 
 
+RULES = Rules()
+
+
 def least_device_memory(case: Case) -> DeviceMemory:
-    """What the run takes of each GPU at the least: it keeps no more layers whole than it was told
-    to, recomputes activations, and takes one example at a time.
+    """What the run takes of each GPU at the least: it keeps no more layers resident than it was
+    told to, recomputes activations, and takes one example at a time.
 
     Raises:
         UnknownFactError: nothing can be trained.
@@ -63,6 +66,12 @@ def least_device_memory(case: Case) -> DeviceMemory:
     return device_memory(shape, with_head_placed(shape, layout, largest), largest)
 
 
+@RULES.error(
+    "gpu-memory-too-small",
+    "The run does not fit the GPUs, by the count that `lora-fsdp plan` makes.",
+    "Ask lora-fsdp plan: FSDP over more GPUs, --load_in_4bit, fsdp_offload_params or a smaller "
+    "--max_length take less.",
+)
 def _gpu_memory(case: Case) -> Iterator[Problem]:
     if not case.gpus_used:
         return
@@ -77,15 +86,3 @@ def _gpu_memory(case: Case) -> Iterator[Problem]:
             f"the base, {needed.activations / _GB:.1f} GB for activations), and {smallest.name} "
             f"has {smallest.free / _GB:.1f} GB free."
         )
-
-
-RULES = (
-    Rule(
-        "gpu-memory-too-small",
-        Severity.ERROR,
-        "The run does not fit the GPUs, by the count that `lora-fsdp plan` makes.",
-        "Ask lora-fsdp plan: FSDP over more GPUs, --load_in_4bit, fsdp_offload_params or a smaller "
-        "--max_length take less.",
-        _gpu_memory,
-    ),
-)

@@ -10,28 +10,44 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.doctor.case import Case
-from lora_fsdp.doctor.finding import Problem, Rule, Severity
+from lora_fsdp.doctor.finding import Problem, Rules
 
 # alpha / r; the source article's is 4, and papers rarely leave 0.25 to 8.
 _LARGE_SCALE = 32.0
 
 
-def _refused(case: Case) -> Iterator[Problem]:
-    if (error := case.lora.error) is not None:
-        yield Problem(str(error))
+RULES = Rules()
 
 
+@RULES.error(
+    "lora-refused",
+    "`peft.LoraConfig` refuses `--lora_kwargs`, or a number in it is none.",
+    "Give fields of peft.LoraConfig, as JSON.",
+)
+def _refused(case: Case) -> None:
+    case.lora.check()
+
+
+@RULES.error("lora-rank", "`--lora_r` below 1.", "Set it to 8, say.")
 def _rank(case: Case) -> Iterator[Problem]:
     if case.lora.value.r < 1:
         yield Problem(f"--lora_r {case.lora.value.r}: an adapter needs a rank of at least 1.")
 
 
+@RULES.error(
+    "lora-dropout", "`--lora_dropout` outside 0 to below 1.", "Set it to 0, or to 0.1 at most."
+)
 def _dropout(case: Case) -> Iterator[Problem]:
     dropout = case.lora.value.lora_dropout
     if not 0 <= dropout < 1:
         yield Problem(f"--lora_dropout {dropout} is no share from 0 to below 1.")
 
 
+@RULES.error(
+    "target-modules",
+    "`--lora_target_modules` that match nothing in the model, or that PEFT cannot adapt.",
+    "Give names of its linear modules, or all-linear.",
+)
 def _targets(case: Case) -> Iterator[Problem]:
     settings = case.lora.value
     if settings.r < 1 or not 0 <= settings.lora_dropout < 1:
@@ -40,6 +56,11 @@ def _targets(case: Case) -> Iterator[Problem]:
         yield Problem(str(error))
 
 
+@RULES.note(
+    "target-modules-regex",
+    "`target_modules` in `--lora_kwargs` is a lone string: a regular expression to PEFT.",
+    "Give a list if names were meant.",
+)
 def _regular_expression(case: Case) -> Iterator[Problem]:
     targets = case.lora.value.target_modules
     if isinstance(targets, str) and targets != "all-linear":
@@ -51,6 +72,11 @@ def _regular_expression(case: Case) -> Iterator[Problem]:
         )
 
 
+@RULES.warning(
+    "lora-rank-too-large",
+    "`--lora_r` not below the smaller side of a matrix that it adapts.",
+    "Lower --lora_r.",
+)
 def _rank_too_large(case: Case) -> Iterator[Problem]:
     rank = case.lora.value.r
     model = base_model(case.adapted.value)
@@ -67,6 +93,11 @@ def _rank_too_large(case: Case) -> Iterator[Problem]:
         )
 
 
+@RULES.error(
+    "lora-alpha",
+    "`--lora_alpha` of 0 or less: nothing would be learnt.",
+    "Set it to one to four times --lora_r.",
+)
 def _alpha(case: Case) -> Iterator[Problem]:
     if not case.lora.value.lora_alpha > 0:  # also NaN
         yield Problem(
@@ -75,6 +106,11 @@ def _alpha(case: Case) -> Iterator[Problem]:
         )
 
 
+@RULES.warning(
+    "lora-scale",
+    f"An update scaled (alpha / r) by more than {_LARGE_SCALE:g}.",
+    "Set --lora_alpha to one to four times --lora_r.",
+)
 def _scale(case: Case) -> Iterator[Problem]:
     settings = case.lora.value
     if settings.r < 1:
@@ -88,15 +124,25 @@ def _scale(case: Case) -> Iterator[Problem]:
         )
 
 
+@RULES.note(
+    "dropout-with-shared-prefix",
+    "`--share_prefix always` with dropout.",
+    "Set --lora_dropout 0 for exact gradients, or --share_prefix auto.",
+)
 def _shared_dropout(case: Case) -> Iterator[Problem]:
     dropout = case.lora.value.lora_dropout
     if dropout > 0 and case.arguments.value.share_prefix == "always":
         yield Problem(
             f"--share_prefix always with --lora_dropout {dropout}: gradients stay unbiased, but "
-            "the examples of a row share the prefix's dropout masks."
+            "the examples of a packed sequence share the prefix's dropout masks."
         )
 
 
+@RULES.note(
+    "lora-on-head",
+    "The adapter is on the output head: its logits are not computed chunk by chunk.",
+    "Leave the head out of --lora_target_modules if memory is scarce.",
+)
 def _on_head(case: Case) -> Iterator[Problem]:
     head = base_model(case.adapted.value).get_output_embeddings()
     if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
@@ -104,71 +150,3 @@ def _on_head(case: Case) -> Iterator[Problem]:
             "The adapter is on the output head, which therefore cannot run chunk by chunk: the "
             "logits of all supervised tokens are in memory at once."
         )
-
-
-RULES = (
-    Rule(
-        "lora-refused",
-        Severity.ERROR,
-        "`peft.LoraConfig` refuses `--lora_kwargs`, or a number in it is none.",
-        "Give fields of peft.LoraConfig, as JSON.",
-        _refused,
-    ),
-    Rule("lora-rank", Severity.ERROR, "`--lora_r` below 1.", "Set it to 8, say.", _rank),
-    Rule(
-        "lora-dropout",
-        Severity.ERROR,
-        "`--lora_dropout` outside 0 to below 1.",
-        "Set it to 0, or to 0.1 at most.",
-        _dropout,
-    ),
-    Rule(
-        "target-modules",
-        Severity.ERROR,
-        "`--lora_target_modules` that match nothing in the model, or that PEFT cannot adapt.",
-        "Give names of its linear modules, or all-linear.",
-        _targets,
-    ),
-    Rule(
-        "target-modules-regex",
-        Severity.NOTE,
-        "`target_modules` in `--lora_kwargs` is a lone string: a regular expression to PEFT.",
-        "Give a list if names were meant.",
-        _regular_expression,
-    ),
-    Rule(
-        "lora-rank-too-large",
-        Severity.WARNING,
-        "`--lora_r` not below the smaller side of a matrix that it adapts.",
-        "Lower --lora_r.",
-        _rank_too_large,
-    ),
-    Rule(
-        "lora-alpha",
-        Severity.ERROR,
-        "`--lora_alpha` of 0 or less: nothing would be learnt.",
-        "Set it to one to four times --lora_r.",
-        _alpha,
-    ),
-    Rule(
-        "lora-scale",
-        Severity.WARNING,
-        f"An update scaled (alpha / r) by more than {_LARGE_SCALE:g}.",
-        "Set --lora_alpha to one to four times --lora_r.",
-        _scale,
-    ),
-    Rule(
-        "dropout-with-shared-prefix",
-        Severity.NOTE,
-        "`--share_prefix always` with dropout.",
-        "Set --lora_dropout 0 for exact gradients, or --share_prefix auto.",
-        _shared_dropout,
-    ),
-    Rule(
-        "lora-on-head",
-        Severity.NOTE,
-        "The adapter is on the output head: its logits are not computed chunk by chunk.",
-        "Leave the head out of --lora_target_modules if memory is scarce.",
-        _on_head,
-    ),
-)

@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 from lora_fsdp.base.loading import resolve_dtype
 from lora_fsdp.doctor.case import Case
-from lora_fsdp.doctor.finding import Problem, Rule, Severity
+from lora_fsdp.doctor.finding import Problem, Rules
 
 _PACKAGE = "lora-fsdp"
 _PYTHON = SpecifierSet(">=3.11")
@@ -24,6 +24,9 @@ _LEAST_SHARED = 512 * _MEBIBYTE
 _BFLOAT16_FROM = (8, 0)
 _FIRST_YEAR = 2025
 _CLOCK_SLACK = 3600.0
+
+
+RULES = Rules()
 
 
 def requirements() -> list[Requirement]:
@@ -41,6 +44,11 @@ def requirements() -> list[Requirement]:
     return [one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
 
 
+@RULES.error(
+    "versions",
+    "Python or a package is missing, or in a version that is not supported.",
+    "Install the version that is named.",
+)
 def _versions(case: Case) -> Iterator[Problem]:
     if not _PYTHON.contains(case.machine.python, prereleases=True):
         yield Problem(f"Python {case.machine.python} is not {_PYTHON}.", "Use a newer Python.")
@@ -57,6 +65,11 @@ def _versions(case: Case) -> Iterator[Problem]:
             )
 
 
+@RULES.warning(
+    "bfloat16",
+    "The base is in bfloat16, and a GPU is older than Ampere (compute capability 8.0).",
+    "Set --dtype float32, or use a newer GPU.",
+)
 def _bfloat16(case: Case) -> Iterator[Problem]:
     if not case.gpus_used:
         return
@@ -69,6 +82,11 @@ def _bfloat16(case: Case) -> Iterator[Problem]:
         )
 
 
+@RULES.warning(
+    "no-peer-access",
+    "GPUs that do not reach each other's memory (RTX 4090 and other consumer boards).",
+    "Set NCCL_P2P_DISABLE=1; where the base fits one GPU, accelerate_configs/ddp.yaml is faster.",
+)
 def _peer_access(case: Case) -> Iterator[Problem]:
     launch, machine = case.launch.value, case.machine
     several = case.gpus_used and min(launch.processes_here, len(machine.gpus)) > 1
@@ -83,6 +101,11 @@ def _peers_are_off(case: Case) -> bool:
     return case.launch.value.environment.get("NCCL_P2P_DISABLE", "0") == "1"
 
 
+@RULES.error(
+    "driver",
+    "There are NVIDIA GPUs that torch cannot use: built for CPUs or for a newer CUDA.",
+    "Install a torch built for this driver's CUDA (https://pytorch.org).",
+)
 def _driver(case: Case) -> Iterator[Problem]:
     machine = case.machine
     if machine.driver_gpus == 0:
@@ -105,6 +128,11 @@ def _driver(case: Case) -> Iterator[Problem]:
         )
 
 
+@RULES.warning(
+    "clock",
+    f"The clock is before {_FIRST_YEAR}, or files of the run are from its future.",
+    "Set the clock: certificates, file times and run records depend on it.",
+)
 def _clock(case: Case) -> Iterator[Problem]:
     clock = case.machine.clock
     if (year := time.gmtime(clock).tm_year) < _FIRST_YEAR:
@@ -119,6 +147,11 @@ def _clock(case: Case) -> Iterator[Problem]:
         yield Problem(f"{file} was written {hours:.0f} hours ahead of the system's clock.")
 
 
+@RULES.warning(
+    "shared-memory",
+    "Less than 512 MiB of /dev/shm and several GPUs.",
+    "Start the container with --shm-size=1g or --ipc=host.",
+)
 def _shared_memory(case: Case) -> Iterator[Problem]:
     size = case.machine.shared_memory
     several = case.gpus_used and case.launch.value.processes_here > 1
@@ -126,50 +159,3 @@ def _shared_memory(case: Case) -> Iterator[Problem]:
         yield Problem(
             f"/dev/shm has {size // _MEBIBYTE} MiB: NCCL may fail there with several GPUs."
         )
-
-
-RULES = (
-    Rule(
-        "versions",
-        Severity.ERROR,
-        "Python or a package is missing, or in a version that is not supported.",
-        "Install the version that is named.",
-        _versions,
-    ),
-    Rule(
-        "bfloat16",
-        Severity.WARNING,
-        "The base is in bfloat16, and a GPU is older than Ampere (compute capability 8.0).",
-        "Set --dtype float32, or use a newer GPU.",
-        _bfloat16,
-    ),
-    Rule(
-        "no-peer-access",
-        Severity.WARNING,
-        "GPUs that do not reach each other's memory (RTX 4090 and other consumer boards).",
-        "Set NCCL_P2P_DISABLE=1; where the base fits one GPU, accelerate_configs/ddp.yaml is "
-        "faster.",
-        _peer_access,
-    ),
-    Rule(
-        "driver",
-        Severity.ERROR,
-        "There are NVIDIA GPUs that torch cannot use: built for CPUs or for a newer CUDA.",
-        "Install a torch built for this driver's CUDA (https://pytorch.org).",
-        _driver,
-    ),
-    Rule(
-        "clock",
-        Severity.WARNING,
-        f"The clock is before {_FIRST_YEAR}, or files of the run are from its future.",
-        "Set the clock: certificates, file times and run records depend on it.",
-        _clock,
-    ),
-    Rule(
-        "shared-memory",
-        Severity.WARNING,
-        "Less than 512 MiB of /dev/shm and several GPUs.",
-        "Start the container with --shm-size=1g or --ipc=host.",
-        _shared_memory,
-    ),
-)

@@ -11,13 +11,16 @@ from lora_fsdp.base.loading import resolve_dtype
 from lora_fsdp.data.schedule import Schedule
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.fact import UnknownFactError
-from lora_fsdp.doctor.finding import Problem, Rule, Severity
+from lora_fsdp.doctor.finding import Problem, Rules
 from lora_fsdp.doctor.numbers import impossible_numbers
 
 _GB = 1e9
 # float32, and AdamW's two moments of each value.
 _ADAPTER_BYTES = 4
 _WITH_OPTIMIZER = 3
+
+
+RULES = Rules()
 
 
 def host_bytes_to_load(
@@ -55,11 +58,16 @@ def checkpoints_on_disk(arguments: FineTuningArguments, *, examples: int, proces
         written = math.ceil(steps / max(1, per_epoch))
     if arguments.save_total_limit is None:
         return max(1, written)
-    # A new one is whole before the oldest goes, and the best one may stay beside the newest.
+    # A new one is complete before the oldest goes, and the best one may stay beside the newest.
     besides = 1 + bool(arguments.load_best_model_at_end)
     return max(1, min(written, arguments.save_total_limit + besides))
 
 
+@RULES.error(
+    "disk-too-small",
+    "The checkpoints (adapter and optimizer) do not fit the disk of `--output_dir`.",
+    "Set --save_total_limit, lower --lora_r, or choose another disk.",
+)
 def _disk(case: Case) -> Iterator[Problem]:
     if any(impossible_numbers(case.arguments.value)):
         raise UnknownFactError
@@ -78,6 +86,11 @@ def _disk(case: Case) -> Iterator[Problem]:
         )
 
 
+@RULES.error(
+    "host-memory-too-small",
+    "Loading the base needs more host memory than can be had.",
+    "Use fewer processes on this machine, --dtype bfloat16, or a machine with more memory.",
+)
 def _host_memory(case: Case) -> Iterator[Problem]:
     dtype = resolve_dtype(case.model_args.dtype, device=case.device)
     sizes = [parameter.numel() for parameter in case.skeleton.value.parameters()]
@@ -95,21 +108,3 @@ def _host_memory(case: Case) -> Iterator[Problem]:
             f"{needed / _GB:.1f} GB of host memory for {processes} process(es), and "
             f"{case.machine.host_memory / _GB:.1f} GB can be had."
         )
-
-
-RULES = (
-    Rule(
-        "disk-too-small",
-        Severity.ERROR,
-        "The checkpoints (adapter and optimizer) do not fit the disk of `--output_dir`.",
-        "Set --save_total_limit, lower --lora_r, or choose another disk.",
-        _disk,
-    ),
-    Rule(
-        "host-memory-too-small",
-        Severity.ERROR,
-        "Loading the base needs more host memory than can be had.",
-        "Use fewer processes on this machine, --dtype bfloat16, or a machine with more memory.",
-        _host_memory,
-    ),
-)

@@ -10,20 +10,34 @@ from lora_fsdp.compute.architectures import check_architecture
 from lora_fsdp.data.encoding import end_of_answer
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.fact import UnknownFactError
-from lora_fsdp.doctor.finding import Problem, Rule, Severity
-from lora_fsdp.errors import ArgumentError, UnsupportedModelError
+from lora_fsdp.doctor.finding import Problem, Rules
+
+RULES = Rules()
 
 
-def _folder(case: Case) -> Iterator[Problem]:
-    if (error := case.folder.error) is not None:
-        yield Problem(str(error))
+@RULES.error(
+    "model-missing",
+    "There is no such model folder, and the Hub gives no such model.",
+    "Check --model_name_or_path.",
+)
+def _folder(case: Case) -> None:
+    case.folder.check()
 
 
-def _not_causal(case: Case) -> Iterator[Problem]:
-    if (error := case.skeleton.error) is not None:
-        yield Problem(str(error))
+@RULES.error(
+    "model-not-causal",
+    "`config.json` is missing, or describes no causal language model.",
+    "Choose a causal language model.",
+)
+def _not_causal(case: Case) -> None:
+    case.skeleton.check()
 
 
+@RULES.error(
+    "model-incomplete",
+    "The safetensors files lack weights, are cut off, or do not fit `config.json`.",
+    "Download the model again (lora-fsdp download).",
+)
 def _weights(case: Case) -> Iterator[Problem]:
     folder = case.folder.value
     if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
@@ -56,6 +70,11 @@ def _weights(case: Case) -> Iterator[Problem]:
         )
 
 
+@RULES.warning(
+    "model-pickled",
+    "The weights are a pickle, which is read completely and cannot be checked here.",
+    "Load the model once with transformers and save it with save_pretrained.",
+)
 def _pickles(case: Case) -> Iterator[Problem]:
     folder = case.folder.value
     pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
@@ -63,13 +82,21 @@ def _pickles(case: Case) -> Iterator[Problem]:
         yield Problem(f"{folder} has its weights in a pickle ({pickles[0]}).")
 
 
-def _architecture(case: Case) -> Iterator[Problem]:
-    try:
-        check_architecture(case.skeleton.value, longest=case.data_args.max_length)
-    except UnsupportedModelError as error:
-        yield Problem(str(error))
+@RULES.error(
+    "architecture",
+    "An architecture that cannot keep the examples of a packed sequence apart, or examples "
+    "longer than it can see.",
+    "Choose an attention-only model with rotary positions, or lower --max_length.",
+)
+def _architecture(case: Case) -> None:
+    check_architecture(case.skeleton.value, longest=case.data_args.max_length)
 
 
+@RULES.warning(
+    "remote-code",
+    "`--trust_remote_code true`: the model's own Python code may run.",
+    "Leave it out unless the model needs it and you have read its code.",
+)
 def _remote_code(case: Case) -> Iterator[Problem]:
     if case.model_args.trust_remote_code:
         yield Problem(
@@ -78,23 +105,39 @@ def _remote_code(case: Case) -> Iterator[Problem]:
         )
 
 
-def _tokenizer(case: Case) -> Iterator[Problem]:
-    if (error := case.tokenizer.error) is not None:
-        yield Problem(str(error))
+@RULES.error(
+    "tokenizer-missing",
+    "The folder has no tokenizer, or one that cannot be loaded.",
+    "Copy the tokenizer's files of the same model into the folder.",
+)
+def _tokenizer(case: Case) -> None:
+    case.tokenizer.check()
 
 
-def _end_token(case: Case) -> Iterator[Problem]:
-    try:
-        end_of_answer(case.tokenizer.value, chat_template=False)
-    except ArgumentError as error:
-        yield Problem(str(error))
+@RULES.error(
+    "no-end-token",
+    "The tokenizer has no end token, so the end of an answer could not be learnt.",
+    "Set eos_token in tokenizer_config.json.",
+)
+def _end_token(case: Case) -> None:
+    end_of_answer(case.tokenizer.value, chat_template=False)
 
 
+@RULES.error(
+    "no-chat-template",
+    "`--chat_template true`, and a tokenizer without a chat template.",
+    "Leave it out, or use the chat model's own tokenizer.",
+)
 def _chat_template(case: Case) -> Iterator[Problem]:
     if case.tokenizer.value.eos_token_id is not None and case.encoder.error is not None:
         yield Problem(str(case.encoder.error))
 
 
+@RULES.note(
+    "pad-is-end-token",
+    "The padding token is the end token: handled, labels are masked by position.",
+    "Nothing to do.",
+)
 def _pad_is_end(case: Case) -> Iterator[Problem]:
     tokenizer = case.tokenizer.value
     if tokenizer.eos_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -102,78 +145,3 @@ def _pad_is_end(case: Case) -> Iterator[Problem]:
             f"The padding token is the end token ({tokenizer.eos_token!r}). This is handled: "
             "labels are masked by position, so the end of an answer is learnt all the same."
         )
-
-
-RULES = (
-    Rule(
-        "model-missing",
-        Severity.ERROR,
-        "There is no such model folder, and the Hub gives no such model.",
-        "Check --model_name_or_path.",
-        _folder,
-    ),
-    Rule(
-        "model-not-causal",
-        Severity.ERROR,
-        "`config.json` is missing, or describes no causal language model.",
-        "Choose a causal language model.",
-        _not_causal,
-    ),
-    Rule(
-        "model-incomplete",
-        Severity.ERROR,
-        "The safetensors files lack weights, are cut off, or do not fit `config.json`.",
-        "Download the model again (lora-fsdp download).",
-        _weights,
-    ),
-    Rule(
-        "model-pickled",
-        Severity.WARNING,
-        "The weights are a pickle, which is read whole and cannot be checked here.",
-        "Load the model once with transformers and save it with save_pretrained.",
-        _pickles,
-    ),
-    Rule(
-        "architecture",
-        Severity.ERROR,
-        "An architecture that cannot keep the examples of a packed row apart, or rows longer than "
-        "it can see.",
-        "Choose an attention-only model with rotary positions, or lower --max_length.",
-        _architecture,
-    ),
-    Rule(
-        "remote-code",
-        Severity.WARNING,
-        "`--trust_remote_code true`: the model's own Python code may run.",
-        "Leave it out unless the model needs it and you have read its code.",
-        _remote_code,
-    ),
-    Rule(
-        "tokenizer-missing",
-        Severity.ERROR,
-        "The folder has no tokenizer, or one that cannot be loaded.",
-        "Copy the tokenizer's files of the same model into the folder.",
-        _tokenizer,
-    ),
-    Rule(
-        "no-end-token",
-        Severity.ERROR,
-        "The tokenizer has no end token, so the end of an answer could not be learnt.",
-        "Set eos_token in tokenizer_config.json.",
-        _end_token,
-    ),
-    Rule(
-        "no-chat-template",
-        Severity.ERROR,
-        "`--chat_template true`, and a tokenizer without a chat template.",
-        "Leave it out, or use the chat model's own tokenizer.",
-        _chat_template,
-    ),
-    Rule(
-        "pad-is-end-token",
-        Severity.NOTE,
-        "The padding token is the end token: handled, labels are masked by position.",
-        "Nothing to do.",
-        _pad_is_end,
-    ),
-)

@@ -6,28 +6,36 @@ from collections.abc import Iterator
 
 from lora_fsdp.distributed.launch import check_gpus_suffice, check_sharding_has_ranks
 from lora_fsdp.doctor.case import Case
-from lora_fsdp.doctor.finding import Problem, Rule, Severity
-from lora_fsdp.errors import LaunchError
+from lora_fsdp.doctor.finding import Problem, Rules
+
+RULES = Rules()
 
 
-def _one_process(case: Case) -> Iterator[Problem]:
-    if case.fsdp.value is None or case.training.get("allow_fsdp_on_one_process"):
-        return
-    try:
+@RULES.error(
+    "fsdp-on-one-process",
+    "An FSDP YAML, and one process, where nothing is sharded.",
+    "Use accelerate_configs/single.yaml, or raise --num_processes.",
+)
+def _one_process(case: Case) -> None:
+    if case.fsdp.value is not None and not case.training.get("allow_fsdp_on_one_process"):
         check_sharding_has_ranks(case.launch.value.processes)
-    except LaunchError as error:
-        yield Problem(str(error))
 
 
-def _too_many_processes(case: Case) -> Iterator[Problem]:
-    if not case.gpus_used:
-        return
-    try:
+@RULES.error(
+    "more-processes-than-gpus",
+    "More processes on this machine than it has GPUs.",
+    "Lower --num_processes, or set use_cpu: true for a rehearsal.",
+)
+def _too_many_processes(case: Case) -> None:
+    if case.gpus_used:
         check_gpus_suffice(case.launch.value.processes_here, len(case.machine.gpus))
-    except LaunchError as error:
-        yield Problem(str(error))
 
 
+@RULES.note(
+    "use-cpu-missing",
+    "Several processes without a GPU, and no `use_cpu: true`.",
+    "Set use_cpu: true, or start from accelerate_configs/fsdp2_cpu.yaml.",
+)
 def _use_cpu_missing(case: Case) -> Iterator[Problem]:
     launch = case.launch.value
     if launch.processes > 1 and not case.machine.gpus and not launch.use_cpu:
@@ -35,28 +43,3 @@ def _use_cpu_missing(case: Case) -> Iterator[Problem]:
             f"The accelerate YAML starts {launch.processes} processes, and this machine has no "
             "GPU. A run of this library joins them all the same; accelerate by itself would not."
         )
-
-
-RULES = (
-    Rule(
-        "fsdp-on-one-process",
-        Severity.ERROR,
-        "An FSDP YAML, and one process, where nothing is sharded.",
-        "Use accelerate_configs/single.yaml, or raise --num_processes.",
-        _one_process,
-    ),
-    Rule(
-        "more-processes-than-gpus",
-        Severity.ERROR,
-        "More processes on this machine than it has GPUs.",
-        "Lower --num_processes, or set use_cpu: true for a rehearsal.",
-        _too_many_processes,
-    ),
-    Rule(
-        "use-cpu-missing",
-        Severity.NOTE,
-        "Several processes without a GPU, and no `use_cpu: true`.",
-        "Set use_cpu: true, or start from accelerate_configs/fsdp2_cpu.yaml.",
-        _use_cpu_missing,
-    ),
-)

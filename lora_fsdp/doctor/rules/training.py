@@ -7,15 +7,17 @@ import re
 from collections.abc import Iterator
 
 from lora_fsdp.doctor.case import Case
-from lora_fsdp.doctor.finding import Problem, Rule, Severity
+from lora_fsdp.doctor.finding import Problem, Rules
 from lora_fsdp.doctor.numbers import impossible_numbers
-from lora_fsdp.errors import ArgumentError, CheckpointError, OutputFolderError
 from lora_fsdp.placement.sequences import check_sequence_length
 from lora_fsdp.training.checks import check_checkpointing
 from lora_fsdp.training.saving.output_folder import check_output_folder
 from lora_fsdp.training.saving.run_lock import holder_of
 
 _QUANTIZED_OPTIMIZER = re.compile(r"8bit|4bit|paged", re.IGNORECASE)
+
+
+RULES = Rules()
 
 
 def _precision(case: Case) -> str:
@@ -26,11 +28,21 @@ def _precision(case: Case) -> str:
     return case.launch.value.environment.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
+@RULES.error(
+    "mixed-precision-fp16",
+    "`--fp16`, or `mixed_precision: fp16` in the YAML: loss scaling hides small gradients.",
+    "Use --dtype bfloat16 (or float32) and mixed_precision: 'no'.",
+)
 def _fp16(case: Case) -> Iterator[Problem]:
     if _precision(case) == "fp16" and (error := case.arguments.error) is not None:
         yield Problem(str(error))
 
 
+@RULES.warning(
+    "mixed-precision-bf16",
+    "`--bf16`, or `mixed_precision: bf16` in the YAML: the base already is in `--dtype`.",
+    "Set mixed_precision: 'no' in the YAML and leave --bf16 out.",
+)
 def _bf16(case: Case) -> Iterator[Problem]:
     if _precision(case) == "bf16":
         yield Problem(
@@ -39,32 +51,51 @@ def _bf16(case: Case) -> Iterator[Problem]:
         )
 
 
+@RULES.error(
+    "training-arguments",
+    "Training arguments that contradict each other, or that packed sequences cannot honour.",
+    "Change the argument that is named.",
+)
 def _refused(case: Case) -> Iterator[Problem]:
     if (error := case.arguments.error) is not None and _precision(case) != "fp16":
         yield Problem(str(error))
 
 
+@RULES.error(
+    "training-numbers",
+    "A batch size, number of epochs, learning rate, interval or seed that no run can have.",
+    "Give a number in the range that is named.",
+)
 def _numbers(case: Case) -> Iterator[Problem]:
     for name, value, wanted in impossible_numbers(case.arguments.value):
         yield Problem(f"--{name} {value} must be {wanted}.")
 
 
-def _checkpointing_twice(case: Case) -> Iterator[Problem]:
-    try:
-        check_checkpointing(case.arguments.value, case.fsdp.value)
-    except ArgumentError as error:
-        yield Problem(str(error))
+@RULES.error(
+    "checkpointing-twice",
+    "`--gradient_checkpointing` and `fsdp_activation_checkpointing` together.",
+    "Keep one of the two.",
+)
+def _checkpointing_twice(case: Case) -> None:
+    check_checkpointing(case.arguments.value, case.fsdp.value)
 
 
-def _short_rows(case: Case) -> Iterator[Problem]:
-    try:
-        check_sequence_length(
-            case.arguments.value.max_tokens_per_row, max_length=case.data_args.max_length
-        )
-    except ArgumentError as error:
-        yield Problem(str(error))
+@RULES.error(
+    "rows-too-short",
+    "`--max_tokens_per_row` below `--max_length`: a packed sequence must hold the longest example.",
+    "Raise --max_tokens_per_row, or leave it out.",
+)
+def _short_rows(case: Case) -> None:
+    check_sequence_length(
+        case.arguments.value.max_tokens_per_row, max_length=case.data_args.max_length
+    )
 
 
+@RULES.warning(
+    "quantized-optimizer",
+    "An 8-bit, 4-bit or paged optimizer under FSDP.",
+    "Leave --optim out: fused AdamW.",
+)
 def _quantized_optimizer(case: Case) -> Iterator[Problem]:
     name = str(getattr(case.arguments.value.optim, "value", case.arguments.value.optim))
     if case.fsdp.value is not None and _QUANTIZED_OPTIMIZER.search(name):
@@ -74,6 +105,11 @@ def _quantized_optimizer(case: Case) -> Iterator[Problem]:
         )
 
 
+@RULES.warning(
+    "nan-filter",
+    "`--logging_nan_inf_filter true`: a synchronisation at every step.",
+    "Leave it out: a run stops at the first step that is not finite.",
+)
 def _nan_filter(case: Case) -> Iterator[Problem]:
     if case.arguments.value.logging_nan_inf_filter:
         yield Problem(
@@ -82,102 +118,32 @@ def _nan_filter(case: Case) -> Iterator[Problem]:
         )
 
 
-def _folder_taken(case: Case) -> Iterator[Problem]:
-    try:
-        check_output_folder(case.output_dir, case.arguments.value)
-    except (OutputFolderError, CheckpointError) as error:
-        yield Problem(str(error))
+@RULES.error(
+    "output-folder-taken",
+    "`--output_dir` holds a run, or no complete checkpoint to resume from.",
+    "Choose another --output_dir, --resume_from_checkpoint true, or --overwrite_output_dir true.",
+)
+def _folder_taken(case: Case) -> None:
+    check_output_folder(case.output_dir, case.arguments.value)
 
 
+@RULES.error(
+    "output-folder-in-use",
+    "Another run is writing into `--output_dir` now.",
+    "Wait for it to end, or choose another --output_dir.",
+)
 def _folder_in_use(case: Case) -> Iterator[Problem]:
     if (holder := holder_of(case.output_dir)) is not None:
         yield Problem(f"{case.output_dir} is in use by {holder}.")
 
 
+@RULES.error(
+    "output-folder-closed",
+    "`--output_dir` cannot be written to.",
+    "Choose another --output_dir, or change its permissions.",
+)
 def _folder_closed(case: Case) -> Iterator[Problem]:
     folder = case.output_dir.absolute()
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         yield Problem(f"--output_dir {case.output_dir} cannot be written to.")
-
-
-RULES = (
-    Rule(
-        "mixed-precision-fp16",
-        Severity.ERROR,
-        "`--fp16`, or `mixed_precision: fp16` in the YAML: loss scaling hides small gradients.",
-        "Use --dtype bfloat16 (or float32) and mixed_precision: 'no'.",
-        _fp16,
-    ),
-    Rule(
-        "mixed-precision-bf16",
-        Severity.WARNING,
-        "`--bf16`, or `mixed_precision: bf16` in the YAML: the base already is in `--dtype`.",
-        "Set mixed_precision: 'no' in the YAML and leave --bf16 out.",
-        _bf16,
-    ),
-    Rule(
-        "training-arguments",
-        Severity.ERROR,
-        "Training arguments that contradict each other, or that packed rows cannot honour.",
-        "Change the argument that is named.",
-        _refused,
-    ),
-    Rule(
-        "training-numbers",
-        Severity.ERROR,
-        "A batch size, number of epochs, learning rate, interval or seed that no run can have.",
-        "Give a number in the range that is named.",
-        _numbers,
-    ),
-    Rule(
-        "checkpointing-twice",
-        Severity.ERROR,
-        "`--gradient_checkpointing` and `fsdp_activation_checkpointing` together.",
-        "Keep one of the two.",
-        _checkpointing_twice,
-    ),
-    Rule(
-        "rows-too-short",
-        Severity.ERROR,
-        "`--max_tokens_per_row` below `--max_length`: a row must hold the longest example.",
-        "Raise --max_tokens_per_row, or leave it out.",
-        _short_rows,
-    ),
-    Rule(
-        "quantized-optimizer",
-        Severity.WARNING,
-        "An 8-bit, 4-bit or paged optimizer under FSDP.",
-        "Leave --optim out: fused AdamW.",
-        _quantized_optimizer,
-    ),
-    Rule(
-        "nan-filter",
-        Severity.WARNING,
-        "`--logging_nan_inf_filter true`: a synchronisation at every step.",
-        "Leave it out: a run stops at the first step that is not finite.",
-        _nan_filter,
-    ),
-    Rule(
-        "output-folder-taken",
-        Severity.ERROR,
-        "`--output_dir` holds a run, or no whole checkpoint to resume from.",
-        "Choose another --output_dir, --resume_from_checkpoint true, or --overwrite_output_dir "
-        "true.",
-        _folder_taken,
-    ),
-    Rule(
-        "output-folder-in-use",
-        Severity.ERROR,
-        "Another run is writing into `--output_dir` now.",
-        "Wait for it to end, or choose another --output_dir.",
-        _folder_in_use,
-    ),
-    Rule(
-        "output-folder-closed",
-        Severity.ERROR,
-        "`--output_dir` cannot be written to.",
-        "Choose another --output_dir, or change its permissions.",
-        _folder_closed,
-    ),
-)

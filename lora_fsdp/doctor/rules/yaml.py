@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from lora_fsdp.distributed.launch import unsupported_settings
 from lora_fsdp.distributed.launch_files import as_launched
 from lora_fsdp.doctor.case import Case
-from lora_fsdp.doctor.finding import Problem, Rule, Severity
+from lora_fsdp.doctor.finding import Problem, Rules
 from lora_fsdp.errors import Fsdp1ConfigError
 
 # What accelerate reads without having an option for it, and old names that it still takes.
@@ -23,6 +23,14 @@ _OTHER_TYPES = {kind.value for kind in DistributedType} - _TYPES
 _OLD_NAMES = {"fp16", "dynamo_backend"}
 
 
+RULES = Rules()
+
+
+@RULES.error(
+    "yaml-refused",
+    "accelerate cannot read the YAML, or refuses it.",
+    "Compare it with those in accelerate_configs/.",
+)
 def _refused(case: Case) -> Iterator[Problem]:
     error = case.launch_yaml.error
     if error is None and not list(_unknown_keys(case)):
@@ -31,6 +39,11 @@ def _refused(case: Case) -> Iterator[Problem]:
         yield Problem(str(error))
 
 
+@RULES.error(
+    "yaml-unknown-key",
+    "A key of the YAML that accelerate does not know, at the top or in `fsdp_config`.",
+    "Remove it, or correct its spelling.",
+)
 def _unknown_keys(case: Case) -> Iterator[Problem]:
     contents = case.launch_yaml.value
     known = set(ClusterConfig.__dataclass_fields__) | _OLD_NAMES
@@ -58,21 +71,34 @@ def _fsdp_keys(case: Case) -> set[str]:
     return {key if key.startswith("fsdp") else f"fsdp_{key}" for key in keys}
 
 
+@RULES.error(
+    "distributed-type",
+    "A `distributed_type` other than FSDP, MULTI_GPU, MULTI_CPU or NO.",
+    "Set distributed_type: FSDP, or MULTI_GPU.",
+)
 def _distributed_type(case: Case) -> Iterator[Problem]:
     kind = case.launch_yaml.value.get("distributed_type", "NO")
     if isinstance(kind, str) and kind in _OTHER_TYPES:
         yield Problem(
-            f"distributed_type: {kind} is not one that this library trains under: the base lies "
-            "whole on each GPU, or in FSDP2 shards."
+            f"distributed_type: {kind} is not one that this library trains under: the base is "
+            "complete on each GPU, or in FSDP2 shards."
         )
 
 
+@RULES.error(
+    "fsdp1", "The YAML asks for FSDP1 (`fsdp_version` is 1 or left out).", "Set fsdp_version: 2."
+)
 def _fsdp1(case: Case) -> Iterator[Problem]:
     if isinstance(error := case.fsdp.error, Fsdp1ConfigError):
         sentence, _, equivalent = str(error).partition(" The FSDP2 equivalent:")
         yield Problem(sentence, f"Use the FSDP2 equivalent:\n\n{equivalent.strip()}")
 
 
+@RULES.error(
+    "fsdp1-and-fsdp2-keys",
+    "The YAML has keys of FSDP1 and of FSDP2; one kind is passed over.",
+    "Keep the keys of FSDP2: fsdp_reshard_after_forward instead of fsdp_sharding_strategy.",
+)
 def _mixed_keys(case: Case) -> Iterator[Problem]:
     section = case.launch_yaml.value.get("fsdp_config")
     if not isinstance(section, dict):
@@ -97,9 +123,19 @@ def _belong(keys: list[str]) -> str:
     return "belongs" if len(keys) == 1 else "belong"
 
 
-def _unsupported(key: str, name: str, meaning: str, fix: str) -> Rule:
+@RULES.error(
+    "fsdp-value-refused",
+    "accelerate refuses a value in `fsdp_config`.",
+    "Compare it with accelerate_configs/fsdp2.yaml.",
+)
+def _value_refused(case: Case) -> None:
+    case.plugin.check()
+
+
+def _unsupported(key: str, name: str, meaning: str, fix: str) -> None:
     """A rule for one of the settings that a run refuses."""
 
+    @RULES.error(name, meaning, fix)
     def check(case: Case) -> Iterator[Problem]:
         plugin = case.plugin.value
         with as_launched(case.launch.value):
@@ -107,94 +143,38 @@ def _unsupported(key: str, name: str, meaning: str, fix: str) -> Rule:
         if reason:
             yield Problem(reason)
 
-    return Rule(name, Severity.ERROR, meaning, fix, check)
+
+_unsupported(
+    "fsdp_cpu_ram_efficient_loading",
+    "fsdp-cpu-ram-efficient-loading",
+    "`fsdp_cpu_ram_efficient_loading: true`, which fails with parameters outside the shards.",
+    "Set it to false.",
+)
+_unsupported(
+    "fsdp_auto_wrap_policy",
+    "fsdp-size-based-wrap",
+    "`fsdp_auto_wrap_policy: SIZE_BASED_WRAP`, which cuts through layers.",
+    "Set it to TRANSFORMER_BASED_WRAP.",
+)
+_unsupported(
+    "fsdp_ignored_modules",
+    "fsdp-ignored-modules",
+    "`fsdp_ignored_modules`, which the library itself sets.",
+    "Remove it.",
+)
+_unsupported(
+    "parallelism_config", "parallelism-config", "A `parallelism_config` section.", "Remove it."
+)
 
 
-def _value_refused(case: Case) -> Iterator[Problem]:
-    if (error := case.plugin.error) is not None:
-        yield Problem(str(error))
-
-
+@RULES.note(
+    "fsdp-state-dict-type",
+    "`fsdp_state_dict_type`, which does not matter: no save gathers the base.",
+    "Leave it out.",
+)
 def _state_dict_type(case: Case) -> Iterator[Problem]:
     if case.fsdp.value is not None and "fsdp_state_dict_type" in _fsdp_keys(case):
         yield Problem(
-            "fsdp_state_dict_type has no effect: the adapter is whole on every rank and is saved "
-            "without a gather, whatever it says."
+            "fsdp_state_dict_type has no effect: the adapter is complete on every rank and is "
+            "saved without a gather, whatever it says."
         )
-
-
-RULES = (
-    Rule(
-        "yaml-refused",
-        Severity.ERROR,
-        "accelerate cannot read the YAML, or refuses it.",
-        "Compare it with those in accelerate_configs/.",
-        _refused,
-    ),
-    Rule(
-        "yaml-unknown-key",
-        Severity.ERROR,
-        "A key of the YAML that accelerate does not know, at the top or in `fsdp_config`.",
-        "Remove it, or correct its spelling.",
-        _unknown_keys,
-    ),
-    Rule(
-        "distributed-type",
-        Severity.ERROR,
-        "A `distributed_type` other than FSDP, MULTI_GPU, MULTI_CPU or NO.",
-        "Set distributed_type: FSDP, or MULTI_GPU.",
-        _distributed_type,
-    ),
-    Rule(
-        "fsdp1",
-        Severity.ERROR,
-        "The YAML asks for FSDP1 (`fsdp_version` is 1 or left out).",
-        "Set fsdp_version: 2.",
-        _fsdp1,
-    ),
-    Rule(
-        "fsdp1-and-fsdp2-keys",
-        Severity.ERROR,
-        "The YAML has keys of FSDP1 and of FSDP2; one kind is passed over.",
-        "Keep the keys of FSDP2: fsdp_reshard_after_forward instead of fsdp_sharding_strategy.",
-        _mixed_keys,
-    ),
-    Rule(
-        "fsdp-value-refused",
-        Severity.ERROR,
-        "accelerate refuses a value in `fsdp_config`.",
-        "Compare it with accelerate_configs/fsdp2.yaml.",
-        _value_refused,
-    ),
-    _unsupported(
-        "fsdp_cpu_ram_efficient_loading",
-        "fsdp-cpu-ram-efficient-loading",
-        "`fsdp_cpu_ram_efficient_loading: true`, which fails with parameters outside the shards.",
-        "Set it to false.",
-    ),
-    _unsupported(
-        "fsdp_auto_wrap_policy",
-        "fsdp-size-based-wrap",
-        "`fsdp_auto_wrap_policy: SIZE_BASED_WRAP`, which cuts through layers.",
-        "Set it to TRANSFORMER_BASED_WRAP.",
-    ),
-    _unsupported(
-        "fsdp_ignored_modules",
-        "fsdp-ignored-modules",
-        "`fsdp_ignored_modules`, which the library itself sets.",
-        "Remove it.",
-    ),
-    _unsupported(
-        "parallelism_config",
-        "parallelism-config",
-        "A `parallelism_config` section.",
-        "Remove it.",
-    ),
-    Rule(
-        "fsdp-state-dict-type",
-        Severity.NOTE,
-        "`fsdp_state_dict_type`, which does not matter: no save gathers the base.",
-        "Leave it out.",
-        _state_dict_type,
-    ),
-)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lora_fsdp.evaluation.baselines import tfidf_out_of_fold
-from lora_fsdp.reporting.recording.label_errors import suspected_label_errors
+from lora_fsdp.reporting.recording.label_errors import listed_suspects, suspected_label_errors
 from lora_fsdp.reporting.texts import one_line
 
 TRAINING, HELD_OUT = "training", "held out"
@@ -33,7 +33,7 @@ def data_health(rows: pd.DataFrame, *, labels: Sequence[str]) -> dict[str, Any]:
     """
     rows = rows.reset_index(drop=True)
     exact = rows["text"].str.strip()
-    near = exact.map(same_but_for_trifles)
+    near = exact.map(normalised)
     # A text of links and signs only is like no other.
     near = near.where(near != "", other="\0" + exact)
     health: dict[str, Any] = {
@@ -62,8 +62,8 @@ def data_health(rows: pd.DataFrame, *, labels: Sequence[str]) -> dict[str, Any]:
     return health
 
 
-def same_but_for_trifles(text: str) -> str:
-    """`text` without what makes near-duplicates differ: case, links, @handles, signs, spaces."""
+def normalised(text: str) -> str:
+    """`text` without what near-duplicates differ in: case, links, @handles, signs, spaces."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     return _NOT_A_WORD.sub(" ", _LINK_OR_HANDLE.sub(" ", plain)).strip()
 
@@ -86,7 +86,7 @@ def _repeated(
 
 
 def _contradictions(rows: pd.DataFrame, key: pd.Series) -> dict[str, Any]:
-    """Groups of rows with one text (but for trifles) and different answers."""
+    """Groups of rows with one normalised text and different answers."""
     different = rows["answer"].groupby(key).transform("nunique") > 1
     groups = rows[different].groupby(key[different], sort=False)
     return {
@@ -141,15 +141,7 @@ def _suspected(train: pd.DataFrame) -> dict[str, Any] | None:
     if probabilities is None:
         return None
     found = suspected_label_errors(answers, probabilities, labels)
-    first = found.head(_SHOWN)
-    shown = _listed(train.iloc[first["position"].to_numpy()])
-    for entry, line in zip(shown, first.itertuples(index=False), strict=True):
-        entry |= {
-            "suggested": one_line(line.suggested, limit=80),
-            "probability_suggested": float(line.probability_suggested),
-            "probability_given": float(line.probability_given),
-        }
-    return {"examined": len(train), "count": len(found), "first": shown}
+    return listed_suspects(train, found, _listed)
 
 
 def _listed(rows: pd.DataFrame) -> list[dict[str, Any]]:

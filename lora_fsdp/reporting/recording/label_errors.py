@@ -6,10 +6,15 @@ JAIR 70 (2021), https://arxiv.org/abs/1911.00068
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from lora_fsdp.reporting.texts import one_line
+
+_SHOWN = 10
 
 
 def suspected_label_errors(
@@ -30,19 +35,14 @@ def suspected_label_errors(
         A line for each suspected row, the strongest disagreement first: `position` among the N
         rows, `given`, `suggested`, and the probabilities of both.
     """
-    place = {label: column for column, label in enumerate(labels)}
-    own = np.array([place[label] for label in given], dtype=int)
-    thresholds = np.full(len(labels), np.inf)
-    for column in range(len(labels)):
-        carriers = own == column
-        if carriers.any():
-            thresholds[column] = probabilities[carriers, column].mean()
+    own = pd.Categorical(given, categories=list(labels)).codes.astype(int)
+    of_carriers = [probabilities[own == column, column] for column in range(len(labels))]
+    thresholds = np.array([some.mean() if len(some) else np.inf for some in of_carriers])
     confident = np.where(probabilities >= thresholds, probabilities, -1.0)
     suggested = confident.argmax(axis=1) if len(labels) else own
     rows = np.arange(len(own))
-    suspected = (confident[rows, suggested] >= 0) & (
-        probabilities[rows, suggested] > probabilities[rows, own]
-    )
+    suspected = confident[rows, suggested] >= 0
+    suspected &= probabilities[rows, suggested] > probabilities[rows, own]
     found = pd.DataFrame(
         {
             "position": rows[suspected],
@@ -55,3 +55,20 @@ def suspected_label_errors(
     margin = found["probability_suggested"] - found["probability_given"]
     order = margin.sort_values(ascending=False, kind="stable").index
     return found.loc[order].reset_index(drop=True)
+
+
+def listed_suspects(
+    rows: pd.DataFrame,
+    suspects: pd.DataFrame,
+    listed: Callable[[pd.DataFrame], list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """How many of `rows` are suspected, and the first as `listed` shows rows; JSON-ready."""
+    first = suspects.head(_SHOWN)
+    lines = listed(rows.iloc[first["position"].to_numpy()])
+    for line, suspect in zip(lines, first.itertuples(index=False), strict=True):
+        line |= {
+            "suggested": one_line(suspect.suggested, limit=80),
+            "probability_suggested": float(suspect.probability_suggested),
+            "probability_given": float(suspect.probability_given),
+        }
+    return {"examined": len(rows), "count": len(suspects), "first": lines}

@@ -6,45 +6,42 @@ from typing import Any
 
 import pandas as pd
 
-from lora_fsdp.reporting.recording.label_errors import suspected_label_errors
-from lora_fsdp.reporting.run_files import RunFiles, label_columns
+from lora_fsdp.reporting.recording.label_errors import listed_suspects, suspected_label_errors
+from lora_fsdp.reporting.run_files import RunFiles, columns_after
 from lora_fsdp.reporting.sections.calibration import calibration
 from lora_fsdp.reporting.texts import one_line
+from lora_fsdp.tasks.answers.kind import PROBABILITY_OF
 
-_CONFUSIONS, _ROWS_A_CONFUSION, _MISTAKES, _SUSPECTED, _SAMPLES = 6, 2, 10, 10, 6
+_CONFUSIONS, _ROWS_A_CONFUSION, _MISTAKES, _SAMPLES = 6, 2, 10, 6
 # More cells than this are not a table that anyone reads.
 _MOST_LABELS_IN_MATRIX = 120
-
-
-def labels_section(predictions: pd.DataFrame) -> dict[str, Any]:
-    """What the answers from a closed label set show, JSON-ready."""
-    labels = list(label_columns(predictions))
-    right = predictions["tuned"] == predictions["target"]
-    return {
-        "rows": len(predictions),
-        "mistakes": int((~right).sum()),
-        "matrix": _matrix(predictions, labels),
-        "by_label": _by_label(predictions, labels),
-        "confusions": _confusions(predictions[~right]),
-        "confident_mistakes": _confident_mistakes(predictions[~right]),
-        "calibration": calibration(predictions["probability"].to_numpy(), right.to_numpy()),
-        "suspected_labels": _suspected(predictions, labels),
-    }
 
 
 def choices_section(predictions: pd.DataFrame) -> dict[str, Any]:
     """What the answers to questions with choices of their own show, JSON-ready."""
     right = predictions["tuned"] == predictions["target"]
+    mistakes = predictions[~right]
     return {
         "rows": len(predictions),
-        "mistakes": int((~right).sum()),
-        "confident_mistakes": _confident_mistakes(predictions[~right]),
+        "mistakes": len(mistakes),
+        "confident_mistakes": _lines(_by_confidence(mistakes).head(_MISTAKES)),
         "calibration": calibration(predictions["probability"].to_numpy(), right.to_numpy()),
     }
 
 
+def labels_section(predictions: pd.DataFrame) -> dict[str, Any]:
+    """What the answers from a closed label set show beside that, JSON-ready."""
+    labels = list(columns_after(PROBABILITY_OF, predictions))
+    return choices_section(predictions) | {
+        "matrix": _matrix(predictions, labels),
+        "by_label": _by_label(predictions, labels),
+        "confusions": _confusions(predictions[predictions["tuned"] != predictions["target"]]),
+        "suspected_labels": _suspected(predictions, labels),
+    }
+
+
 def free_text_section(predictions: pd.DataFrame) -> dict[str, Any]:
-    """Which held-out targets the tuned model generates to the letter, with samples, JSON-ready."""
+    """Which held-out targets the tuned model generates exactly, with samples, JSON-ready."""
     right = (predictions["tuned"] == predictions["target"]) & (predictions["tuned"] != "")
     return {
         "rows": len(predictions),
@@ -67,22 +64,13 @@ def generated_section(run: RunFiles) -> list[dict[str, Any]]:
     shown = []
     for entry in run.metrics.get("written") or []:
         row = known.get(int(entry["row"]), {})
-        shown.append(
-            {
-                "row": int(entry["row"]),
-                "text": one_line(row.get("text", "")),
-                "target": one_line(row.get("target", "")),
-                **{
-                    who: {
-                        "text": one_line(entry[who]["text"]),
-                        "answer": None
-                        if entry[who]["answer"] is None
-                        else one_line(entry[who]["answer"]),
-                    }
-                    for who in ("base", "tuned")
-                },
-            }
-        )
+        facts: dict[str, Any] = {"row": int(entry["row"])}
+        facts |= {name: one_line(row.get(name, "")) for name in ("text", "target")}
+        for who in ("base", "tuned"):
+            text, answer = entry[who]["text"], entry[who]["answer"]
+            shown_answer = None if answer is None else one_line(answer)
+            facts[who] = {"text": one_line(text), "answer": shown_answer}
+        shown.append(facts)
     return shown
 
 
@@ -132,23 +120,11 @@ def _confusions(mistakes: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _confident_mistakes(mistakes: pd.DataFrame) -> list[dict[str, Any]]:
-    return _lines(_by_confidence(mistakes).head(_MISTAKES))
-
-
 def _suspected(predictions: pd.DataFrame, labels: list[str]) -> dict[str, Any]:
     known = predictions[predictions["target"].isin(labels)]
-    columns = [label_columns(predictions)[label] for label in labels]
+    columns = [f"{PROBABILITY_OF}{label}" for label in labels]
     found = suspected_label_errors(known["target"].tolist(), known[columns].to_numpy(), labels)
-    first = found.head(_SUSPECTED)
-    lines = _lines(known.iloc[first["position"].to_numpy()])
-    for line, suspect in zip(lines, first.itertuples(index=False), strict=True):
-        line |= {
-            "suggested": one_line(suspect.suggested, limit=80),
-            "probability_suggested": float(suspect.probability_suggested),
-            "probability_given": float(suspect.probability_given),
-        }
-    return {"examined": len(known), "count": len(found), "first": lines}
+    return listed_suspects(known, found, _lines)
 
 
 def _by_confidence(rows: pd.DataFrame) -> pd.DataFrame:

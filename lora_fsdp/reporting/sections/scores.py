@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from lora_fsdp.evaluation.outputs import CHANCE, TUNED, UNTRAINED, shown_metrics
-from lora_fsdp.reporting.run_files import RunFiles, baseline_columns, label_columns
+from lora_fsdp.reporting.run_files import BASELINE, RunFiles, columns_after
 from lora_fsdp.reporting.sections.intervals import Interval, PairedBootstrap, wilson_interval
-from lora_fsdp.tasks.answers.kind import MAJORITY, SCORE_BY, TFIDF
+from lora_fsdp.tasks.answers.kind import MAJORITY, PROBABILITY_OF, SCORE_BY, TFIDF
 
 # Below these, resampling says nothing and no verdict is given.
 _LEAST_ROWS_TO_RESAMPLE = 10
@@ -54,12 +54,12 @@ def score_table(run: RunFiles) -> dict[str, Any] | None:
     metrics: dict[str, dict[str, float]] = run.metrics["metrics"]
     primary = str(run.metrics["primary_metric"])
     shown = shown_metrics(metrics[TUNED], primary=primary)
-    bootstrap = bootstrap_of(run.predictions)
+    bootstrap = _bootstrap_of(run.predictions)
     systems = [
         {
             "system": system,
             "scores": {
-                key: score(values[key], run.predictions, bootstrap, system=system, metric=key)
+                key: _score(values[key], run.predictions, bootstrap, system=system, metric=key)
                 for key in shown
                 if key in values
             },
@@ -67,7 +67,7 @@ def score_table(run: RunFiles) -> dict[str, Any] | None:
         for system, values in metrics.items()
     ]
     differences = {
-        system: difference(metrics, run.predictions, bootstrap, system=system, metric=primary)
+        system: _difference(metrics, run.predictions, bootstrap, system=system, metric=primary)
         for system in metrics
         if system != TUNED and primary in metrics[system]
     }
@@ -81,35 +81,29 @@ def score_table(run: RunFiles) -> dict[str, Any] | None:
     return table | {"verdict": _verdict(table, tuned=metrics[TUNED][primary])}
 
 
-def bootstrap_of(predictions: pd.DataFrame | None) -> PairedBootstrap | None:
+def _bootstrap_of(predictions: pd.DataFrame | None) -> PairedBootstrap | None:
     """All systems of a table of predictions on the same resampled rows."""
     if predictions is None or len(predictions) < _LEAST_ROWS_TO_RESAMPLE:
         return None
+    scores = {}
+    for name, column in columns_after(SCORE_BY, predictions).items():
+        metric, _, system = name.rpartition("/")
+        scores[system, metric] = predictions[column].tolist()
     return PairedBootstrap(
         predictions["target"].tolist(),
-        {system: answers.tolist() for system, answers in answers_by_system(predictions).items()},
-        labels=list(label_columns(predictions)),
-        scores=scores_of_rows(predictions),
+        {system: answers.tolist() for system, answers in _answers(predictions).items()},
+        labels=list(columns_after(PROBABILITY_OF, predictions)),
+        scores=scores,
     )
 
 
-def scores_of_rows(predictions: pd.DataFrame) -> dict[tuple[str, str], list[float]]:
-    """By (system, metric) the rows' scores in a table of predictions."""
-    found = {}
-    for column in predictions.columns:
-        if column.startswith(SCORE_BY):
-            metric, _, system = column.removeprefix(SCORE_BY).rpartition("/")
-            found[system, metric] = predictions[column].tolist()
-    return found
-
-
-def answers_by_system(predictions: pd.DataFrame) -> dict[str, pd.Series]:
+def _answers(predictions: pd.DataFrame) -> dict[str, pd.Series]:
     """The answers of every system in a table of predictions."""
-    columns = {**baseline_columns(predictions), UNTRAINED: "base", TUNED: "tuned"}
+    columns = {**columns_after(BASELINE, predictions), UNTRAINED: "base", TUNED: "tuned"}
     return {system: predictions[column] for system, column in columns.items()}
 
 
-def score(
+def _score(
     value: float,
     predictions: pd.DataFrame | None,
     bootstrap: PairedBootstrap | None,
@@ -117,23 +111,18 @@ def score(
     system: str,
     metric: str,
 ) -> dict[str, float | None]:
-    """A score with its interval, where the predictions give this very score."""
-    plain: dict[str, float | None] = {"value": float(value), "low": None, "high": None}
-    if predictions is None or predictions.empty:
-        return plain
-    answers = answers_by_system(predictions)
+    found: Interval | None = None
     if bootstrap is not None and bootstrap.knows(system, metric):
         found = bootstrap.interval(system, metric)
-    elif metric in _SHARES and system in answers:
-        right = int((answers[system] == predictions["target"]).sum())
-        found = wilson_interval(right, len(predictions))
-    else:
-        return plain
-    # A task may mean something of its own by the name, or the file is of another run.
-    return asdict(found) if np.isclose(found.value, value, atol=1e-6) else plain
+    elif predictions is not None and len(predictions) > 0 and metric in _SHARES:
+        answers = _answers(predictions).get(system)
+        if answers is not None:
+            right = int((answers == predictions["target"]).sum())
+            found = wilson_interval(right, len(predictions))
+    return _with_interval(float(value), found)
 
 
-def difference(
+def _difference(
     scores: Mapping[str, Mapping[str, float]],
     predictions: pd.DataFrame | None,
     bootstrap: PairedBootstrap | None,
@@ -141,22 +130,18 @@ def difference(
     system: str,
     metric: str,
 ) -> dict[str, float | None]:
-    """By how much the tuned model scores above `system`, with a paired interval if there is one.
-
-    Args:
-        scores: of every system, by the metric's name.
-        predictions: the held-out rows with every system's answers, if they were kept.
-        bootstrap: of these predictions.
-        system: which one the tuned model is compared with.
-        metric: by which.
-    """
-    value = float(scores[TUNED][metric]) - float(scores[system][metric])
+    """By how much the tuned model scores above `system`, with a paired interval if there is one."""
     found: Interval | None = None
     if bootstrap is not None and predictions is not None:
         if bootstrap.knows(TUNED, metric) and bootstrap.knows(system, metric):
             found = bootstrap.difference(TUNED, system, metric)
-        elif metric in _SHARES and system in answers_by_system(predictions):
+        elif metric in _SHARES and system in _answers(predictions):
             found = bootstrap.difference(TUNED, system, "accuracy")
+    return _with_interval(float(scores[TUNED][metric]) - float(scores[system][metric]), found)
+
+
+def _with_interval(value: float, found: Interval | None) -> dict[str, float | None]:
+    # A task may mean something of its own by the name, or the file is of another run.
     if found is None or not np.isclose(found.value, value, atol=1e-6):
         return {"value": value, "low": None, "high": None}
     return asdict(found)

@@ -58,7 +58,7 @@ def _load(run: RunFiles) -> str | None:
         base=base_of(run),
         row=prompt["row"],
         prompt=_literal(str(prompt["rendered"])),
-        # A chat template writes the special tokens itself.
+        # A chat template has the special tokens in it.
         special=", add_special_tokens=False" if prompt["chat_template"] else "",
         new_tokens=max(int(prompt["longest_answer_tokens"]), 1),
         end=int(prompt["end_token_id"]),

@@ -25,7 +25,7 @@ class Section(StrEnum):
 
     ANSWERS = "answers"  # confusions, label by label; needs a `probability/<label>` column for each
     CHOICES = "choices"  # confident mistakes and calibration, of any answer with a probability
-    FREE_TEXT = "free_text"  # which targets the model writes to the letter
+    FREE_TEXT = "free_text"  # which targets the model generates exactly
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class AnswerKind(ABC):
         generates_text: whether a model must generate text for an answer, beside what is scored.
         rivals: the classic baselines that fit, `MAJORITY` and `TFIDF`.
         report_sections: the report's sections about answers that fit.
-        answer_column: the column with the answer in what `lora-fsdp predict` writes.
+        answer_column: the column with the answer in the output of `lora-fsdp predict`.
     """
 
     name: ClassVar[str]
