@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -29,19 +29,6 @@ from lora_fsdp.placement.shape import ModelShape
 from lora_fsdp.placement.step import Step
 
 
-@dataclass(frozen=True)
-class PlacedModel:
-    """A model that lies where it stays.
-
-    Attributes:
-        placement: what was decided.
-        packed: the model, with what was patched on it.
-    """
-
-    placement: Placement
-    packed: PackedModel
-
-
 def place_for_training(
     model: PeftModel,
     *,
@@ -49,7 +36,7 @@ def place_for_training(
     device: torch.device,
     work: Work,
     stored: StoredBase | None = None,
-) -> PlacedModel:
+) -> tuple[Placement, PackedModel]:
     """Decide, then fuse the layers and put the model in place accordingly.
 
     A collective call. Nothing of the base is read before it is decided. Layers are fused before
@@ -62,6 +49,9 @@ def place_for_training(
         device: where it computes.
         work: what training will compute.
         stored: where the base's weights are to be read from, if they have not been.
+
+    Returns:
+        what was decided; and the model where it stays, with what was patched on it.
     """
     base, settings = base_model(model), request.fsdp
     layers = layers_to_shard(base, names=settings.layer_classes if settings else None)
@@ -83,7 +73,7 @@ def place_for_training(
     )
     check_placement(model, resident=resident)
     _prepare_layers(packed, layers, placement)
-    return PlacedModel(placement, packed)
+    return placement, packed
 
 
 def decide_for_run(
@@ -152,7 +142,7 @@ def _prepare_layers(packed: PackedModel, layers: Sequence[nn.Module], placement:
     recomputed = placement.layout.recomputed
     if placement.is_whole and packed.fusing.is_fused:
         packed.join_weights()
-        # Launched one by one, products leave no room to unpack beside them.
+        # Launched one by one, matmuls leave no room to unpack beside them.
         if placement.step.is_captured:
             packed.unpack_ahead(recomputed=recomputed)
     if placement.step is Step.COMPILED:

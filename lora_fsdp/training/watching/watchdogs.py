@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from transformers import (
 from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.data.sampling import shares_of_step
 from lora_fsdp.distributed.drift import check_no_drift
 from lora_fsdp.training.watching.adapter_moves import AdapterMoves
 from lora_fsdp.training.watching.diverged_step import diverged
@@ -40,9 +40,7 @@ class Watchdogs(TrainerCallback):
         model: with its adapters, to save them where a step was not finite.
         adapters: watched.
         moves: whether training has moved them.
-        examples: to train on.
-        examples_per_step: of one optimizer step over all ranks.
-        seed: of the examples' order.
+        shares_of_step: each rank's examples of an optimizer step, counted from 0.
         tokenizer: to write them as text.
 
     Attributes:
@@ -56,18 +54,14 @@ class Watchdogs(TrainerCallback):
         model: PeftModel,
         adapters: AdapterSet,
         moves: AdapterMoves,
-        examples: list[EncodedExample],
-        examples_per_step: int,
-        seed: int,
+        shares_of_step: Callable[[int], list[list[EncodedExample]]],
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self.args = args
         self.model = model
         self.adapters = adapters
         self.moves = moves
-        self.examples = examples
-        self.examples_per_step = examples_per_step
-        self.seed = seed
+        self.shares_of_step = shares_of_step
         self.tokenizer = tokenizer
         self.warnings = (WarnFlatLoss(args.flat_loss_steps), WarnSlowdown())
         self.begin()
@@ -116,7 +110,7 @@ class Watchdogs(TrainerCallback):
     ) -> None:
         """The step is made."""
         self._heartbeat.armed()
-        self._heartbeat.beat(state.global_step, "done; the next one's rows or a callback")
+        self._heartbeat.beat(state.global_step, "done; the next one's data or a callback")
 
     # ---- where the host waits anyway ------------------------------------------------------------
 
@@ -137,13 +131,7 @@ class Watchdogs(TrainerCallback):
             return
         raise diverged(
             bad,
-            shares=shares_of_step(
-                self.examples,
-                bad.step - 1,
-                examples_per_step=self.examples_per_step,
-                world_size=self.args.world_size,
-                seed=self.seed,
-            ),
+            shares=self.shares_of_step(bad.step - 1),
             model=self.model,
             tokenizer=self.tokenizer,
             run_folder=Path(str(self.args.output_dir)),
