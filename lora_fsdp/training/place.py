@@ -45,9 +45,8 @@ def place_for_training(
 
     Args:
         model: base and adapter, in host memory; the base perhaps without its weights.
-        request: what the run asks for.
-        device: where it computes.
-        work: what training will compute.
+        request, work: what the run asks for, and will compute.
+        device: where.
         stored: where the base's weights are to be read from, if they have not been.
 
     Returns:
@@ -63,13 +62,9 @@ def place_for_training(
         if not packed.fusing.is_fused:
             stay = packed.fusing.reason
             placement = decide_for_run(model, work, hardware, request, stay=stay)
+    layout = placement.layout
     resident = place_model(
-        model,
-        layers=layers,
-        layout=placement.layout,
-        settings=settings,
-        device=device,
-        stored=stored,
+        model, layers=layers, layout=layout, settings=settings, device=device, stored=stored
     )
     check_placement(model, resident=resident)
     _prepare_layers(packed, layers, placement)
@@ -77,21 +72,11 @@ def place_for_training(
 
 
 def decide_for_run(
-    model: PeftModel,
-    work: Work,
-    hardware: Hardware,
-    request: Request,
-    *,
-    stay: str | None = None,
+    model: PeftModel, work: Work, hardware: Hardware, request: Request, *, stay: str | None = None
 ) -> Placement:
     """What is decided for a model with its adapter; a collective call.
 
-    Args:
-        model: base and adapter.
-        work: what training will compute.
-        hardware: where.
-        request: what was asked for.
-        stay: why the model's own layers are to compute, if that was found out.
+    `stay` says why the model's own layers are to compute, if that was found out.
     """
     shape = count(model, stay=request.why_not_fused or stay)
     placement = decide(shape, work, hardware, request)
@@ -104,24 +89,15 @@ def decide_for_run(
 
 
 def request_of_run(
-    model: PeftModel,
-    args: FineTuningArguments,
-    *,
-    settings: FsdpSettings | None,
+    model: PeftModel, args: FineTuningArguments, *, settings: FsdpSettings | None
 ) -> Request:
-    """What a run asks for, and what its model brings along.
-
-    Args:
-        model: base and adapter.
-        args: the run's arguments; their `mixed_precision` is also that of the accelerate YAML.
-        settings: the YAML's FSDP settings.
-    """
+    """What a run asks for with the YAML's FSDP `settings`, and what its model brings along."""
     base = base_model(model)
     return Request.of(
         vars(args),
         fsdp=settings,
         quantized=bool(getattr(base, "is_loaded_in_4bit", False)),  # set by transformers, or by us
-        autocast=args.mixed_precision != "no",
+        autocast=args.mixed_precision != "no",  # also where the accelerate YAML says so
         config=base.config,
         lora_dropout=has_dropout(model),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -20,29 +21,25 @@ from lora_fsdp.evaluation.scoring import Scores, score_sequences
 from lora_fsdp.tasks.answers import ModelOutputs
 
 
+@dataclass(frozen=True, kw_only=True)
 class RunScorer:
     """Scores answers and generates text. Every method is a collective call.
 
-    Args:
-        packed: the placed model.
+    Attributes:
+        model: placed, with its adapter.
+        packed: it, as it computes packed sequences.
         encoder: of the examples.
         device: where it computes.
         autocast: the context of the forward.
         max_new_tokens: of the longest text that is generated.
     """
 
-    def __init__(
-        self,
-        packed: PackedModel,
-        encoder: Encoder,
-        *,
-        device: torch.device,
-        autocast: Callable[[], AbstractContextManager[object]],
-        max_new_tokens: int,
-    ) -> None:
-        self.packed, self.encoder, self.device = packed, encoder, device
-        self.autocast, self.max_new_tokens = autocast, max_new_tokens
-        self._model = cast(PeftModel, packed.model)
+    model: PeftModel
+    packed: PackedModel
+    encoder: Encoder
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[object]]
+    max_new_tokens: int
 
     def score(
         self,
@@ -60,20 +57,20 @@ class RunScorer:
                 device=self.device,
                 after_sequence=after_sequence,
             )
-        release_gathered(self._model)
+        release_gathered(self.model)
         return scores
 
     def generate(self, examples: Sequence[EncodedExample]) -> list[str]:
         """The text that greedy decoding generates after each prompt."""
         texts = generate_answers(
-            self._model,
+            self.model,
             self.encoder.tokenizer,
             [example.prompt_ids for example in examples],
             device=self.device,
             max_new_tokens=self.max_new_tokens,
             end_token_id=self.encoder.end_token_id,
         )
-        release_gathered(self._model)
+        release_gathered(self.model)
         return texts
 
     def outputs(

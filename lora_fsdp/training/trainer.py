@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -228,8 +229,9 @@ class LoraTrainer(Trainer):
         """Make what scores, saves, watches and logs."""
         self.confusion_matrices: dict[int, pd.DataFrame] = {}
         self.scorer = RunScorer(
-            self.packed,
-            self.encoder,
+            model=self.model,
+            packed=self.packed,
+            encoder=self.encoder,
             device=self.args.device,
             autocast=self.accelerator.autocast,
             max_new_tokens=self.max_new_tokens,
@@ -237,7 +239,7 @@ class LoraTrainer(Trainer):
         moves = AdapterMoves(self.adapter)
         self.checkpointer = self._checkpointer(run, moves)
         self.watchdogs = Watchdogs(
-            self.args,
+            args=self.args,
             model=self.model,
             adapters=self.adapter,
             moves=moves,
@@ -282,7 +284,7 @@ class LoraTrainer(Trainer):
             packed=self.packed,
             autocast=self.accelerator.autocast,
         )
-        return Checkpointer(writer, adapters=self.adapter, moves=moves, facts=facts)
+        return Checkpointer(writer, self.adapter, moves, facts)
 
     # ---- training -------------------------------------------------------------------------------
 
@@ -295,13 +297,13 @@ class LoraTrainer(Trainer):
         """Train, from the beginning or from a checkpoint.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or `True` for the newest whole one of the
-                output folder.
+            resume_from_checkpoint: a checkpoint's folder, or `True` for the newest complete one of
+                the output folder.
             trial: of a hyperparameter search.
             ignore_keys_for_eval: of no effect; the Trainer's.
 
         Raises:
-            DamagedCheckpointError: there is no whole checkpoint to resume from.
+            DamagedCheckpointError: there is no complete checkpoint to resume from.
             ResumeMismatchError: it is of a run with other data or settings.
             TrainingInterrupted: stopped by SIGTERM or `max_hours`, with a checkpoint.
             WatchdogError: a step was not finite, or the ranks drifted apart.
@@ -625,11 +627,7 @@ class LoraTrainer(Trainer):
         return DataLoader(
             dataset,
             batch_size=1,
-            collate_fn=_only_item,
+            collate_fn=itemgetter(0),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
-
-
-def _only_item(batch: list[Any]) -> Any:
-    return batch[0]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_fsdp.training.setup import enable_checkpointing
 
 from lora_fsdp import FineTuningArguments, LoraTrainer
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.packing import Tree, pack_sequence
+from lora_fsdp.training.recomputing import enable_checkpointing
 from tests.support.tiny import ToyTask, adapted_model, randomise_adapter, tiny_tokenizer, toy_table
 
 CPU = torch.device("cpu")

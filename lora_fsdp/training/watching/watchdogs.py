@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,41 +30,32 @@ from lora_fsdp.training.watching.heartbeat import Heartbeat
 from lora_fsdp.training.watching.log_warnings import WarnFlatLoss, WarnSlowdown
 
 
+@dataclass(eq=False, kw_only=True)
 class Watchdogs(TrainerCallback):
     """Steps that are not finite, ranks that drift apart or stall; as a callback, where a step is.
 
     What may wait for the device is asked for where the host waits anyway: at the log, and before a
     checkpoint.
 
-    Args:
+    Attributes:
         args: the run's.
         model: with its adapters, to save them where a step was not finite.
         adapters: watched.
         moves: whether training has moved them.
         shares_of_step: each rank's examples of an optimizer step, counted from 0.
         tokenizer: to write them as text.
-
-    Attributes:
         warnings: callbacks that warn of a flat loss and of a slowdown.
     """
 
-    def __init__(
-        self,
-        args: FineTuningArguments,
-        *,
-        model: PeftModel,
-        adapters: AdapterSet,
-        moves: AdapterMoves,
-        shares_of_step: Callable[[int], list[list[EncodedExample]]],
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        self.args = args
-        self.model = model
-        self.adapters = adapters
-        self.moves = moves
-        self.shares_of_step = shares_of_step
-        self.tokenizer = tokenizer
-        self.warnings = (WarnFlatLoss(args.flat_loss_steps), WarnSlowdown())
+    args: FineTuningArguments
+    model: PeftModel
+    adapters: AdapterSet
+    moves: AdapterMoves
+    shares_of_step: Callable[[int], list[list[EncodedExample]]]
+    tokenizer: PreTrainedTokenizerBase
+
+    def __post_init__(self) -> None:
+        self.warnings = (WarnFlatLoss(self.args.flat_loss_steps), WarnSlowdown())
         self.begin()
 
     def begin(self) -> None:
