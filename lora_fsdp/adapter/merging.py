@@ -113,8 +113,7 @@ def merge_adapter(
     source, proof = read_adapter_folder(adapter), read_proof(adapter)
     refuse_what_is_not_plain(source)
     name, revision = find_base(source, given=base, beside=proof.base_beside if proof else None)
-    folder = base_folder(name, revision=revision)
-    _refuse_quantized(folder)
+    folder = _unquantized(base_folder(name, revision=revision))
     skeleton = base_skeleton(folder, trust_remote_code=trust_remote_code)
     weights = BaseWeights(folder)
     if proof is not None:
@@ -162,13 +161,14 @@ def refuse_what_is_not_plain(adapter: AdapterFolder) -> None:
         )
 
 
-def _refuse_quantized(folder: Path) -> None:
+def _unquantized(folder: Path) -> Path:
     known = (folder / "config.json").is_file()
     if known and read_json_object(folder, "config.json").get("quantization_config"):
         raise MergeError(
             f"{folder} is a quantised model, whose weights cannot be added to: give the original "
             "model it was made from (--base, or base=... in Python)."
         )
+    return folder
 
 
 def _notes(proof: Proof | None, *, base: str) -> tuple[str, ...]:

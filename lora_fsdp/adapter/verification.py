@@ -1,4 +1,4 @@
-"""`verify`: is an adapter whole, and does it still do on its base what it did when it was saved?"""
+"""`verify`: is an adapter complete, and does it answer on its base as when it was saved?"""
 
 from __future__ import annotations
 

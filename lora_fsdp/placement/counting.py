@@ -49,6 +49,7 @@ def shape_of(
         TargetModulesError: the adapter's target modules match nothing.
     """
     adapter = copy.deepcopy(adapter)  # PEFT writes the base's name into it
+    adapter.base_model_name_or_path = None  # and warns where another one stands
     adapter.init_lora_weights = True  # of whatever values: there are none
     layers = decoder_layers(skeleton)
     # An adapter draws its first values, though there are none: the run's own come after.

@@ -80,8 +80,7 @@ def prepare_run(
     """Tokenise, attach the adapter, and compare the ranks: a collective call.
 
     Raises:
-        ArgumentError: an example has no target, or not just one adapter is given.
-        UnsupportedModelError: the model cannot compute packed sequences.
+        ArgumentError, UnsupportedModelError: the data or the model cannot be trained with.
         RankMismatchError: the ranks were given different things.
     """
     to_train, to_score = encoder.encode(train), encoder.encode(held_out)

@@ -226,7 +226,6 @@ class LoraTrainer(Trainer):
         )
 
     def _add_parts(self, run: PreparedRun) -> None:
-        """Make what scores, saves, watches and logs."""
         self.confusion_matrices: dict[int, pd.DataFrame] = {}
         self.scorer = RunScorer(
             model=self.model,
@@ -262,8 +261,8 @@ class LoraTrainer(Trainer):
             price_per_hour=self.args.price_per_hour,
         )
         progress = RunProgress(self.figures, primary_metric=self.task.primary_metric)
-        self.remove_callback(ProgressCallback)
-        self.remove_callback(PrinterCallback)
+        for unused in (ProgressCallback, PrinterCallback):
+            self.remove_callback(unused)
         for callback in (moves, progress, *self.watchdogs.warnings, self.watchdogs, self.edges):
             self.add_callback(callback)
 
