@@ -293,7 +293,9 @@ class LoraTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train, from the beginning or from a checkpoint.
+        """Train, from the beginning or from a checkpoint: not one of another run.
+
+        It stops on request, watches for ranks that stall, and releases the step's graphs.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or `True` for the newest complete one of
@@ -437,7 +439,11 @@ class LoraTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint from rank 0, then remove those beyond `save_total_limit`."""
+        """Write an atomic checkpoint from rank 0, then remove those beyond `save_total_limit`.
+
+        The Trainer's own writes in place, pickles optimizer and random state, and lets the other
+        ranks hang when rank 0 cannot write.
+        """
         with self.watchdogs.away("saving a checkpoint"):
             self.watchdogs.check_finite()
             if self.hp_search_backend is None and trial is None:
@@ -492,15 +498,15 @@ class LoraTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Load a checkpoint's adapter."""
+        """Load a checkpoint's adapter; nothing is unpickled."""
         self.checkpointer.load_adapter(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """Load the adapter with the best metric."""
+        """Load the adapter with the best metric; the base stays as it is."""
         self.checkpointer.load_best_adapter(self.state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Continue optimizer and schedule."""
+        """Continue optimizer and schedule; nothing is unpickled."""
         if (resumed := self.checkpointer.resumed) is not None:
             cast(torch.optim.Optimizer, self.optimizer).load_state_dict(resumed.optimizer)
             cast(LRScheduler, self.lr_scheduler).load_state_dict(resumed.scheduler)
@@ -551,7 +557,7 @@ class LoraTrainer(Trainer):
         )
 
     def get_test_dataloader(self, test_dataset: Sequence[Example]) -> DataLoader[ScoringSequence]:
-        """As `get_eval_dataloader`."""
+        """As `get_eval_dataloader`, for other examples of the task."""
         return self.get_eval_dataloader(test_dataset)
 
     def evaluate(
@@ -560,7 +566,7 @@ class LoraTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The Trainer's."""
+        """The Trainer's, which may rightly take long."""
         with self.watchdogs.away("evaluation"):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
