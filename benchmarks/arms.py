@@ -56,7 +56,7 @@ def lora(work: Workload) -> LoraConfig:
 
 
 class KeepGradient(TrainerCallback):
-    """Writes the first step's gradients, for the comparison of the arms."""
+    """Saves the first step's gradients, for the comparison of the arms."""
 
     def __init__(self, file: str | None) -> None:
         self.file = file
@@ -139,7 +139,7 @@ def ours(
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(trainer.args.device)
         gpu = known_gpu(device.name, memory=device.total_memory)
-        result["foretold"] = predicted(trainer.placement, trainer.work, gpu)
+        result["predicted"] = predicted(trainer.placement, trainer.work, gpu)
     if held_out:
         result |= _scoring(trainer, held_out)
     return result
@@ -164,7 +164,7 @@ def trl(work: Workload, gradient: str | None, *, output_dir: str, **options: Any
     count = batch * accumulation * work.processes * work.steps
     task, all_examples = task_and_examples(work)
     examples = in_step_order(all_examples, count=count)
-    rows = task.to_prompt_completion(examples)
+    dataset = task.to_prompt_completion(examples)
     clock = StepClock()
     settings = {
         "per_device_train_batch_size": work.examples,
@@ -182,11 +182,11 @@ def trl(work: Workload, gradient: str | None, *, output_dir: str, **options: Any
         **options,
     }
     if settings.get("padding_free") and not settings.get("packing"):
-        settings["max_length"] = None  # TRL wants it so; no row is longer
+        settings["max_length"] = None  # TRL wants it so; no example is longer
     trainer = SFTTrainer(
         load_model(work),
         SFTConfig(output_dir=output_dir, **settings),
-        train_dataset=rows,
+        train_dataset=dataset,
         processing_class=load_tokenizer(work),
         peft_config=lora(work),
         callbacks=[clock, KeepGradient(gradient)],

@@ -1,4 +1,4 @@
-"""The rate of a decoder layer's matrix products alone, the ceiling of what training can reach."""
+"""The matmul throughput of a decoder layer alone, the ceiling of what training can reach."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.workload import SHAPES
 
 
 def matrix_ceiling(model: str, tokens: int) -> float:
-    """TFLOP/s of one layer's products at `tokens` rows, forward and for the input's gradient."""
+    """TFLOP/s of one layer's matmuls over `tokens` tokens, forward and for the input's gradient."""
     config = SHAPES[model]
     hidden, inner = config.hidden_size, config.intermediate_size
     heads = config.num_key_value_heads * (hidden // config.num_attention_heads)

@@ -92,10 +92,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=180.0, help="a point may take")
     parser.add_argument("--started", type=int, default=4, help="points started at once")
     parser.add_argument("--output", default="planning", help="name of the file in results/")
-    parser.add_argument("--foretell", type=Path, metavar="FILE", help="measured before")
+    parser.add_argument("--predict", type=Path, metavar="FILE", help="measured before")
     asked = parser.parse_args()
-    if asked.foretell:
-        _foretell(asked.foretell)
+    if asked.predict:
+        _predict_again(asked.predict)
         return
     report: dict[str, Any] = {"environment": environment(), "points": {}}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(asked.started) as pool:
@@ -131,9 +131,9 @@ def _measured(name: str, *, folder: Path, seconds: float) -> dict[str, Any]:
     if not output.is_file():
         return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
     result = json.loads(output.read_text())
-    predicted = result.get("foretold")
+    predicted = result.get("predicted")
     if not predicted:
-        return {"failed": "nothing was foretold: it needs a GPU that the plan knows"}
+        return {"failed": "nothing was predicted: it needs a GPU that the plan knows"}
     found = {
         "measured_gb": result["peak_gb"],
         "measured_ms": result["step_ms"],
@@ -154,7 +154,7 @@ def _beside(measured: dict[str, Any], *, gigabytes: float, milliseconds: float) 
     return found
 
 
-def _foretell(file: Path) -> None:
+def _predict_again(file: Path) -> None:
     """Write the predictions of today beside a file's measurements."""
     report = json.loads(file.read_text(encoding="utf-8"))
     if "runs" in report:
@@ -186,7 +186,7 @@ def predicted(
     ranks: int = 1,
     placed: Callable[[Layout], Layout] = lambda placement: placement,
 ) -> dict[str, Any]:
-    """As the trainer foretells it, from the same examples; `placed` changes where the base lies."""
+    """As the trainer predicts it, from the same examples; `placed` changes where the base lies."""
     work = point.work
     examples = _encoded(work.rows, data=work.data)
     training = {
@@ -203,7 +203,7 @@ def predicted(
             recomputed=point.options.get("gradient_checkpointing", False),
         )
     )
-    rows = largest_sequence(asked, measured["row_tokens"])
+    largest = largest_sequence(asked, measured["row_tokens"])
     step = step_seconds(
         shape,
         placement,
@@ -211,7 +211,7 @@ def predicted(
         parse_gpus(device.split()[1])[1],
         sequence_tokens=measured["row_tokens"],
     )
-    memory = peak_allocated(shape, placement, rows)
+    memory = peak_allocated(shape, placement, largest)
     return _beside(measured, gigabytes=memory / 1e9, milliseconds=1e3 * step)
 
 

@@ -96,7 +96,7 @@ def main() -> None:
         "--without-gradients", action="store_true", help="do not compare gradients: no ratios"
     )
     parser.add_argument(
-        "--without-ceiling", action="store_true", help="do not measure the products' rate"
+        "--without-ceiling", action="store_true", help="do not measure the matmul throughput"
     )
     parser.add_argument("--name", help="of the results' file")
     asked = parser.parse_args()
@@ -292,7 +292,7 @@ def _line(name: str, result: dict[str, Any]) -> str:
 def _ceiling(
     work: Workload, results: dict[str, dict[str, Any]], *, processes: int
 ) -> dict[str, float]:
-    """The matrix-product rate at the row length of each arm, measured now."""
+    """The matmul throughput at the sequence length of each arm, measured now."""
     if not torch.cuda.is_available() or work.model not in SHAPES:
         return {}
     lengths = {

@@ -1,4 +1,4 @@
-"""What every arm of the throughput benchmark trains on: the same model, rows, order and clock."""
+"""What every arm of the throughput benchmark trains on: one model, examples, order and clock."""
 
 from __future__ import annotations
 

@@ -126,14 +126,6 @@ class AdapterSet:
         norms = [adapter.clip_gradients(max_norm) for adapter in self.adapters.values()]
         return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
-    def spoil_gradients(self, condition: torch.Tensor) -> None:
-        """Where `condition` (a bool on the device) holds, make the gradient, and its sum, NaN."""
-        self.gradients[:1].masked_fill_(condition, torch.nan)
-
-    def zero_gradients_where(self, condition: torch.Tensor) -> None:
-        """Where `condition` (a bool on the device) holds, set every gradient to zero."""
-        self.gradients.masked_fill_(condition, 0.0)
-
     # ---- weights --------------------------------------------------------------------------------
 
     def broadcast(self) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_fsdp.adapter.folder import AdapterFolder, load_on_skeleton
-from lora_fsdp.base.stored_weights import BaseWeights, stored_names
+from lora_fsdp.base.stored_weights import BaseWeights, StoredTensor, stored_names
 from lora_fsdp.base.tensor_files import DTYPES
 from lora_fsdp.errors import (
     AdapterVerificationError,
@@ -58,16 +58,8 @@ class Deltas:
                     f"{adapter.path} adapts {path}, an embedding or a weight that is tied to "
                     "another: merging would change both. Use it as an adapter."
                 )
-            stored = names.get(weight)
-            if stored is None or weights.tensors[stored].shape != shapes[weight]:
-                raise MergeError(
-                    f"{base} does not store {weight} as the model has it: load it once with "
-                    "transformers, save it with save_pretrained, and merge onto that folder."
-                )
-            if DTYPES.get(weights.tensors[stored].dtype, torch.uint8).is_floating_point is False:
-                raise MergeError(
-                    f"{base} stores {weight} quantised: merge onto the original model."
-                )
+            stored = names.get(weight, "")
+            _check_stored(weight, weights.tensors.get(stored), shapes[weight], base=base)
             self._layers[stored] = (path, module)
 
     def __len__(self) -> int:
@@ -96,6 +88,18 @@ class Deltas:
                 getattr(module, kind)["default"].weight = nn.Parameter(
                     torch.empty(0, device="meta"), requires_grad=False
                 )
+
+
+def _check_stored(
+    weight: str, stored: StoredTensor | None, shape: tuple[int, ...], *, base: str
+) -> None:
+    if stored is None or stored.shape != shape:
+        raise MergeError(
+            f"{base} does not store {weight} as the model has it: load it once with "
+            "transformers, save it with save_pretrained, and merge onto that folder."
+        )
+    if not DTYPES.get(stored.dtype, torch.uint8).is_floating_point:
+        raise MergeError(f"{base} stores {weight} quantised: merge onto the original model.")
 
 
 def _tied_weights(skeleton: PreTrainedModel) -> set[str]:

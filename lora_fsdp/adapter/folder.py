@@ -179,15 +179,21 @@ def _peft_at_work(adapter: AdapterFolder, base: PreTrainedModel) -> Iterator[Non
         ) from error
 
 
-def find_base(adapter: AdapterFolder, *, beside: str | None = None) -> tuple[str, str]:
-    """Name and revision of the base that the adapter names: a folder that exists, or a Hub name.
+def find_base(
+    adapter: AdapterFolder, *, given: str | Path | None, beside: str | None
+) -> tuple[str, str]:
+    """Name and revision of the base: a folder that exists, or a Hub name.
 
     Args:
+        adapter: which names a base.
+        given: another one to take instead.
         beside: where the base lay as seen from the adapter's folder when it was saved, if known.
 
     Raises:
         ModelNotFoundError: the folder it names is not there; the message says what to give.
     """
+    if given is not None:
+        return str(given), "main"
     name = adapter.config.base_model_name_or_path
     if not isinstance(name, str) or not name or "\0" in name:
         raise ModelNotFoundError(

@@ -1,4 +1,4 @@
-"""A merged model's folder: written tensor by tensor, whole or not at all."""
+"""A merged model's folder: written tensor by tensor, complete or not at all."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TOKENIZER_FILES = (
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def atomic_draft(target: Path) -> Iterator[Path]:
     """A folder beside `target` that takes its place when all went well, and else is removed."""
     draft = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.tmp")
     try:

@@ -11,12 +11,8 @@ import torch
 from peft import LoraConfig
 
 from lora_fsdp.adapter.deltas import Deltas
-from lora_fsdp.adapter.folder import (
-    AdapterFolder,
-    find_base,
-    read_adapter_folder,
-)
-from lora_fsdp.adapter.merged_files import write_rest, write_weights, written_whole
+from lora_fsdp.adapter.folder import AdapterFolder, find_base, read_adapter_folder
+from lora_fsdp.adapter.merged_files import atomic_draft, write_rest, write_weights
 from lora_fsdp.adapter.proof import Proof, check_base, read_proof
 from lora_fsdp.base.folders import read_json_object
 from lora_fsdp.base.stored_weights import (
@@ -109,32 +105,21 @@ def merge_adapter(
     Raises:
         OutputFolderError: `output` holds something.
         BaseMismatchError: the adapter was trained on another base; names both.
-        UnsupportedAdapterError: it is not plain LoRA, so adding its product would not be right.
+        UnsupportedAdapterError: it is not plain LoRA, so adding B·A would not be right.
         MergeError: a weight would overflow, is stored under another name, or cannot be written.
     """
     target = Path(output)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise OutputFolderError(f"{target} already holds something: choose another folder.")
-    if dtype != "auto" and dtype not in _OUTPUT_DTYPES:
-        known = ", ".join(["auto", *_OUTPUT_DTYPES])
-        raise ArgumentError(f"dtype {dtype!r} is none of {known}.")
+    _check_output(target, dtype)
     source, proof = read_adapter_folder(adapter), read_proof(adapter)
     refuse_what_is_not_plain(source)
-    name, revision = (
-        find_base(source, beside=proof.base_beside if proof else None)
-        if base is None
-        else (str(base), "main")
-    )
-    folder = base_folder(name, revision=revision)
-    if (folder / "config.json").is_file():
-        _refuse_quantized(folder)
+    name, revision = find_base(source, given=base, beside=proof.base_beside if proof else None)
+    folder = _unquantized(base_folder(name, revision=revision))
     skeleton = base_skeleton(folder, trust_remote_code=trust_remote_code)
     weights = BaseWeights(folder)
     if proof is not None:
-        found = fingerprint_stored(skeleton, weights)
-        check_base(proof, found, adapter=source.path, base=name)
+        check_base(proof, fingerprint_stored(skeleton, weights), adapter=source.path, base=name)
     deltas = Deltas(source, skeleton, weights, base=name)
-    with written_whole(target) as draft:
+    with atomic_draft(target) as draft:
         files, size = write_weights(
             draft, weights, deltas, _OUTPUT_DTYPES.get(dtype), max_shard_size
         )
@@ -143,6 +128,14 @@ def merge_adapter(
     for note in notes:
         logger.warning("%s", note)
     return MergeResult(target, source.path, name, dtype, len(deltas), files, size, notes)
+
+
+def _check_output(target: Path, dtype: str) -> None:
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise OutputFolderError(f"{target} already holds something: choose another folder.")
+    if dtype != "auto" and dtype not in _OUTPUT_DTYPES:
+        known = ", ".join(["auto", *_OUTPUT_DTYPES])
+        raise ArgumentError(f"dtype {dtype!r} is none of {known}.")
 
 
 def refuse_what_is_not_plain(adapter: AdapterFolder) -> None:
@@ -168,24 +161,23 @@ def refuse_what_is_not_plain(adapter: AdapterFolder) -> None:
         )
 
 
-def _refuse_quantized(folder: Path) -> None:
-    config = read_json_object(folder, "config.json")
-    if config.get("quantization_config"):
+def _unquantized(folder: Path) -> Path:
+    known = (folder / "config.json").is_file()
+    if known and read_json_object(folder, "config.json").get("quantization_config"):
         raise MergeError(
             f"{folder} is a quantised model, whose weights cannot be added to: give the original "
             "model it was made from (--base, or base=... in Python)."
         )
+    return folder
 
 
 def _notes(proof: Proof | None, *, base: str) -> tuple[str, ...]:
-    notes = []
     if proof is None:
-        notes.append(
-            f"The adapter has no proof of its base: only its shapes were compared with {base}."
-        )
-    elif proof.base_quantization is not None:
-        notes.append(
-            "The adapter was trained on a quantised base, whose rounding it has learnt to live "
-            "with: the merged model's answers differ slightly from those in training. Evaluate it."
-        )
-    return tuple(notes)
+        note = f"The adapter has no proof of its base: only its shapes were compared with {base}."
+        return (note,)
+    if proof.base_quantization is None:
+        return ()
+    return (
+        "The adapter was trained on a quantised base, whose rounding it has learnt to live with: "
+        "the merged model's answers differ slightly from those in training. Evaluate it.",
+    )

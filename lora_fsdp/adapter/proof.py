@@ -171,9 +171,9 @@ def _is_probes(value: object) -> bool:
 
 def _is_likelihoods(value: object) -> bool:
     return isinstance(value, list) and all(
-        isinstance(row, list)
-        and all(isinstance(number, float | int) and math.isfinite(number) for number in row)
-        for row in value
+        isinstance(of_probe, list)
+        and all(isinstance(number, float | int) and math.isfinite(number) for number in of_probe)
+        for of_probe in value
     )
 
 

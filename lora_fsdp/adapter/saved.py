@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from transformers import PreTrainedModel
 
 from lora_fsdp.adapter.folder import (
+    AdapterFolder,
+    find_base,
     load_with_peft,
     read_adapter_folder,
     read_adapter_tensors,
     zero_lora_b,
 )
 from lora_fsdp.adapter.ownership import trainable_parameters
+from lora_fsdp.adapter.proof import Proof
+from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.layers import base_model
+from lora_fsdp.base.streaming import load_on_device
 from lora_fsdp.errors import AdapterVerificationError
 
 
@@ -80,6 +87,31 @@ def verify_adapter(model: PeftModel, folder: str | Path) -> None:
     for name, tensor in live.items():
         if not torch.equal(saved[name], tensor.detach().to("cpu")):
             raise AdapterVerificationError(f"{folder}: {name} is not what is in memory.")
+
+
+def load_base_of(
+    adapter: AdapterFolder,
+    proof: Proof | None,
+    *,
+    given: str | Path | None,
+    dtype: Literal["auto", "bfloat16", "float32"],
+    trust_remote_code: bool,
+) -> tuple[ModelArguments, PreTrainedModel, torch.device]:
+    """The base of an adapter (or the one that is `given`), loaded as when it was trained.
+
+    Raises:
+        ModelNotFoundError: it is not where the adapter says.
+    """
+    name, revision = find_base(adapter, given=given, beside=proof.base_beside if proof else None)
+    arguments = ModelArguments(
+        name,
+        revision,
+        dtype,
+        load_in_4bit=proof is not None and proof.base_in_4bit,
+        trust_remote_code=trust_remote_code,
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return arguments, load_on_device(arguments, device=device), device
 
 
 def load_adapter(model: PeftModel, folder: str | Path) -> None:

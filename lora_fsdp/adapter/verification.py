@@ -1,11 +1,12 @@
-"""`verify`: is an adapter whole, and does it still do on its base what it did when it was saved?"""
+"""`verify`: is an adapter complete, and does it answer on its base as when it was saved?"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,22 +15,17 @@ from lora_fsdp.adapter.folder import (
     ADAPTER_FILE,
     AdapterFolder,
     attach_saved,
-    find_base,
     load_with_peft,
     read_adapter_folder,
     zero_lora_b,
 )
 from lora_fsdp.adapter.probes import probe_difference, probe_log_likelihoods, probe_tolerance
 from lora_fsdp.adapter.proof import PROOF_FILE, Proof, read_proof
+from lora_fsdp.adapter.saved import load_base_of
 from lora_fsdp.arguments import ModelArguments
-from lora_fsdp.base.fingerprints import (
-    fingerprint_base,
-    fingerprint_tokenizer,
-    same_vocabulary,
-)
+from lora_fsdp.base.fingerprints import fingerprint_base, fingerprint_tokenizer, same_vocabulary
 from lora_fsdp.base.folders import read_json_object, sha256_of_file
 from lora_fsdp.base.loading import LOADING_ERRORS, TOKENIZER_FILES, load_tokenizer
-from lora_fsdp.base.streaming import load_on_device
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import end_of_answer
 from lora_fsdp.errors import LoraFsdpError
@@ -72,13 +68,9 @@ class AdapterVerification:
         lines += [
             f"  {check.name:<{width}}  {check.outcome:<12}  {check.detail}" for check in self.checks
         ]
-        undone = sum(check.outcome == "not possible" for check in self.checks)
-        lines.append(
-            f"{'Verified' if self.passed else 'NOT verified'}: "
-            f"{sum(check.outcome == 'passed' for check in self.checks)} passed, "
-            f"{sum(check.outcome == 'failed' for check in self.checks)} failed, "
-            f"{undone} not possible."
-        )
+        outcomes = Counter(check.outcome for check in self.checks)
+        counts = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in get_args(Outcome))
+        lines.append(f"{'Verified' if self.passed else 'NOT verified'}: {counts}.")
         return "\n".join(lines)
 
 
@@ -111,27 +103,16 @@ def verify_adapter_folder(
     checks.append(Check("files", "passed", f"{len(adapter.tensors)} tensors, all finite"))
     checks += _check_weights(adapter, proof)
     try:
-        name, revision = (
-            find_base(adapter, beside=proof.base_beside if proof else None)
-            if base is None
-            else (str(base), "main")
+        arguments, model, device = load_base_of(
+            adapter, proof, given=base, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        arguments = ModelArguments(
-            name,
-            revision,
-            dtype,
-            load_in_4bit=proof is not None and proof.base_in_4bit,
-            trust_remote_code=trust_remote_code,
-        )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_on_device(arguments, device=device)
     except LoraFsdpError as error:
         checks.append(Check("base model", "failed", str(error)))
         return AdapterVerification(path, "" if base is None else str(base), tuple(checks))
     checks += _check_base(model, proof)
     checks += _check_tokenizer(adapter, proof, arguments)
     checks += _check_answers(adapter, proof, model, device)
-    return AdapterVerification(path, name, tuple(checks))
+    return AdapterVerification(path, str(arguments.model_name_or_path), tuple(checks))
 
 
 def _check_weights(adapter: AdapterFolder, proof: Proof | None) -> Iterator[Check]:
@@ -139,12 +120,10 @@ def _check_weights(adapter: AdapterFolder, proof: Proof | None) -> Iterator[Chec
         yield Check("SHA-256", "not possible", _NO_PROOF)
     else:
         now = sha256_of_file(adapter.path / ADAPTER_FILE)
-        same = now == proof.adapter_sha256
-        yield Check(
-            "SHA-256",
-            "passed" if same else "failed",
-            now[:16] if same else f"{ADAPTER_FILE} was changed after it was saved",
-        )
+        if now == proof.adapter_sha256:
+            yield Check("SHA-256", "passed", now[:16])
+        else:
+            yield Check("SHA-256", "failed", f"{ADAPTER_FILE} was changed after it was saved")
     zero = zero_lora_b(adapter.tensors)
     if not zero:
         yield Check("lora_B", "passed", "every lora_B has values")

@@ -68,11 +68,7 @@ def plan(options: PlanOptions, launch: LaunchOptions, arguments: Sequence[str]) 
 
     classes = (ModelArguments, LoraArguments, DataArguments, FineTuningArguments)
     model, lora, data, training = OptionParser(classes).parse_values(arguments)
-    model_args, lora_args, data_args = (
-        ModelArguments(**model),
-        LoraArguments(**lora),
-        DataArguments(**data),
-    )
+    model_args, data_args = ModelArguments(**model), DataArguments(**data)
     required(
         model_args.model_name_or_path,
         "--model_name_or_path",
@@ -93,7 +89,7 @@ def plan(options: PlanOptions, launch: LaunchOptions, arguments: Sequence[str]) 
     question = question_of_recipe(
         config,
         model_args=model_args,
-        adapter=lora_config(lora_args),
+        adapter=lora_config(LoraArguments(**lora)),
         training=training,
         work=_work(options, training, model_args, data_args),
         yaml_for=lambda gpus: find_config(launch.accelerate_config or suggested_config(gpus)),
@@ -169,11 +165,9 @@ def _work(
     from lora_fsdp.data.rows import load_task_data
 
     data = load_task_data(data_args, seed=training["seed"])
+    length, chat = data_args.max_length, data_args.chat_template
     encoder = Encoder(
-        load_tokenizer(model_args),
-        task=data.task,
-        max_length=data_args.max_length,
-        chat_template=data_args.chat_template,
+        load_tokenizer(model_args), task=data.task, max_length=length, chat_template=chat
     )
     train, held_out = encoder.encode(data.train), encoder.encode(data.held_out)
     return lambda ranks, share_prefix: measure_work(

@@ -18,6 +18,10 @@ from lora_fsdp.errors import LaunchError
 
 # Who has them is a rank of a launch, and would join the others.
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# An AssertionError is how accelerate refuses an address that is missing.
+_REFUSALS = (
+    AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 _OF_MPI = ("PMI_", "OMPI_COMM_", "MV2_COMM_", "TORCHELASTIC_")
 
 
@@ -90,15 +94,7 @@ def read_launch(file: Path, *, processes: int | None) -> Launch:
                 machines=int(asked.num_machines or 1),
                 use_cpu=bool(asked.cpu or asked.use_cpu),
             )
-        except (
-            AssertionError,  # how accelerate refuses an address that is missing
-            AttributeError,
-            LookupError,
-            OSError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except _REFUSALS as error:
             reason = " ".join(str(error).split())[:500] or type(error).__name__
             raise LaunchError(f"accelerate refuses {file}: {reason}") from error
 

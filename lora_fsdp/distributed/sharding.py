@@ -40,46 +40,34 @@ def place_model(
 
     With `settings` what is not resident is sharded over all ranks, layer by layer, so no rank ever
     holds more of it on its device than its shard and the layers in flight; without, or with the
-    whole base resident, each rank keeps a whole copy.
-
-    Args:
-        model: base and adapter.
-        layers: those that FSDP would shard one by one.
-        layout: how the base is to lie.
-        settings: the YAML's FSDP settings.
-        device: where the run computes.
-        stored: where the base's weights are to be read from, once it is sharded; `None` = the model
-            has them already.
+    whole base resident, each rank keeps a whole copy. Weights that the model lacks yet are read
+    from `stored` once it is sharded.
 
     Returns:
         the base's parameters that every rank holds whole.
     """
-    adapter = trainable_parameters(model)
-    if settings is None or not layout.gathers(len(layers)):
-        if stored is not None:
-            stored.fill([base_model(model)], device=device, keep_on=device)
-        model.to(device)
-        return frozenset(model.parameters()) - set(adapter.values())
-    for parameter in adapter.values():
+    base, adapter = base_model(model), frozenset(trainable_parameters(model).values())
+    sharded = settings is not None and layout.gathers(len(layers))
+    kept = _kept_whole(base, layers, layout) if sharded else [base]
+    for parameter in adapter:
         parameter.data = parameter.data.to(device)
-    kept = _kept_whole(base_model(model), layers, layout)
     if stored is not None:
         stored.fill(kept, device=device, keep_on=device)
     for module in kept:
         module.to(device)
-    whole = frozenset(p for module in kept for p in module.parameters()) - set(adapter.values())
-    mesh = init_device_mesh(device.type, (layout.ranks,))
+    whole = frozenset(p for module in kept for p in module.parameters()) - adapter
+    if settings is None or not sharded:
+        return whole
     shard_base(
-        base_model(model),
+        base,
         settings=settings,
-        mesh=mesh,
-        ignored=whole | set(adapter.values()),
+        mesh=init_device_mesh(device.type, (layout.ranks,)),
+        ignored=whole | adapter,
         groups=[layer for layer in layers if layer not in kept],
     )
     if stored is not None:
-        host = torch.device("cpu")
-        keep_on = host if settings.offload else device
-        stored.fill([base_model(model)], device=device, keep_on=keep_on)
+        keep_on = torch.device("cpu") if settings.offload else device
+        stored.fill([base], device=device, keep_on=keep_on)
     return whole
 
 
@@ -88,9 +76,7 @@ def _kept_whole(
 ) -> list[nn.Module]:
     """The modules that every rank keeps, where it does not keep all."""
     kept = [layers[index] for index in layout.resident_of(len(layers))]
-    if layout.whole_head:
-        kept.append(base.get_output_embeddings())
-    return kept
+    return [*kept, base.get_output_embeddings()] if layout.whole_head else kept
 
 
 def shard_base(
@@ -123,7 +109,7 @@ def shard_base(
             for module in (embedding, head):
                 if module is not None and not ignored.issuperset(module.parameters()):
                     fully_shard(module, **options)  # type: ignore[call-overload]
-                    if module is embedding:  # looking rows up needs no table in backward
+                    if module is embedding:  # looking tokens up needs no table in backward
                         cast(FSDPModule, module).set_unshard_in_backward(False)
     # The root is needed again at once in backward, so it is never resharded in between.
     fully_shard(base, **{**options, "reshard_after_forward": False})  # type: ignore[call-overload]

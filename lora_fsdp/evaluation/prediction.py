@@ -14,17 +14,16 @@ from peft import PeftModel
 
 from lora_fsdp.adapter.folder import (
     attach_saved,
-    find_base,
     load_with_peft,
     read_adapter_folder,
 )
 from lora_fsdp.adapter.proof import check_base, read_proof
+from lora_fsdp.adapter.saved import load_base_of
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.fingerprints import fingerprint_base
 from lora_fsdp.base.folders import read_json_object
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.loading import load_tokenizer
-from lora_fsdp.base.streaming import load_on_device
 from lora_fsdp.compute.fusing import Fusing
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import EncodedExample, Encoder
@@ -144,15 +143,11 @@ class Predictor:
         path = Path(folder)
         saved = _read_task(path)
         adapter, proof = read_adapter_folder(path), read_proof(path)
-        beside = proof.base_beside if proof else None
-        name, revision = find_base(adapter, beside=beside) if base is None else (str(base), "main")
-        in_4bit = proof is not None and proof.base_in_4bit
-        arguments = ModelArguments(
-            name, revision, dtype, load_in_4bit=in_4bit, trust_remote_code=trust_remote_code
+        arguments, model, device = load_base_of(
+            adapter, proof, given=base, dtype=dtype, trust_remote_code=trust_remote_code
         )
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_on_device(arguments, device=device)
         if proof is not None:
+            name = str(arguments.model_name_or_path)
             check_base(proof, fingerprint_base(model), adapter=path, base=name)
         load_with_peft(adapter, model)
         encoder = _read_encoder(path, saved)

@@ -48,16 +48,21 @@ def shape_of(
         UnsupportedModelError: it has no list of decoder layers.
         TargetModulesError: the adapter's target modules match nothing.
     """
-    base = skeleton
     adapter = copy.deepcopy(adapter)  # PEFT writes the base's name into it
+    adapter.base_model_name_or_path = None  # and warns where another one stands
     adapter.init_lora_weights = True  # of whatever values: there are none
-    adapter.base_model_name_or_path = None  # another base's, to PEFT, if it is attached already
-    layers = decoder_layers(base)
+    layers = decoder_layers(skeleton)
     # An adapter draws its first values, though there are none: the run's own come after.
     with torch.random.fork_rng(devices=[]):
-        model = attach_adapter(base, adapter)
+        model = attach_adapter(skeleton, adapter)
     reasons = [stay] if stay is not None else [why_not_fused(layer) for layer in layers]
     unfused = next((reason for reason in reasons if reason is not None), "")
+    return _counted(skeleton, model, layers, drops=bool(adapter.lora_dropout), unfused=unfused)
+
+
+def _counted(
+    base: PreTrainedModel, model: PeftModel, layers: list[nn.Module], *, drops: bool, unfused: str
+) -> ModelShape:
     is_fused = not unfused
     (per_token, per_pair), note = _saved_or_estimated(model, layers, is_fused=is_fused)
     widths = base.config.get_text_config()
@@ -83,7 +88,7 @@ def shape_of(
         repeated_per_token=sum(map(_repeated_bytes, layers)) if is_fused else 0,
         saved_per_pair=per_pair,
         is_fused=is_fused,
-        drops=bool(adapter.lora_dropout),
+        drops=drops,
         why_not_fused=unfused,
         itemsize=base.dtype.itemsize,
         note=note,
@@ -149,7 +154,7 @@ def _saved_or_estimated(
 
 
 def _saved(model: PeftModel) -> tuple[int, int]:
-    """The linear and the square part of what a forward keeps, from three row lengths."""
+    """The linear and the square part of what a forward keeps, from three lengths."""
     unit = 64
     short, middle, long = (_saved_bytes(model, unit * times) for times in (1, 2, 3))
     pair = (long - 2 * middle + short) / (2 * unit**2)
@@ -157,7 +162,7 @@ def _saved(model: PeftModel) -> tuple[int, int]:
 
 
 def _saved_bytes(model: PeftModel, tokens: int) -> int:
-    """Bytes that autograd keeps of a forward over one row on the meta device."""
+    """Bytes that autograd keeps of a forward over one sequence on the meta device."""
     own = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.Tensor] = {}  # the tensors too, so that no storage is used again
 
@@ -218,7 +223,7 @@ def _linear_sizes(layer: nn.Module) -> list[int]:
 
 
 def _largest_linear(layer: nn.Module, *, is_fused: bool) -> int:
-    """Weights of the largest product, in numbers."""
+    """Weights of the largest matmul, in numbers."""
     if not is_fused:
         return max(_linear_sizes(layer))
     return max(

@@ -12,12 +12,7 @@ from dataclasses import dataclass, replace
 from lora_fsdp.data.workload import Work
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.placement.layout import Layout
-from lora_fsdp.placement.memory import (
-    DeviceMemory,
-    LargestSequence,
-    device_memory,
-    peak_allocated,
-)
+from lora_fsdp.placement.memory import DeviceMemory, LargestSequence, device_memory, peak_allocated
 from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.residency import (
     Residency,
@@ -122,12 +117,7 @@ class Placement:
 def decide(shape: ModelShape, work: Work, hardware: Hardware, request: Request) -> Placement:
     """How a run computes.
 
-    Args:
-        shape: the model's sizes, counted with the layers that will compute
-            (`Request.why_not_fused`).
-        work: what training computes.
-        hardware: where.
-        request: what was asked for.
+    The shape is counted with the layers that will compute (`Request.why_not_fused`).
 
     Raises:
         ArgumentError: what was asked for cannot be.
@@ -137,23 +127,21 @@ def decide(shape: ModelShape, work: Work, hardware: Hardware, request: Request) 
     shortest = largest_sequence(work, max(work.longest_example, request.max_tokens_per_row or 0))
     recomputing = _why_recompute(shape, layout, hardware, largest=shortest)
     if recomputing:
-        layout = _with_recomputing(shape, layout, hardware, request)
+        captured = why_not_captured(shape, hardware, request, recomputed=True) is None
+        layout = replace(layout, recomputed=True, captured=captured)
     usual = largest_sequence(work, usual_length(work, request))
     residency = choose_residency(shape, layout, hardware, request, largest=usual)
     layout = replace(layout, resident_layers=residency.layers)
     if hardware.free is not None:
         layout = with_head_placed(shape, layout, usual)
     # 2 operations a weight and token in forward and 2 in backward.
-    operations = 4.0 * shape.parameters * work.step_tokens * work.steps
-    choice = choose_step(
-        shape, layout, hardware, request, seconds=operations / _OPERATIONS_PER_SECOND
-    )
+    seconds = 4.0 * shape.parameters * work.step_tokens * work.steps / _OPERATIONS_PER_SECOND
     length = sequence_length(shape, layout, work, hardware, request)
     return Placement(
         shape=shape,
         layout=layout,
         residency=residency,
-        choice=choice,
+        choice=choose_step(shape, layout, hardware, request, seconds=seconds),
         shares_prefix=request.shares_prefix,
         sequence_length=length,
         largest=largest_sequence(work, length),
@@ -171,7 +159,8 @@ def least_layout(shape: ModelShape, hardware: Hardware, request: Request) -> Lay
 
 
 def _least_layout(shape: ModelShape, hardware: Hardware, request: Request) -> Layout:
-    fsdp = request.fsdp
+    fsdp, recomputed = request.fsdp, request.recomputes
+    captured = why_not_captured(shape, hardware, request, recomputed=recomputed) is None
     return Layout(
         ranks=hardware.ranks,
         resident_layers=asked_layers(shape.layers, request) or 0,
@@ -179,21 +168,10 @@ def _least_layout(shape: ModelShape, hardware: Hardware, request: Request) -> La
         one_group=fsdp is not None and not fsdp.wrap_layers,
         offloaded=fsdp is not None and fsdp.offload,
         quantized=request.quantized,
-        recomputed=request.recomputes,
-        captured=_captures(shape, hardware, request, recomputed=request.recomputes),
+        recomputed=recomputed,
+        captured=captured,
         gathers_captured=why_gathers_not_captured(hardware, request) is None,
     )
-
-
-def _with_recomputing(
-    shape: ModelShape, layout: Layout, hardware: Hardware, request: Request
-) -> Layout:
-    captured = _captures(shape, hardware, request, recomputed=True)
-    return replace(layout, recomputed=True, captured=captured)
-
-
-def _captures(shape: ModelShape, hardware: Hardware, request: Request, *, recomputed: bool) -> bool:
-    return why_not_captured(shape, hardware, request, recomputed=recomputed) is None
 
 
 def _why_recompute(
@@ -201,13 +179,9 @@ def _why_recompute(
 ) -> str:
     """Why activations must be recomputed; empty if they need not, or are anyway.
 
-    Not before nothing else fits: recomputing costs half of a step's products once more, which is
-    more than gathering layers does.
-
-    Args:
-        shape, hardware: of the run.
-        least: where as few layers are resident as can be.
-        largest: where sequences are as short as they can be limited to.
+    Not before nothing else fits: recomputing costs half of a step's matmuls once more, which is
+    more than gathering layers does. In `least` as few layers are resident as can be, and `largest`
+    is as short as sequences can be limited to.
     """
     if hardware.free is None or least.recomputed:
         return ""

@@ -92,9 +92,7 @@ def parse_gpus(text: str) -> tuple[int, Gpu]:
 def known_gpu(device_name: str, *, memory: int) -> Gpu | None:
     """The GPU that a driver calls `device_name` (such as "NVIDIA H100 80GB HBM3"), if it is known.
 
-    Args:
-        device_name: as the driver says it.
-        memory: bytes, which tells kinds of one name apart.
+    Its bytes of `memory` tell kinds of one name apart.
     """
     plain = _plain(device_name)
     family = [gpu for gpu in GPUS.values() if _plain(gpu.name.split("-")[0]) in plain]

@@ -9,11 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from lora_fsdp.compute.attention import BLOCKS_FROM_TOKENS
-from lora_fsdp.compute.captured_sizes import (
-    next_smaller,
-    padded_labels,
-    padded_tokens,
-)
+from lora_fsdp.compute.captured_sizes import next_smaller, padded_labels, padded_tokens
 from lora_fsdp.compute.chunked_head import CHUNK
 from lora_fsdp.placement.hardware import CONTEXT
 from lora_fsdp.placement.layout import Layout, is_captured
@@ -105,9 +101,27 @@ def peak_allocated(shape: ModelShape, layout: Layout, largest: LargestSequence) 
 
 def device_memory(shape: ModelShape, layout: Layout, largest: LargestSequence) -> DeviceMemory:
     """The parts of a step's peak."""
+    computing = _computing(shape, layout, largest)
+    if layout.one_group or not shape.head_parameters or not layout.gathers(shape.layers):
+        return computing
+    # Before there are activations, embeddings that are a group of their own are gathered.
+    embedding = shape.itemsize * shape.embedding_parameters
+    looking_up = replace(
+        computing,
+        in_flight=embedding,
+        communication=embedding,
+        activations=0,
+        logits=0,
+        workspace=WORKSPACE,
+    )
+    return max(computing, looking_up, key=lambda memory: memory.total)
+
+
+def _computing(shape: ModelShape, layout: Layout, largest: LargestSequence) -> DeviceMemory:
+    """The parts while layers and head compute."""
     layer = shape.layer_bytes(quantized=layout.quantized)
     base = shape.base_bytes(quantized=layout.quantized)
-    whole = layout.resident_layers >= shape.layers and not layout.offloaded
+    whole = not layout.gathers(shape.layers)
     resident = base if whole else layout.resident_layers * layer + _kept_head(shape, layout)
     sharded = 0 if whole else -(-(base - resident) // layout.ranks)
     unpacked = shape.itemsize * shape.largest_linear if layout.quantized else 0
@@ -127,7 +141,7 @@ def device_memory(shape: ModelShape, layout: Layout, largest: LargestSequence) -
     if layout.recomputed:  # a layer's activations come after the logits are gone
         logits -= min(logits, shape.saved_bytes(largest.tokens, recomputed=False) // shape.layers)
     held = _HIDDEN_STATES_HELD[layout.recomputed] * shape.hidden_size * largest.tokens
-    computing = DeviceMemory(
+    return DeviceMemory(
         base_shard=0 if layout.offloaded else sharded,
         resident=resident,
         in_flight=in_flight,
@@ -142,33 +156,13 @@ def device_memory(shape: ModelShape, layout: Layout, largest: LargestSequence) -
         # The head's weight is not packed: weights are unpacked before and after it.
         + max(0, unpacked - logits),
     )
-    if whole or layout.one_group or not shape.head_parameters:
-        return computing
-    # Before there are activations, embeddings that are a group of their own are gathered.
-    embedding = shape.itemsize * shape.embedding_parameters
-    looking_up = replace(
-        computing,
-        in_flight=embedding,
-        communication=embedding,
-        activations=0,
-        logits=0,
-        workspace=WORKSPACE,
-    )
-    return max(computing, looking_up, key=lambda memory: memory.total)
 
 
 def _gathered(
     shape: ModelShape, layout: Layout, *, layer: int, rest: int, whole: bool, unpacked: int
 ) -> tuple[int, int, int]:
     """Bytes of what is gathered, of the buffer it is gathered into, and of what is unpacked then,
-    at the moment when they are the most.
-
-    Args:
-        shape, layout: of the base.
-        layer: bytes of one layer.
-        rest: of all that is not resident.
-        whole: nothing is sharded.
-        unpacked: of the largest product's weight, where weights are packed.
+    at the moment when they are the most; `layer` is one layer's, `rest` what is not resident.
     """
     if whole:
         return 0, 0, unpacked

@@ -54,13 +54,7 @@ class Request:
         config: PretrainedConfig,
         lora_dropout: bool,
     ) -> Request:
-        """The request of a run with these values of `FineTuningArguments`.
-
-        Args:
-            training: the values by name.
-            config: of the model that was built from it.
-            fsdp, quantized, autocast, lora_dropout: as above.
-        """
+        """Of a run with these values of `FineTuningArguments`, and its model's config."""
         return cls(
             step=training["step"],
             resident_layers=training["resident_layers"],

@@ -69,13 +69,7 @@ def choose_residency(
     *,
     largest: LargestSequence,
 ) -> Residency:
-    """How many layers every rank keeps.
-
-    Args:
-        shape, hardware, request: of the run.
-        least: where as few layers are resident as can be.
-        largest: sequence of a step.
-    """
+    """How many layers every rank keeps; in `least` as few are resident as can be."""
     asked = asked_layers(shape.layers, request)
     if request.fsdp is None:
         return Residency(shape.layers, "no FSDP was asked for")

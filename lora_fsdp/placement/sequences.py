@@ -10,7 +10,7 @@ from lora_fsdp.placement.memory import LargestSequence, device_memory
 from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.shape import ModelShape
 
-#: Longer sequences gain nothing: the matrix products are as fast as they get.
+#: Longer sequences gain nothing: the matmuls are as fast as they get.
 LONGEST_SEQUENCE = 8192
 #: The length where no memory is known, and at most where layers are not fused: only fused layers
 #: compute long sequences by blocks.
@@ -67,7 +67,7 @@ def sequence_length(
 def largest_sequence(work: Work, longest: int) -> LargestSequence:
     """The largest where none is longer than `longest`; all a step's tokens, if they are fewer.
 
-    Sequences that are scored are filled up to `longest`, or end with the held-out rows.
+    Sequences that are scored are filled up to `longest`, or end with the held-out examples.
     """
     tokens = min(longest, work.largest_step)
     share = min(1.0, tokens / work.step_tokens)

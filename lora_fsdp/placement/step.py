@@ -57,10 +57,6 @@ def why_not_captured(
     """Why no CUDA graph holds a rank's own part of a step; `None` = one does.
 
     What gathering layers adds to that is asked of `why_gathers_not_captured`.
-
-    Args:
-        shape, hardware, request: of the run.
-        recomputed: activations are recomputed in backward.
     """
     if not hardware.has_gpu:
         return "CUDA graphs need a GPU"
@@ -94,11 +90,7 @@ def why_gathers_not_captured(hardware: Hardware, request: Request) -> str | None
 def choose_step(
     shape: ModelShape, layout: Layout, hardware: Hardware, request: Request, *, seconds: float
 ) -> StepChoice:
-    """The step, and why it was chosen.
-
-    Args:
-        shape, layout, hardware, request: of the run.
-        seconds: that training will take, roughly.
+    """The step, and why it was chosen; training will take `seconds`, roughly.
 
     Raises:
         ArgumentError: the step that was asked for cannot be.

@@ -12,18 +12,18 @@ from lora_fsdp.placement.gpus import Gpu
 from lora_fsdp.placement.layout import Layout, is_captured
 from lora_fsdp.placement.shape import ModelShape
 
-# Share of the data sheet's operations that a long row's products reach, with the norms, rotations
-# and activations between them; fused layers or not.
+# Share of the data sheet's operations that a long sequence's matmuls reach, with the norms,
+# rotations and activations between them; fused layers or not.
 _SHARE = {True: 0.74, False: 0.57}
-# Tokens at which products reach half of that, as their tiles and weights weigh on short rows.
+# Tokens at which matmuls reach half of that, as their tiles and weights weigh on short sequences.
 _HALF_AT_TOKENS = 164
-# How many times longer than a product's an operation of attention takes.
+# How many times longer than a matmul's an operation of attention takes.
 _ATTENTION_FACTOR = 2.8
 # Share of the data sheet's bandwidth at which weights are unpacked; in a captured step, where a
-# part of it runs beside the products, at which they seem to be.
+# part of it runs beside the matmuls, at which they seem to be.
 _COPY_SHARE = {True: 0.81, False: 0.71}
 # An adapter's part in a layer: its few small kernels; or how often it reads or writes the layer's
-# inputs and outputs, and the share of the data sheet's operations that products this thin reach.
+# inputs and outputs, and the share of the data sheet's operations that matmuls this thin reach.
 _ADAPTER_SECONDS = 3e-5
 _ADAPTER_COPIES = 5.3
 _ADAPTER_SHARE = 0.28
@@ -42,24 +42,24 @@ def step_seconds(
     shape: ModelShape, layout: Layout, work: Work, gpu: Gpu, *, sequence_tokens: int
 ) -> float:
     """One optimizer step, the slowest of what happens at once."""
-    rows = max(1.0, work.step_tokens / sequence_tokens)
-    computing = _computing(shape, layout, gpu, work=work, rows=rows)
-    layers = rows * shape.layers * _passes(layout) / 2
-    if is_captured(shape, layout, tokens=work.step_tokens / rows):
+    sequences = max(1.0, work.step_tokens / sequence_tokens)
+    computing = _computing(shape, layout, gpu, work=work, sequences=sequences)
+    layers = sequences * shape.layers * _passes(layout) / 2
+    if is_captured(shape, layout, tokens=work.step_tokens / sequences):
         computing += layers * _GRAPH_SECONDS
         launching = 0.0
     else:
         launching = layers * _LAUNCH_SECONDS[shape.is_fused] + _GATHER_SECONDS * _gathers(
-            shape, layout, rows=rows
+            shape, layout, sequences=sequences
         )
-    receiving = rows * _receiving(shape, layout, gpu)
+    receiving = sequences * _receiving(shape, layout, gpu)
     return max(computing, launching, receiving) + _STEP_SECONDS
 
 
 def run_seconds(
     shape: ModelShape, layout: Layout, work: Work, gpu: Gpu, *, sequence_tokens: int
 ) -> float:
-    """Training, and scoring the held-out rows; loading the model is not counted."""
+    """Training, and scoring the held-out examples; loading the model is not counted."""
     training = work.steps * step_seconds(shape, layout, work, gpu, sequence_tokens=sequence_tokens)
     tokens = work.scored_tokens / layout.ranks
     rate = gpu.flops * _SHARE[shape.is_fused]
@@ -72,60 +72,55 @@ def _passes(layout: Layout) -> float:
 
 
 def _computing(
-    shape: ModelShape,
-    layout: Layout,
-    gpu: Gpu,
-    *,
-    work: Work,
-    rows: float,
+    shape: ModelShape, layout: Layout, gpu: Gpu, *, work: Work, sequences: float
 ) -> float:
-    """Seconds of the GPU. The frozen weights have no gradient, so a product costs 2 operations a
+    """Seconds of the GPU. The frozen weights have no gradient, so a matmul costs 2 operations a
     weight and token in forward and 2 in backward, and 2 more where it is recomputed.
     """
     passes = _passes(layout)
-    tokens, length = work.step_tokens, work.step_tokens / rows
+    tokens, length = work.step_tokens, work.step_tokens / sequences
     layers = passes * 2.0 * shape.active_parameters * tokens
-    # The head gives its gradient at once: 3 products.
+    # The head gives its gradient at once: 3 matmuls.
     head = 6.0 * shape.hidden_size * shape.vocabulary_size * work.step_labels
-    # Causal attention: half a square of tokens, two products in forward and five in backward.
+    # Causal attention: half a square of tokens, two matmuls in forward and five in backward.
     attention = (passes - 1.0 + 2.5) * 2.0 * length * tokens * shape.hidden_size * shape.layers
     rate = gpu.flops * _SHARE[shape.is_fused]
-    products = (layers + head) / (rate * length / (length + _HALF_AT_TOKENS))
-    reading = rows * passes * 2.0 * shape.active_parameters / gpu.bandwidth
+    multiplying = (layers + head) / (rate * length / (length + _HALF_AT_TOKENS))
+    reading = sequences * passes * 2.0 * shape.active_parameters / gpu.bandwidth
     # 4-bit weights are read and written as bfloat16, before they are read as any weight.
     unpacking = 0.0
     if layout.quantized:
         share = _COPY_SHARE[is_captured(shape, layout, tokens=length)]
         unpacked = 2.5 * shape.linear_parameters * shape.layers
-        unpacking = rows * passes * unpacked / (gpu.bandwidth * share)
-    adapting = passes / 2.0 * _adapting(shape, gpu, tokens=tokens, rows=rows)
-    return max(products, reading) + _ATTENTION_FACTOR * attention / rate + unpacking + adapting
+        unpacking = sequences * passes * unpacked / (gpu.bandwidth * share)
+    adapting = passes / 2.0 * _adapting(shape, gpu, tokens=tokens, sequences=sequences)
+    return max(multiplying, reading) + _ATTENTION_FACTOR * attention / rate + unpacking + adapting
 
 
-def _adapting(shape: ModelShape, gpu: Gpu, *, tokens: float, rows: float) -> float:
-    """Seconds of the adapter's products, forward and backward."""
-    launching = rows * shape.adapted_linears * _ADAPTER_SECONDS
+def _adapting(shape: ModelShape, gpu: Gpu, *, tokens: float, sequences: float) -> float:
+    """Seconds of the adapter's matmuls, forward and backward."""
+    launching = sequences * shape.adapted_linears * _ADAPTER_SECONDS
     copying = _ADAPTER_COPIES * 2.0 * tokens * shape.adapted_width / gpu.bandwidth
     multiplying = 6.0 * tokens * shape.adapter_parameters / (gpu.flops * _ADAPTER_SHARE)
     return max(launching, copying + multiplying)
 
 
-def _gathers(shape: ModelShape, layout: Layout, *, rows: float) -> float:
+def _gathers(shape: ModelShape, layout: Layout, *, sequences: float) -> float:
     """How often a step gathers layers."""
     gathered = shape.layers if layout.offloaded else shape.layers - layout.resident_layers
     if layout.one_group:
         gathered = min(gathered, 1)
-    return rows * _gathers_of_a_layer(layout) * gathered
+    return sequences * _gathers_of_a_layer(layout) * gathered
 
 
 def _gathers_of_a_layer(layout: Layout) -> float:
-    """For one row, if it is sharded."""
+    """For one sequence, if it is sharded."""
     return 1.0 if layout.kept_until_backward or layout.one_group else 2.0
 
 
 def _receiving(shape: ModelShape, layout: Layout, gpu: Gpu) -> float:
-    """Seconds in which a rank receives what it lacks for one row, from host memory and others."""
-    if layout.resident_layers >= shape.layers and not layout.offloaded:
+    """Seconds in which a rank receives what it lacks for one sequence, from the host and others."""
+    if not layout.gathers(shape.layers):
         return 0.0
     sharded = shape.base_bytes(quantized=layout.quantized) - (
         layout.resident_layers * shape.layer_bytes(quantized=layout.quantized)
@@ -133,7 +128,7 @@ def _receiving(shape: ModelShape, layout: Layout, gpu: Gpu) -> float:
     if layout.whole_head:
         sharded -= 2 * shape.head_parameters
     passes = _gathers_of_a_layer(layout)
-    # Embeddings are gathered once a row; tied ones stay in the root group.
+    # Embeddings are gathered once a sequence; tied ones stay in the root group.
     received = passes * sharded - (passes - 1.0) * 2 * shape.embedding_parameters
     own = 1 / layout.ranks
     seconds = (1 - own) / gpu.link + (own / gpu.host_link if layout.offloaded else 0.0)

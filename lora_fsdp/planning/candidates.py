@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lora_fsdp.arguments.fsdp import FsdpSettings
@@ -88,32 +88,46 @@ class Candidate:
         return self.placement.layout.quantized or self.placement.layout.offloaded
 
 
+@dataclass(frozen=True)
+class Question:
+    """The run that is planned for.
+
+    Attributes:
+        model: its name.
+        shape: its sizes.
+        request: what the recipe asks for on a number of GPUs.
+        work: what the run computes on a number of ranks.
+        shipped: the accelerate YAMLs that have a name, by it.
+        dtype: of the base, in words.
+        is_open: whether the accelerate YAML may be another one than the recipe's.
+    """
+
+    model: str
+    shape: ModelShape
+    request: Callable[[int], Request]
+    work: Callable[[int], Work]
+    shipped: Mapping[str, FsdpSettings | None]
+    dtype: str = "bfloat16"
+    is_open: bool = True
+
+
 def candidates(
-    shape: ModelShape,
-    work: Work,
-    gpu: Gpu,
-    count: int,
-    *,
-    asked: Request,
-    price_per_hour: float | None,
-    is_open: bool = True,
+    question: Question, gpu: Gpu, count: int, *, price_per_hour: float | None = None
 ) -> list[Candidate]:
     """What was asked for on `count` GPUs, and what else could be asked for.
 
     Args:
-        shape: of the base.
-        work: what the run computes on so many ranks.
+        question: the run.
         gpu, count: the GPUs.
-        asked: what the recipe asks for.
         price_per_hour: of one GPU; `None` = no cost.
-        is_open: whether the accelerate YAML may be another one.
 
     Raises:
         ArgumentError: what was asked for cannot be.
     """
-    hardware = Hardware.of(gpu, count)
+    hardware, shape = Hardware.of(gpu, count), question.shape
+    asked, work = question.request(count), question.work(count)
     found: dict[Placement, Candidate] = {}
-    for place, request in enumerate(_requests(asked, count, is_open=is_open)):
+    for place, request in enumerate(_requests(asked, count, is_open=question.is_open)):
         try:
             placement = decide(shape, work, hardware, request)
         except ArgumentError:
@@ -133,13 +147,7 @@ def candidates(
 
 
 def _requests(asked: Request, count: int, *, is_open: bool) -> Iterator[Request]:
-    """What was asked for, then what differs from it where the recipe leaves something open.
-
-    Args:
-        asked: what the recipe asks for.
-        count: of ranks; what they share needs several.
-        is_open: whether the accelerate YAML may be another one.
-    """
+    """What was asked for, then what differs from it where the recipe leaves something open."""
     yield asked
     for quantized in (True,) if asked.quantized else (False, True):
         one = replace(asked, quantized=quantized)

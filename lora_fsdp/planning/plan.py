@@ -2,57 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.data.workload import Work
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.placement.gpus import GPUS, Gpu, parse_gpus
-from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.shape import ModelShape
-from lora_fsdp.planning.candidates import Candidate, candidates
+from lora_fsdp.planning.candidates import Candidate, Question, candidates
 
 _COUNTS = (1, 2, 4, 8, 16, 32, 64)
 #: GPUs of one machine; more need several, whose network is not predicted.
 _ONE_MACHINE = 8
-
-
-@dataclass(frozen=True)
-class Question:
-    """The run that is planned for.
-
-    Attributes:
-        model: its name.
-        shape: its sizes.
-        request: what the recipe asks for on a number of GPUs.
-        work: what the run computes on a number of ranks.
-        shipped: the accelerate YAMLs that have a name, by it.
-        dtype: of the base, in words.
-        is_open: whether the accelerate YAML may be another one than the recipe's.
-    """
-
-    model: str
-    shape: ModelShape
-    request: Callable[[int], Request]
-    work: Callable[[int], Work]
-    shipped: Mapping[str, FsdpSettings | None]
-    dtype: str = "bfloat16"
-    is_open: bool = True
-
-    def candidates(
-        self, gpu: Gpu, count: int, *, price_per_hour: float | None = None
-    ) -> list[Candidate]:
-        """Ways to run it on these GPUs."""
-        return candidates(
-            self.shape,
-            self.work(count),
-            gpu,
-            count,
-            asked=self.request(count),
-            price_per_hour=price_per_hour,
-            is_open=self.is_open,
-        )
 
 
 @dataclass(frozen=True)
@@ -81,11 +43,6 @@ class Plan:
         fitting = [candidate for candidate in self.candidates if candidate.fits]
         return min(fitting, key=lambda candidate: candidate.seconds, default=None)
 
-    def best_on(self, count: int, gpu: Gpu) -> Candidate | None:
-        """The fastest that fits `count` of `gpu`."""
-        here = [c for c in self.candidates if c.count == count and c.gpu is gpu and c.fits]
-        return min(here, key=lambda candidate: candidate.seconds, default=None)
-
 
 def make_plan(
     question: Question, *, gpus: Sequence[str], price_per_hour: float | None = None
@@ -107,7 +64,7 @@ def make_plan(
     found = [
         candidate
         for count, gpu in chosen
-        for candidate in question.candidates(gpu, count, price_per_hour=price_per_hour)
+        for candidate in candidates(question, gpu, count, price_per_hour=price_per_hour)
     ]
     notes = [shape.note] if shape.note else []
     if any(count > _ONE_MACHINE for count, _ in chosen):
@@ -129,7 +86,7 @@ def make_plan(
 def _count_that_would(question: Question, count: int, gpu: Gpu) -> str:
     """How many of these GPUs hold the base without a compromise."""
     for more in (n for n in _COUNTS if n > count):
-        tried = question.candidates(gpu, more)
+        tried = candidates(question, gpu, more)
         if any(candidate.fits and not candidate.is_compromise for candidate in tried):
             return (
                 f"{count} x {gpu.name} hold it only in 4 bits or by offload; {more} would in "
@@ -141,6 +98,6 @@ def _count_that_would(question: Question, count: int, gpu: Gpu) -> str:
 def _gpu_that_would(question: Question, count: int, gpu: Gpu) -> str:
     """The smallest GPU that holds it; more of the same do not, as offload needs one alone."""
     for larger in sorted(GPUS.values(), key=lambda known: known.memory):
-        if any(candidate.fits for candidate in question.candidates(larger, count)):
+        if any(candidate.fits for candidate in candidates(question, larger, count)):
             return f"nothing fits {count} x {gpu.name}; {count} x {larger.name} would hold it"
     return f"nothing fits {count} x {gpu.name}, nor any GPU that is known here"

@@ -9,21 +9,10 @@ from lora_fsdp.placement.timing import step_seconds
 
 
 def predicted(placement: Placement, work: Work, gpu: Gpu | None) -> dict[str, float]:
-    """Peak memory, and training time where the GPU is known; to be set beside what was measured.
-
-    Args:
-        placement: of the run.
-        work: what it computes.
-        gpu: its GPUs' kind; `None` = unknown.
-    """
+    """Peak memory, and training time where the kind of GPU is known."""
     found = {"peak_memory_gb": round(placement.peak_memory / 1e9, 3)}
     if gpu is not None:
-        step = step_seconds(
-            placement.shape,
-            placement.layout,
-            work,
-            gpu,
-            sequence_tokens=placement.sequence_length,
-        )
+        length = placement.sequence_length
+        step = step_seconds(placement.shape, placement.layout, work, gpu, sequence_tokens=length)
         found["training_seconds"] = round(step * work.steps, 3)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
@@ -19,7 +19,7 @@ from lora_fsdp.distributed.launch import read_fsdp_settings
 from lora_fsdp.distributed.launch_files import as_launched, read_launch
 from lora_fsdp.placement.counting import build_on_meta, shape_of
 from lora_fsdp.placement.request import Request
-from lora_fsdp.planning.plan import Question
+from lora_fsdp.planning.candidates import Question
 
 _GPU = torch.device("cuda")
 
@@ -38,26 +38,17 @@ def question_of_recipe(
     """The run of a recipe, to be planned.
 
     Args:
-        config: the base's.
-        model_args: which base, and how it is loaded.
+        config, model_args: of the base.
         adapter: what is trained.
         training: values of `FineTuningArguments` by name.
         work: what the run computes on so many ranks, with the prompts' common prefix shared or not.
         yaml_for: the accelerate YAML for a number of GPUs.
-        shipped: the accelerate YAMLs that have a name, by it.
-        is_open: whether the YAML may be another one.
+        shipped, is_open: see `Question`.
 
     Raises:
         UnsupportedModelError, TargetModulesError: as `shape_of`.
     """
-    dtype = resolve_dtype(model_args.dtype, device=_GPU)
-    attention = model_args.attn_implementation
-    skeleton = build_on_meta(
-        config,
-        dtype=dtype,
-        attention=None if attention == "auto" else attention,
-        trust_remote_code=model_args.trust_remote_code,
-    )
+    skeleton = _skeleton(config, model_args)
 
     @cache
     def request(ranks: int) -> Request:
@@ -78,15 +69,23 @@ def question_of_recipe(
         request=request,
         work=cache(lambda ranks: work(ranks, asked.shares_prefix)),
         shipped={name: _read_yaml(file, 2)[0] for name, file in shipped.items()},
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(skeleton.dtype).removeprefix("torch."),
         is_open=is_open,
     )
 
 
+def _skeleton(config: PretrainedConfig, model_args: ModelArguments) -> PreTrainedModel:
+    attention = model_args.attn_implementation
+    return build_on_meta(
+        config,
+        dtype=resolve_dtype(model_args.dtype, device=_GPU),
+        attention=None if attention == "auto" else attention,
+        trust_remote_code=model_args.trust_remote_code,
+    )
+
+
 def _read_yaml(file: Path, ranks: int) -> tuple[FsdpSettings | None, bool]:
-    """The FSDP settings that ranks started from a YAML read, and whether they compute in mixed
-    precision.
-    """
+    """The FSDP settings that ranks read, and whether they compute in mixed precision."""
     launch = read_launch(file, processes=ranks)
     with as_launched(launch):
         settings = read_fsdp_settings()

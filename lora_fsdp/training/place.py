@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -29,19 +29,6 @@ from lora_fsdp.placement.shape import ModelShape
 from lora_fsdp.placement.step import Step
 
 
-@dataclass(frozen=True)
-class PlacedModel:
-    """A model that lies where it stays.
-
-    Attributes:
-        placement: what was decided.
-        packed: the model, with what was patched on it.
-    """
-
-    placement: Placement
-    packed: PackedModel
-
-
 def place_for_training(
     model: PeftModel,
     *,
@@ -49,7 +36,7 @@ def place_for_training(
     device: torch.device,
     work: Work,
     stored: StoredBase | None = None,
-) -> PlacedModel:
+) -> tuple[Placement, PackedModel]:
     """Decide, then fuse the layers and put the model in place accordingly.
 
     A collective call. Nothing of the base is read before it is decided. Layers are fused before
@@ -58,10 +45,12 @@ def place_for_training(
 
     Args:
         model: base and adapter, in host memory; the base perhaps without its weights.
-        request: what the run asks for.
-        device: where it computes.
-        work: what training will compute.
+        request, work: what the run asks for, and will compute.
+        device: where.
         stored: where the base's weights are to be read from, if they have not been.
+
+    Returns:
+        what was decided; and the model where it stays, with what was patched on it.
     """
     base, settings = base_model(model), request.fsdp
     layers = layers_to_shard(base, names=settings.layer_classes if settings else None)
@@ -73,35 +62,21 @@ def place_for_training(
         if not packed.fusing.is_fused:
             stay = packed.fusing.reason
             placement = decide_for_run(model, work, hardware, request, stay=stay)
+    layout = placement.layout
     resident = place_model(
-        model,
-        layers=layers,
-        layout=placement.layout,
-        settings=settings,
-        device=device,
-        stored=stored,
+        model, layers=layers, layout=layout, settings=settings, device=device, stored=stored
     )
     check_placement(model, resident=resident)
     _prepare_layers(packed, layers, placement)
-    return PlacedModel(placement, packed)
+    return placement, packed
 
 
 def decide_for_run(
-    model: PeftModel,
-    work: Work,
-    hardware: Hardware,
-    request: Request,
-    *,
-    stay: str | None = None,
+    model: PeftModel, work: Work, hardware: Hardware, request: Request, *, stay: str | None = None
 ) -> Placement:
     """What is decided for a model with its adapter; a collective call.
 
-    Args:
-        model: base and adapter.
-        work: what training will compute.
-        hardware: where.
-        request: what was asked for.
-        stay: why the model's own layers are to compute, if that was found out.
+    `stay` says why the model's own layers are to compute, if that was found out.
     """
     shape = count(model, stay=request.why_not_fused or stay)
     placement = decide(shape, work, hardware, request)
@@ -114,24 +89,15 @@ def decide_for_run(
 
 
 def request_of_run(
-    model: PeftModel,
-    args: FineTuningArguments,
-    *,
-    settings: FsdpSettings | None,
+    model: PeftModel, args: FineTuningArguments, *, settings: FsdpSettings | None
 ) -> Request:
-    """What a run asks for, and what its model brings along.
-
-    Args:
-        model: base and adapter.
-        args: the run's arguments; their `mixed_precision` is also that of the accelerate YAML.
-        settings: the YAML's FSDP settings.
-    """
+    """What a run asks for with the YAML's FSDP `settings`, and what its model brings along."""
     base = base_model(model)
     return Request.of(
         vars(args),
         fsdp=settings,
         quantized=bool(getattr(base, "is_loaded_in_4bit", False)),  # set by transformers, or by us
-        autocast=args.mixed_precision != "no",
+        autocast=args.mixed_precision != "no",  # also where the accelerate YAML says so
         config=base.config,
         lora_dropout=has_dropout(model),
     )
@@ -152,7 +118,7 @@ def _prepare_layers(packed: PackedModel, layers: Sequence[nn.Module], placement:
     recomputed = placement.layout.recomputed
     if placement.is_whole and packed.fusing.is_fused:
         packed.join_weights()
-        # Launched one by one, products leave no room to unpack beside them.
+        # Launched one by one, matmuls leave no room to unpack beside them.
         if placement.step.is_captured:
             packed.unpack_ahead(recomputed=recomputed)
     if placement.step is Step.COMPILED:

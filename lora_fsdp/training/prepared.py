@@ -77,13 +77,10 @@ def prepare_run(
     held_out: Sequence[Example],
     peft_config: LoraConfig | None,
 ) -> PreparedRun:
-    """Tokenise, attach the adapter, and compare the ranks. A collective call.
-
-    The arguments are `LoraTrainer`'s, as they were given; `settings` are the YAML's.
+    """Tokenise, attach the adapter, and compare the ranks: a collective call.
 
     Raises:
-        ArgumentError: an example has no target, or not just one adapter is given.
-        UnsupportedModelError: the model cannot compute packed sequences.
+        ArgumentError, UnsupportedModelError: the data or the model cannot be trained with.
         RankMismatchError: the ranks were given different things.
     """
     to_train, to_score = encoder.encode(train), encoder.encode(held_out)
@@ -95,6 +92,8 @@ def prepare_run(
     request = request_of_run(adapted, args, settings=settings)
     fingerprints = run_fingerprints(args, adapted, train=to_train, held_out=to_score, stored=stored)
     check_ranks_agree(fingerprints)
+    training, ranks, share_prefix = vars(args), args.world_size, request.shares_prefix
+    tree_of = objective.tree
     return PreparedRun(
         model=adapted,
         stored=stored,
@@ -103,14 +102,9 @@ def prepare_run(
         base_fingerprint=base_fingerprint,
         probes=build_probes(encoder, [*train, *held_out]),
         request=request,
-        schedule=Schedule.of(vars(args), rows=len(to_train), ranks=args.world_size),
+        schedule=Schedule.of(training, rows=len(to_train), ranks=ranks),
         work=measure_work(
-            vars(args),
-            to_train,
-            to_score,
-            ranks=args.world_size,
-            share_prefix=request.shares_prefix,
-            tree_of=objective.tree,
+            training, to_train, to_score, ranks=ranks, share_prefix=share_prefix, tree_of=tree_of
         ),
         facts=run_facts(args, adapted, fingerprints=fingerprints),
     )
@@ -143,12 +137,7 @@ def fold_accumulation(args: FineTuningArguments) -> FineTuningArguments:
 
 
 def longest_answer(args: FineTuningArguments, examples: Sequence[EncodedExample]) -> int:
-    """How many tokens a generated text may have: what was asked for, or the longest to be learnt.
-
-    Args:
-        args: the run's.
-        examples: to train on.
-    """
+    """How many tokens a generated text may have: what was asked for, or the longest target."""
     if args.max_new_tokens is not None:
         return args.max_new_tokens
     longest = max((len(example.target_ids) for example in examples), default=0)

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,19 +35,23 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.streaming import StoredBase
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
 from lora_fsdp.data.encoding import EncodedExample, Encoder
-from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences, TrainingStep, TrainingSteps
+from lora_fsdp.data.sampling import (
+    ScoringSequence,
+    ScoringSequences,
+    TrainingStep,
+    TrainingSteps,
+    shares_of_step,
+)
 from lora_fsdp.distributed.launch import accelerate_without_fsdp, read_fsdp_settings
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.evaluation.generation import generate_answers
-from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics, model_outputs
-from lora_fsdp.evaluation.scoring import Scores, score_sequences
+from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
+from lora_fsdp.evaluation.scoring import Scores
 from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.training.checks import check_arguments
-from lora_fsdp.training.epochs import ShuffleEachEpoch
 from lora_fsdp.training.logging.figures import RunFigures
 from lora_fsdp.training.logging.progress import RunProgress
 from lora_fsdp.training.place import place_for_training
@@ -61,7 +67,9 @@ from lora_fsdp.training.saving.checkpointer import Checkpointer
 from lora_fsdp.training.saving.edges import AtTheEdges
 from lora_fsdp.training.saving.run_lock import run_lock
 from lora_fsdp.training.saving.training_state import LoopState, TrainingState
-from lora_fsdp.training.step.build import build_step
+from lora_fsdp.training.scorer import RunScorer
+from lora_fsdp.training.step.captured import CapturedStep
+from lora_fsdp.training.step.eager import EagerStep
 from lora_fsdp.training.step.objectives.objective import Objective
 from lora_fsdp.training.step.objectives.supervised import Supervised
 from lora_fsdp.training.watching.adapter_moves import AdapterMoves
@@ -72,33 +80,9 @@ class LoraTrainer(Trainer):
     """Trains a LoRA adapter for a task.
 
     It derives from `transformers.Trainer` and not from `trl.SFTTrainer`, whose loss gathers over
-    the ranks and waits for the device several times a step. Its overrides are thin; what they do
-    stands in parts: `Checkpointer` and `AtTheEdges` (saving), `Watchdogs` (watching), `RunFigures`
-    (logging), a step, and the adapters. What it overrides, and why:
-
-    * `create_accelerator_and_postprocess`, `_move_model_to_device`: the model is placed here, the
-      frozen base in shards and the adapter whole, so that to the Trainer it is an ordinary one; its
-      own FSDP paths would gather or write the whole base at every checkpoint.
-    * `get_train_dataloader`, `get_batch_samples`, `training_step`: packed sequences, loss at label
-      positions over the global number of label tokens, one all-reduce of the adapter's gradients.
-    * `_clip_grad_norm`, `_get_grad_norm` (and the model's `zero_grad`): on the adapter alone; the
-      Trainer's walk through every module of the base, which takes longer than a captured step.
-    * `create_optimizer`: a fused one can be held still on the device.
-    * `floating_point_ops`, `num_examples`: of a frozen base, and of examples instead of steps.
-    * `log`: the run's speed, cost and GPU load, for every tracker; the watchdogs, where the host
-      waits for the device anyway; and `train_loss` is of the whole run, also of a resumed one.
-    * `get_eval_dataloader`, `get_test_dataloader`, `evaluation_loop`: the task's metrics, from the
-      likelihoods of answers or from the text that the model generates.
-    * `evaluate`: may rightly take long.
-    * `train`: takes the newest whole checkpoint, refuses one of another run, stops on request,
-      watches for ranks that stall, and releases the step's graphs.
-    * `set_initial_training_values`: a run that is resumed after its last step trains no further.
-    * `_save_checkpoint`: a folder that is whole or not there. The Trainer's own writes in place,
-      pickles optimizer and random state, and lets the other ranks hang when rank 0 cannot write.
-    * `_load_from_checkpoint`, `_load_best_model`, `_load_optimizer_and_scheduler`,
-      `_load_rng_state`, `_load_scaler`: the counterparts; nothing is unpickled.
-    * `save_model`: the adapter only, from rank 0, checked on every rank.
-    * `_finalize_training`: the newest checkpoint stays; the last steps were finite.
+    the ranks and waits for the device several times a step. Each override says why it is there; the
+    work is done by parts: `Checkpointer` and `AtTheEdges` (saving), `Watchdogs` (watching),
+    `RunFigures` (logging), `RunScorer` (evaluation), a step, and the adapters.
 
     Args:
         model: a causal LM (with `peft_config`), loaded or yet to be read (`open_base`), or a PEFT
@@ -182,7 +166,7 @@ class LoraTrainer(Trainer):
     # ---- placement ------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Create the accelerator, which is to shard nothing."""
+        """Without accelerate's FSDP, which would gather the whole base at every checkpoint."""
         with accelerate_without_fsdp():
             super().create_accelerator_and_postprocess()
 
@@ -193,34 +177,25 @@ class LoraTrainer(Trainer):
         """Put base and adapter where they stay, and make the step that computes with them."""
         avoid_kernels_planned_by_shape()
         self.parameter_count = self.model.num_parameters()
-        placed = place_for_training(
+        self.placement, self.packed = place_for_training(
             self.model,
             request=run.request,
             device=self.args.device,
             work=run.work,
             stored=run.stored,
         )
-        self.placement, self.packed = placed.placement, placed.packed
-        if self.placement.layout.recomputed and self.placement.step.is_captured:
+        layout = self.placement.layout
+        if layout.recomputed and self.placement.step.is_captured:
             recompute_without_random_state(self.args)
         # What the arguments ask for, the Trainer itself switches on.
-        if self.placement.layout.recomputed and not self.args.gradient_checkpointing:
+        if layout.recomputed and not self.args.gradient_checkpointing:
             enable_checkpointing(self.packed, self.args, self.fsdp_settings)
         self.adapter = AdapterSet.of(self.model)
         self.adapter.broadcast()
         self.adapter.check_equal()
         self.packed.check(device=self.args.device)
         release_gathered(self.model)
-        self.step = build_step(
-            self.placement.step,
-            self.packed,
-            largest=self.placement.largest,
-            gathers=not self.placement.is_whole,
-            objective=self.objective,
-            adapter=self.adapter,
-            device=self.args.device,
-            autocast=self.accelerator.autocast,
-        )
+        self.step = self._step()
         self.packed.patches.set(
             self.model,
             "zero_grad",
@@ -234,19 +209,46 @@ class LoraTrainer(Trainer):
             why="accelerate must not wrap the model in DDP: the steps sum the gradients",
         )
 
+    def _step(self) -> EagerStep:
+        kind: Callable[..., EagerStep] = EagerStep
+        if self.placement.step.is_captured:
+            kind = partial(
+                CapturedStep,
+                largest=self.placement.largest,
+                gathers=not self.placement.is_whole,
+            )
+        return kind(
+            self.packed,
+            objective=self.objective,
+            adapter=self.adapter,
+            device=self.args.device,
+            autocast=self.accelerator.autocast,
+        )
+
     def _add_parts(self, run: PreparedRun) -> None:
-        """Make what saves, watches and logs."""
         self.confusion_matrices: dict[int, pd.DataFrame] = {}
+        self.scorer = RunScorer(
+            model=self.model,
+            packed=self.packed,
+            encoder=self.encoder,
+            device=self.args.device,
+            autocast=self.accelerator.autocast,
+            max_new_tokens=self.max_new_tokens,
+        )
         moves = AdapterMoves(self.adapter)
         self.checkpointer = self._checkpointer(run, moves)
         self.watchdogs = Watchdogs(
-            self.args,
+            args=self.args,
             model=self.model,
             adapters=self.adapter,
             moves=moves,
-            examples=run.train,
-            examples_per_step=self.examples_per_step,
-            seed=self.order_seed,
+            shares_of_step=partial(
+                shares_of_step,
+                run.train,
+                examples_per_step=self.examples_per_step,
+                world_size=self.args.world_size,
+                seed=self.order_seed,
+            ),
             tokenizer=self.processing_class,
         )
         self.edges = AtTheEdges(self.args, restore_loop=self._restore_loop)
@@ -259,10 +261,9 @@ class LoraTrainer(Trainer):
             price_per_hour=self.args.price_per_hour,
         )
         progress = RunProgress(self.figures, primary_metric=self.task.primary_metric)
-        self.remove_callback(ProgressCallback)
-        self.remove_callback(PrinterCallback)
-        parts = (moves, progress, ShuffleEachEpoch(), *self.watchdogs.warnings)
-        for callback in (*parts, self.watchdogs, self.edges):
+        for unused in (ProgressCallback, PrinterCallback):
+            self.remove_callback(unused)
+        for callback in (moves, progress, *self.watchdogs.warnings, self.watchdogs, self.edges):
             self.add_callback(callback)
 
     def _checkpointer(self, run: PreparedRun, moves: AdapterMoves) -> Checkpointer:
@@ -282,7 +283,7 @@ class LoraTrainer(Trainer):
             packed=self.packed,
             autocast=self.accelerator.autocast,
         )
-        return Checkpointer(writer, adapters=self.adapter, moves=moves, facts=facts)
+        return Checkpointer(writer, self.adapter, moves, facts)
 
     # ---- training -------------------------------------------------------------------------------
 
@@ -292,16 +293,18 @@ class LoraTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train, from the beginning or from a checkpoint.
+        """Train, from the beginning or from a checkpoint: not one of another run.
+
+        It stops on request, watches for ranks that stall, and releases the step's graphs.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or `True` for the newest whole one of the
-                output folder.
+            resume_from_checkpoint: a checkpoint's folder, or `True` for the newest complete one of
+                the output folder.
             trial: of a hyperparameter search.
             ignore_keys_for_eval: of no effect; the Trainer's.
 
         Raises:
-            DamagedCheckpointError: there is no whole checkpoint to resume from.
+            DamagedCheckpointError: there is no complete checkpoint to resume from.
             ResumeMismatchError: it is of a run with other data or settings.
             TrainingInterrupted: stopped by SIGTERM or `max_hours`, with a checkpoint.
             WatchdogError: a step was not finite, or the ranks drifted apart.
@@ -436,7 +439,11 @@ class LoraTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint from rank 0, then remove those beyond `save_total_limit`."""
+        """Write an atomic checkpoint from rank 0, then remove those beyond `save_total_limit`.
+
+        The Trainer's own writes in place, pickles optimizer and random state, and lets the other
+        ranks hang when rank 0 cannot write.
+        """
         with self.watchdogs.away("saving a checkpoint"):
             self.watchdogs.check_finite()
             if self.hp_search_backend is None and trial is None:
@@ -491,15 +498,15 @@ class LoraTrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        """Load a checkpoint's adapter."""
+        """Load a checkpoint's adapter; nothing is unpickled."""
         self.checkpointer.load_adapter(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        """Load the adapter with the best metric."""
+        """Load the adapter with the best metric; the base stays as it is."""
         self.checkpointer.load_best_adapter(self.state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Continue optimizer and schedule."""
+        """Continue optimizer and schedule; nothing is unpickled."""
         if (resumed := self.checkpointer.resumed) is not None:
             cast(torch.optim.Optimizer, self.optimizer).load_state_dict(resumed.optimizer)
             cast(LRScheduler, self.lr_scheduler).load_state_dict(resumed.scheduler)
@@ -550,7 +557,7 @@ class LoraTrainer(Trainer):
         )
 
     def get_test_dataloader(self, test_dataset: Sequence[Example]) -> DataLoader[ScoringSequence]:
-        """As `get_eval_dataloader`."""
+        """As `get_eval_dataloader`, for other examples of the task."""
         return self.get_eval_dataloader(test_dataset)
 
     def evaluate(
@@ -559,7 +566,7 @@ class LoraTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The Trainer's."""
+        """The Trainer's, which may rightly take long."""
         with self.watchdogs.away("evaluation"):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -569,7 +576,7 @@ class LoraTrainer(Trainer):
         Args:
             examples: of the task; they may be encoded already, as `eval_dataset` is.
         """
-        return self._score(self.get_eval_dataloader(examples))
+        return self.scorer.score(self.get_eval_dataloader(examples))
 
     def outputs(
         self, examples: Sequence[Example] | Sequence[EncodedExample] | None = None
@@ -577,7 +584,7 @@ class LoraTrainer(Trainer):
         """What the answers to `examples` (by default the held-out ones) are read from: `score`,
         and what `write` generates where the task's kind of answer asks for it.
         """
-        return self._outputs(self.get_eval_dataloader(examples))
+        return self.scorer.outputs(self.get_eval_dataloader(examples))
 
     def write(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> list[str]:
         """The text that greedy decoding generates after each prompt; as `score`, on all ranks.
@@ -585,16 +592,7 @@ class LoraTrainer(Trainer):
         Returns:
             the texts without the prompts; `Task.parse` finds the answers in them.
         """
-        texts = generate_answers(
-            self.model,
-            self.processing_class,
-            [example.prompt_ids for example in self.encoder.encode(examples)],
-            device=self.args.device,
-            max_new_tokens=self.max_new_tokens,
-            end_token_id=self.encoder.end_token_id,
-        )
-        release_gathered(self.model)
-        return texts
+        return self.scorer.generate(self.encoder.encode(examples))
 
     def evaluation_loop(
         self,
@@ -610,51 +608,31 @@ class LoraTrainer(Trainer):
             `predictions` [N, answers] log-likelihoods, `label_ids` [N] index of the true label (-1:
             none), and the metrics, prefixed.
         """
-        rows: ScoringSequences = dataloader.dataset  # type: ignore[assignment]
-        outputs = self._outputs(dataloader)
-        metrics = evaluation_metrics(self.task, rows.examples, outputs)
-        matrix = confusion_matrix(self.task, rows.examples, outputs)
+        examples = cast(ScoringSequences, dataloader.dataset).examples
+        self.callback_handler.eval_dataloader = dataloader
+        outputs = self.scorer.outputs(
+            dataloader,
+            after_sequence=lambda: self.callback_handler.on_prediction_step(
+                self.args, self.state, self.control
+            ),
+        )
+        metrics = evaluation_metrics(self.task, examples, outputs)
+        matrix = confusion_matrix(self.task, examples, outputs)
         if matrix is not None:
             self.confusion_matrices[self.state.global_step] = matrix
-        labels = [-1 if example.label is None else example.label for example in rows.examples]
+        labels = [-1 if example.label is None else example.label for example in examples]
         return EvalLoopOutput(
             predictions=outputs.log_likelihoods,
             label_ids=torch.tensor(labels).numpy(),
             metrics={f"{metric_key_prefix}_{name}": value for name, value in metrics.items()},
-            num_samples=len(rows.examples),
+            num_samples=len(examples),
         )
-
-    def _outputs(self, dataloader: DataLoader[ScoringSequence]) -> ModelOutputs:
-        examples = dataloader.dataset.examples  # type: ignore[attr-defined]
-        scores = self._score(dataloader)
-        texts = self.write(examples) if self.task.answer_kind.generates_text else ()
-        return model_outputs(examples, scores, texts=texts)
-
-    def _score(self, dataloader: DataLoader[ScoringSequence]) -> Scores:
-        rows: ScoringSequences = dataloader.dataset  # type: ignore[assignment]
-        self.callback_handler.eval_dataloader = dataloader
-        with self.accelerator.autocast():
-            scores = score_sequences(
-                self.packed,
-                dataloader,
-                answers=[len(answers) for answers in rows.answers],
-                device=self.args.device,
-                after_sequence=lambda: self.callback_handler.on_prediction_step(
-                    self.args, self.state, self.control
-                ),
-            )
-        release_gathered(self.model)
-        return scores
 
     def _loader(self, dataset: Any) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size=1,
-            collate_fn=_only_item,
+            collate_fn=itemgetter(0),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
-
-
-def _only_item(batch: list[Any]) -> Any:
-    return batch[0]

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from lora_fsdp import LoraTrainer
 from lora_fsdp.ranks import from_every_rank
 from lora_fsdp.training.saving.checkpoints import find_damage, list_checkpoints
-from lora_fsdp.training.saving.random_state import take_random_state
+from lora_fsdp.training.saving.training_state import take_random_state
 from tests.support.runs import toy_trainer
 
 # Five steps an epoch; saving and logging fall on different steps, and across the epochs' ends.

@@ -45,7 +45,7 @@ def test_the_plan_says_what_is_stored(gpu, name, monkeypatch):
     monkeypatch.chdir(ROOT)  # where the benchmarks find their data
     point = points_of(gpu)[name]
     now = predicted(GRID[name], device=MEASURED[gpu]["environment"]["device"], measured=point)
-    # Otherwise: python -m benchmarks.planning --foretell, which also writes the page's tables.
+    # Otherwise: python -m benchmarks.planning --predict, which also writes the page's tables.
     assert now == point
 
 

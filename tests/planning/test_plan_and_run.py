@@ -18,7 +18,7 @@ from lora_fsdp.data.rows import load_task_data
 from lora_fsdp.placement.gpus import parse_gpus
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.scripts import parse_arguments
-from lora_fsdp.training.place import decide_for_run
+from lora_fsdp.training.place import decide_for_run, request_of_run
 from lora_fsdp.training.trainer import LoraTrainer
 
 GPUS = "1xSmall:3GB:100TFLOPS"
@@ -89,9 +89,8 @@ def test_a_recipe_is_planned_as_it_is_run(recipe, capsys, options):
     trainer = run_of(file)
     capsys.readouterr()
     count, gpu = parse_gpus(GPUS)
-    placement = decide_for_run(
-        trainer.model, trainer.work, Hardware.of(gpu, count), trainer.request
-    )
+    request = request_of_run(trainer.model, trainer.args, settings=trainer.fsdp_settings)
+    placement = decide_for_run(trainer.model, trainer.work, Hardware.of(gpu, count), request)
     assert found["work"] == asdict(trainer.work)
     assert found["work"]["steps"] == trainer.schedule.steps
     assert first["step"] == placement.step

@@ -95,7 +95,7 @@ def test_ranks_compute_the_same_sizes_in_the_same_order(tmp_path, most_tokens, e
     alone = toy_run(tmp_path / "alone", **options | {"per_device_train_batch_size": 2 * examples})
     ranks = run_ranks(captured_run, tmp_path / "two", options, environment=FULL_SHARD)
     assert ranks[0]["captured"] == ranks[1]["captured"]
-    assert ranks[0]["captured"][0].tokens > 300  # the largest that was foretold
+    assert ranks[0]["captured"][0].tokens > 300  # the largest that was predicted
     assert ranks[0]["computed"] == ranks[1]["computed"]
     assert any(a != b for a, b in zip(ranks[0]["rows"], ranks[1]["rows"], strict=True))
     assert (len(ranks[0]["rows"]) > len(ranks[0]["losses"])) == (most_tokens is not None)
@@ -107,7 +107,7 @@ def test_ranks_compute_the_same_sizes_in_the_same_order(tmp_path, most_tokens, e
 
 @pytest.mark.distributed
 def test_ranks_launch_together_what_is_too_long_for_one(tmp_path):
-    """A row of one rank that no graph holds: the others' is not replayed either."""
+    """A sequence of one rank that no graph holds: the others' is not replayed either."""
     for rank in run_ranks(long_and_short, tmp_path, environment=FULL_SHARD):
         assert rank == {"captured": [(32, 32, False)], "replayed": [True, False]}
 

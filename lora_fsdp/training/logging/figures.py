@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import psutil
@@ -22,10 +23,11 @@ from lora_fsdp.ranks import gather_tensors
 _GIGABYTE = 1e9
 
 
+@dataclass
 class RunFigures:
     """What a person or a tracker wants to know beside the loss.
 
-    Args:
+    Attributes:
         examples: all training examples.
         examples_per_step: of one optimizer step over all ranks.
         seed: of their order.
@@ -35,23 +37,18 @@ class RunFigures:
             wanted.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[EncodedExample],
-        *,
-        examples_per_step: int,
-        seed: int,
-        device: torch.device,
-        world_size: int,
-        price_per_hour: float | None,
-    ) -> None:
-        lengths = [len(example.prompt_ids) + len(example.target_ids) for example in examples]
-        self.lengths = np.array(lengths, dtype=np.int64)
-        self.examples_per_step = examples_per_step
-        self.seed = seed
-        self.device = device
-        self.world_size = world_size
-        self.price_per_hour = price_per_hour
+    examples: Sequence[EncodedExample]
+    _: KW_ONLY
+    examples_per_step: int
+    seed: int
+    device: torch.device
+    world_size: int
+    price_per_hour: float | None
+
+    def __post_init__(self) -> None:
+        self.lengths = np.array(
+            [len(one.prompt_ids) + len(one.target_ids) for one in self.examples], dtype=np.int64
+        )
         self._epoch: tuple[int, list[int]] = (-1, [])
         self.start(0)
 

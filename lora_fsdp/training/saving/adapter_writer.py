@@ -59,12 +59,10 @@ class AdapterWriter:
     def write(
         self, folder: Path, answers: list[list[float]], *, goes_to: Path, trained: bool
     ) -> None:
-        """Write into `folder`. Gathers nothing: rank 0 can do it alone.
+        """Write into `folder`, whose path will be `goes_to`. Rank 0 can do it alone.
 
         Args:
-            folder: where to.
             answers: of `answer_probes`.
-            goes_to: the path that `folder` will have.
             trained: whether a step with a learning rate has moved the adapter.
 
         Raises:
@@ -85,13 +83,13 @@ class AdapterWriter:
         self, folder: Path, answers: list[list[float]], *, goes_to: Path, trained: bool
     ) -> Proof:
         config = base_model(self.model).config
-        quantization = getattr(config, "quantization_config", None)
+        name, quantization = str(config.name_or_path), getattr(config, "quantization_config", None)
         return Proof(
             adapter_sha256=sha256_of_file(folder / ADAPTER_FILE),
             trained=trained,
             base=self.base_fingerprint,
-            base_name=str(config.name_or_path),
-            base_beside=beside(str(config.name_or_path), goes_to),
+            base_name=name,
+            base_beside=beside(name, goes_to),
             base_commit=getattr(config, "_commit_hash", None),
             base_dtype=str(self.packed.dtype).removeprefix("torch."),
             base_quantization=None if quantization is None else str(quantization),

@@ -1,9 +1,9 @@
-"""Folders that are whole or not there.
+"""Atomic folders: complete, or not there.
 
 What is to be saved is written into a folder beside its place (`checkpoint-8.partial`), every file
 is flushed to the disk, a marker with the size and SHA-256 of every file is written last, and only
 then is the folder renamed. A process killed at any instant, a full disk or a power cut leaves
-either the whole folder or a `.partial` one, which nothing reads and the next start removes.
+either the complete folder or a `.partial` one, which nothing reads and the next start removes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _FORMAT = 1
 
 @contextmanager
 def atomic_folder(folder: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
-    """Give a folder to write into, which takes the place of `folder` when it is whole.
+    """Give a folder to write into, which takes the place of `folder` when it is complete.
 
     Args:
         folder: the place; a folder that is there already is kept until the new one stands.
@@ -54,7 +54,7 @@ def atomic_files(folder: Path, facts: Mapping[str, Any], *, last: str) -> Iterat
     """As `atomic_folder`, for files in a folder that also holds other things.
 
     They are moved in one by one, the file `last` at the end: without it nobody can take the others
-    for whole, so it is also the first to go where a former set is replaced.
+    for complete, so it is also the first to go where a former set is replaced.
     """
     with _clear_message(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,33 +38,24 @@ from lora_fsdp.training.watching.adapter_moves import AdapterMoves
 logger = logging.getLogger(__name__)
 
 
+@dataclass
 class Checkpointer:
     """Saves and loads for one trainer. Every method is a collective call.
 
-    Args:
+    Attributes:
         writer: writes the adapter.
         adapters: those that must be equal on every rank.
         moves: whether training has moved them; told so when an adapter is loaded.
         facts: what a checkpoint says of the run (`run_facts`).
-
-    Attributes:
         resumed: what the checkpoint that the run goes on from holds beside the adapter; `None` = it
             began anew.
     """
 
-    def __init__(
-        self,
-        writer: AdapterWriter,
-        *,
-        adapters: AdapterSet,
-        moves: AdapterMoves,
-        facts: dict[str, Any],
-    ) -> None:
-        self.writer = writer
-        self.adapters = adapters
-        self.moves = moves
-        self.facts = facts
-        self.resumed: TrainingState | None = None
+    writer: AdapterWriter
+    adapters: AdapterSet
+    moves: AdapterMoves
+    facts: dict[str, Any]
+    resumed: TrainingState | None = None
 
     # ---- saving ---------------------------------------------------------------------------------
 

@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 class AtTheEdges(TrainerCallback):
     """Restores the loop, saves at the right moment, and stops the run when that was asked for.
 
-    The last step of an epoch is followed by what happens once an epoch (evaluation, logging). Its
-    checkpoint is saved after that: one saved before would, when resumed, leave it out.
+    The Trainer tells a data loader its epoch, but not where a resumed run skips steps: it is told
+    here. The last step of an epoch is followed by what happens once an epoch (evaluation, logging).
+    Its checkpoint is saved after that: one saved before would, when resumed, leave it out.
 
     Args:
         args: the run's.
@@ -56,6 +57,13 @@ class AtTheEdges(TrainerCallback):
         """Continue the loop's own counters."""
         self.restore_loop()
         self._requests.begin(state.global_step + 1)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the epoch's order of examples."""
+        loader = kwargs["train_dataloader"]
+        loader.dataset.set_epoch(state.global_step // len(loader))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

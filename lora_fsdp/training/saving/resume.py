@@ -8,6 +8,7 @@ examples of a step stay as many.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def _check_examples_per_step(
     checkpoint: Path, saved: Mapping[str, int], launch: Mapping[str, int]
 ) -> None:
     batch, accumulation, processes = (int(number) for number in launch.values())
-    wanted, given = _product(saved), batch * accumulation * processes
+    wanted, given = math.prod(saved.values()), math.prod(launch.values())
     if wanted == given:
         return
     each, rest = divmod(wanted, processes)
@@ -149,11 +150,6 @@ def _check_examples_per_step(
         f"accumulation x processes): it has {_spelt(saved)} = {wanted}, this launch gives "
         f"{_spelt(launch)} = {given}: {remedy}."
     )
-
-
-def _product(launch: Mapping[str, int]) -> int:
-    batch, accumulation, processes = (int(number) for number in launch.values())
-    return batch * accumulation * processes
 
 
 def _spelt(launch: Mapping[str, int]) -> str:

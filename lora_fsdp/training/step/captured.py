@@ -9,24 +9,20 @@ gradients add up in the adapter's one block (`AdapterSet.zero_gradients`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.compute.captured_sizes import captured_size
-from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.packing import PackedSequence, SequenceSize, empty_sequence
 from lora_fsdp.errors import CaptureError
 from lora_fsdp.placement.memory import LargestSequence
 from lora_fsdp.ranks import is_joined, world_size
 from lora_fsdp.training.step.eager import EagerStep
-from lora_fsdp.training.step.objectives.objective import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +37,7 @@ _ATTENTION = [
 ]
 
 
+@dataclass(eq=False, kw_only=True)
 class CapturedStep(EagerStep):
     """Computes packed sequences by CUDA graphs, one a size; eagerly where a sequence is too long or
     capture fails.
@@ -50,38 +47,20 @@ class CapturedStep(EagerStep):
     once are padded to one size. A capture that fails then ends the run, as the others cannot know
     of it.
 
-    Args:
-        packed: the model with its adapter.
+    Attributes:
         largest: what the largest sequence is expected to have. That is captured first, if it can
             be, so that the others' tensors find room in its memory, and what does not fit fails at
             once.
         gathers: whether forward and backward gather layers.
-        objective, adapter, device, autocast: of `EagerStep`.
-
-    Attributes:
         captured: the sizes that were captured, in their order; kept when they are released.
         failed: why nothing is captured any more.
     """
 
-    def __init__(
-        self,
-        packed: PackedModel,
-        *,
-        objective: Objective,
-        adapter: AdapterSet,
-        device: torch.device,
-        autocast: Callable[[], AbstractContextManager[object]],
-        largest: LargestSequence = _UNKNOWN,
-        gathers: bool = False,
-    ) -> None:
-        super().__init__(
-            packed, objective=objective, adapter=adapter, device=device, autocast=autocast
-        )
-        self.gathers = gathers
-        self.captured: list[SequenceSize] = []
-        self.failed: str | None = None
-        self._largest = largest
-        self._graphs: dict[SequenceSize, _CapturedSequence] = {}
+    largest: LargestSequence = _UNKNOWN
+    gathers: bool = False
+    captured: list[SequenceSize] = field(default_factory=list, init=False)
+    failed: str | None = field(default=None, init=False)
+    _graphs: dict[SequenceSize, _CapturedSequence] = field(default_factory=dict, init=False)
 
     @cached_property
     def _pool(self) -> Any:
@@ -140,8 +119,8 @@ class CapturedStep(EagerStep):
     def _first(self, size: SequenceSize) -> SequenceSize:
         """What is captured first, where sequences of `size` come first."""
         largest = size._replace(
-            tokens=max(self._largest.tokens, size.tokens),
-            labels=max(self._largest.labels, size.labels),
+            tokens=max(self.largest.tokens, size.tokens),
+            labels=max(self.largest.labels, size.labels),
         )
         return captured_size(largest) or cast(SequenceSize, captured_size(size))
 
@@ -162,8 +141,8 @@ class CapturedStep(EagerStep):
             self._graphs.clear()  # their memory is free for the eager step
             if self.gathers:
                 raise CaptureError(
-                    f"A row of {size.tokens} tokens cannot be captured with the gathers in it: "
-                    f"{self.failed}. Run with --step auto."
+                    f"A packed sequence of {size.tokens} tokens cannot be captured with the "
+                    f"gathers in it: {self.failed}. Run with --step auto."
                 ) from error
             logger.warning("The step cannot be captured and runs eagerly: %s", self.failed)
 

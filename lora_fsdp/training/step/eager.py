@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
@@ -13,10 +14,11 @@ from lora_fsdp.data.packing import PackedSequence, SequenceSize
 from lora_fsdp.training.step.objectives.objective import Objective
 
 
+@dataclass(eq=False)
 class EagerStep:
     """Computes packed sequences as they are.
 
-    Args:
+    Attributes:
         packed: the model with its adapter.
         objective: what is minimised.
         adapter: where the gradients go.
@@ -24,20 +26,12 @@ class EagerStep:
         autocast: the context of the forward.
     """
 
-    def __init__(
-        self,
-        packed: PackedModel,
-        *,
-        objective: Objective,
-        adapter: AdapterSet,
-        device: torch.device,
-        autocast: Callable[[], AbstractContextManager[object]],
-    ) -> None:
-        self.packed = packed
-        self.objective = objective
-        self.adapter = adapter
-        self.device = device
-        self.autocast = autocast
+    packed: PackedModel
+    _: KW_ONLY
+    objective: Objective
+    adapter: AdapterSet
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[object]]
 
     def __call__(
         self,

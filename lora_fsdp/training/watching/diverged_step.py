@@ -29,14 +29,14 @@ def diverged(
     run_folder: Path,
     adapter_held: bool,
 ) -> NonFiniteError:
-    """Save the step's batch, and the adapter before it, and give the error. A collective call.
+    """Save the step's batch and adapter in `diverged-step-N/`, and give the error: a collective
+    call.
 
     Args:
         bad: the step.
         shares: each rank's examples of it.
         model: with the adapter as it is now.
-        tokenizer: to write the examples as text.
-        run_folder: where `diverged-step-N/` goes.
+        tokenizer, run_folder: of the run.
         adapter_held: whether the adapter is still as it was before the step.
     """
     folder = run_folder / f"diverged-step-{bad.step}"

@@ -68,7 +68,7 @@ class FiniteSteps:
         """
         finite = torch.stack([loss.float(), self.adapters.gradient_norm()]).isfinite()
         torch.logical_not(finite, out=self._now)
-        self.adapters.spoil_gradients(self._now.any())
+        self.adapters.gradients[:1].masked_fill_(self._now.any(), torch.nan)
 
     def see_sum(self, norm: torch.Tensor, *, step: int) -> None:
         """Look at the norm of the summed gradient, which is the same on every rank."""
@@ -77,7 +77,7 @@ class FiniteSteps:
         self._first[:1].masked_fill_(first, step)
         self._first[1:].copy_(torch.where(first, self._now.long(), self._first[1:]))
         self._stopped.masked_fill_(bad, 1.0)
-        self.adapters.zero_gradients_where(self._stopped.bool())
+        self.adapters.gradients.masked_fill_(self._stopped.bool(), 0.0)
 
     def first_bad_step(self) -> BadStep | None:
         """The first bad step, if there was one. Waits for the device; a collective call."""

@@ -45,8 +45,8 @@ class WarnFlatLoss(TrainerCallback):
         end = state.global_step
         if len(logs) < _LEAST_LOGS or end - first < self.steps - args.logging_steps:
             return
-        recent = [log["loss"] for log in takewhile(lambda log: log["step"] > end - self.steps,
-                                                   reversed(logs))]  # fmt: skip
+        in_window = takewhile(lambda log: log["step"] > end - self.steps, reversed(logs))
+        recent = [log["loss"] for log in in_window]
         half = len(recent) // 2
         late, early = recent[:half], recent[half:]
         begin = [log["loss"] for log in logs[: len(early)]]
@@ -70,19 +70,18 @@ class WarnSlowdown(TrainerCallback):
     """Warns when the speed is under half of the session's median for a minute and three logs."""
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self.speeds: deque[float] = deque(maxlen=1000)
-        self.warned = False
-        self.slow = 0
+        self.warned, self.slow = False, 0
         self.logged = self.since = time.monotonic()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forget an earlier session."""
-        self.speeds.clear()
-        self.warned = False
-        self.slow = 0
-        self.logged = self.since = time.monotonic()
+        self._forget()
 
     def on_log(
         self,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ from transformers import (
 from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.data.sampling import shares_of_step
 from lora_fsdp.distributed.drift import check_no_drift
 from lora_fsdp.training.watching.adapter_moves import AdapterMoves
 from lora_fsdp.training.watching.diverged_step import diverged
@@ -29,47 +30,32 @@ from lora_fsdp.training.watching.heartbeat import Heartbeat
 from lora_fsdp.training.watching.log_warnings import WarnFlatLoss, WarnSlowdown
 
 
+@dataclass(eq=False, kw_only=True)
 class Watchdogs(TrainerCallback):
     """Steps that are not finite, ranks that drift apart or stall; as a callback, where a step is.
 
     What may wait for the device is asked for where the host waits anyway: at the log, and before a
     checkpoint.
 
-    Args:
+    Attributes:
         args: the run's.
         model: with its adapters, to save them where a step was not finite.
         adapters: watched.
         moves: whether training has moved them.
-        examples: to train on.
-        examples_per_step: of one optimizer step over all ranks.
-        seed: of the examples' order.
+        shares_of_step: each rank's examples of an optimizer step, counted from 0.
         tokenizer: to write them as text.
-
-    Attributes:
         warnings: callbacks that warn of a flat loss and of a slowdown.
     """
 
-    def __init__(
-        self,
-        args: FineTuningArguments,
-        *,
-        model: PeftModel,
-        adapters: AdapterSet,
-        moves: AdapterMoves,
-        examples: list[EncodedExample],
-        examples_per_step: int,
-        seed: int,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        self.args = args
-        self.model = model
-        self.adapters = adapters
-        self.moves = moves
-        self.examples = examples
-        self.examples_per_step = examples_per_step
-        self.seed = seed
-        self.tokenizer = tokenizer
-        self.warnings = (WarnFlatLoss(args.flat_loss_steps), WarnSlowdown())
+    args: FineTuningArguments
+    model: PeftModel
+    adapters: AdapterSet
+    moves: AdapterMoves
+    shares_of_step: Callable[[int], list[list[EncodedExample]]]
+    tokenizer: PreTrainedTokenizerBase
+
+    def __post_init__(self) -> None:
+        self.warnings = (WarnFlatLoss(self.args.flat_loss_steps), WarnSlowdown())
         self.begin()
 
     def begin(self) -> None:
@@ -116,7 +102,7 @@ class Watchdogs(TrainerCallback):
     ) -> None:
         """The step is made."""
         self._heartbeat.armed()
-        self._heartbeat.beat(state.global_step, "done; the next one's rows or a callback")
+        self._heartbeat.beat(state.global_step, "done; the next one's data or a callback")
 
     # ---- where the host waits anyway ------------------------------------------------------------
 
@@ -137,13 +123,7 @@ class Watchdogs(TrainerCallback):
             return
         raise diverged(
             bad,
-            shares=shares_of_step(
-                self.examples,
-                bad.step - 1,
-                examples_per_step=self.examples_per_step,
-                world_size=self.args.world_size,
-                seed=self.seed,
-            ),
+            shares=self.shares_of_step(bad.step - 1),
             model=self.model,
             tokenizer=self.tokenizer,
             run_folder=Path(str(self.args.output_dir)),

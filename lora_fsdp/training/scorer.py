@@ -1,0 +1,86 @@
+"""What a trainer's model answers, under its placement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader
+
+from lora_fsdp.compute.packed_model import PackedModel
+from lora_fsdp.data.encoding import EncodedExample, Encoder
+from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences
+from lora_fsdp.distributed.sharding import release_gathered
+from lora_fsdp.evaluation.generation import generate_answers
+from lora_fsdp.evaluation.metrics import model_outputs
+from lora_fsdp.evaluation.scoring import Scores, score_sequences
+from lora_fsdp.tasks.answers import ModelOutputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunScorer:
+    """Scores answers and generates text. Every method is a collective call.
+
+    Attributes:
+        model: placed, with its adapter.
+        packed: it, as it computes packed sequences.
+        encoder: of the examples.
+        device: where it computes.
+        autocast: the context of the forward.
+        max_new_tokens: of the longest text that is generated.
+    """
+
+    model: PeftModel
+    packed: PackedModel
+    encoder: Encoder
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[object]]
+    max_new_tokens: int
+
+    def score(
+        self,
+        sequences: DataLoader[ScoringSequence],
+        *,
+        after_sequence: Callable[[], None] | None = None,
+    ) -> Scores:
+        """Scores of every answer; `after_sequence` is called after each of them."""
+        answers = cast(ScoringSequences, sequences.dataset).answers
+        with self.autocast():
+            scores = score_sequences(
+                self.packed,
+                sequences,
+                answers=[len(one) for one in answers],
+                device=self.device,
+                after_sequence=after_sequence,
+            )
+        release_gathered(self.model)
+        return scores
+
+    def generate(self, examples: Sequence[EncodedExample]) -> list[str]:
+        """The text that greedy decoding generates after each prompt."""
+        texts = generate_answers(
+            self.model,
+            self.encoder.tokenizer,
+            [example.prompt_ids for example in examples],
+            device=self.device,
+            max_new_tokens=self.max_new_tokens,
+            end_token_id=self.encoder.end_token_id,
+        )
+        release_gathered(self.model)
+        return texts
+
+    def outputs(
+        self,
+        sequences: DataLoader[ScoringSequence],
+        *,
+        after_sequence: Callable[[], None] | None = None,
+    ) -> ModelOutputs:
+        """Scores, and generated texts where the kind of answer asks for them."""
+        examples = cast(ScoringSequences, sequences.dataset).examples
+        scores = self.score(sequences, after_sequence=after_sequence)
+        texts = self.generate(examples) if self.encoder.kind.generates_text else ()
+        return model_outputs(examples, scores, texts=texts)
