@@ -2,10 +2,10 @@
 
     python -m benchmarks.planning
     python -m benchmarks.planning --points deepseek-7b-qv llama-1b-long-4bit
-    python -m benchmarks.planning --foretell benchmarks/results/planning-h100.json
+    python -m benchmarks.planning --predict benchmarks/results/planning-h100.json
 
 Needs a GPU. Every point is a process of its own and prints one line; the table is written to
-`benchmarks/results/`. While one has the GPU, the next ones import. `--foretell` measures nothing:
+`benchmarks/results/`. While one has the GPU, the next ones import. `--predict` measures nothing:
 it sets a file's measurements beside what the plan says now, and writes docs/planning.md's tables.
 Errors are those of `docs/planning.md`: (predicted - measured) / measured.
 """
@@ -37,13 +37,13 @@ from benchmarks.workload import (
 )
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.workload import measure_work
-from lora_fsdp.placement.counting import build_on_meta, shape_of
 from lora_fsdp.placement.gpus import parse_gpus
 from lora_fsdp.placement.layout import Layout
 from lora_fsdp.placement.memory import peak_allocated
 from lora_fsdp.placement.sequences import largest_sequence
 from lora_fsdp.placement.shape import ModelShape
 from lora_fsdp.placement.timing import step_seconds
+from lora_fsdp.sizing.counting import build_on_meta, shape_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 _MARK, _END = "<!-- measured: {} -->", "<!-- end -->"

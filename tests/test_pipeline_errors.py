@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_fsdp import (
     DataArguments,
@@ -309,3 +310,41 @@ class TestScript:
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)
         with pytest.raises(ArgumentError, match=r"did you mean --learning_rate\?"):
             runpy.run_path(script, run_name="__main__")
+
+
+@pytest.mark.parametrize("files", ["safetensors", "pickle"])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"step": "graph"}, "CUDA graphs need a GPU"),
+        ({"resident_layers": "2"}, "needs an accelerate YAML with FSDP"),
+        ({"max_tokens_per_row": 16}, "must hold the longest example"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_a_weight_is_read(
+    tmp_path, monkeypatch, tokenizer, files, options, words
+):
+    """Of a base that is read tensor by tensor, and of one that transformers loads whole."""
+    folder = tmp_path / "model"
+    model = tiny_model()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if files == "pickle":
+        (folder / "model.safetensors").unlink()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+    def read(*arguments, **options):
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("lora_fsdp.base.stored_weights.BaseWeights.read", read)
+    monkeypatch.setattr("lora_fsdp.base.streaming.load_base", read)
+    table = tmp_path / "tweets.csv"
+    lines = (f"flight {n} was late,{'negative' if n % 2 else 'positive'}" for n in range(40))
+    table.write_text("text,sentiment\n" + "\n".join(lines) + "\n")
+    with pytest.raises(ArgumentError, match=words):
+        finetune(
+            model_args=ModelArguments(str(folder)),
+            lora_args=LoraArguments(lora_target_modules=["q_proj"]),
+            data_args=DataArguments(task="sentiment", data_file=str(table)),
+            training_args=FineTuningArguments(output_dir=str(tmp_path / "run"), **options),
+        )

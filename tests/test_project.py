@@ -34,6 +34,7 @@ LAYERS = (
     "compute",
     "adapter",
     "placement",
+    "sizing",
     "distributed",
     "evaluation",
     "training",

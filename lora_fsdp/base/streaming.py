@@ -28,7 +28,12 @@ from lora_fsdp.base.fingerprints import BaseFingerprint, base_parameters
 from lora_fsdp.base.loading import load_base, resolve_dtype
 from lora_fsdp.base.quantized_layers import QuantizedLayer, unpacked
 from lora_fsdp.base.skeletons import CannotStreamError, empty_base
-from lora_fsdp.base.stored_weights import BaseWeights, fingerprint_stored
+from lora_fsdp.base.stored_weights import (
+    BaseWeights,
+    base_folder,
+    base_skeleton,
+    fingerprint_stored,
+)
 from lora_fsdp.errors import MissingPackageError, UnsupportedModelError
 from lora_fsdp.ranks import rank
 
@@ -135,14 +140,54 @@ class StoredBase:
         _set(places, nn.Parameter(filled, requires_grad=False))
 
 
+@dataclass(frozen=True)
+class WholeBase:
+    """A base that transformers must load whole, and has not loaded yet.
+
+    Attributes:
+        arguments: which base, and how.
+        device: where the run computes.
+        reason: why it cannot be read tensor by tensor.
+    """
+
+    arguments: ModelArguments
+    device: torch.device
+    reason: str
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without numbers, on the meta device.
+
+        Raises:
+            ModelNotFoundError, UnsupportedModelError: it cannot be built from its config.
+        """
+        name, revision = self.arguments.model_name_or_path, self.arguments.model_revision
+        folder = base_folder(name, revision=revision, with_weights=False)
+        return base_skeleton(folder, trust_remote_code=self.arguments.trust_remote_code)
+
+    def load(self) -> PreTrainedModel:
+        """The model, in host memory.
+
+        Raises:
+            ModelNotFoundError: there is no such model, or its weights are damaged or incomplete.
+            UnsupportedModelError: it is not a causal language model, or cannot run as asked.
+        """
+        loaded = load_base(self.arguments, device=self.device)
+        if rank() == 0:
+            logger.warning(
+                "Every process held the whole base in host memory while it was loaded, because %s.",
+                self.reason,
+            )
+        return loaded
+
+
 def open_base(
     arguments: ModelArguments, *, device: torch.device, peft_config: LoraConfig | None = None
-) -> StoredBase | PreTrainedModel:
-    """The frozen base, to be read when it is known which parts of it this rank keeps.
+) -> StoredBase | WholeBase:
+    """The frozen base, of which nothing is read before it is known what this rank keeps.
 
-    Where that cannot be (the weights are pickles, or not in the form that the model has them in;
-    the adapter's first values depend on them), it is loaded whole into host memory by transformers,
-    and a line in the log says why.
+    Where it cannot be read tensor by tensor (the weights are pickles, or not in the form that the
+    model has them in; the adapter's first values depend on them), transformers loads it whole into
+    host memory then, and a line in the log says why.
 
     Args:
         arguments: which base, and how.
@@ -150,8 +195,8 @@ def open_base(
         peft_config: of the adapter that will be attached.
 
     Raises:
-        ModelNotFoundError: there is no such model, or its weights are damaged or incomplete.
-        UnsupportedModelError: it is not a causal language model, or cannot run as asked.
+        ModelNotFoundError: there is no such model.
+        UnsupportedModelError: it cannot run as asked.
         MissingPackageError: 4 bits were asked for, and bitsandbytes is not installed.
     """
     if arguments.load_in_4bit:
@@ -161,8 +206,13 @@ def open_base(
             raise CannotStreamError(reason)
         dtype = resolve_dtype(arguments.dtype, device=device)
         model, weights, names = empty_base(arguments, dtype=dtype)
-    except CannotStreamError as reason:
-        return _load_whole(arguments, device, reason)
+    except CannotStreamError as error:
+        if arguments.load_in_4bit:
+            raise UnsupportedModelError(
+                f"{arguments.model_name_or_path} cannot be turned into 4 bits while it is read: "
+                f"{error}. Run without --load_in_4bit."
+            ) from error
+        return WholeBase(arguments, device, str(error))
     if arguments.load_in_4bit:
         from lora_fsdp.base.four_bit import replace_linear_layers
 
@@ -170,30 +220,13 @@ def open_base(
     return StoredBase(model, weights, names)
 
 
-def _load_whole(
-    arguments: ModelArguments, device: torch.device, reason: CannotStreamError
-) -> PreTrainedModel:
-    if arguments.load_in_4bit:
-        raise UnsupportedModelError(
-            f"{arguments.model_name_or_path} cannot be turned into 4 bits while it is read: "
-            f"{reason}. Run without --load_in_4bit."
-        ) from reason
-    whole = load_base(arguments, device=device)
-    if rank() == 0:
-        logger.warning(
-            "Every process held the whole base in host memory while it was loaded, because %s.",
-            reason,
-        )
-    return whole
-
-
 def load_on_device(arguments: ModelArguments, *, device: torch.device) -> PreTrainedModel:
     """The frozen base, whole on `device`; see `open_base`."""
     base = open_base(arguments, device=device)
-    if isinstance(base, StoredBase):
-        base.fill([base.model], device=device, keep_on=device)
-        base = base.model
-    return base.to(device)  # type: ignore[arg-type]
+    if isinstance(base, WholeBase):
+        return base.load().to(device)  # type: ignore[arg-type]
+    base.fill([base.model], device=device, keep_on=device)
+    return base.model.to(device)  # type: ignore[arg-type]
 
 
 def check_bitsandbytes() -> None:

@@ -1,7 +1,7 @@
 """Bytes that a run needs on each device, part by part: for the plan, and for the run that follows.
 
 One model for both, so that a run is placed by the numbers its plan showed. What a sequence keeps
-for backward is counted on the model itself (`lora_fsdp.placement.counting`).
+for backward is counted on the model itself (`lora_fsdp.sizing.counting`).
 """
 
 from __future__ import annotations

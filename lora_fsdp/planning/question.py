@@ -17,9 +17,9 @@ from lora_fsdp.base.loading import resolve_dtype
 from lora_fsdp.data.workload import Work
 from lora_fsdp.distributed.launch import read_fsdp_settings
 from lora_fsdp.distributed.launch_files import as_launched, read_launch
-from lora_fsdp.placement.counting import build_on_meta, shape_of
 from lora_fsdp.placement.request import Request
 from lora_fsdp.planning.candidates import Question
+from lora_fsdp.sizing.counting import build_on_meta, shape_of
 
 _GPU = torch.device("cuda")
 

@@ -16,18 +16,18 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.fingerprints import BaseFingerprint, fingerprint_base
 from lora_fsdp.base.layers import base_model
-from lora_fsdp.base.streaming import StoredBase
+from lora_fsdp.base.streaming import StoredBase, WholeBase
 from lora_fsdp.compute.architectures import check_architecture
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.schedule import Schedule
 from lora_fsdp.data.workload import Work, measure_work
-from lora_fsdp.errors import ArgumentError
+from lora_fsdp.errors import ArgumentError, UnsupportedModelError
 from lora_fsdp.evaluation.generation import LEAST_NEW_TOKENS
 from lora_fsdp.placement.request import Request
 from lora_fsdp.ranks import check_ranks_agree
 from lora_fsdp.tasks import Example
 from lora_fsdp.training.checks import check_reference, check_targets
-from lora_fsdp.training.place import request_of_run
+from lora_fsdp.training.placing import check_can_be_placed, request_of_run
 from lora_fsdp.training.run_fingerprints import run_fingerprints
 from lora_fsdp.training.saving.resume import run_facts
 from lora_fsdp.training.step.objectives.objective import Objective
@@ -67,7 +67,7 @@ class PreparedRun:
 
 
 def prepare_run(
-    model: PreTrainedModel | PeftModel | StoredBase,
+    model: PreTrainedModel | PeftModel | StoredBase | WholeBase,
     args: FineTuningArguments,
     *,
     settings: FsdpSettings | None,
@@ -85,6 +85,8 @@ def prepare_run(
     """
     to_train, to_score = encoder.encode(train), encoder.encode(held_out)
     check_targets(to_train)
+    if isinstance(model, WholeBase):
+        model = _loaded(model, args, settings=settings, adapter=peft_config)
     adapted, stored, base_fingerprint = _with_adapter(
         model, peft_config, longest=encoder.max_length
     )
@@ -108,6 +110,23 @@ def prepare_run(
         ),
         facts=run_facts(args, adapted, fingerprints=fingerprints),
     )
+
+
+def _loaded(
+    base: WholeBase,
+    args: FineTuningArguments,
+    *,
+    settings: FsdpSettings | None,
+    adapter: LoraConfig | None,
+) -> PreTrainedModel:
+    """The base, loaded once it is known that the run can be placed."""
+    if adapter is not None:
+        try:
+            skeleton = base.skeleton()
+        except UnsupportedModelError:
+            return base.load()  # which says what is wrong with it
+        check_can_be_placed(skeleton, adapter, args, settings=settings)
+    return base.load()
 
 
 def _with_adapter(

@@ -32,7 +32,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.arguments import FineTuningArguments
-from lora_fsdp.base.streaming import StoredBase
+from lora_fsdp.base.streaming import StoredBase, WholeBase
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import (
@@ -54,7 +54,7 @@ from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.training.checks import check_arguments
 from lora_fsdp.training.logging.figures import RunFigures
 from lora_fsdp.training.logging.progress import RunProgress
-from lora_fsdp.training.place import place_for_training
+from lora_fsdp.training.placing import place_for_training
 from lora_fsdp.training.prepared import (
     PreparedRun,
     fold_accumulation,
@@ -120,7 +120,7 @@ class LoraTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel | StoredBase,
+        model: PreTrainedModel | PeftModel | StoredBase | WholeBase,
         args: FineTuningArguments,
         *,
         task: Task,

@@ -121,8 +121,9 @@ class TestLoadedWhole:
 
     def whole(self, folder, caplog, **options):
         with caplog.at_level(logging.WARNING, "lora_fsdp.base.streaming"):
-            base = open_base(arguments(folder), device=CPU, **options)
-        assert not isinstance(base, StoredBase)
+            unread = open_base(arguments(folder), device=CPU, **options)
+            assert not isinstance(unread, StoredBase)
+            base = unread.load()
         assert not any(parameter.is_meta for parameter in base.parameters())
         [line] = [r.getMessage() for r in caplog.records if "whole base in host" in r.getMessage()]
         return base, line
@@ -189,7 +190,7 @@ class TestLoadedWhole:
         del tensors["model.norm.weight"]
         save_file(tensors, file, metadata={"format": "pt"})
         with pytest.raises(ModelNotFoundError, match=r"lacks 1 of the weights.*model\.norm"):
-            open_base(arguments(tmp_path), device=CPU)
+            open_base(arguments(tmp_path), device=CPU).load()
 
 
 def assert_equal_weights(found, expected):

@@ -1,4 +1,4 @@
-"""Written answers: in batches that the ranks share, the same on any number of them.
+"""Generated text: in batches that the ranks share, the same on any number of them.
 
 Run: python -m pytest tests/evaluation/test_writing.py
 """

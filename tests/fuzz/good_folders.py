@@ -1,4 +1,4 @@
-"""Whole folders to damage: a base, the adapter of a run on it, and a plain PEFT adapter."""
+"""Good folders to damage: a base, the adapter of a run on it, and a plain PEFT adapter."""
 
 from __future__ import annotations
 

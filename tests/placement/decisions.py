@@ -18,13 +18,13 @@ from transformers import LlamaConfig
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.data.workload import Work, given_work
 from lora_fsdp.errors import LoraFsdpError
-from lora_fsdp.placement.counting import build_on_meta, shape_of
 from lora_fsdp.placement.decide import decide
 from lora_fsdp.placement.gpus import GPUS
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.shape import ModelShape
 from lora_fsdp.planning.models import dense_config
+from lora_fsdp.sizing.counting import build_on_meta, shape_of
 
 TABLE = Path(__file__).with_suffix(".txt")
 SEVEN_BILLION = LlamaConfig(

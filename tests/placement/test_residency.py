@@ -8,10 +8,10 @@ from peft import LoraConfig
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.data.workload import NO_WORK
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.placement.counting import shape_of
 from lora_fsdp.placement.decide import decide
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.placement.request import Request
+from lora_fsdp.sizing.counting import shape_of
 from tests.support.tiny import tiny_model
 
 SHARDED = FsdpSettings(True, False, False, None, True)

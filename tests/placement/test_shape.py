@@ -13,7 +13,7 @@ from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.base.layers import decoder_layers
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.errors import TargetModulesError
-from lora_fsdp.placement.counting import build_on_meta, shape_of
+from lora_fsdp.sizing.counting import build_on_meta, shape_of
 from tests.support.tiny import CONFIGS, tiny_model
 
 ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")

@@ -10,11 +10,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.data.workload import NO_WORK
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.placement.counting import build_on_meta, shape_of
 from lora_fsdp.placement.decide import Placement, decide
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.step import Step, why_gathers_not_captured, why_not_captured
+from lora_fsdp.sizing.counting import build_on_meta, shape_of
 from tests.support.runs import toy_trainer
 
 SHARDED = FsdpSettings(True, False, True, None, True)

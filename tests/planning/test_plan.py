@@ -19,7 +19,6 @@ from lora_fsdp.cli.configs import find_config, suggested_config
 from lora_fsdp.cli.main import main
 from lora_fsdp.data.workload import given_work
 from lora_fsdp.errors import ArgumentError, ModelNotFoundError, UnsupportedModelError
-from lora_fsdp.placement.counting import build_on_meta, shape_of
 from lora_fsdp.placement.gpus import GPUS, known_gpu, parse_gpus
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.placement.layout import Layout, is_captured
@@ -31,6 +30,7 @@ from lora_fsdp.placement.timing import step_seconds
 from lora_fsdp.planning.models import dense_config, planned_config
 from lora_fsdp.planning.plan import make_plan
 from lora_fsdp.planning.question import question_of_recipe
+from lora_fsdp.sizing.counting import build_on_meta, shape_of
 
 ADAPTER = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 DEEPSEEK_7B = LlamaConfig(

@@ -18,7 +18,7 @@ from lora_fsdp.data.rows import load_task_data
 from lora_fsdp.placement.gpus import parse_gpus
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.scripts import parse_arguments
-from lora_fsdp.training.place import decide_for_run, request_of_run
+from lora_fsdp.training.placing import decide_for_run, request_of_run
 from lora_fsdp.training.trainer import LoraTrainer
 
 GPUS = "1xSmall:3GB:100TFLOPS"

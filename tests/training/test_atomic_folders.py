@@ -36,7 +36,7 @@ def write(folder, content=b"weights"):
     return folder
 
 
-def test_whole_folder_says_what_it_holds(tmp_path):
+def test_atomic_folder_says_what_it_holds(tmp_path):
     marker = check_whole(write(tmp_path / "checkpoint-1"))
     assert marker["facts"] == {"step": 1}
     assert marker["files"].keys() == {"a.bin", "inner/b.bin"}
@@ -103,12 +103,12 @@ def test_a_path_out_of_the_folder_is_refused(tmp_path):
     (tmp_path / "secret").write_text("x")
     with atomic_folder(tmp_path / "checkpoint-1", {}) as partial:
         (partial / "a").write_text("x")
-    from lora_fsdp.training.saving import atomic_folders as whole_folders
+    from lora_fsdp.training.saving import atomic_folders
 
     marker = json.loads((tmp_path / "checkpoint-1" / MARKER).read_text())
     del marker["sha256"]
     marker["files"]["../secret"] = marker["files"].pop("a")
-    signed = {"sha256": whole_folders._digest_marker(marker), **marker}
+    signed = {"sha256": atomic_folders._digest_marker(marker), **marker}
     (tmp_path / "checkpoint-1" / MARKER).write_text(json.dumps(signed))
     with pytest.raises(DamagedCheckpointError, match="outside"):
         check_whole(tmp_path / "checkpoint-1")

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_fsdp.adapter.saved import adapter_state
 from lora_fsdp.base.layers import decoder_layers
-from lora_fsdp.training import place
+from lora_fsdp.training import placing as place
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_run, toy_trainer
 

@@ -11,13 +11,13 @@ from lora_fsdp.doctor.fact import UnknownFactError
 from lora_fsdp.doctor.finding import Problem, Rules
 from lora_fsdp.doctor.numbers import impossible_numbers
 from lora_fsdp.errors import ModelError
-from lora_fsdp.placement.counting import build_on_meta, shape_of
 from lora_fsdp.placement.decide import least_layout
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.placement.memory import DeviceMemory, device_memory
 from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.residency import with_head_placed
 from lora_fsdp.placement.sequences import largest_sequence
+from lora_fsdp.sizing.counting import build_on_meta, shape_of
 
 _GB = 1e9
 

@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from lora_fsdp.adapter.attach import has_dropout
 from lora_fsdp.arguments import FineTuningArguments
@@ -17,16 +18,16 @@ from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase
 from lora_fsdp.compute.packed_model import PackedModel
-from lora_fsdp.data.workload import Work
+from lora_fsdp.data.workload import NO_WORK, Work
 from lora_fsdp.distributed.captured_gathers import why_gathers_not_captured
-from lora_fsdp.distributed.hardware import hardware_here
 from lora_fsdp.distributed.sharding import check_placement, layers_to_shard, place_model
-from lora_fsdp.placement.counting import shape_of
 from lora_fsdp.placement.decide import Placement, decide
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.shape import ModelShape
 from lora_fsdp.placement.step import Step
+from lora_fsdp.sizing.counting import shape_of
+from lora_fsdp.sizing.hardware import hardware_here
 
 
 def place_for_training(
@@ -86,6 +87,36 @@ def decide_for_run(
         tried = replace(hardware, why_gathers_not_captured=reason)
         placement = decide(shape, work, tried, request)
     return placement
+
+
+def check_can_be_placed(
+    skeleton: PreTrainedModel,
+    adapter: LoraConfig,
+    args: FineTuningArguments,
+    *,
+    settings: FsdpSettings | None,
+) -> None:
+    """Refuse what `decide` would refuse of a base that must be loaded whole; a collective call.
+
+    Args:
+        skeleton: the base on the meta device; of no further use.
+        adapter: what will be attached.
+        args: the run's arguments.
+        settings: the YAML's FSDP settings.
+
+    Raises:
+        ArgumentError: what was asked for cannot be.
+    """
+    request = Request.of(
+        vars(args),
+        fsdp=settings,
+        quantized=False,
+        autocast=args.mixed_precision != "no",
+        config=skeleton.config,
+        lora_dropout=bool(adapter.lora_dropout),
+    )
+    shape = shape_of(skeleton, adapter, stay=request.why_not_fused)
+    decide(shape, NO_WORK, hardware_here(args.device, base=skeleton), request)
 
 
 def request_of_run(
