@@ -22,7 +22,7 @@ _FREE_ANSWER = " yes"
 _MOST_ANSWERS = 16
 
 # In nats a token, on average. Rounding alone makes, in SmolLM2, 5e-6 in float32 and 0.085 in
-# bfloat16 (as in `PackedModel.check`).
+# bfloat16 (as in `check_packing`).
 _TOLERANCE = 1e-3
 _TOLERANCE_ROUNDED = 0.3
 

@@ -20,8 +20,7 @@ from lora_fsdp.compute.attention import sequence_mask
 from lora_fsdp.compute.decoder_layer import unpack_ahead
 from lora_fsdp.compute.fusing import Fusing, fuse_layers
 from lora_fsdp.compute.patches import Patches
-from lora_fsdp.data.packing import PackedSequence, Tree, pack_sequence
-from lora_fsdp.errors import UnsupportedModelError
+from lora_fsdp.data.packing import PackedSequence
 
 
 class LabelOutputs(NamedTuple):
@@ -50,7 +49,7 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         fusing: which of its layers are fused, or why none are.
         patches: what is changed on it.
         chunked_head: its logits are its head's output, frozen, so that many label tokens can be
-            taken chunk by chunk (`check` finds out).
+            taken chunk by chunk (`check_packing` finds out).
         shortened_last_layer: the last layer, if it is fused, is asked for label positions only. Not
             where its activations are recomputed.
     """
@@ -134,7 +133,7 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         if last is not None and isinstance(mask, torch.Tensor) and last.is_as_fused():
             positions = sequence.label_positions
             at_labels = self.patches.for_now(last, "only_at", positions, why="only labels count")
-        elif _keeps_logits(type(self.base)):  # type: ignore[arg-type]
+        elif keeps_logits(type(self.base)):  # type: ignore[arg-type]
             keep = {"logits_to_keep": sequence.label_positions}
         with at_labels:
             logits = self.model(
@@ -182,55 +181,6 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         self.model.train(was_training)
         return log_probs
 
-    # ---- proof ----------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def check(self, *, device: torch.device) -> None:
-        """Check on the live model that packed examples are computed as if each stood alone.
-
-        Two short random texts with a common beginning, packed and one by one; a collective call
-        under FSDP. This catches what the architecture's name does not tell: attention that ignores
-        the mask, positions that count along the sequence. Sets `chunked_head`.
-
-        Args:
-            device: where sequences are computed.
-
-        Raises:
-            UnsupportedModelError: they are not.
-        """
-        texts = self._two_texts()
-        trees = [Tree(text[:6], [text[6:]]) for text in texts]
-        sequence = pack_sequence(trees, share_prefix=True).to(device)
-        was_training = self.model.training
-        self.model.eval()
-        packed = self.label_log_probs(sequence)
-        self.chunked_head = head_can_be_chunked(self.base)
-        if self.chunked_head:
-            chunked = self.label_outputs(sequence, chunk_above=0).log_probs
-            self.chunked_head = (chunked - packed).abs().max().item() < _ROUNDING[False]
-        expected = torch.cat([self._alone(text, device=device) for text in texts])
-        self.model.train(was_training)
-        difference = (packed - expected).abs().mean().item()
-        if not difference < _ROUNDING[self.dtype == torch.bfloat16]:
-            raise UnsupportedModelError(
-                f"{type(self.base).__name__} computes packed examples differently from single ones "
-                f"(by {difference:.2g} nats a token): it cannot be trained in packed sequences."
-            )
-
-    def _two_texts(self) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = self.base.config.get_text_config().vocab_size
-        tokens = torch.randint(vocabulary, (2, 12), generator=generator)
-        tokens[1, :4] = tokens[0, :4]
-        return cast(list[list[int]], tokens.tolist())
-
-    def _alone(self, text: list[int], *, device: torch.device) -> torch.Tensor:
-        """Log-probabilities of `text` from its 7th token on, by the model's own forward."""
-        ids = torch.tensor([text], device=device)
-        logits = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        log_probs: torch.Tensor = logits.log_softmax(-1)[5:-1].gather(1, ids[0, 6:, None])[:, 0]
-        return log_probs
-
 
 def head_can_be_chunked(base: PreTrainedModel) -> bool:
     """Whether the head is a frozen linear layer (LoRA on it would not be one)."""
@@ -240,15 +190,11 @@ def head_can_be_chunked(base: PreTrainedModel) -> bool:
         isinstance(head, nn.Linear)
         and type(head).forward is nn.Linear.forward
         and not any(parameter.requires_grad for parameter in head.parameters())
-        and _keeps_logits(type(base))  # type: ignore[arg-type]
+        and keeps_logits(type(base))  # type: ignore[arg-type]
     )
 
 
-# In nats a token. Rounding alone makes, in SmolLM2, 5e-6 in float32 and 0.085 in bfloat16.
-_ROUNDING = {False: 1e-4, True: 0.3}
-
-
 @cache  # asked at every forward
-def _keeps_logits(model_class: type[nn.Module]) -> bool:
+def keeps_logits(model_class: type[nn.Module]) -> bool:
     """Whether the model can run its head at chosen positions only (almost all in transformers)."""
     return "logits_to_keep" in inspect.signature(model_class.forward).parameters

@@ -26,6 +26,7 @@ from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.compute.fusing import Fusing
 from lora_fsdp.compute.packed_model import PackedModel
+from lora_fsdp.compute.packing_check import check_packing
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.errors import AdapterVerificationError
 from lora_fsdp.evaluation.generation import LEAST_NEW_TOKENS, generate_answers, generate_texts
@@ -98,7 +99,7 @@ def _fastest(model: PeftModel, *, device: torch.device) -> PackedModel:
     else:
         packed.fusing = Fusing(reason="attention that is not SDPA")
     packed.shortened_last_layer = True
-    packed.check(device=device)
+    check_packing(packed, device=device)
     return packed
 
 

@@ -34,6 +34,7 @@ from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.streaming import StoredBase, WholeBase
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
+from lora_fsdp.compute.packing_check import check_packing, sample_of
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import (
     ScoringSequence,
@@ -193,7 +194,10 @@ class LoraTrainer(Trainer):
         self.adapter = AdapterSet.of(self.model)
         self.adapter.broadcast()
         self.adapter.check_equal()
-        self.packed.check(device=self.args.device)
+        largest = self.placement.largest
+        trees = [self.objective.tree(example) for example in run.train]
+        sample = sample_of(trees, tokens=max(largest.tokens, largest.scored))
+        check_packing(self.packed, device=self.args.device, sample=sample)
         release_gathered(self.model)
         self.step = self._step()
         self.packed.patches.set(

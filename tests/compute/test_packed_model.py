@@ -21,6 +21,7 @@ from transformers import (
 
 from lora_fsdp.compute.architectures import check_architecture
 from lora_fsdp.compute.packed_model import PackedModel
+from lora_fsdp.compute.packing_check import check_packing
 from lora_fsdp.data.packing import Tree, empty_sequence, pack_sequence
 from lora_fsdp.errors import UnsupportedModelError
 from tests.support.tiny import CONFIGS, adapted_model, tiny_model
@@ -48,11 +49,11 @@ def count_along_the_row(inputs):
 def test_live_check_refuses_a_model_that_cannot_be_packed(fault):
     """Whatever its name and signature say."""
     model = adapted_model()
-    PackedModel(model).check(device=torch.device("cpu"))
+    check_packing(PackedModel(model), device=torch.device("cpu"))
     forward = model.forward
     model.forward = lambda **inputs: forward(**fault(inputs))
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM computes packed examples"):
-        PackedModel(model).check(device=torch.device("cpu"))
+        check_packing(PackedModel(model), device=torch.device("cpu"))
 
 
 def model_from(config):

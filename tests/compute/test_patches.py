@@ -11,6 +11,7 @@ import torch
 from lora_fsdp import FineTuningArguments, LoraTrainer
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.compute.packed_model import PackedModel
+from lora_fsdp.compute.packing_check import check_packing
 from lora_fsdp.data.packing import Tree, pack_sequence
 from lora_fsdp.training.recomputing import enable_checkpointing
 from tests.support.tiny import ToyTask, adapted_model, randomise_adapter, tiny_tokenizer, toy_table
@@ -65,7 +66,7 @@ def offload(packed):
 
 
 def chunk(packed):
-    packed.check(device=CPU)
+    check_packing(packed, device=CPU)
     assert packed.chunked_head
 
 
