@@ -48,8 +48,8 @@ class FineTuningArguments(TrainingArguments):
     share_prefix: Literal["auto", "always", "never"] = option(
         "auto",
         "Compute the tokens that all prompts of a packed sequence begin with once. "
-        "auto = when lora_dropout is 0, where gradients are exact; with dropout they "
-        "stay unbiased, but examples of a sequence share the prefix's dropout masks.",
+        "auto = where neither LoRA nor the model drops anything, so that gradients are exact; "
+        "with dropout they stay unbiased, but examples of a sequence share the prefix's masks.",
     )
     max_tokens_per_row: int | None = option(
         None,

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from lora_fsdp.arguments.fsdp import FsdpSettings
+from lora_fsdp.base.dropout import dropout_settings
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Request:
         attention: the model's attention kernel, as transformers calls it.
         attention_dropout: whether the model drops attention weights.
         lora_dropout: whether LoRA drops part of its input.
+        model_dropout: whether the model itself drops anything while it trains.
     """
 
     step: str = "auto"
@@ -42,6 +44,7 @@ class Request:
     attention: str = "sdpa"
     attention_dropout: bool = False
     lora_dropout: bool = False
+    model_dropout: bool = False
 
     @classmethod
     def of(
@@ -68,16 +71,17 @@ class Request:
             attention=str(config._attn_implementation),
             attention_dropout=bool(getattr(config.get_text_config(), "attention_dropout", 0.0)),
             lora_dropout=lora_dropout,
+            model_dropout=bool(dropout_settings(config)),
         )
 
     @property
     def shares_prefix(self) -> bool:
         """Whether packed sequences compute their prompts' common prefix once.
 
-        With LoRA's dropout examples of a sequence would share the prefix's dropout masks.
+        With dropout, LoRA's or the model's, examples would share the prefix's dropout masks.
         """
         if self.share_prefix == "auto":
-            return not self.lora_dropout
+            return not (self.lora_dropout or self.model_dropout)
         return self.share_prefix == "always"
 
     @property

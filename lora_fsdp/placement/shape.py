@@ -33,7 +33,7 @@ class ModelShape:
             sequences of `BLOCKS_FROM_TOKENS` tokens and more do without.
         saved_per_pair: the same of a pair of tokens: 0 unless attention keeps its matrix.
         is_fused: whether fused layers compute.
-        drops: whether LoRA drops part of its input while it trains.
+        drops: whether LoRA or the model drops anything while it trains.
         why_not_fused: why they do not, in words; empty if they do.
         itemsize: bytes of a value of the base, where it is not quantised.
         note: what could not be counted, and what stands in for it; empty if all was.

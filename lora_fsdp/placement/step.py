@@ -72,7 +72,7 @@ def why_not_captured(
     if not shape.is_fused:
         return "activations are recomputed by the model's own layers"
     if shape.drops:
-        return "activations are recomputed, with LoRA's dropout as it was drawn"
+        return "activations are recomputed, with dropout as it was drawn"
     return None
 
 

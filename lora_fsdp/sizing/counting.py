@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.adapter.ownership import trainable_parameters
+from lora_fsdp.base.dropout import dropout_settings
 from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.base.loading import LOADING_ERRORS
 from lora_fsdp.compute.decoder_layer import FusedLayer
@@ -57,7 +58,8 @@ def shape_of(
         model = attach_adapter(skeleton, adapter)
     reasons = [stay] if stay is not None else [why_not_fused(layer) for layer in layers]
     unfused = next((reason for reason in reasons if reason is not None), "")
-    return _counted(skeleton, model, layers, drops=bool(adapter.lora_dropout), unfused=unfused)
+    drops = bool(adapter.lora_dropout or dropout_settings(skeleton.config))
+    return _counted(skeleton, model, layers, drops=drops, unfused=unfused)
 
 
 def _counted(

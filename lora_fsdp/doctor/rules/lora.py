@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_fsdp.base.dropout import dropout_settings
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.finding import Problem, Rules
@@ -130,11 +131,14 @@ def _scale(case: Case) -> Iterator[Problem]:
     "Set --lora_dropout 0 for exact gradients, or --share_prefix auto.",
 )
 def _shared_dropout(case: Case) -> Iterator[Problem]:
-    dropout = case.lora.value.lora_dropout
-    if dropout > 0 and case.arguments.value.share_prefix == "always":
+    if case.arguments.value.share_prefix != "always":
+        return
+    rates = {"--lora_dropout": case.lora.value.lora_dropout}
+    rates |= dropout_settings(case.skeleton.value.config)
+    if dropping := [f"{name} {rate:g}" for name, rate in rates.items() if rate > 0]:
         yield Problem(
-            f"--share_prefix always with --lora_dropout {dropout}: gradients stay unbiased, but "
-            "the examples of a packed sequence share the prefix's dropout masks."
+            f"--share_prefix always with {', '.join(dropping)}: gradients stay unbiased, but the "
+            "examples of a packed sequence share the prefix's dropout masks."
         )
 
 
