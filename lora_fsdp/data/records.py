@@ -16,6 +16,7 @@ from lora_fsdp.errors import (
     NoRowsError,
     TableEncodingError,
 )
+from lora_fsdp.tasks.cells import parse_json
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 HALF_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -72,7 +73,7 @@ def json_records(lines: Iterable[str], *, source: Path) -> Iterator[tuple[str, d
 def load_json(text: str, *, source: Path, first_line: int) -> Any:
     """The JSON value of `text`, which begins on line `first_line` of `source`."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise MalformedRowError(

@@ -27,6 +27,7 @@ from lora_fsdp.data.records import (
     not_found,
     wrong_encoding,
 )
+from lora_fsdp.data.typed_cells import typed_columns
 from lora_fsdp.errors import TableEncodingError, UnsupportedTableError
 
 
@@ -152,8 +153,8 @@ class ParquetStream(TableStream):
                 yield Chunk(first, table, table.column_names)
 
     def records(self, chunk: Chunk) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = chunk.rows.to_pylist()
-        return rows
+        columns = typed_columns(chunk.rows)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
         table = chunk.rows

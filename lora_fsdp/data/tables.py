@@ -1,14 +1,18 @@
-"""Data files as tables, exactly as written: no guessing of types or missing values in text."""
+"""Data files as tables, exactly as written: no type is guessed or changed, in no cell."""
 
 from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import charset_normalizer
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lora_fsdp.data.records import (
     HALF_SURROGATE,
@@ -20,6 +24,7 @@ from lora_fsdp.data.records import (
     not_found,
     wrong_encoding,
 )
+from lora_fsdp.data.typed_cells import typed_columns
 from lora_fsdp.errors import (
     ArgumentError,
     MalformedRowError,
@@ -41,7 +46,9 @@ _LEGACY_ENCODINGS = ["cp1252", "cp1251", "gb18030", "big5", "cp932", "cp949"]
 def read_table(path: str | Path, *, encoding: str | None = None) -> pd.DataFrame:
     """Reads a table from CSV, TSV, JSON (lines or a list), Parquet or a `datasets` folder.
 
-    Cells of CSV and TSV are text to the letter ("NA", "null", "007"); an empty cell is "". Of a
+    Cells of CSV and TSV are text to the letter ("NA", "null", "007"); an empty cell is "". Those of
+    other formats keep their own type, whatever stands beside them: a whole number is an `int` also
+    in a column with missing values, and a decimal of JSON is written again as it was. Of a
     saved `DatasetDict` the split "train" is taken; name the split's own folder for another.
 
     Args:
@@ -160,16 +167,33 @@ def _parse_json(text: str, source: Path) -> pd.DataFrame:
     """Records of JSON Lines, or of one list of records."""
     if text.lstrip().startswith("["):
         values = enumerate(load_json(text, source=source, first_line=1), start=1)
-        return pd.DataFrame([checked_record(v, f"{source}, record {n}") for n, v in values])
+        return _as_written([checked_record(v, f"{source}, record {n}") for n, v in values])
     # Not splitlines: U+2028 and its like may stand inside JSON strings.
-    return pd.DataFrame([record for _, record in json_records(text.split("\n"), source=source)])
+    return _as_written([record for _, record in json_records(text.split("\n"), source=source)])
+
+
+def _as_written(rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+    """Rows, or columns by name, as a table; as plain objects, so that pandas changes no cell."""
+    return pd.DataFrame(rows, dtype=object)
 
 
 def _read_parquet(source: Path) -> pd.DataFrame:
     try:
-        return pd.read_parquet(source)
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is one
+        with pq.ParquetFile(source) as file:
+            table = file.read()
+    except (OSError, ValueError, pa.ArrowException) as error:  # ArrowInvalid is a ValueError
         raise UnsupportedTableError(f"{source} is not a Parquet file: {error}") from error
+    return _typed_table(table, source)
+
+
+def _typed_table(table: pa.Table, source: Path) -> pd.DataFrame:
+    names = table.column_names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise MalformedRowError(f"{source} has {', '.join(map(repr, twice))} more than once.")
+    try:
+        return _as_written(typed_columns(table))
+    except (OverflowError, ValueError) as error:  # a date after the year 9999, text not UTF-8
+        raise MalformedRowError(f"{source} holds a cell that Python cannot: {error}.") from error
 
 
 def _read_saved_dataset(folder: Path) -> pd.DataFrame:
@@ -192,9 +216,6 @@ def _read_saved_dataset(folder: Path) -> pd.DataFrame:
             )
         logger.info("%s holds the splits %s: reading train.", folder, ", ".join(splits))
         saved = saved["train"]
-    table = saved.to_pandas()
-    for name, feature in saved.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            # -1 stands for "no label" and becomes a missing value.
-            table[name] = table[name].map(dict(enumerate(feature.names)))
-    return table
+    schema = saved.features.arrow_schema
+    table = saved.with_format("arrow")[:]
+    return _typed_table(table.replace_schema_metadata(schema.metadata), folder)
