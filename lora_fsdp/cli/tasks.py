@@ -189,7 +189,7 @@ def _print_counts(found: TaskCheck, encoded: list[EncodedExample] | None) -> Non
         write(f"{lengths[len(lengths) // 2]} tokens a row in the median, {lengths[-1]} at most")
         write(f"{learnt} supervised tokens, {found.shortened} rows shortened")
         if found.balance:
-            write("no label is the beginning of another to this tokenizer")
+            write("every label has tokens of its own to this tokenizer")
     for warning in found.warnings:
         write(f"warning: {warning}")
     if not found.warnings:

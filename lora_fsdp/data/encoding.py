@@ -191,13 +191,15 @@ class Encoder:
         self, after: str, texts: tuple[str, ...], labels: tuple[str, ...]
     ) -> tuple[list[int], ...]:
         candidates = [self._answer_ids(after, text) for text in texts]
-        for first, a in zip(labels, candidates, strict=True):
-            for second, b in zip(labels, candidates, strict=True):
-                if first != second and b[: len(a) - 1] == a[:-1]:
-                    raise LabelCollisionError(
-                        f"Labels {first!r} {a[:-1]} and {second!r} {b[:-1]}: to this tokenizer one "
-                        "is the same as, or the beginning of, the other; rename one of them."
-                    )
+        first_with: dict[tuple[int, ...], str] = {}
+        for label, ids in zip(labels, candidates, strict=True):
+            # One may begin like another: the end token is part of its score, and tells them apart.
+            first = first_with.setdefault(tuple(ids), label)
+            if first != label:
+                raise LabelCollisionError(
+                    f"Labels {first!r} and {label!r}: to this tokenizer both are {ids[:-1]}; "
+                    "rename one of them."
+                )
         return tuple(candidates)
 
     def _answer_ids(self, after: str, target: str) -> list[int]:

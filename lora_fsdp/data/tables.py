@@ -48,8 +48,8 @@ def read_table(path: str | Path, *, encoding: str | None = None) -> pd.DataFrame
 
     Cells of CSV and TSV are text to the letter ("NA", "null", "007"); an empty cell is "". Those of
     other formats keep their own type, whatever stands beside them: a whole number is an `int` also
-    in a column with missing values, and a decimal of JSON is written again as it was. Of a
-    saved `DatasetDict` the split "train" is taken; name the split's own folder for another.
+    in a column with missing values, and a decimal of JSON is written again as it was. Of a saved
+    `DatasetDict` the split "train" is taken; name the split's own folder for another.
 
     Args:
         path: the file or folder.

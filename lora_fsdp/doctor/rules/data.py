@@ -28,7 +28,7 @@ def _rows(case: Case) -> None:
 
 @RULES.error(
     "labels-collide",
-    "To this tokenizer a label is the same as, or the beginning of, another.",
+    "To this tokenizer two labels have the same tokens.",
     "Rename one of them.",
 )
 def _labels_collide(case: Case) -> Iterator[Problem]:
