@@ -35,11 +35,39 @@ def parse_json(text: str) -> Any:
 
 
 def cell_text(value: object) -> str:
-    """A cell as text: a missing value is "", a list or an object is JSON."""
+    """A cell as text: a missing value is "", a list or an object is JSON, bytes are UTF-8."""
+    if isinstance(value, str):
+        return value
     value = plain(value)
     if isinstance(value, dict | list):
         return json_text(value)
     return "" if value is None else str(value)
+
+
+def label_text(value: object) -> str:
+    """A label as text: stripped, 1 and 1.0 both "1", and a missing value ""."""
+    if isinstance(value, float | np.floating) and value.is_integer():
+        return str(int(value))
+    return cell_text(value).strip()
+
+
+def text_fault(value: object) -> str | None:
+    """Why a cell is no text, or `None`."""
+    if isinstance(value, bytes | bytearray | np.bytes_):
+        try:
+            bytes(value).decode()
+        except UnicodeDecodeError:
+            return f"bytes that are not UTF-8: {bytes(value)[:20]!r}"
+    return None
+
+
+def label_fault(value: object) -> str | None:
+    """Why a cell is no label, or `None`: a label is one text, number, date or truth value."""
+    value = plain(value)
+    if isinstance(value, list | dict):
+        kind = "a list" if isinstance(value, list) else "an object"
+        return f"{kind}, not one label: {json_text(value)[:80]}"
+    return text_fault(value)
 
 
 def json_text(value: object) -> str:
@@ -77,6 +105,8 @@ def plain(value: object) -> Any:
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple | np.ndarray):
         return [plain(entry) for entry in value]
+    if isinstance(value, bytes | bytearray):  # what older writers of Parquet make of texts
+        return bytes(value).decode() if text_fault(value) is None else bytes(value)
     if isinstance(value, np.floating):
         return None if np.isnan(value) else float(str(value))  # 0.1 of 32 bits stays 0.1
     if isinstance(value, np.datetime64):  # whose item() may be a bare number
