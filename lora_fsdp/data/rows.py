@@ -45,7 +45,7 @@ def load_task_data(arguments: DataArguments, *, seed: int, task: Task | None = N
     table, dropped = _without_bad_rows(arguments, task, table)
     task = task.bind(table)
     if arguments.eval_file is not None:
-        held_out = read_table(arguments.eval_file, encoding=arguments.encoding)
+        held_out = _read(arguments, arguments.eval_file)
     else:
         own = task.load("test") if arguments.data_file is None else None
         table, held_out = (table, own) if own is not None else _split(arguments, task, table, seed)
@@ -84,11 +84,17 @@ def _choose_task(arguments: DataArguments, task: Task | None) -> Task:
 
 def _training_table(arguments: DataArguments, task: Task) -> pd.DataFrame:
     if arguments.data_file is not None:
-        return read_table(arguments.data_file, encoding=arguments.encoding)
+        return _read(arguments, arguments.data_file)
     own = task.load("train")
     if own is None:
         raise ArgumentError(f"Task {task.name!r} brings no data of its own: set --data_file.")
+    if arguments.delimiter is not None and arguments.eval_file is None:
+        raise ArgumentError(f"--delimiter is of --data_file; task {task.name!r} brings its own.")
     return own
+
+
+def _read(arguments: DataArguments, file: str) -> pd.DataFrame:
+    return read_table(file, encoding=arguments.encoding, delimiter=arguments.delimiter)
 
 
 def _without_bad_rows(

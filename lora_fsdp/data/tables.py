@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 
 from lora_fsdp.data.records import (
     HALF_SURROGATE,
-    SEPARATORS,
     checked_record,
     delimited_records,
     json_records,
@@ -24,6 +23,7 @@ from lora_fsdp.data.records import (
     not_found,
     wrong_encoding,
 )
+from lora_fsdp.data.separators import SEPARATORS, checked_delimiter, find_separator
 from lora_fsdp.data.typed_cells import typed_columns
 from lora_fsdp.errors import (
     ArgumentError,
@@ -43,7 +43,9 @@ _SUPPORTED = ", ".join([*SEPARATORS, *_JSON_SUFFIXES, ".parquet", "a folder of s
 _LEGACY_ENCODINGS = ["cp1252", "cp1251", "gb18030", "big5", "cp932", "cp949"]
 
 
-def read_table(path: str | Path, *, encoding: str | None = None) -> pd.DataFrame:
+def read_table(
+    path: str | Path, *, encoding: str | None = None, delimiter: str | None = None
+) -> pd.DataFrame:
     """Reads a table from CSV, TSV, JSON (lines or a list), Parquet or a `datasets` folder.
 
     Cells of CSV and TSV are text to the letter ("NA", "null", "007"); an empty cell is "". Those of
@@ -55,6 +57,7 @@ def read_table(path: str | Path, *, encoding: str | None = None) -> pd.DataFrame
         path: the file or folder.
         encoding: of a text file, by Python's name for it; `None` = UTF-8, or, where the file is
             not, what charset-normalizer makes of it, which is logged.
+        delimiter: between the cells of CSV or TSV; `None` = what `find_separator` finds.
 
     Returns:
         The rows, with the index "row" counting from 1 (data rows, not lines of the file).
@@ -63,16 +66,18 @@ def read_table(path: str | Path, *, encoding: str | None = None) -> pd.DataFrame
         DataFileNotFoundError, UnsupportedTableError, TableEncodingError, MalformedRowError,
         NoRowsError: the file is missing, of another format, not in the encoding, not well-formed
             at a line, or holds no rows.
+        ArgumentError: `delimiter` is no single character, or the file has no separators.
     """
     source = Path(path)
     suffix = source.suffix.lower()
     if not source.exists():
         raise not_found(source)
+    checked_delimiter(delimiter, source)
     if source.is_dir():
         table = _read_saved_dataset(source)
     elif suffix in SEPARATORS:
         text = _read_text(source, encoding)
-        table = _parse_delimited(text, source=source, separator=SEPARATORS[suffix])
+        table = _parse_delimited(text, source=source, delimiter=delimiter)
     elif suffix in _JSON_SUFFIXES:
         table = _parse_json(_read_text(source, encoding), source)
     elif suffix == ".parquet":
@@ -152,8 +157,10 @@ def _decode_legacy(raw: bytes, *, source: Path, failure: UnicodeDecodeError) -> 
     return text
 
 
-def _parse_delimited(text: str, *, source: Path, separator: str) -> pd.DataFrame:
+def _parse_delimited(text: str, *, source: Path, delimiter: str | None) -> pd.DataFrame:
     lines = io.StringIO(text, newline="")
+    separator = find_separator(lines, source=source, delimiter=delimiter)
+    lines.seek(0)
     header, *rows = delimited_records(lines, source=source, separator=separator)
     names = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(header)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
