@@ -9,6 +9,7 @@ from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.adapter import AdapterOptions, load_predictor
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import table_text, write
+from lora_fsdp.errors import NoRowsError
 
 
 @dataclass
@@ -45,6 +46,11 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
         table, dropped = predictor.task.drop_bad_rows(table)
     task = predictor.task.bind(table, for_training=False)
     examples = task.examples(table)
+    if options.on_bad_rows == "drop":
+        taken = [one for one in examples if predictor.encoder.refusal(one) is None]
+        examples, dropped = taken, dropped + len(examples) - len(taken)
+        if not examples:
+            raise NoRowsError(f"{path}: the chat template takes no row.")
     encoded = predictor.encoder.encode(examples)
     outputs = predictor.outputs(encoded)
     found: dict[str, Any] = {

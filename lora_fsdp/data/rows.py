@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from transformers import PreTrainedTokenizerBase
 
 from lora_fsdp.arguments import DataArguments
+from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.data.splits import split_table
 from lora_fsdp.data.tables import read_table, sample_rows
-from lora_fsdp.errors import ArgumentError
+from lora_fsdp.errors import ArgumentError, NoRowsError
 from lora_fsdp.tasks import Example, Task, get_task
 from lora_fsdp.tasks.files import import_task_file
 
@@ -54,6 +57,34 @@ def load_task_data(arguments: DataArguments, *, seed: int, task: Task | None = N
     return TaskData(
         task, task.examples(table), evaluated.examples(held_out), dropped + dropped_there
     )
+
+
+def without_refused_rows(
+    arguments: DataArguments,
+    data: TaskData,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+) -> TaskData:
+    """`data` without the conversations that the chat template refuses, with `--on_bad_rows drop`.
+
+    Args:
+        arguments: as for `load_task_data`.
+        data: what it found.
+        tokenizer: loads the tokenizer, if it is needed.
+
+    Raises:
+        NoRowsError: it refuses every row to train on.
+    """
+    if arguments.on_bad_rows != "drop" or not arguments.chat_template:
+        return data
+    encoder = Encoder(tokenizer(), task=data.task, chat_template=True)
+    train = [one for one in data.train if encoder.refusal(one) is None]
+    held_out = [one for one in data.held_out if encoder.refusal(one) is None]
+    refused = len(data.train) + len(data.held_out) - len(train) - len(held_out)
+    if data.train and not train:
+        raise NoRowsError(f"The chat template takes no row: {encoder.refusal(data.train[0])}")
+    if refused:
+        logger.warning("Left out %d rows that the chat template refuses.", refused)
+    return TaskData(data.task, train, held_out, data.dropped + refused)
 
 
 def _choose_task(arguments: DataArguments, task: Task | None) -> Task:
