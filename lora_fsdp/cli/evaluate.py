@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.adapter import AdapterOptions, load_predictor
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import table_text, write
 from lora_fsdp.errors import NoRowsError
+
+if TYPE_CHECKING:
+    from lora_fsdp.tasks import Example
 
 
 @dataclass
@@ -58,6 +64,7 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
         "data_file": path,
         "rows": len(examples),
         "rows_left_out": dropped,
+        "rows_trained_on": _trained_on(Path(adapter.adapter), examples),
         "rows_shortened": sum(example.shortened for example in encoded),
         "metrics": evaluation_metrics(task, encoded, outputs),
     }
@@ -71,9 +78,30 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
     return 0
 
 
+def _trained_on(adapter: Path, examples: Sequence[Example]) -> int | None:
+    """How many of the examples the adapter was trained on; `None` if its folder does not say."""
+    from lora_fsdp.data.checking import row_digests
+    from lora_fsdp.reporting.run_files import RECORD_FILE, TRAINED_ON
+
+    try:
+        record = json.loads((adapter / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # a copy without it, or a damaged one
+        return None
+    known = record.get(TRAINED_ON) if isinstance(record, dict) else None
+    if not isinstance(known, list):
+        return None
+    digests = {one for one in known if isinstance(one, str)}
+    return sum(digest in digests for digest in row_digests(examples))
+
+
 def _print(found: dict[str, Any]) -> None:
     left_out = f", {found['rows_left_out']} left out" if found["rows_left_out"] else ""
     write(f"{found['rows']} rows{left_out}, {found['rows_shortened']} shortened")
+    if found["rows_trained_on"]:
+        write(
+            f"warning: {found['rows_trained_on']} of {found['rows']} rows were trained on: these "
+            "metrics do not say how the adapter does on new rows"
+        )
     rows = [(name, f"{value:.4f}") for name, value in found["metrics"].items()]
     write(table_text(("metric", "value"), rows))
     if matrix := found.get("confusion_matrix"):

@@ -149,6 +149,42 @@ def test_answer_that_is_a_choice_to_the_letter(choices: Any, answer: Any, right:
     assert example.target == right
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_names_of_classes_are_kept(tmp_path: Path, folder: bool) -> None:
+    names = datasets.ClassLabel(names=["anger", "joy"])
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": names,
+            "many": datasets.List(names),
+            "inside": {"a": names, "n": datasets.Value("int64")},
+        }
+    )
+    columns = {
+        "text": ["a", "b", "c", "d"],
+        "label": [1, 0, -1, None],
+        "many": [[0, 1], [], None, [1]],
+        "inside": [{"a": 1, "n": 1}] * 4,
+    }
+    made = datasets.Dataset.from_dict(columns, features=features)
+    path = tmp_path / ("saved" if folder else "data.parquet")
+    made.save_to_disk(str(path)) if folder else made.to_parquet(str(path))
+    table = read_table(path)
+    assert table["label"].tolist() == ["joy", "anger", None, None]
+    assert table["many"].tolist() == [["anger", "joy"], [], None, ["joy"]]
+    assert table["inside"][1] == {"a": "joy", "n": 1}
+
+
+@pytest.mark.parametrize(
+    "metadata", [b"{", b"[]", b'{"info": 3}', b'{"info": {"features": {"label": 3}}}',
+                 b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": 1}}}}']
+)  # fmt: skip
+def test_metadata_of_another_shape_is_none(tmp_path: Path, metadata: bytes) -> None:
+    made = pa.table({"label": [1, 0]}).replace_schema_metadata({b"huggingface": metadata})
+    pq.write_table(made, tmp_path / "data.parquet")
+    assert read_table(tmp_path / "data.parquet")["label"].tolist() == [1, 0]
+
+
 def test_index_of_pandas_is_a_column(tmp_path: Path) -> None:
     pd.DataFrame({"id": ["x", "y"], "text": ["a", "b"]}).set_index("id").to_parquet(
         tmp_path / "data.parquet"
