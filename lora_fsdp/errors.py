@@ -149,7 +149,7 @@ class IncompleteTaskError(TaskError, ValueError):
 
 
 class LabelCollisionError(TaskError, ValueError):
-    """Two labels have the same tokens, or one is a prefix of another."""
+    """Two labels, or two choices of a row, have the same tokens."""
 
 
 class ModelError(LoraFsdpError):

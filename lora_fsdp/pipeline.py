@@ -17,7 +17,7 @@ from lora_fsdp.adapter.attach import lora_config
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import open_base
-from lora_fsdp.data.rows import TaskData, load_task_data
+from lora_fsdp.data.rows import TaskData, load_task_data, without_refused_rows
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
@@ -70,6 +70,7 @@ def finetune(
     output_dir = claim_output_folder(training_args)
     try:
         data = load_task_data(data_args, seed=training_args.seed, task=task)
+        data = without_refused_rows(data_args, data, lambda: load_tokenizer(model_args))
         set_seed(training_args.seed)  # the adapter's first values
         adapter = lora_config(lora_args, revision=model_args.model_revision)
         log = KeepLog(output_dir)

@@ -3,8 +3,10 @@
 Run: python -m pytest tests/test_pipeline_errors.py
 """
 
+import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -168,12 +170,17 @@ class TestTaskAndData:
                 data={"task": "classification", "data_file": str(table), **options},
             )
 
-    def test_labels_that_begin_with_each_other(self, model_folder, tmp_path):
-        rows = toy_table(24).replace({"label": {"positive": "good", "negative": "good bad"}})
+    def test_labels_of_the_same_tokens(self, model_folder, tmp_path):
+        rows = toy_table(24).replace({"label": {"positive": "good", "negative": "Good"}})
+        folder = tmp_path / "model"
+        shutil.copytree(model_folder, folder)
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer["normalizer"] = {"type": "Lowercase"}
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
         rows.to_csv(tmp_path / "t.csv", index=False)
         data = {"task": "classification", "data_file": str(tmp_path / "t.csv"), **OPTIONS}
-        with pytest.raises(LabelCollisionError, match="'good'"):
-            run(model_folder, tmp_path / "r", data=data)
+        with pytest.raises(LabelCollisionError, match="'Good' and 'good'"):
+            run(folder, tmp_path / "r", data=data)
 
     def test_target_modules(self, model_folder, tmp_path, table):
         data = {"task": "classification", "data_file": str(table), **OPTIONS}

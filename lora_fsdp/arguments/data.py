@@ -23,6 +23,9 @@ class DataArguments:
     )
     eval_file: str | None = option(None, "Held-out rows; without it they are split off data_file.")
     encoding: str | None = option(None, "Text encoding of the files; detected when not given.")
+    delimiter: str | None = option(
+        None, "Character between the cells of CSV and TSV (';', tab); found when not given."
+    )
     instruction: str | None = option(None, "Overrides the task's instruction.")
     text_column: str | None = option(None, "Column with the text.")
     label_column: str | None = option(None, "Column with the label, or the right answer.")

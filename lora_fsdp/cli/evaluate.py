@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.adapter import AdapterOptions, load_predictor
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import table_text, write
+from lora_fsdp.errors import NoRowsError
+
+if TYPE_CHECKING:
+    from lora_fsdp.tasks import Example
 
 
 @dataclass
@@ -18,6 +25,9 @@ class EvaluateOptions:
     data_file: str | None = option(None, "CSV, TSV, JSONL, Parquet, or a folder of `datasets`.")
     label_column: str | None = option(None, "Column with the label, if not the training table's.")
     encoding: str | None = option(None, "Text encoding of the file; detected when not given.")
+    delimiter: str | None = option(
+        None, "Character between the cells of CSV and TSV (';', tab); found when not given."
+    )
     on_bad_rows: Literal["error", "drop"] = option(
         "error", "Rows without text or with an unknown label: stop, or drop and count."
     )
@@ -32,7 +42,7 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
     path = required(options.data_file, "DATA_FILE", "a table with texts and their answers")
     from lora_fsdp.data.tables import read_table, sample_rows
 
-    table = read_table(path, encoding=options.encoding)
+    table = read_table(path, encoding=options.encoding, delimiter=options.delimiter)
     table = sample_rows(table, max_rows=options.max_rows, head=options.head, seed=options.seed)
     predictor = load_predictor(adapter, label_column=options.label_column)
     from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
@@ -42,6 +52,11 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
         table, dropped = predictor.task.drop_bad_rows(table)
     task = predictor.task.bind(table, for_training=False)
     examples = task.examples(table)
+    if options.on_bad_rows == "drop":
+        taken = [one for one in examples if predictor.encoder.refusal(one) is None]
+        examples, dropped = taken, dropped + len(examples) - len(taken)
+        if not examples:
+            raise NoRowsError(f"{path}: the chat template takes no row.")
     encoded = predictor.encoder.encode(examples)
     outputs = predictor.outputs(encoded)
     found: dict[str, Any] = {
@@ -49,6 +64,7 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
         "data_file": path,
         "rows": len(examples),
         "rows_left_out": dropped,
+        "rows_trained_on": _trained_on(Path(adapter.adapter), examples),
         "rows_shortened": sum(example.shortened for example in encoded),
         "metrics": evaluation_metrics(task, encoded, outputs),
     }
@@ -62,9 +78,30 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
     return 0
 
 
+def _trained_on(adapter: Path, examples: Sequence[Example]) -> int | None:
+    """How many of the examples the adapter was trained on; `None` if its folder does not say."""
+    from lora_fsdp.data.checking import row_digests
+    from lora_fsdp.reporting.run_files import RECORD_FILE, TRAINED_ON
+
+    try:
+        record = json.loads((adapter / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # a copy without it, or a damaged one
+        return None
+    known = record.get(TRAINED_ON) if isinstance(record, dict) else None
+    if not isinstance(known, list):
+        return None
+    digests = {one for one in known if isinstance(one, str)}
+    return sum(digest in digests for digest in row_digests(examples))
+
+
 def _print(found: dict[str, Any]) -> None:
     left_out = f", {found['rows_left_out']} left out" if found["rows_left_out"] else ""
     write(f"{found['rows']} rows{left_out}, {found['rows_shortened']} shortened")
+    if found["rows_trained_on"]:
+        write(
+            f"warning: {found['rows_trained_on']} of {found['rows']} rows were trained on: these "
+            "metrics do not say how the adapter does on new rows"
+        )
     rows = [(name, f"{value:.4f}") for name, value in found["metrics"].items()]
     write(table_text(("metric", "value"), rows))
     if matrix := found.get("confusion_matrix"):

@@ -25,6 +25,9 @@ class PredictOptions:
     output: str | None = option(None, "File to write, of the same format; must not exist yet.")
     text: str | None = option(None, "Answer this one text instead.")
     encoding: str | None = option(None, "Text encoding of the table; UTF-8 when not given.")
+    delimiter: str | None = option(
+        None, "Character between the cells of CSV and TSV (';', tab); found when not given."
+    )
     chunk_rows: int = option(256, "Rows answered and written at a time; lost by a kill.")
     column_prefix: str = option("", "Put before the new columns' names, if they are taken.")
     overwrite: bool = option(False, "Replace an output, finished or not.")
@@ -59,7 +62,9 @@ def _table(options: PredictOptions, adapter: AdapterOptions) -> int:
     from lora_fsdp.base.folders import sha256_of_file
     from lora_fsdp.data.streams import open_stream
 
-    stream = open_stream(str(options.data_file), encoding=options.encoding)
+    stream = open_stream(
+        str(options.data_file), encoding=options.encoding, delimiter=options.delimiter
+    )
     from lora_fsdp.evaluation.file_prediction import predict_file
 
     predictor = load_predictor(adapter)

@@ -96,10 +96,13 @@ def _shown(value: Any) -> str:
 def check(options: CheckOptions, data_args: DataArguments) -> int:
     """The task's view of a table: prompts as the model gets them, then counts and warnings."""
     from lora_fsdp.data.checking import check_task_data
-    from lora_fsdp.data.rows import load_task_data
+    from lora_fsdp.data.rows import load_task_data, without_refused_rows
 
     data = load_task_data(data_args, seed=options.seed)
     encoder = _encoder(options, data_args, data)
+    if encoder is not None:
+        tokenizer = encoder.tokenizer
+        data = without_refused_rows(data_args, data, lambda: tokenizer)
     examples = [*data.train, *data.held_out]
     encoded = None if encoder is None else encoder.encode(examples)
     found = check_task_data(data, encoded)
@@ -189,7 +192,7 @@ def _print_counts(found: TaskCheck, encoded: list[EncodedExample] | None) -> Non
         write(f"{lengths[len(lengths) // 2]} tokens a row in the median, {lengths[-1]} at most")
         write(f"{learnt} supervised tokens, {found.shortened} rows shortened")
         if found.balance:
-            write("no label is the beginning of another to this tokenizer")
+            write("every label has tokens of its own to this tokenizer")
     for warning in found.warnings:
         write(f"warning: {warning}")
     if not found.warnings:

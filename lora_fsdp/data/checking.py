@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,11 @@ def check_task_data(data: TaskData, encoded: Sequence[EncodedExample] | None) ->
         shortened=shortened,
         concerns=_concerns(balance, contradicting, shortened, rows=len(examples)),
     )
+
+
+def row_digests(examples: Sequence[Example]) -> list[str]:
+    """For each example a digest of what it asks, by which it is known again without its text."""
+    return [hashlib.sha256(_asked(one).encode()).hexdigest()[:16] for one in examples]
 
 
 def _asked(example: Example) -> str:

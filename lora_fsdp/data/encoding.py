@@ -14,6 +14,7 @@ from lora_fsdp.errors import (
     ControlTokenError,
     EmptyTextError,
     LabelCollisionError,
+    MalformedRowError,
     RowTooLongError,
     UnknownLabelError,
 )
@@ -104,15 +105,39 @@ class Encoder:
             RowTooLongError: an example does not fit even without its text.
             UnknownLabelError: a target that is not one of the closed set's answers.
             LabelCollisionError: labels that the model could not tell apart.
+            MalformedRowError: the chat template refuses an example's conversation.
         """
         new = [example for example in examples if isinstance(example, Example)]
-        prompts = iter(self._tokenize([self.render(one.prompt) for one in new]) if new else ())
+        prompts = iter(self._tokenize(list(map(self._rendered, new))) if new else ())
         return [
             self._encode_one(example, self._without_forged(example, next(prompts)))
             if isinstance(example, Example)
             else example
             for example in examples
         ]
+
+    def refusal(self, example: Example) -> str | None:
+        """Why the chat template does not take the example, naming its row, or `None`."""
+        try:
+            self._rendered(example)
+        except MalformedRowError as error:
+            return str(error)
+        return None
+
+    def _rendered(self, example: Example) -> str:
+        prompt = example.prompt
+        try:
+            rendered = self.render(prompt)
+            self._frame(prompt.before, prompt.after, tuple(role for role, _ in prompt.turns))
+        except ArgumentError as error:
+            if not self.chat_template:
+                raise
+            self.render(Prompt("", "a", ""))  # which fails if it is not the row's fault
+            raise MalformedRowError(
+                f"Row {example.row}: {error} Correct the row, or leave such rows out with "
+                "--on_bad_rows drop."
+            ) from error
+        return rendered
 
     def render(self, prompt: Prompt) -> str:
         """The prompt as the model sees it."""
@@ -191,13 +216,15 @@ class Encoder:
         self, after: str, texts: tuple[str, ...], labels: tuple[str, ...]
     ) -> tuple[list[int], ...]:
         candidates = [self._answer_ids(after, text) for text in texts]
-        for first, a in zip(labels, candidates, strict=True):
-            for second, b in zip(labels, candidates, strict=True):
-                if first != second and b[: len(a) - 1] == a[:-1]:
-                    raise LabelCollisionError(
-                        f"Labels {first!r} {a[:-1]} and {second!r} {b[:-1]}: to this tokenizer one "
-                        "is the same as, or the beginning of, the other; rename one of them."
-                    )
+        first_with: dict[tuple[int, ...], str] = {}
+        for label, ids in zip(labels, candidates, strict=True):
+            # One may begin like another: the end token is part of its score, and tells them apart.
+            first = first_with.setdefault(tuple(ids), label)
+            if first != label:
+                raise LabelCollisionError(
+                    f"Labels {first!r} and {label!r}: to this tokenizer both are {ids[:-1]}; "
+                    "rename one of them."
+                )
         return tuple(candidates)
 
     def _answer_ids(self, after: str, target: str) -> list[int]:

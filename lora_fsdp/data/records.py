@@ -10,14 +10,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lora_fsdp.data.separators import without_sep_line
 from lora_fsdp.errors import (
     DataFileNotFoundError,
     MalformedRowError,
     NoRowsError,
     TableEncodingError,
 )
+from lora_fsdp.tasks.cells import parse_json
 
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
 HALF_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -25,27 +26,29 @@ def delimited_records(lines: Iterable[str], *, source: Path, separator: str) -> 
     """The cells of the header and of each row of a CSV or TSV file; empty lines are left out.
 
     pandas' parser fills short rows up and takes a long first row for an index; this one says where
-    a row is wrong.
+    a row is wrong. Excel's first line `sep=;` is no row.
 
     Raises:
         MalformedRowError: a row is not well-formed, or has not as many fields as the header.
         NoRowsError: there is no header.
     """
+    lines, left_out = without_sep_line(lines)
     reader = csv.reader(lines, delimiter=separator, strict=True)
     # A text may be longer than csv's own limit of 128 KiB a cell.
     former_limit = csv.field_size_limit(2**31 - 1)
-    fields, line = 0, 1
+    fields, line = 0, 1 + left_out
     try:
         for row in reader:
             if row and fields and len(row) != fields:
                 raise MalformedRowError(
                     f"{source}, line {line}: {len(row)} fields where the header has {fields}. Put "
-                    "a field that contains a separator, a quote or a line break in double quotes."
+                    "a field that contains a separator, a quote or a line break in double quotes, "
+                    "or name another separator with --delimiter."
                 )
             if row:
                 fields = len(row)
                 yield row
-            line = reader.line_num + 1
+            line = reader.line_num + 1 + left_out
     except csv.Error as error:
         raise MalformedRowError(
             f"{source}, line {line}: {error}. A double quote inside a quoted field is written "
@@ -72,7 +75,7 @@ def json_records(lines: Iterable[str], *, source: Path) -> Iterator[tuple[str, d
 def load_json(text: str, *, source: Path, first_line: int) -> Any:
     """The JSON value of `text`, which begins on line `first_line` of `source`."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         raise MalformedRowError(

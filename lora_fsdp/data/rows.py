@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+from transformers import PreTrainedTokenizerBase
 
 from lora_fsdp.arguments import DataArguments
+from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.data.splits import split_table
 from lora_fsdp.data.tables import read_table, sample_rows
-from lora_fsdp.errors import ArgumentError
+from lora_fsdp.errors import ArgumentError, NoRowsError
 from lora_fsdp.tasks import Example, Task, get_task
 from lora_fsdp.tasks.files import import_task_file
 
@@ -45,7 +48,7 @@ def load_task_data(arguments: DataArguments, *, seed: int, task: Task | None = N
     table, dropped = _without_bad_rows(arguments, task, table)
     task = task.bind(table)
     if arguments.eval_file is not None:
-        held_out = read_table(arguments.eval_file, encoding=arguments.encoding)
+        held_out = _read(arguments, arguments.eval_file)
     else:
         own = task.load("test") if arguments.data_file is None else None
         table, held_out = (table, own) if own is not None else _split(arguments, task, table, seed)
@@ -54,6 +57,34 @@ def load_task_data(arguments: DataArguments, *, seed: int, task: Task | None = N
     return TaskData(
         task, task.examples(table), evaluated.examples(held_out), dropped + dropped_there
     )
+
+
+def without_refused_rows(
+    arguments: DataArguments,
+    data: TaskData,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+) -> TaskData:
+    """`data` without the conversations that the chat template refuses, with `--on_bad_rows drop`.
+
+    Args:
+        arguments: as for `load_task_data`.
+        data: what it found.
+        tokenizer: loads the tokenizer, if it is needed.
+
+    Raises:
+        NoRowsError: it refuses every row to train on.
+    """
+    if arguments.on_bad_rows != "drop" or not arguments.chat_template:
+        return data
+    encoder = Encoder(tokenizer(), task=data.task, chat_template=True)
+    train = [one for one in data.train if encoder.refusal(one) is None]
+    held_out = [one for one in data.held_out if encoder.refusal(one) is None]
+    refused = len(data.train) + len(data.held_out) - len(train) - len(held_out)
+    if data.train and not train:
+        raise NoRowsError(f"The chat template takes no row: {encoder.refusal(data.train[0])}")
+    if refused:
+        logger.warning("Left out %d rows that the chat template refuses.", refused)
+    return TaskData(data.task, train, held_out, data.dropped + refused)
 
 
 def _choose_task(arguments: DataArguments, task: Task | None) -> Task:
@@ -84,11 +115,17 @@ def _choose_task(arguments: DataArguments, task: Task | None) -> Task:
 
 def _training_table(arguments: DataArguments, task: Task) -> pd.DataFrame:
     if arguments.data_file is not None:
-        return read_table(arguments.data_file, encoding=arguments.encoding)
+        return _read(arguments, arguments.data_file)
     own = task.load("train")
     if own is None:
         raise ArgumentError(f"Task {task.name!r} brings no data of its own: set --data_file.")
+    if arguments.delimiter is not None and arguments.eval_file is None:
+        raise ArgumentError(f"--delimiter is of --data_file; task {task.name!r} brings its own.")
     return own
+
+
+def _read(arguments: DataArguments, file: str) -> pd.DataFrame:
+    return read_table(file, encoding=arguments.encoding, delimiter=arguments.delimiter)
 
 
 def _without_bad_rows(

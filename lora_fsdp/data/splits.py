@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lora_fsdp.errors import ArgumentError, ColumnNotFoundError, SplitError
+from lora_fsdp.tasks.cells import cell_text, label_text
 
 
 def split_table(
@@ -48,7 +49,9 @@ def split_table(
             there = ", ".join(map(repr, table.columns))
             raise ColumnNotFoundError(f"No column {column!r} to split by; there are {there}.")
     groups = _group_numbers(table, text_column)
-    labels = np.zeros(len(table)) if label_column is None else table[label_column].to_numpy()
+    labels = np.zeros(len(table))
+    if label_column is not None:
+        labels = np.array(list(map(label_text, table[label_column])), dtype=object)
     in_test = np.isin(groups, _test_groups(groups, labels, wanted=wanted, seed=seed))
     return table[~in_test], table[in_test]
 
@@ -71,8 +74,8 @@ def _group_numbers(table: pd.DataFrame, text_column: str | None) -> np.ndarray:
     """For each row the number of its group, [rows]; equal texts share one."""
     if text_column is None:
         return np.arange(len(table))
-    stripped = table[text_column].astype("str").str.strip()
-    groups, texts = pd.factorize(stripped, use_na_sentinel=False)
+    stripped = [cell_text(cell).strip() for cell in table[text_column]]
+    groups, texts = pd.factorize(np.array(stripped, dtype=object), use_na_sentinel=False)
     if len(texts) < 2:
         raise SplitError(
             f"All {len(table)} rows have the same text in column {text_column!r}: they cannot be "

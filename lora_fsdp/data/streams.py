@@ -21,12 +21,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lora_fsdp.data.records import (
-    SEPARATORS,
     delimited_records,
     json_records,
     not_found,
     wrong_encoding,
 )
+from lora_fsdp.data.separators import SEPARATORS, checked_delimiter, find_separator
+from lora_fsdp.data.typed_cells import typed_columns
 from lora_fsdp.errors import TableEncodingError, UnsupportedTableError
 
 
@@ -49,7 +50,13 @@ class Chunk:
 
 
 class TableStream(ABC):
-    """A table file that is read and written in chunks; one subclass for each format."""
+    """A table file that is read and written in chunks; one subclass for each format.
+
+    Attributes:
+        separator: what stands between the cells; "" in formats without.
+    """
+
+    separator: str = ""
 
     def __init__(self, path: Path, *, encoding: str | None = None) -> None:
         self.path = path
@@ -83,9 +90,12 @@ class TableStream(ABC):
 class DelimitedStream(TableStream):
     """CSV and TSV. Cells are text to the letter."""
 
-    def __init__(self, path: Path, *, separator: str, encoding: str | None = None) -> None:
+    def __init__(
+        self, path: Path, *, delimiter: str | None = None, encoding: str | None = None
+    ) -> None:
         super().__init__(path, encoding=encoding)
-        self.separator = separator
+        with _open_text(path, self.encoding, newline="") as file:
+            self.separator = find_separator(file, source=path, delimiter=delimiter)
 
     def chunks(self, size: int) -> Iterator[Chunk]:
         with _open_text(self.path, self.encoding, newline="") as file:
@@ -152,8 +162,8 @@ class ParquetStream(TableStream):
                 yield Chunk(first, table, table.column_names)
 
     def records(self, chunk: Chunk) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = chunk.rows.to_pylist()
-        return rows
+        columns = typed_columns(chunk.rows)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
         table = chunk.rows
@@ -180,15 +190,19 @@ class ParquetStream(TableStream):
 _TEXT_COLUMNS = ("predicted_label", "predicted_choice", "choice_probabilities", "predicted_text")
 
 
-def open_stream(path: str | Path, *, encoding: str | None = None) -> TableStream:
+def open_stream(
+    path: str | Path, *, encoding: str | None = None, delimiter: str | None = None
+) -> TableStream:
     """The table in `path`, by its suffix: .csv, .tsv, .jsonl, .ndjson, .parquet.
 
     Args:
         path: the file.
         encoding: of a text file; `None` = UTF-8. Unlike in `read_table` nothing is guessed, since
             only a part of the file is seen at a time.
+        delimiter: between the cells of CSV or TSV; `None` = what `find_separator` finds.
 
     Raises:
+        ArgumentError: `delimiter` is no single character, or the file has no separators.
         DataFileNotFoundError, UnsupportedTableError, TableEncodingError: the file is missing, of
             another format, or the encoding does not exist.
     """
@@ -196,12 +210,13 @@ def open_stream(path: str | Path, *, encoding: str | None = None) -> TableStream
     suffix = source.suffix.lower()
     if not source.is_file():
         raise not_found(source)
+    checked_delimiter(delimiter, source)
     try:
         codecs.lookup(encoding or "utf-8")
     except LookupError as error:
         raise TableEncodingError(f"{source}: there is no encoding {encoding!r}.") from error
     if suffix in SEPARATORS:
-        return DelimitedStream(source, separator=SEPARATORS[suffix], encoding=encoding)
+        return DelimitedStream(source, delimiter=delimiter, encoding=encoding)
     if suffix in (".jsonl", ".ndjson"):
         return JsonLinesStream(source, encoding=encoding)
     if suffix == ".parquet":

@@ -1,18 +1,21 @@
-"""Data files as tables, exactly as written: no guessing of types or missing values in text."""
+"""Data files as tables, exactly as written: no type is guessed or changed, in no cell."""
 
 from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import charset_normalizer
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lora_fsdp.data.records import (
     HALF_SURROGATE,
-    SEPARATORS,
     checked_record,
     delimited_records,
     json_records,
@@ -20,6 +23,8 @@ from lora_fsdp.data.records import (
     not_found,
     wrong_encoding,
 )
+from lora_fsdp.data.separators import SEPARATORS, checked_delimiter, find_separator
+from lora_fsdp.data.typed_cells import typed_columns
 from lora_fsdp.errors import (
     ArgumentError,
     MalformedRowError,
@@ -38,16 +43,21 @@ _SUPPORTED = ", ".join([*SEPARATORS, *_JSON_SUFFIXES, ".parquet", "a folder of s
 _LEGACY_ENCODINGS = ["cp1252", "cp1251", "gb18030", "big5", "cp932", "cp949"]
 
 
-def read_table(path: str | Path, *, encoding: str | None = None) -> pd.DataFrame:
+def read_table(
+    path: str | Path, *, encoding: str | None = None, delimiter: str | None = None
+) -> pd.DataFrame:
     """Reads a table from CSV, TSV, JSON (lines or a list), Parquet or a `datasets` folder.
 
-    Cells of CSV and TSV are text to the letter ("NA", "null", "007"); an empty cell is "". Of a
-    saved `DatasetDict` the split "train" is taken; name the split's own folder for another.
+    Cells of CSV and TSV are text to the letter ("NA", "null", "007"); an empty cell is "". Those of
+    other formats keep their own type, whatever stands beside them: a whole number is an `int` also
+    in a column with missing values, and a decimal of JSON is written again as it was. Of a saved
+    `DatasetDict` the split "train" is taken; name the split's own folder for another.
 
     Args:
         path: the file or folder.
         encoding: of a text file, by Python's name for it; `None` = UTF-8, or, where the file is
             not, what charset-normalizer makes of it, which is logged.
+        delimiter: between the cells of CSV or TSV; `None` = what `find_separator` finds.
 
     Returns:
         The rows, with the index "row" counting from 1 (data rows, not lines of the file).
@@ -56,16 +66,18 @@ def read_table(path: str | Path, *, encoding: str | None = None) -> pd.DataFrame
         DataFileNotFoundError, UnsupportedTableError, TableEncodingError, MalformedRowError,
         NoRowsError: the file is missing, of another format, not in the encoding, not well-formed
             at a line, or holds no rows.
+        ArgumentError: `delimiter` is no single character, or the file has no separators.
     """
     source = Path(path)
     suffix = source.suffix.lower()
     if not source.exists():
         raise not_found(source)
+    checked_delimiter(delimiter, source)
     if source.is_dir():
         table = _read_saved_dataset(source)
     elif suffix in SEPARATORS:
         text = _read_text(source, encoding)
-        table = _parse_delimited(text, source=source, separator=SEPARATORS[suffix])
+        table = _parse_delimited(text, source=source, delimiter=delimiter)
     elif suffix in _JSON_SUFFIXES:
         table = _parse_json(_read_text(source, encoding), source)
     elif suffix == ".parquet":
@@ -145,8 +157,10 @@ def _decode_legacy(raw: bytes, *, source: Path, failure: UnicodeDecodeError) -> 
     return text
 
 
-def _parse_delimited(text: str, *, source: Path, separator: str) -> pd.DataFrame:
+def _parse_delimited(text: str, *, source: Path, delimiter: str | None) -> pd.DataFrame:
     lines = io.StringIO(text, newline="")
+    separator = find_separator(lines, source=source, delimiter=delimiter)
+    lines.seek(0)
     header, *rows = delimited_records(lines, source=source, separator=separator)
     names = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(header)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -160,16 +174,33 @@ def _parse_json(text: str, source: Path) -> pd.DataFrame:
     """Records of JSON Lines, or of one list of records."""
     if text.lstrip().startswith("["):
         values = enumerate(load_json(text, source=source, first_line=1), start=1)
-        return pd.DataFrame([checked_record(v, f"{source}, record {n}") for n, v in values])
+        return _as_written([checked_record(v, f"{source}, record {n}") for n, v in values])
     # Not splitlines: U+2028 and its like may stand inside JSON strings.
-    return pd.DataFrame([record for _, record in json_records(text.split("\n"), source=source)])
+    return _as_written([record for _, record in json_records(text.split("\n"), source=source)])
+
+
+def _as_written(rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+    """Rows, or columns by name, as a table; as plain objects, so that pandas changes no cell."""
+    return pd.DataFrame(rows, dtype=object)
 
 
 def _read_parquet(source: Path) -> pd.DataFrame:
     try:
-        return pd.read_parquet(source)
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is one
+        with pq.ParquetFile(source) as file:
+            table = file.read()
+    except (OSError, ValueError, pa.ArrowException) as error:  # ArrowInvalid is a ValueError
         raise UnsupportedTableError(f"{source} is not a Parquet file: {error}") from error
+    return _typed_table(table, source)
+
+
+def _typed_table(table: pa.Table, source: Path) -> pd.DataFrame:
+    names = table.column_names
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise MalformedRowError(f"{source} has {', '.join(map(repr, twice))} more than once.")
+    try:
+        return _as_written(typed_columns(table))
+    except (OverflowError, ValueError) as error:  # a date after the year 9999, text not UTF-8
+        raise MalformedRowError(f"{source} holds a cell that Python cannot: {error}.") from error
 
 
 def _read_saved_dataset(folder: Path) -> pd.DataFrame:
@@ -192,9 +223,6 @@ def _read_saved_dataset(folder: Path) -> pd.DataFrame:
             )
         logger.info("%s holds the splits %s: reading train.", folder, ", ".join(splits))
         saved = saved["train"]
-    table = saved.to_pandas()
-    for name, feature in saved.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            # -1 stands for "no label" and becomes a missing value.
-            table[name] = table[name].map(dict(enumerate(feature.names)))
-    return table
+    schema = saved.features.arrow_schema
+    table = saved.with_format("arrow")[:]
+    return _typed_table(table.replace_schema_metadata(schema.metadata), folder)

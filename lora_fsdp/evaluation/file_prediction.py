@@ -88,6 +88,7 @@ def predict_file(
         "task": predictor.task.options(),
         "chunk_rows": chunk_rows,
         "column_prefix": column_prefix,
+        "separator": stream.separator,
     }
     _claim(target, folder, job, overwrite=overwrite)
     parts: list[_Part] = []

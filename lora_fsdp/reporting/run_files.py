@@ -15,6 +15,8 @@ from lora_fsdp.evaluation.outputs import LOG_FILE
 from lora_fsdp.tasks.answers.kind import CHOICES, PROBABILITY_OF, SCORE_BY, Section
 
 RECORD_FILE = "run_record.json"
+# Its key with the digests of the rows that were trained on.
+TRAINED_ON = "training_rows_sha256"
 DATA_HEALTH_FILE = "data_health.json"
 # Begun anew by every run; they alone do not keep another run out of the folder.
 RECORD_FILES = (RECORD_FILE, DATA_HEALTH_FILE, LOG_FILE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_fsdp.tasks.cells import cell_text
@@ -46,6 +46,10 @@ class AlpacaTask(GenerationTask):
             instruction=instruction, text_column=text_column, label_column=label_column
         )
         self.settle({"input_column": input_column})
+
+    def optional_columns(self) -> Sequence[str]:
+        """The input's."""
+        return (self.input_column,)
 
     def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
         """The instruction and, if there is one, the input, which is then what may be shortened."""

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-import numpy as np
 import pandas as pd
 
 from lora_fsdp.errors import (
@@ -15,18 +14,28 @@ from lora_fsdp.errors import (
     ColumnNotFoundError,
     EmptyTextError,
     IncompleteTaskError,
+    MalformedRowError,
     NoRowsError,
     SingleLabelError,
     UnknownLabelError,
 )
 from lora_fsdp.tasks.answers import ClosedSet
 from lora_fsdp.tasks.base import Task
-from lora_fsdp.tasks.cells import cell_text, first_faults, nearest_columns
+from lora_fsdp.tasks.cells import (
+    cell_text,
+    first_faults,
+    label_fault,
+    label_text,
+    nearest_columns,
+    text_fault,
+)
 from lora_fsdp.tasks.example import Prompt
 from lora_fsdp.tasks.registry import register_task
 
 _NO_TEXT = "no text"
 _NO_LABEL = "no label"
+# How the fault of a cell begins that is neither a text nor a label.
+_UNREADABLE = "column "
 _HOW_TO_DROP = "Correct them, or leave them out with --on_bad_rows drop."
 
 
@@ -76,6 +85,8 @@ class ClassificationTask(Task):
         self.label_column = self.label_column if label_column is None else label_column
         self.layouts = self.layouts if layouts is None else layouts
         labels = self.labels if labels is None else labels
+        for fault in filter(None, map(label_fault, labels or ())):
+            raise ArgumentError(f"labels must be a list of labels, but one is {fault}.")
         self.labels = None if labels is None else tuple(label_text(label) for label in labels)
 
     def bind(
@@ -141,13 +152,26 @@ class ClassificationTask(Task):
         task = self._with_columns(table, with_labels=with_labels)
         faults = pd.Series("", index=table.index, name="fault", dtype="str")
         if with_labels:
-            labels = table[task.label_column].map(label_text)
+            cells = table[task.label_column]
+            labels = pd.Series(list(map(label_text, cells)), table.index, dtype="str")
             faults[labels == ""] = _NO_LABEL
             if task.labels is not None:
                 unknown = (labels != "") & ~labels.isin(task.labels)
                 faults[unknown] = "label " + labels[unknown].map(repr)
-        faults[table[task.text_column].map(cell_text).str.strip() == ""] = _NO_TEXT
+            for place, fault in enumerate(map(label_fault, cells)):
+                if fault:
+                    faults.iloc[place] = f"{_UNREADABLE}{task.label_column!r} holds {fault}"
+        for place, cell in enumerate(table[task.text_column]):
+            if fault := text_fault(cell):
+                faults.iloc[place] = f"{_UNREADABLE}{task.text_column!r} holds {fault}"
+            elif not cell_text(cell).strip():
+                faults.iloc[place] = _NO_TEXT
         return faults[faults != ""]
+
+    def input_fault(self, row: Mapping[str, Any]) -> str | None:
+        """A text that is none."""
+        fault = text_fault(row[str(self.text_column)])
+        return None if fault is None else f"{_UNREADABLE}{self.text_column!r} holds {fault}"
 
     def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
         """The article's format: instruction, input, and the cue for the answer."""
@@ -204,6 +228,12 @@ class ClassificationTask(Task):
 
     def _refuse_bad_rows(self, table: pd.DataFrame, *, with_labels: bool) -> None:
         bad = self.bad_rows(table, with_labels=with_labels)
+        unreadable = bad[bad.str.startswith(_UNREADABLE)]
+        if len(unreadable) > 0:
+            raise MalformedRowError(
+                f"{len(unreadable)} of {len(table)} rows cannot be used: "
+                f"{first_faults(unreadable)}. {_HOW_TO_DROP}"
+            )
         empty = bad[bad == _NO_TEXT]
         if len(empty) > 0:
             raise EmptyTextError(
@@ -223,13 +253,6 @@ class ClassificationTask(Task):
                 f"Task {self.name!r} has no label set: bind(table) reads it, or pass labels."
             )
         return self.labels
-
-
-def label_text(value: object) -> str:
-    """A label as text: stripped, 1 and 1.0 both "1", and a missing value ""."""
-    if isinstance(value, float | np.floating) and value.is_integer():
-        return str(int(value))
-    return cell_text(value).strip()
 
 
 def _starts_with(label: str, line: str) -> bool:

@@ -15,7 +15,7 @@ from lora_fsdp.errors import (
     NoRowsError,
 )
 from lora_fsdp.tasks.base import Task
-from lora_fsdp.tasks.cells import cell_text, first_faults, nearest_columns, records
+from lora_fsdp.tasks.cells import cell_text, first_faults, nearest_columns, records, text_fault
 
 
 class ColumnTask(Task):
@@ -68,13 +68,18 @@ class ColumnTask(Task):
 
     def fault(self, row: Mapping[str, Any], *, with_labels: bool) -> str | None:
         """What is wrong with `row`, naming the column, or `None`: here, a cell without text."""
-        columns = [*self.input_columns(), *(self.answer_columns() if with_labels else ())]
+        columns = self._columns(with_labels=with_labels)
         empty = (name for name in columns if not cell_text(row[name]).strip())
         return next((f"nothing in column {name!r}" for name in empty), None)
 
     def input_fault(self, row: Mapping[str, Any]) -> str | None:
-        """Of rows that bring their own choices, `fault`: without them there is nothing to score."""
-        return self.fault(row, with_labels=False) if self.per_row_choices else None
+        """A text that is none; of rows that bring their own choices, `fault`.
+
+        Without choices there is nothing to score.
+        """
+        if self.per_row_choices:
+            return self._fault(row, with_labels=False)
+        return self._unreadable(row, with_labels=False)
 
     def bind(
         self, table: pd.DataFrame, *, with_labels: bool = True, for_training: bool = True
@@ -105,13 +110,30 @@ class ColumnTask(Task):
     def bad_rows(self, table: pd.DataFrame, *, with_labels: bool = True) -> pd.Series:
         """What is wrong with each row that cannot be used, under its index in `table`."""
         self._check_columns(table, with_labels=with_labels)
-        faults = [self.fault(row, with_labels=with_labels) or "" for row in records(table)]
+        faults = [self._fault(row, with_labels=with_labels) or "" for row in records(table)]
         found = pd.Series(faults, index=table.index, name="fault", dtype="str")
         return found[found != ""]
 
+    def optional_columns(self) -> Sequence[str]:
+        """The columns that a prompt takes where they are there."""
+        return ()
+
+    def _columns(self, *, with_labels: bool) -> list[str]:
+        return [*self.input_columns(), *(self.answer_columns() if with_labels else ())]
+
+    def _fault(self, row: Mapping[str, Any], *, with_labels: bool) -> str | None:
+        unreadable = self._unreadable(row, with_labels=with_labels)
+        return unreadable or self.fault(row, with_labels=with_labels)
+
+    def _unreadable(self, row: Mapping[str, Any], *, with_labels: bool) -> str | None:
+        for name in (*self._columns(with_labels=with_labels), *self.optional_columns()):
+            if fault := text_fault(row.get(name)):
+                return f"column {name!r} holds {fault}"
+        return None
+
     def _check_columns(self, table: pd.DataFrame, *, with_labels: bool) -> None:
         there = [str(column) for column in table.columns]
-        needed = [*self.input_columns(), *(self.answer_columns() if with_labels else ())]
+        needed = self._columns(with_labels=with_labels)
         missing = [name for name in needed if name not in there]
         if not missing:
             return

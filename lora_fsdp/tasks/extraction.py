@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_fsdp.tasks.cells import cell_value
+from lora_fsdp.tasks.cells import cell_value, json_text
 from lora_fsdp.tasks.generation import GenerationTask
 from lora_fsdp.tasks.registry import register_task
 
@@ -31,7 +31,7 @@ class ExtractionTask(GenerationTask):
 
     def build_target(self, row: Mapping[str, Any]) -> str:
         """The object in one line, its keys in the row's order."""
-        return f" {json.dumps(self._fields(row), ensure_ascii=False)}"
+        return f" {json_text(self._fields(row))}"
 
     def parse(self, text: str) -> str | None:
         """The JSON object that the text begins with, in one line; `None` if there is none."""

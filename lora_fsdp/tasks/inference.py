@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import pandas as pd
 
 from lora_fsdp.errors import ArgumentError, ColumnNotFoundError, EmptyTextError
-from lora_fsdp.tasks.cells import cell_text
+from lora_fsdp.tasks.cells import cell_text, text_fault
 from lora_fsdp.tasks.classification import ClassificationTask
 from lora_fsdp.tasks.example import Prompt
 from lora_fsdp.tasks.registry import register_task
@@ -72,9 +72,14 @@ class InferenceTask(ClassificationTask):
                 f"Task {self.name!r} needs {self.second_column!r}, but the columns of the table "
                 f'are {there}. Name it with --task_options \'{{"second_column": "..."}}\'.'
             )
-        empty = table[self.second_column].map(cell_text).str.strip() == ""
-        more = pd.Series(self._no_second(), table.index, dtype="str")
-        return pd.concat([bad, more[empty & ~table.index.isin(bad.index)]]).sort_index()
+        faults = [self._second_fault(cell) or "" for cell in table[self.second_column]]
+        more = pd.Series(faults, table.index, dtype="str")
+        return pd.concat([bad, more[(more != "") & ~table.index.isin(bad.index)]]).sort_index()
+
+    def _second_fault(self, cell: object) -> str | None:
+        if fault := text_fault(cell):
+            return f"column {self.second_column!r} holds {fault}"
+        return None if cell_text(cell).strip() else self._no_second()
 
     def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
         """Premise, hypothesis, and the cue for the answer."""

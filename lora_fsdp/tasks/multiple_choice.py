@@ -164,6 +164,8 @@ class MultipleChoiceTask(ColumnTask):
         choices, letters = self._choices(row)
         answer = cell_value(row[self.label_column])
         text = cell_text(answer).strip()
+        if text in choices:
+            return text
         if isinstance(answer, float) and answer.is_integer():  # pandas', beside missing values
             answer = int(answer)
         elif text.isdecimal() and text not in letters[: len(choices)]:  # CSV has text only
@@ -171,4 +173,4 @@ class MultipleChoiceTask(ColumnTask):
         if isinstance(answer, int) and not any(choice.isdecimal() for choice in choices):
             return choices[answer] if 0 <= answer < len(choices) else None
         named = dict(zip(letters, choices, strict=False))
-        return text if text in choices else named.get(text, named.get(text.upper()))
+        return named.get(text, named.get(text.upper()))

@@ -16,7 +16,9 @@ class QuestionAnsweringTask(GenerationTask):
     """Answers questions about a text, measured by SQuAD's exact match and F1.
 
     An answer is a text, a list of right answers (in CSV a JSON list) or SQuAD's
-    `{"text": [...], "answer_start": [...]}`. The first is learnt, and all count as right.
+    `{"text": [...], "answer_start": [...]}`. The first is learnt, and all count as right. An empty
+    list says that the text has no answer, as in SQuAD 2.0: what is learnt is to say nothing, which
+    is what its metrics count as right.
 
     Attributes:
         question_column: column with the question; the text is what is shortened.
@@ -62,12 +64,15 @@ class QuestionAnsweringTask(GenerationTask):
         )
 
     def build_target(self, row: Mapping[str, Any]) -> str:
-        """The first right answer, after a space."""
-        return f" {self.build_references(row)[0]}"
+        """The first right answer, after a space; "" where there is none, so the end at once."""
+        answer = self.build_references(row)[0]
+        return f" {answer}" if answer else ""
 
     def build_references(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """All right answers, each once."""
+        """All right answers, each once; "" alone says that the text has none."""
         cell = cell_value(row[self.label_column])
         given = cell.get("text") if isinstance(cell, dict) else cell
+        if given in ([], [""]):
+            return ("",)
         texts = given if isinstance(given, list) else [given]
         return tuple(dict.fromkeys(text for one in texts if (text := cell_text(one).strip())))

@@ -328,6 +328,24 @@ class TestEvaluateAndCompare:
         assert found["rows"] == len(held_out)
         assert found["metrics"] == pytest.approx(of_run["metrics"]["tuned"], abs=1e-4)
         assert found["confusion_matrix"] == of_run["confusion_matrix"]
+        assert found["rows_trained_on"] == 0
+
+    def test_rows_that_were_trained_on_are_said(self, capsys, adapter, tmp_path):
+        record = json.loads((adapter / "run_record.json").read_text())
+        source = record["arguments"]["data"]["data_file"]
+        held_out = set(pd.read_csv(adapter / "predictions.csv")["text"])
+        rows = pd.read_csv(source)
+        trained = int((~rows["text"].isin(held_out)).sum())
+        code, out, _ = run(capsys, "evaluate", source, "--adapter", adapter)
+        assert code == 0
+        assert trained > 0
+        said = " ".join(out.split())
+        assert f"warning: {trained} of {len(rows)} rows were trained on" in said
+        copy = tmp_path / "adapter"
+        shutil.copytree(adapter, copy)
+        (copy / "run_record.json").unlink()
+        _, out, _ = run(capsys, "evaluate", source, "--adapter", copy, "--json")
+        assert json.loads(out)["rows_trained_on"] is None
 
     def test_columns_of_another_name(self, capsys, adapter, tmp_path):
         table = tmp_path / "test.csv"

@@ -1,6 +1,7 @@
 """`lora-fsdp tasks`: what a task makes of a table. Run: python -m pytest tests/cli/test_tasks.py"""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -139,15 +140,19 @@ class TestCheck:
         assert "judge by macro_f1" in warnings
         assert (found["repeated"], found["contradicting"]) == (2, 1)
 
-    def test_labels_that_collide(self, capsys, table, model_folder):
+    def test_labels_that_collide(self, capsys, table, model_folder, tmp_path):
         frame = toy_table(30)
-        frame["label"] = frame["label"].replace({"neutral": "positive good"})
+        frame["label"] = frame["label"].replace({"neutral": "Positive"})
+        blind = tmp_path / "model"
+        shutil.copytree(model_folder, blind)
+        tokenizer = json.loads((blind / "tokenizer.json").read_text())
+        tokenizer["normalizer"] = {"type": "Lowercase"}
+        (blind / "tokenizer.json").write_text(json.dumps(tokenizer))
         code, _, error = run(
-            capsys, "tasks", "check", table(frame), *OPTIONS, "--model_name_or_path", model_folder
+            capsys, "tasks", "check", table(frame), *OPTIONS, "--model_name_or_path", str(blind)
         )
         assert code == 2
-        assert "'positive'" in error
-        assert "'positive good'" in error
+        assert "'Positive' and 'positive'" in error
 
     def test_bad_rows_are_named(self, capsys, table):
         frame = toy_table(30)

@@ -8,7 +8,12 @@ from __future__ import annotations
 import pytest
 
 from lora_fsdp.data.encoding import Encoder
-from lora_fsdp.errors import ArgumentError, LabelCollisionError, UnknownLabelError
+from lora_fsdp.errors import (
+    ArgumentError,
+    LabelCollisionError,
+    MalformedRowError,
+    UnknownLabelError,
+)
 from lora_fsdp.tasks import Example, Prompt, Task
 from tests.support.tiny import tiny_tokenizer
 
@@ -97,7 +102,7 @@ def test_a_template_that_drops_a_turn_is_refused():
         "{% endif %}{% endfor %}"
     )
     encoder = Encoder(tokenizer, task=FreeTask(), chat_template=True)
-    with pytest.raises(ArgumentError, match="drops or repeats messages"):
+    with pytest.raises(MalformedRowError, match=r"Row 1: .*drops or repeats messages"):
         encoder.encode([Example(1, Prompt("", "Hi", "", turns=(("system", "x"),)), "a")])
 
 

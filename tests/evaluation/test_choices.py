@@ -11,7 +11,7 @@ from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.evaluation.metrics import evaluation_metrics, model_outputs
 from lora_fsdp.evaluation.scoring import score_examples
-from lora_fsdp.tasks import MultipleChoiceTask
+from lora_fsdp.tasks import ClassificationTask, MultipleChoiceTask
 from tests.support.tiny import adapted_model, randomise_adapter, tiny_tokenizer
 
 TASK = MultipleChoiceTask()
@@ -61,6 +61,20 @@ def test_likelihoods_equal_one_by_one(model, max_tokens):
         assert found[count:].tolist() == [-torch.inf] * (4 - count)
     sums = scores.probabilities.sum(dim=1)
     torch.testing.assert_close(sums, torch.ones(4))
+
+
+@pytest.mark.parametrize("max_tokens", [250, 2048])
+def test_labels_that_begin_others_are_scored_exactly(model, max_tokens):
+    labels = ("bad", "bad crew", "bad crew late", "good")
+    task = ClassificationTask(labels=labels, text_column="text", label_column="label")
+    table = pd.DataFrame({"text": ["late", "my bag", "the crew", "help"], "label": labels})
+    encoded = Encoder(tiny_tokenizer(), task=task).encode(task.bind(table).examples(table))
+    scores = score_examples(
+        PackedModel(model), encoded, device=torch.device("cpu"), max_tokens=max_tokens
+    )
+    for example, found in zip(encoded, scores.log_likelihoods, strict=True):
+        torch.testing.assert_close(found, alone(model, example), rtol=1e-5, atol=1e-5)
+    assert [example.label for example in encoded] == [0, 1, 2, 3]
 
 
 def test_a_row_s_choices_do_not_touch_another_row_s_scores(model):

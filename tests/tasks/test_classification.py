@@ -18,7 +18,7 @@ from lora_fsdp.errors import (
     UnknownLabelError,
 )
 from lora_fsdp.tasks import ClassificationTask, SentimentTask
-from lora_fsdp.tasks.classification import label_text
+from lora_fsdp.tasks.cells import label_text
 
 TWEETS = Path(__file__).parents[2] / "../shared/data/tweet_emotions.csv"
 

@@ -64,7 +64,7 @@ class TestRows:
             (
                 QuestionAnsweringTask(),
                 {"context": "a", "question": "b", "answer": "c"},
-                {"answer": {"text": [], "answer_start": []}},
+                {"answer": {"text": [None], "answer_start": [0]}},
                 "'answer' holds no answer",
             ),
             (ChatTask(), {"messages": TURNS}, {"messages": "Hi"}, "does not end with an answer"),

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lora_fsdp.base.folders import sha256_of_file
+from lora_fsdp.data.checking import row_digests
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.rows import TaskData
 from lora_fsdp.distributed.status import FsdpStatus
@@ -18,7 +19,7 @@ from lora_fsdp.evaluation.metrics import answers_of
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.reporting.recording.data_health import HELD_OUT, TRAINING, data_health
 from lora_fsdp.reporting.recording.environment import environment, launch_command
-from lora_fsdp.reporting.run_files import DATA_HEALTH_FILE, RECORD_FILE
+from lora_fsdp.reporting.run_files import DATA_HEALTH_FILE, RECORD_FILE, TRAINED_ON
 from lora_fsdp.tasks import Example
 from lora_fsdp.training.trainer import LoraTrainer
 
@@ -57,6 +58,7 @@ def record_start(
         "prompt": _sample_prompt(trainer, data.held_out),
         "asking": _asking(trainer, data),
         "data_sha256": _digests(asked["data"]),
+        TRAINED_ON: sorted(set(row_digests(data.train))),
         "fsdp": asdict(status) | {"settings": settings},
     }
     write_json(folder / RECORD_FILE, record)
