@@ -26,6 +26,7 @@ from lora_fsdp.evaluation.outputs import (
     write_json,
     write_text,
 )
+from lora_fsdp.evaluation.verdict import BASELINE, score_table
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.tasks.answers.kind import SCORE_BY
@@ -84,20 +85,9 @@ class Comparison:
         return "\n\n".join(parts)
 
     def verdict(self) -> str:
-        """One sentence: whether tuning beats everything else."""
-        key = self.primary_metric
-        tuned = self.metrics[TUNED][key]
-        others = {
-            name: values[key]
-            for name, values in self.metrics.items()
-            if name != TUNED and key in values
-        }
-        best = max(others, key=lambda name: others[name])
-        outcome = "beats" if tuned > others[best] else "does not beat"
-        return (
-            f"By {key} the tuned model ({tuned:.4f}) {outcome} the best of the others, "
-            f"{best} ({others[best]:.4f})."
-        )
+        """Whether tuning beats everything else, in the report's words, with its interval."""
+        table = score_table(self.metrics, self.predictions, primary=self.primary_metric)
+        return f"{table['verdict']['headline']} {table['verdict']['detail']}"
 
 
 def compare(
@@ -130,7 +120,7 @@ def compare(
     predictions = {
         **_columns(task, tested, untrained=untrained, tuned=tuned),
         **_row_scores(task, tested, {UNTRAINED: untrained, TUNED: tuned}, metrics),
-        **{f"baseline/{name}": answers for name, answers in baselines.items()},
+        **{f"{BASELINE}{name}": answers for name, answers in baselines.items()},
     }
     return Comparison(
         metrics,

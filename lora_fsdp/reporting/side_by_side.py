@@ -12,23 +12,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.evaluation.outputs import TUNED
-from lora_fsdp.reporting.rendering import write_page
-from lora_fsdp.reporting.run_files import (
-    METRICS_FILE,
-    RECORD_FILE,
-    RunFiles,
-    columns_after,
-    read_run,
-)
-from lora_fsdp.reporting.sections.intervals import (
+from lora_fsdp.evaluation.intervals import (
     CONFIDENCE,
     DRAWS,
     PairedBootstrap,
     mcnemar_p_value,
 )
+from lora_fsdp.evaluation.outputs import TUNED
+from lora_fsdp.evaluation.verdict import columns_after
+from lora_fsdp.reporting.rendering import write_page
+from lora_fsdp.reporting.run_files import (
+    METRICS_FILE,
+    RECORD_FILE,
+    RunFiles,
+    read_run,
+)
 from lora_fsdp.reporting.sections.progress import curves, progress
-from lora_fsdp.reporting.sections.scores import score_table
 from lora_fsdp.reporting.texts import setting_text
 from lora_fsdp.tasks.answers.kind import PROBABILITY_OF
 
@@ -94,7 +93,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _contents(runs: dict[str, RunFiles]) -> dict[str, Any]:
-    scores = {name: run.part(METRICS_FILE, score_table) for name, run in runs.items()}
+    scores = {name: run.part(METRICS_FILE, lambda run: run.scores) for name, run in runs.items()}
     metrics = dict.fromkeys(
         metric for table in scores.values() if table for metric in table["metrics"]
     )

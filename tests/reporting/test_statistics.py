@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
+from lora_fsdp.evaluation.intervals import PairedBootstrap, mcnemar_p_value, wilson_interval
 from lora_fsdp.reporting.recording.label_errors import suspected_label_errors
 from lora_fsdp.reporting.sections.calibration import calibration
-from lora_fsdp.reporting.sections.intervals import PairedBootstrap, mcnemar_p_value, wilson_interval
 
 LABELS = ["a", "b", "c"]
 

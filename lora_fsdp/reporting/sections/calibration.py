@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_fsdp.reporting.sections.intervals import wilson_interval
+from lora_fsdp.evaluation.intervals import wilson_interval
 
 BINS = 10
 

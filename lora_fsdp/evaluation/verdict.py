@@ -1,7 +1,11 @@
-"""The systems of a run side by side, each score with its interval, and the verdict in words."""
+"""The systems of a run side by side, each score with its interval, and the verdict in words.
+
+Terminal, report, card and comparison of runs all ask here.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -9,16 +13,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lora_fsdp.evaluation.intervals import CONFIDENCE, Interval, PairedBootstrap, wilson_interval
 from lora_fsdp.evaluation.outputs import CHANCE, TUNED, UNTRAINED, shown_metrics
-from lora_fsdp.reporting.run_files import BASELINE, RunFiles, columns_after
-from lora_fsdp.reporting.sections.intervals import Interval, PairedBootstrap, wilson_interval
 from lora_fsdp.tasks.answers.kind import MAJORITY, PROBABILITY_OF, SCORE_BY, TFIDF
 
 # Below these, resampling says nothing and no verdict is given.
 _LEAST_ROWS_TO_RESAMPLE = 10
 _LEAST_ROWS_FOR_A_VERDICT = 30
+# Columns of `predictions.csv` with a baseline's answers.
+BASELINE = "baseline/"
 # Metrics that are the share of right answers.
 _SHARES = ("accuracy", "exact_match")
+NOTHING = "—"
 NAMES = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
@@ -44,22 +50,36 @@ def name_of(key: str) -> str:
     return NAMES.get(key, key)
 
 
-def score_table(run: RunFiles) -> dict[str, Any] | None:
+def columns_after(prefix: str, predictions: pd.DataFrame) -> dict[str, str]:
+    """The columns that begin with `prefix`, by what follows it: labels, or baselines."""
+    names = [name for name in predictions.columns if name.startswith(prefix)]
+    return {name.removeprefix(prefix): name for name in names}
+
+
+def score_table(
+    metrics: Mapping[str, Mapping[str, float]],
+    predictions: pd.DataFrame | None,
+    *,
+    primary: str,
+    rows: int | None = None,
+) -> dict[str, Any]:
     """Every system's scores, the differences to the tuned model, and a verdict; JSON-ready.
 
-    `None` before the run has finished.
+    Args:
+        metrics: of each system.
+        predictions: the answers row by row, as in `Comparison`; no intervals without them.
+        primary: the metric that decides.
+        rows: how many rows were held out, where there are no predictions.
     """
-    if run.metrics is None:
-        return None
-    metrics: dict[str, dict[str, float]] = run.metrics["metrics"]
-    primary = str(run.metrics["primary_metric"])
     shown = shown_metrics(metrics[TUNED], primary=primary)
-    bootstrap = _bootstrap_of(run.predictions)
+    if predictions is not None:
+        rows = len(predictions)
+    bootstrap = _bootstrap_of(predictions)
     systems = [
         {
             "system": system,
             "scores": {
-                key: _score(values[key], run.predictions, bootstrap, system=system, metric=key)
+                key: _score(values[key], predictions, bootstrap, system=system, metric=key)
                 for key in shown
                 if key in values
             },
@@ -67,12 +87,12 @@ def score_table(run: RunFiles) -> dict[str, Any] | None:
         for system, values in metrics.items()
     ]
     differences = {
-        system: _difference(metrics, run.predictions, bootstrap, system=system, metric=primary)
+        system: _difference(metrics, predictions, bootstrap, system=system, metric=primary)
         for system in metrics
         if system != TUNED and primary in metrics[system]
     }
     table = {
-        "rows": _rows(run),
+        "rows": rows,
         "primary_metric": primary,
         "metrics": shown,
         "systems": systems,
@@ -100,7 +120,8 @@ def _bootstrap_of(predictions: pd.DataFrame | None) -> PairedBootstrap | None:
 def _answers(predictions: pd.DataFrame) -> dict[str, pd.Series]:
     """The answers of every system in a table of predictions."""
     columns = {**columns_after(BASELINE, predictions), UNTRAINED: "base", TUNED: "tuned"}
-    return {system: predictions[column] for system, column in columns.items()}
+    # No answer is "", in memory as in the file.
+    return {system: predictions[column].fillna("") for system, column in columns.items()}
 
 
 def _score(
@@ -147,12 +168,6 @@ def _with_interval(value: float, found: Interval | None) -> dict[str, float | No
     return asdict(found)
 
 
-def _rows(run: RunFiles) -> int | None:
-    if run.predictions is not None:
-        return len(run.predictions)
-    return None if run.metrics is None else run.metrics.get("held_out_rows")
-
-
 def _verdict(table: dict[str, Any], *, tuned: float) -> dict[str, Any]:
     """Whether tuning was worth it, by the primary metric against the best of the others."""
     differences, metric = table["differences"], name_of(table["primary_metric"])
@@ -175,6 +190,7 @@ def _verdict(table: dict[str, Any], *, tuned: float) -> dict[str, Any]:
     return {
         "outcome": outcome,
         "headline": headline,
+        "detail": _detail(table, margin, tuned=tuned),
         "rival": best,
         "metric": metric,
         "tuned": tuned,
@@ -182,3 +198,35 @@ def _verdict(table: dict[str, Any], *, tuned: float) -> dict[str, Any]:
         "difference": margin,
         "few_rows": few,
     }
+
+
+def _detail(table: dict[str, Any], margin: Mapping[str, Any], *, tuned: float) -> str:
+    """The figures that the verdict rests on, in a sentence."""
+    metric, rows = name_of(table["primary_metric"]), table["rows"]
+    held_out = f" on {rows:,} held-out row{'' if rows == 1 else 's'}" if rows else ""
+    interval = ""
+    if margin["low"] is not None:
+        bounds = f"{signed_text(margin['low'])} to {signed_text(margin['high'])}"
+        interval = f" ({100 * CONFIDENCE:.0f} % interval {bounds})"
+    few = f" A verdict takes {_LEAST_ROWS_FOR_A_VERDICT} rows or more."
+    return (
+        f"{metric[:1].upper()}{metric[1:]} {score_text(tuned)} against "
+        f"{score_text(tuned - margin['value'])}{held_out}: {signed_text(margin['value'])}"
+        f"{interval}.{few if rows is not None and rows < _LEAST_ROWS_FOR_A_VERDICT else ''}"
+    )
+
+
+def score_text(value: float | None) -> str:
+    """A score or probability with three decimals."""
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    # Without the sign of a negative zero.
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
+def signed_text(value: float | None) -> str:
+    """A difference with three decimals and its sign."""
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    text = f"{value:+.3f}".replace("-", "\u2212")
+    return "0.000" if text[1:] == "0.000" else text
