@@ -17,6 +17,7 @@ from lora_fsdp.adapter.attach import lora_config
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import open_base
+from lora_fsdp.data.checking import check_task_data
 from lora_fsdp.data.rows import TaskData, load_task_data
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
@@ -160,6 +161,9 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     if data.dropped:
         print(f"  rows left out as unusable: {data.dropped}")
     print(f"  rows whose text was shortened to fit: {trainer.shortened}")
+    encoded = [*trainer.train_dataset, *(trainer.eval_dataset or [])]
+    for warning in check_task_data(data, encoded).warnings:
+        print(f"  warning: {warning}")
     shared = "yes" if trainer.share_prefix else "no"
     print(f"  prompts' common prefix computed once a packed sequence: {shared}")
     print(status)

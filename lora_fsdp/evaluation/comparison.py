@@ -13,7 +13,12 @@ import pandas as pd
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.evaluation.baselines import BASELINES
-from lora_fsdp.evaluation.metrics import answers_of, confusion_matrix, evaluation_metrics
+from lora_fsdp.evaluation.metrics import (
+    answers_of,
+    confusion_matrix,
+    evaluation_metrics,
+    labels_without_rows,
+)
 from lora_fsdp.evaluation.outputs import (
     CHANCE,
     TUNED,
@@ -122,13 +127,18 @@ def compare(
         **_row_scores(task, tested, {UNTRAINED: untrained, TUNED: tuned}, metrics),
         **{f"{BASELINE}{name}": answers for name, answers in baselines.items()},
     }
+    found = {
+        "answer_kind": kind.name,
+        "report_sections": list(kind.report_sections),
+        "labels_without_held_out_rows": labels_without_rows(task, tested),
+    }
     return Comparison(
         metrics,
         task.primary_metric,
         pd.DataFrame(predictions),
         confusion_matrix(task, held_out, tuned),
         written,
-        {**facts, "answer_kind": kind.name, "report_sections": list(kind.report_sections)},
+        {**facts, **found},
     )
 
 

@@ -66,7 +66,8 @@ class PairedBootstrap:
     Args:
         targets: the N right answers.
         answers: for each system its N answers.
-        labels: the label set over which macro-F1 is the mean; empty if it is not asked for.
+        labels: the label set; macro-F1 is the mean over those that occur. Empty if it is not asked
+            for.
         scores: by (system, metric) N scores of which the metric is the mean.
     """
 
@@ -118,10 +119,9 @@ class PairedBootstrap:
         hits = 2 * (self._weights @ (true * right[:, None]))
         sizes = self._weights @ true + self._weights @ predicted
         f1 = np.divide(hits, sizes, out=np.zeros_like(hits), where=sizes > 0)
-        # A label that nothing here carries scores 0, as in the task's own metric. One that only a
-        # sample happens to miss is left out of that sample's mean: as 0 it would bias it downwards.
-        counted = (sizes > 0) | (sizes[0] == 0)
-        return f1.sum(axis=1) / counted.sum(axis=1)
+        # A label that is neither a target nor an answer is left out of the mean, of all rows as of
+        # each sample: as in the task's own metric, and as 0 it would bias it downwards.
+        return f1.sum(axis=1) / np.maximum((sizes > 0).sum(axis=1), 1)
 
 
 def _one_hot(answers: pd.Series, labels: Sequence[str]) -> np.ndarray:

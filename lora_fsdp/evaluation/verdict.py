@@ -94,11 +94,19 @@ def score_table(
     table = {
         "rows": rows,
         "primary_metric": primary,
+        "labels_without_rows": _labels_without_rows(predictions),
         "metrics": shown,
         "systems": systems,
         "differences": differences,
     }
     return table | {"verdict": _verdict(table, tuned=metrics[TUNED][primary])}
+
+
+def _labels_without_rows(predictions: pd.DataFrame | None) -> dict[str, int]:
+    """How many labels of the closed set are no row's right answer, and how many there are."""
+    labels = [] if predictions is None else columns_after(PROBABILITY_OF, predictions)
+    held_out = set() if predictions is None else set(predictions["target"])
+    return {"count": sum(label not in held_out for label in labels), "of": len(labels)}
 
 
 def _bootstrap_of(predictions: pd.DataFrame | None) -> PairedBootstrap | None:
@@ -208,11 +216,20 @@ def _detail(table: dict[str, Any], margin: Mapping[str, Any], *, tuned: float) -
     if margin["low"] is not None:
         bounds = f"{signed_text(margin['low'])} to {signed_text(margin['high'])}"
         interval = f" ({100 * CONFIDENCE:.0f} % interval {bounds})"
-    few = f" A verdict takes {_LEAST_ROWS_FOR_A_VERDICT} rows or more."
+    few = ""
+    if rows is not None and rows < _LEAST_ROWS_FOR_A_VERDICT:
+        few = f" A verdict takes {_LEAST_ROWS_FOR_A_VERDICT} rows or more."
+    absent, unmeasured = table["labels_without_rows"], ""
+    if absent["count"]:
+        verb = "has" if absent["count"] == 1 else "have"
+        unmeasured = (
+            f" {absent['count']} of {absent['of']} labels {verb} no held-out row: nothing here "
+            "measures them."
+        )
     return (
         f"{metric[:1].upper()}{metric[1:]} {score_text(tuned)} against "
         f"{score_text(tuned - margin['value'])}{held_out}: {signed_text(margin['value'])}"
-        f"{interval}.{few if rows is not None and rows < _LEAST_ROWS_FOR_A_VERDICT else ''}"
+        f"{interval}.{few}{unmeasured}"
     )
 
 
