@@ -34,7 +34,8 @@ from lora_fsdp.evaluation.outputs import (
 from lora_fsdp.evaluation.verdict import BASELINE, score_table
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.tasks.answers import ModelOutputs
-from lora_fsdp.tasks.answers.kind import SCORE_BY
+from lora_fsdp.tasks.answers.kind import SCORE_BY, WEIGHT_BY
+from lora_fsdp.tasks.text_metrics import weighted_mean
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Comparison:
         predictions: one row per held-out example: row number, text, target, answers, probability
             (of the tuned answer; in a free-text task, of the target), what the kind of answer adds
             (the probability of every label, or the row's choices with theirs as JSON), the scores
-            of which the primary metric is the mean, if it is one, the baselines' answers.
+            of which a metric is the mean, if it is one, with their weights, the baselines' answers.
         confusion: counts of true by predicted label of the tuned model; `None` where the kind of
             answer has no such table.
         written: the texts that both models generated for some held-out rows, and the answers in
@@ -199,15 +200,31 @@ def _row_scores(
     outputs: Mapping[str, ModelOutputs],
     metrics: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Sequence[float]]:
-    """A column for each system with its rows' scores, whose mean is its primary metric."""
-    metric, kind = task.primary_metric, task.answer_kind
-    columns = {}
-    for system, given in outputs.items():
-        scores = kind.row_scores(metric, examples, given)
-        # A task's own metric may have the name, and another meaning.
-        if scores is not None and np.isclose(np.mean(scores), metrics[system].get(metric, np.nan)):
+    """Columns with the scores of the rows, and their weights, of which a metric is the mean."""
+    kind = task.answer_kind
+    columns: dict[str, Sequence[float]] = {}
+    for metric in shown_metrics(metrics[TUNED], primary=task.primary_metric):
+        given = {
+            system: (
+                kind.row_scores(metric, examples, found),
+                kind.row_weights(metric, examples, found),
+            )
+            for system, found in outputs.items()
+        }
+        given[CHANCE] = (kind.chance_scores(metric, examples), None)
+        for system, (scores, weights) in given.items():
+            value = metrics.get(system, {}).get(metric, np.nan)
+            # A task's own metric may have the name, and another meaning.
+            if scores is None or not np.isclose(_mean(scores, weights), value):
+                continue
             columns[f"{SCORE_BY}{metric}/{system}"] = scores
+            if weights is not None:
+                columns[f"{WEIGHT_BY}{metric}/{system}"] = weights
     return columns
+
+
+def _mean(scores: Sequence[float], weights: Sequence[float] | None) -> float:
+    return weighted_mean(scores, [1.0] * len(scores) if weights is None else weights)
 
 
 def _baselines(

@@ -6,24 +6,28 @@ Terminal, report, card and comparison of runs all ask here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lora_fsdp.evaluation.intervals import CONFIDENCE, Interval, PairedBootstrap, wilson_interval
+from lora_fsdp.evaluation.intervals import (
+    CONFIDENCE,
+    SHARES,
+    Interval,
+    PairedBootstrap,
+    wilson_interval,
+)
 from lora_fsdp.evaluation.outputs import CHANCE, TUNED, UNTRAINED, shown_metrics
-from lora_fsdp.tasks.answers.kind import MAJORITY, PROBABILITY_OF, SCORE_BY, TFIDF
+from lora_fsdp.tasks.answers.kind import MAJORITY, PROBABILITY_OF, SCORE_BY, TFIDF, WEIGHT_BY
 
 # Below these, resampling says nothing and no verdict is given.
 _LEAST_ROWS_TO_RESAMPLE = 10
 _LEAST_ROWS_FOR_A_VERDICT = 30
 # Columns of `predictions.csv` with a baseline's answers.
 BASELINE = "baseline/"
-# Metrics that are the share of right answers.
-_SHARES = ("accuracy", "exact_match")
 NOTHING = "—"
 NAMES = {
     "accuracy": "accuracy",
@@ -42,6 +46,8 @@ NAMES = {
     "rouge2": "ROUGE-2",
     "valid_json": "valid JSON",
     "whole_object": "whole object",
+    "weighted_f1": "weighted F1",
+    "accuracy_normalised": "accuracy by token",
 }
 
 
@@ -87,7 +93,7 @@ def score_table(
         for system, values in metrics.items()
     ]
     differences = {
-        system: _difference(metrics, predictions, bootstrap, system=system, metric=primary)
+        system: _difference(metrics, bootstrap, system=system, metric=primary)
         for system in metrics
         if system != TUNED and primary in metrics[system]
     }
@@ -113,16 +119,22 @@ def _bootstrap_of(predictions: pd.DataFrame | None) -> PairedBootstrap | None:
     """All systems of a table of predictions on the same resampled rows."""
     if predictions is None or len(predictions) < _LEAST_ROWS_TO_RESAMPLE:
         return None
-    scores = {}
-    for name, column in columns_after(SCORE_BY, predictions).items():
-        metric, _, system = name.rpartition("/")
-        scores[system, metric] = predictions[column].tolist()
     return PairedBootstrap(
         predictions["target"].tolist(),
         {system: answers.tolist() for system, answers in _answers(predictions).items()},
         labels=list(columns_after(PROBABILITY_OF, predictions)),
-        scores=scores,
+        scores=scores_by_system(SCORE_BY, predictions),
+        weights=scores_by_system(WEIGHT_BY, predictions),
     )
+
+
+def scores_by_system(prefix: str, predictions: pd.DataFrame) -> dict[tuple[str, str], list[float]]:
+    """By (system, metric) the columns that begin with `prefix`."""
+    found = {}
+    for name, column in columns_after(prefix, predictions).items():
+        metric, _, system = name.rpartition("/")
+        found[system, metric] = predictions[column].astype(float).tolist()
+    return found
 
 
 def _answers(predictions: pd.DataFrame) -> dict[str, pd.Series]:
@@ -140,40 +152,38 @@ def _score(
     system: str,
     metric: str,
 ) -> dict[str, float | None]:
-    found: Interval | None = None
-    if bootstrap is not None and bootstrap.knows(system, metric):
-        found = bootstrap.interval(system, metric)
-    elif predictions is not None and len(predictions) > 0 and metric in _SHARES:
+    found: list[Interval] = []
+    if predictions is not None and len(predictions) > 0 and metric in SHARES:
         answers = _answers(predictions).get(system)
         if answers is not None:
             right = int((answers == predictions["target"]).sum())
-            found = wilson_interval(right, len(predictions))
+            found.append(wilson_interval(right, len(predictions)))
+    if bootstrap is not None and bootstrap.knows(system, metric):
+        found.append(bootstrap.interval(system, metric))
     return _with_interval(float(value), found)
 
 
 def _difference(
     scores: Mapping[str, Mapping[str, float]],
-    predictions: pd.DataFrame | None,
     bootstrap: PairedBootstrap | None,
     *,
     system: str,
     metric: str,
 ) -> dict[str, float | None]:
     """By how much the tuned model scores above `system`, with a paired interval if there is one."""
-    found: Interval | None = None
-    if bootstrap is not None and predictions is not None:
-        if bootstrap.knows(TUNED, metric) and bootstrap.knows(system, metric):
-            found = bootstrap.difference(TUNED, system, metric)
-        elif metric in _SHARES and system in _answers(predictions):
-            found = bootstrap.difference(TUNED, system, "accuracy")
+    found: list[Interval] = []
+    if bootstrap is not None and all(bootstrap.knows(one, metric) for one in (TUNED, system)):
+        found.append(bootstrap.difference(TUNED, system, metric))
     return _with_interval(float(scores[TUNED][metric]) - float(scores[system][metric]), found)
 
 
-def _with_interval(value: float, found: Interval | None) -> dict[str, float | None]:
-    # A task may mean something of its own by the name, or the file is of another run.
-    if found is None or not np.isclose(found.value, value, atol=1e-6):
-        return {"value": value, "low": None, "high": None}
-    return asdict(found)
+def _with_interval(value: float, found: Sequence[Interval]) -> dict[str, float | None]:
+    """The first interval that is about this value."""
+    for interval in found:
+        # A task may mean something of its own by the name, or the file is of another run.
+        if np.isclose(interval.value, value, atol=1e-6):
+            return asdict(interval)
+    return {"value": value, "low": None, "high": None}
 
 
 def _verdict(table: dict[str, Any], *, tuned: float) -> dict[str, Any]:
@@ -189,6 +199,9 @@ def _verdict(table: dict[str, Any], *, tuned: float) -> dict[str, Any]:
         outcome, headline = "yes", f"Worth it: the tuned model beats the {rival}."
     elif margin["high"] is not None and margin["high"] < 0:
         outcome, headline = "no", f"Not worth it: the {rival} is better than the tuned model."
+    elif margin["value"] > 0 and margin["low"] is None:
+        outcome = "unclear"
+        headline = f"The tuned model leads the {rival}, by a metric that has no interval."
     elif margin["value"] > 0:
         outcome = "unclear"
         headline = f"Not proven: the lead over the {rival} may be chance."
@@ -212,7 +225,7 @@ def _detail(table: dict[str, Any], margin: Mapping[str, Any], *, tuned: float) -
     """The figures that the verdict rests on, in a sentence."""
     metric, rows = name_of(table["primary_metric"]), table["rows"]
     held_out = f" on {rows:,} held-out row{'' if rows == 1 else 's'}" if rows else ""
-    interval = ""
+    interval = " (no interval: whether that is chance is not known)"
     if margin["low"] is not None:
         bounds = f"{signed_text(margin['low'])} to {signed_text(margin['high'])}"
         interval = f" ({100 * CONFIDENCE:.0f} % interval {bounds})"

@@ -13,7 +13,7 @@ import pandas as pd
 from lora_fsdp.errors import DamagedRunError, RunNotFoundError
 from lora_fsdp.evaluation.outputs import LOG_FILE
 from lora_fsdp.evaluation.verdict import columns_after, score_table
-from lora_fsdp.tasks.answers.kind import CHOICES, PROBABILITY_OF, SCORE_BY, Section
+from lora_fsdp.tasks.answers.kind import CHOICES, PROBABILITY_OF, SCORE_BY, WEIGHT_BY, Section
 
 RECORD_FILE = "run_record.json"
 DATA_HEALTH_FILE = "data_health.json"
@@ -215,7 +215,7 @@ def _predictions(path: Path) -> pd.DataFrame | None:
             raise _damaged(path, f"it has no column {', '.join(missing)}")
         table["row"] = table["row"].astype(int)
         for column in table.columns:
-            if column == "probability" or column.startswith((PROBABILITY_OF, SCORE_BY)):
+            if column == "probability" or column.startswith((PROBABILITY_OF, SCORE_BY, WEIGHT_BY)):
                 table[column] = table[column].astype(float)
     except (ValueError, OSError) as error:
         if isinstance(error, DamagedRunError):

@@ -41,28 +41,31 @@ class ExtractionTask(GenerationTask):
             return None
         return json.dumps(found, ensure_ascii=False) if isinstance(found, dict) else None
 
-    def measure_answers(
-        self, answers: Sequence[str | None], references: Sequence[Sequence[str]]
-    ) -> dict[str, float]:
-        """`valid_json` and `whole_object`, shares of the rows; `field_f1`, over all fields of all.
+    def score_answer(self, answer: str, references: Sequence[str]) -> dict[str, float]:
+        """`valid_json` and `whole_object`, 1 or 0; `field_f1`, whose mean is over all fields.
 
         A field is a value with the path to it; both must be right.
         """
-        given = [Counter(_leaves(json.loads(answer or "{}"))) for answer in answers]
-        right = [Counter(_leaves(json.loads(texts[0]))) for texts in references]
-        shared = sum((a & b).total() for a, b in zip(given, right, strict=True))
-        fields = sum(found.total() for found in (*given, *right))
-        valid = [answer is not None for answer in answers]
-        same = [a == b for a, b in zip(given, right, strict=True)]
-        whole = [is_valid and is_same for is_valid, is_same in zip(valid, same, strict=True)]
+        given, right = _fields_of(answer or "{}"), _fields_of(references[0])
+        fields = given.total() + right.total()
+        valid = float(answer != "")
         return {
-            "field_f1": 2 * shared / fields if fields else 1.0,
-            "valid_json": sum(valid) / len(valid),
-            "whole_object": sum(whole) / len(whole),
+            "field_f1": 2 * (given & right).total() / fields if fields else valid,
+            "valid_json": valid,
+            "whole_object": float(valid and given == right),
         }
+
+    def weigh_answer(self, answer: str, references: Sequence[str]) -> dict[str, float]:
+        """A row counts by its fields, those given and those to be given."""
+        given, right = _fields_of(answer or "{}"), _fields_of(references[0])
+        return {"field_f1": float(given.total() + right.total())}
 
     def _fields(self, row: Mapping[str, Any]) -> Any:
         return cell_value(row[self.label_column])
+
+
+def _fields_of(text: str) -> Counter[tuple[str, str]]:
+    return Counter(_leaves(json.loads(text)))
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
