@@ -32,6 +32,7 @@ from lora_fsdp.evaluation.outputs import (
     write_text,
 )
 from lora_fsdp.evaluation.verdict import BASELINE, score_table
+from lora_fsdp.printing import visible
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.tasks.answers.kind import SCORE_BY, WEIGHT_BY
@@ -190,7 +191,8 @@ def format_generated(entry: Mapping[str, Any]) -> str:
     """One of `generated_texts` as text."""
     lines = [f"row {entry['row']}"]
     for who in ("base", "tuned"):
-        lines.append(f"  {who:<5} generates {entry[who]['text']!r} -> {entry[who]['answer']}")
+        answer = visible(str(entry[who]["answer"]), lines=False)
+        lines.append(f"  {who:<5} generates {entry[who]['text']!r} -> {answer}")
     return "\n".join(lines)
 
 

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from lora_fsdp.errors import DamagedRunError
 from lora_fsdp.evaluation.outputs import write_json, write_text
 from lora_fsdp.evaluation.verdict import NOTHING, name_of, score_text, signed_text
+from lora_fsdp.printing import visible
 from lora_fsdp.reporting.texts import fenced, inline, one_line
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ def _shown(picture: Picture) -> dict[str, Any]:
     }
 
 
+def _shown_value(value: Any) -> Any:
+    """What a page shows of a value, wherever it comes from; what is markup already is our own."""
+    is_text = isinstance(value, str) and not isinstance(value, Markup)
+    return visible(value) if is_text else value
+
+
 @cache
 def template_of(name: str) -> jinja2.Template:
     """A template of the room; texts in one for HTML are escaped, others have filters for that."""
@@ -64,6 +71,7 @@ def template_of(name: str) -> jinja2.Template:
         loader=jinja2.PackageLoader("lora_fsdp.reporting"),
         autoescape=name.endswith(".html.jinja"),
         undefined=jinja2.StrictUndefined,
+        finalize=_shown_value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
