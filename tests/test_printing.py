@@ -16,8 +16,9 @@ from lora_fsdp.errors import DataError
 from lora_fsdp.evaluation.comparison import format_generated
 from lora_fsdp.evaluation.outputs import format_metrics_table
 from lora_fsdp.failures import report_failure
-from lora_fsdp.printing import say, visible
+from lora_fsdp.printing import say, visible, without_secrets
 from lora_fsdp.reporting import write_report
+from lora_fsdp.reporting.recording.environment import _masked
 from tests.support.reported import made_up_run
 
 PACKAGE = Path(__file__).parents[1] / "lora_fsdp"
@@ -100,3 +101,32 @@ def test_nothing_is_printed_past_the_gate() -> None:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         }
         assert "print" not in names or source.relative_to(PACKAGE).as_posix() in past, source
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ({"api_key": "abc", "depth": 3}, {"api_key": "***", "depth": 3}),
+        ({"a": [{"openai_token": 5}]}, {"a": [{"openai_token": "***"}]}),
+        ({"password": None, "use_token": True}, {"password": None, "use_token": True}),
+        ('{"api_key": "abc", "n": 1}', '{"api_key": "***", "n": 1}'),
+        ('{"n": 1}', '{"n": 1}'),
+        ("https://me:pass@word@host/x?a=b", "https://***@host/x?a=b"),
+        ("https://host/x?api_key=abc&n=1", "https://host/x?api_key=***&n=1"),
+        ("hf_" + "a" * 34, "***"),
+        ("a text about a@b.c and keys", "a text about a@b.c and keys"),
+        ({"label_column": "key", "tokens": 5}, {"label_column": "key", "tokens": 5}),
+    ],
+)
+def test_secrets_do_not_show(value: object, shown: object) -> None:
+    assert without_secrets(value) == shown
+
+
+def test_secrets_in_a_command() -> None:
+    command = ["train.py", "--task_options", '{"api_key": "abc"}', "--hub_token", "abc"]
+    command += ['--task_options={"secret": "abc"}', "--endpoint", "https://u:abc@host"]
+    command += ["--endpoint=https://u:abc@host", "--lora_r", "8"]
+    masked = _masked(command)
+    assert "abc" not in " ".join(masked)
+    assert masked[:1] + masked[-2:] == ["train.py", "--lora_r", "8"]
+    assert masked[2] == '{"api_key": "***"}'
