@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from lora_fsdp.errors import LoraFsdpError
+from lora_fsdp.printing import say
 
 # The exit codes of the scripts and of the command line.
 CRASHED = 1  # a traceback was printed
@@ -79,4 +80,4 @@ def _leave_for_launcher(sentence: str) -> None:
 
 def _print(text: str) -> None:
     # Not sys.stderr: torch's own hook, around this one, puts its prefix before each line of that.
-    print(text, file=sys.__stderr__, flush=True)
+    say(text, file=sys.__stderr__, flush=True)

@@ -17,6 +17,7 @@ from lora_fsdp.adapter.attach import lora_config
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import open_base
+from lora_fsdp.data.checking import check_task_data
 from lora_fsdp.data.rows import TaskData, load_task_data, without_refused_rows
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
@@ -25,6 +26,7 @@ from lora_fsdp.evaluation.comparison import Comparison, compare, generated_texts
 from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.placement.gpus import known_gpu
 from lora_fsdp.planning.predicted import predicted
+from lora_fsdp.printing import say, visible
 from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.model_card import WriteCards, remove_model_card, try_to_write_card
@@ -95,7 +97,7 @@ def finetune(
         if trainer.is_world_process_zero():
             comparison.save(output_dir)
             try_to_write_card(output_dir)
-            print(f"\n{comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
+            say(f"\n{comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
             _report(output_dir)
         trainer.accelerator.wait_for_everyone()
         return FineTuningResult(output_dir, comparison)
@@ -156,17 +158,20 @@ def _claim(folder: Path, arguments: FineTuningArguments) -> None:
 def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     """Say what is about to happen, before it costs anything."""
     answers = data.task.answer_kind.announcement(max_new_tokens=trainer.max_new_tokens)
-    print(f"Task {data.task.name}: {len(data.train)} training rows, {len(data.held_out)} held out")
-    print(f"  answers: {answers}")
+    say(f"Task {data.task.name}: {len(data.train)} training rows, {len(data.held_out)} held out")
+    say(f"  answers: {visible(answers, lines=False)}")
     if data.dropped:
-        print(f"  rows left out as unusable: {data.dropped}")
-    print(f"  rows whose text was shortened to fit: {trainer.shortened}")
+        say(f"  rows left out as unusable: {data.dropped}")
+    say(f"  rows whose text was shortened to fit: {trainer.shortened}")
+    encoded = [*trainer.train_dataset, *(trainer.eval_dataset or [])]
+    for warning in check_task_data(data, encoded).warnings:
+        say(f"  warning: {visible(warning, lines=False)}")
     shared = "yes" if trainer.share_prefix else "no"
-    print(f"  prompts' common prefix computed once a packed sequence: {shared}")
-    print(status)
-    print(trainer.placement)
+    say(f"  prompts' common prefix computed once a packed sequence: {shared}")
+    say(str(status))
+    say(str(trainer.placement))
     untrained = f"Scoring the untrained model on {len(data.held_out)} held-out rows, then training."
-    print(untrained, flush=True)
+    say(untrained, flush=True)
 
 
 def _generate_freely(trainer: LoraTrainer) -> list[str]:
@@ -189,7 +194,7 @@ def _generate_freely(trainer: LoraTrainer) -> list[str]:
 def _report(folder: Path) -> None:
     """Draw the report. The run is saved by now: what goes wrong here is said, and costs nothing."""
     try:
-        print(f"Report: {folder / write_report(folder).name}", flush=True)
+        say(f"Report: {folder / write_report(folder).name}", flush=True)
     except Exception as error:  # whatever it is, it must not turn a saved run into a failed one
         logger.error("The report could not be written (%s: %s).", type(error).__name__, error)
 

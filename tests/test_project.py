@@ -26,6 +26,7 @@ YAMLS = sorted(
 # A module may import from its own layer and from those before it.
 LAYERS = (
     "errors",
+    "printing",
     "ranks",
     "arguments",
     "tasks",

@@ -28,6 +28,7 @@ from lora_fsdp.errors import (
     ModelAccessError,
     ModelNotFoundError,
 )
+from lora_fsdp.printing import without_secrets
 
 MODELSCOPE = "https://modelscope.cn"
 
@@ -85,7 +86,7 @@ def list_hub_model(name: str, *, revision: str, endpoint: str | None) -> RemoteM
             may not be read, or the server cannot be reached.
     """
     api = HfApi(endpoint=endpoint)
-    server = api.endpoint.rstrip("/")
+    server = str(without_secrets(api.endpoint.rstrip("/")))
     try:
         info = api.model_info(name, revision=revision, files_metadata=True)
     except _REQUEST_ERRORS as error:
@@ -115,6 +116,7 @@ def list_modelscope_model(name: str, *, revision: str, endpoint: str | None) -> 
     server = (endpoint or MODELSCOPE).rstrip("/")
     revision = "master" if revision == "main" else revision  # ModelScope's usual branch
     base = f"{server}/api/v1/models/{quote(name)}/repo"
+    server = str(without_secrets(server))  # from here on it is shown only
     query = urlencode({"Revision": revision, "Recursive": "true"})
     try:
         response = get_session().get(f"{base}/files?{query}", follow_redirects=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.options import OptionParser
+from lora_fsdp.printing import say, visible_json
 
 
 @dataclass(frozen=True)
@@ -68,5 +68,4 @@ def required(value: str | None, option: str, what: str) -> str:
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
-    print()
+    say(visible_json(json.dumps(value, indent=2, ensure_ascii=False)))

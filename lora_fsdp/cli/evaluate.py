@@ -45,7 +45,11 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
     table = read_table(path, encoding=options.encoding, delimiter=options.delimiter)
     table = sample_rows(table, max_rows=options.max_rows, head=options.head, seed=options.seed)
     predictor = load_predictor(adapter, label_column=options.label_column)
-    from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
+    from lora_fsdp.evaluation.metrics import (
+        confusion_matrix,
+        evaluation_metrics,
+        labels_without_rows,
+    )
 
     dropped = 0
     if options.on_bad_rows == "drop":
@@ -66,6 +70,7 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
         "rows_left_out": dropped,
         "rows_trained_on": _trained_on(Path(adapter.adapter), examples),
         "rows_shortened": sum(example.shortened for example in encoded),
+        "labels_without_rows": labels_without_rows(task, examples),
         "metrics": evaluation_metrics(task, encoded, outputs),
     }
     matrix = confusion_matrix(task, encoded, outputs)
@@ -102,6 +107,8 @@ def _print(found: dict[str, Any]) -> None:
             f"warning: {found['rows_trained_on']} of {found['rows']} rows were trained on: these "
             "metrics do not say how the adapter does on new rows"
         )
+    if absent := found["labels_without_rows"]:
+        write(f"labels without a row, of which nothing is measured: {', '.join(absent)}")
     rows = [(name, f"{value:.4f}") for name, value in found["metrics"].items()]
     write(table_text(("metric", "value"), rows))
     if matrix := found.get("confusion_matrix"):

@@ -13,6 +13,7 @@ from lora_fsdp import __version__
 from lora_fsdp.cli.command import Command
 from lora_fsdp.errors import ArgumentError, DownloadError, LoraFsdpError, did_you_mean
 from lora_fsdp.failures import INTERRUPTED, NOT_REACHED, WRONG_INPUT
+from lora_fsdp.printing import say
 
 # In the order in which one needs them. A command's module is imported when it is called.
 MODULES = (
@@ -69,19 +70,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = "lora-fsdp"
     try:
         if not words or words[0] in ("-h", "--help", "help"):
-            print(_HELP.format(commands=_summaries()), end="")
+            say(_HELP.format(commands=_summaries()).rstrip("\n"))
             return 0
         if words[0] == "--version":
-            print(__version__)
+            say(__version__)
             return 0
         found, rest = find_command(words)
         command = f"lora-fsdp {found.name}"
         return found(rest)
     except LoraFsdpError as error:
-        print(f"{command}: {error}", file=sys.stderr)
+        say(f"{command}: {error}", file=sys.stderr)
         return NOT_REACHED if isinstance(error, DownloadError) else WRONG_INPUT
     except KeyboardInterrupt:
-        print(f"{command}: interrupted.", file=sys.stderr)
+        say(f"{command}: interrupted.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has left (`| head`); Python would complain again at its exit.
@@ -108,7 +109,7 @@ def find_command(words: Sequence[str]) -> tuple[Command, list[str]]:
     rest = list(words[1:])
     if not rest or rest[0] in ("-h", "--help"):
         lines = [f"  {command.name:<14} {command.summary}" for command in commands.values()]
-        print(f"usage: lora-fsdp {module} {{{','.join(commands)}}} ...\n\n" + "\n".join(lines))
+        say(f"usage: lora-fsdp {module} {{{','.join(commands)}}} ...\n\n" + "\n".join(lines))
         raise SystemExit(0)
     return commands[_known(rest[0], list(commands), f"{module} command")], rest[1:]
 

@@ -12,6 +12,7 @@ from lora_fsdp.cli.adapter import AdapterOptions, load_predictor
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import is_live, write
 from lora_fsdp.errors import ArgumentError
+from lora_fsdp.printing import say
 
 _SECONDS_BETWEEN_LINES = 30.0
 _ROWS_NAMED = 5
@@ -116,7 +117,7 @@ class Progress:
         self.bar.update(rows)
         if self.bar.disable and time.perf_counter() - self.printed > _SECONDS_BETWEEN_LINES:
             self.printed = time.perf_counter()
-            print(f"{self.rows} rows, {self.rate():.1f} rows/s", file=sys.stderr, flush=True)
+            say(f"{self.rows} rows, {self.rate():.1f} rows/s", file=sys.stderr, flush=True)
 
     def rate(self) -> float:
         """Rows answered a second, loading of the model not included."""

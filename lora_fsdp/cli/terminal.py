@@ -11,14 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lora_fsdp.printing import visible
+
 
 def write(text: str, *, marked: str = "") -> None:
     """`text` and then `marked`, which stands out where the terminal has colours.
 
     Nothing is cut or wrapped by us. Colours follow rich's rules (NO_COLOR, TERM=dumb, a pipe).
     """
-    line = Text(text)
-    line.append(marked, style="bold green")
+    line = Text(visible(text))
+    line.append(visible(marked), style="bold green")
     Console(soft_wrap=True, highlight=False).print(line)
 
 
@@ -29,9 +31,10 @@ def table_text(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if place else "left", no_wrap=place != 1)
+        name, side = Text(visible(heading, lines=False)), "right" if place else "left"
+        table.add_column(name, justify=side, no_wrap=place != 1)  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     console = Console(color_system=None, width=width())
     with console.capture() as captured:
         console.print(table)

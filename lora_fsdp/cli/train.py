@@ -22,6 +22,7 @@ from lora_fsdp.cli.command import Command
 from lora_fsdp.cli.configs import find_config, suggested_config
 from lora_fsdp.failures import CRASHED, INTERRUPTED, STALLED, STOPPED, WRONG_INPUT
 from lora_fsdp.options import OptionParser
+from lora_fsdp.printing import say
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -91,9 +92,9 @@ def train(options: LaunchOptions, arguments: Sequence[str]) -> int:
     """Launch, and say in one sentence how it failed if it did."""
     command = launch_command_line(options, arguments)
     if options.dry_run:
-        print(shlex.join(["accelerate", "launch", *command]))
+        say(shlex.join(["accelerate", "launch", *command]))
         return 0
-    print(f"Starting: {shlex.join(['accelerate', 'launch', *command[: -len(arguments) or None]])}")
+    say(f"Starting: {shlex.join(['accelerate', 'launch', *command[: -len(arguments) or None]])}")
     sys.stdout.flush()
     return _launch(command)
 
@@ -135,7 +136,7 @@ def _launch(command: Sequence[str]) -> int:
     except subprocess.CalledProcessError as error:
         return _explain_code(error.returncode, "the training process")
     except (KeyboardInterrupt, SignalException) as stop:
-        print("lora-fsdp train: stopped; with checkpoints it goes on by --resume_from_checkpoint "
+        say("lora-fsdp train: stopped; with checkpoints it goes on by --resume_from_checkpoint "
               "true.", file=sys.stderr)  # fmt: skip
         on_request = isinstance(stop, SignalException) and stop.sigval == signal.SIGTERM
         return STOPPED if on_request else INTERRUPTED
@@ -176,7 +177,7 @@ def _explain_code(code: int, who: str) -> int:
         )
     else:
         reason = f"{who} failed with exit code {code}; its traceback is above, if it left one"
-    print(f"lora-fsdp train: {reason}.", file=sys.stderr)
+    say(f"lora-fsdp train: {reason}.", file=sys.stderr)
     return CRASHED
 
 

@@ -1,6 +1,7 @@
 """What `lora-fsdp train` starts in every process: `python -m lora_fsdp.cli.training_process`."""
 
 from lora_fsdp.pipeline import finetune
+from lora_fsdp.printing import say
 from lora_fsdp.scripts import parse_arguments
 
 
@@ -9,7 +10,7 @@ def main() -> None:
     run = parse_arguments(task="")
     result = finetune(**run)
     if run["training_args"].process_index == 0:
-        print(f'Ask it: lora-fsdp predict --adapter {result.output_dir} --text "..."')
+        say(f'Ask it: lora-fsdp predict --adapter {result.output_dir} --text "..."')
 
 
 if __name__ == "__main__":

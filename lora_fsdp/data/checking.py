@@ -103,7 +103,7 @@ def _concerns(
         found["few-rows-of-a-label"] = f"Fewer than {_FEW_ROWS} training rows: {_listed(few)}."
     if unseen := [label for label, (_, held_out) in balance.items() if held_out == 0]:
         found["label-not-held-out"] = (
-            f"No held-out row, so no score means anything: {_listed(unseen)}."
+            f"No held-out row, so nothing is measured of them: {_listed(unseen)}."
         )
     totals = [sum(counts) for counts in balance.values()]
     if totals and max(totals) > _SKEWED * max(min(totals), 1):

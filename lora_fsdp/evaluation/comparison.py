@@ -13,7 +13,12 @@ import pandas as pd
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.evaluation.baselines import BASELINES
-from lora_fsdp.evaluation.metrics import answers_of, confusion_matrix, evaluation_metrics
+from lora_fsdp.evaluation.metrics import (
+    answers_of,
+    confusion_matrix,
+    evaluation_metrics,
+    labels_without_rows,
+)
 from lora_fsdp.evaluation.outputs import (
     CHANCE,
     TUNED,
@@ -26,9 +31,12 @@ from lora_fsdp.evaluation.outputs import (
     write_json,
     write_text,
 )
+from lora_fsdp.evaluation.verdict import BASELINE, score_table
+from lora_fsdp.printing import visible
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.tasks.answers import ModelOutputs
-from lora_fsdp.tasks.answers.kind import SCORE_BY
+from lora_fsdp.tasks.answers.kind import SCORE_BY, WEIGHT_BY
+from lora_fsdp.tasks.text_metrics import weighted_mean
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Comparison:
         predictions: one row per held-out example: row number, text, target, answers, probability
             (of the tuned answer; in a free-text task, of the target), what the kind of answer adds
             (the probability of every label, or the row's choices with theirs as JSON), the scores
-            of which the primary metric is the mean, if it is one, the baselines' answers.
+            of which a metric is the mean, if it is one, with their weights, the baselines' answers.
         confusion: counts of true by predicted label of the tuned model; `None` where the kind of
             answer has no such table.
         written: the texts that both models generated for some held-out rows, and the answers in
@@ -84,20 +92,9 @@ class Comparison:
         return "\n\n".join(parts)
 
     def verdict(self) -> str:
-        """One sentence: whether tuning beats everything else."""
-        key = self.primary_metric
-        tuned = self.metrics[TUNED][key]
-        others = {
-            name: values[key]
-            for name, values in self.metrics.items()
-            if name != TUNED and key in values
-        }
-        best = max(others, key=lambda name: others[name])
-        outcome = "beats" if tuned > others[best] else "does not beat"
-        return (
-            f"By {key} the tuned model ({tuned:.4f}) {outcome} the best of the others, "
-            f"{best} ({others[best]:.4f})."
-        )
+        """Whether tuning beats everything else, in the report's words, with its interval."""
+        table = score_table(self.metrics, self.predictions, primary=self.primary_metric)
+        return f"{table['verdict']['headline']} {table['verdict']['detail']}"
 
 
 def compare(
@@ -130,7 +127,12 @@ def compare(
     predictions = {
         **_columns(task, tested, untrained=untrained, tuned=tuned),
         **_row_scores(task, tested, {UNTRAINED: untrained, TUNED: tuned}, metrics),
-        **{f"baseline/{name}": answers for name, answers in baselines.items()},
+        **{f"{BASELINE}{name}": answers for name, answers in baselines.items()},
+    }
+    found = {
+        "answer_kind": kind.name,
+        "report_sections": list(kind.report_sections),
+        "labels_without_held_out_rows": labels_without_rows(task, tested),
     }
     return Comparison(
         metrics,
@@ -138,7 +140,7 @@ def compare(
         pd.DataFrame(predictions),
         confusion_matrix(task, held_out, tuned),
         written,
-        {**facts, "answer_kind": kind.name, "report_sections": list(kind.report_sections)},
+        {**facts, **found},
     )
 
 
@@ -189,7 +191,8 @@ def format_generated(entry: Mapping[str, Any]) -> str:
     """One of `generated_texts` as text."""
     lines = [f"row {entry['row']}"]
     for who in ("base", "tuned"):
-        lines.append(f"  {who:<5} generates {entry[who]['text']!r} -> {entry[who]['answer']}")
+        answer = visible(str(entry[who]["answer"]), lines=False)
+        lines.append(f"  {who:<5} generates {entry[who]['text']!r} -> {answer}")
     return "\n".join(lines)
 
 
@@ -199,15 +202,31 @@ def _row_scores(
     outputs: Mapping[str, ModelOutputs],
     metrics: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Sequence[float]]:
-    """A column for each system with its rows' scores, whose mean is its primary metric."""
-    metric, kind = task.primary_metric, task.answer_kind
-    columns = {}
-    for system, given in outputs.items():
-        scores = kind.row_scores(metric, examples, given)
-        # A task's own metric may have the name, and another meaning.
-        if scores is not None and np.isclose(np.mean(scores), metrics[system].get(metric, np.nan)):
+    """Columns with the scores of the rows, and their weights, of which a metric is the mean."""
+    kind = task.answer_kind
+    columns: dict[str, Sequence[float]] = {}
+    for metric in shown_metrics(metrics[TUNED], primary=task.primary_metric):
+        given = {
+            system: (
+                kind.row_scores(metric, examples, found),
+                kind.row_weights(metric, examples, found),
+            )
+            for system, found in outputs.items()
+        }
+        given[CHANCE] = (kind.chance_scores(metric, examples), None)
+        for system, (scores, weights) in given.items():
+            value = metrics.get(system, {}).get(metric, np.nan)
+            # A task's own metric may have the name, and another meaning.
+            if scores is None or not np.isclose(_mean(scores, weights), value):
+                continue
             columns[f"{SCORE_BY}{metric}/{system}"] = scores
+            if weights is not None:
+                columns[f"{WEIGHT_BY}{metric}/{system}"] = weights
     return columns
+
+
+def _mean(scores: Sequence[float], weights: Sequence[float] | None) -> float:
+    return weighted_mean(scores, [1.0] * len(scores) if weights is None else weights)
 
 
 def _baselines(

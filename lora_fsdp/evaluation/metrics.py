@@ -64,6 +64,12 @@ def confusion_matrix(
     return kind.confusion_matrix(answers_of(task, sources), answers)
 
 
+def labels_without_rows(task: Task, examples: Sequence[Example]) -> list[str]:
+    """The labels of the task that no right answer to `examples` is; nothing is measured of them."""
+    held_out = set(answers_of(task, examples))
+    return [label for label in task.answer_kind.labels if label not in held_out]
+
+
 def answers_of(task: Task, examples: Sequence[Example]) -> list[str]:
     """The right answers: labels of a closed set, or the target text."""
     return [task.answer_of(example) for example in examples]

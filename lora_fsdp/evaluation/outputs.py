@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lora_fsdp.printing import visible
+
 # The systems of a comparison beside the baselines, as they are called in `metrics.json` and tables.
 UNTRAINED, TUNED, CHANCE = "untrained", "tuned", "chance"
 # Metrics that end a table, and those of a closed set that its confusion matrix shows better.
@@ -71,10 +73,10 @@ def format_metrics_table(
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("metric")
     for heading in columns:
-        table.add_column(Text(heading), justify="right")
+        table.add_column(Text(visible(heading, lines=False)), justify="right")
     for key in keys:
         values = (metrics.get(key) for metrics in columns.values())
-        table.add_row(Text(key), *map(_number, values))
+        table.add_row(Text(visible(key, lines=False)), *map(_number, values))
     return _plain_text(table, width)
 
 
@@ -93,7 +95,7 @@ def format_predictions_table(rows: Sequence[PredictionRow], *, width: int = 100)
     for row in rows:
         answers = [answer or _NOTHING for answer in (row.target, row.base, row.tuned)]
         shown = [_cut(answer, longest=max(12, width * 22 // 100)) for answer in answers]
-        cells = [Text(_escaped(cell)) for cell in (row.text, *shown)]
+        cells = [Text(visible(cell, lines=False)) for cell in (row.text, *shown)]
         table.add_row(str(row.row), *cells, _number(row.probability))
     return _plain_text(table, width)
 
@@ -117,7 +119,10 @@ def save_confusion_matrix_png(matrix: pd.DataFrame, path: str | Path) -> None:
     height, width = counts.shape
     many = width > _MOST_LABELS_WITH_COUNTS
     size, font = ((0.18, 0.18), 6) if many else ((0.6, 0.5), 10)
-    names = [[_cut(str(name)) for name in axis] for axis in (matrix.columns, matrix.index)]
+    names = [
+        [_cut(visible(str(name), lines=False)) for name in axis]
+        for axis in (matrix.columns, matrix.index)
+    ]
     figure = Figure(figsize=(3 + size[0] * width, 2.5 + size[1] * height), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
@@ -183,14 +188,6 @@ def _as_json(value: object) -> Any:
 
 def _number(value: float | None) -> str:
     return _NOTHING if value is None else f"{value:.4f}"
-
-
-def _escaped(text: str) -> str:
-    """The text on one line; an escape sequence in it cannot reach the terminal."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
 
 
 def _plain_text(table: Table, width: int) -> str:

@@ -55,6 +55,7 @@ def card_contents(
         "held_out_rows": record.get("held_out_rows"),
         "scores": run.metrics["metrics"] if finished and run.metrics else {},
         "metrics": _metric_names(run) if finished else [],
+        "verdict": run.scores["verdict"] if finished and run.scores else None,
         "prompt": f"{asking['before']}{{text}}{asking['after']}" if asking else None,
         "versions": _versions(record.get("environment") or {}),
         "sample_text": SAMPLE_TEXT,

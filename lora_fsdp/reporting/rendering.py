@@ -14,13 +14,12 @@ from markupsafe import Markup
 
 from lora_fsdp.errors import DamagedRunError
 from lora_fsdp.evaluation.outputs import write_json, write_text
-from lora_fsdp.reporting.sections.scores import name_of
+from lora_fsdp.evaluation.verdict import NOTHING, name_of, score_text, signed_text
+from lora_fsdp.printing import visible
 from lora_fsdp.reporting.texts import fenced, inline, one_line
 
 if TYPE_CHECKING:
     from lora_fsdp.reporting.sections.figures import Picture
-
-_NOTHING = "—"
 
 
 def write_page(
@@ -59,6 +58,12 @@ def _shown(picture: Picture) -> dict[str, Any]:
     }
 
 
+def _shown_value(value: Any) -> Any:
+    """What a page shows of a value, wherever it comes from; what is markup already is our own."""
+    is_text = isinstance(value, str) and not isinstance(value, Markup)
+    return visible(value) if is_text else value
+
+
 @cache
 def template_of(name: str) -> jinja2.Template:
     """A template of the room; texts in one for HTML are escaped, others have filters for that."""
@@ -66,6 +71,7 @@ def template_of(name: str) -> jinja2.Template:
         loader=jinja2.PackageLoader("lora_fsdp.reporting"),
         autoescape=name.endswith(".html.jinja"),
         undefined=jinja2.StrictUndefined,
+        finalize=_shown_value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -85,31 +91,15 @@ def template_of(name: str) -> jinja2.Template:
     return environment.get_template(name)
 
 
-def score_text(value: float | None) -> str:
-    """A score or probability with three decimals."""
-    if value is None or not math.isfinite(value):
-        return _NOTHING
-    # Without the sign of a negative zero.
-    return f"{round(value, 3) + 0.0:.3f}"
-
-
-def signed_text(value: float | None) -> str:
-    """A difference with three decimals and its sign."""
-    if value is None or not math.isfinite(value):
-        return _NOTHING
-    text = f"{value:+.3f}".replace("-", "\u2212")
-    return "0.000" if text[1:] == "0.000" else text
-
-
 def count_text(value: float | None) -> str:
     """A number of things."""
-    return _NOTHING if value is None else f"{value:,.0f}"
+    return NOTHING if value is None else f"{value:,.0f}"
 
 
 def rate_text(value: float | None) -> str:
     """A speed or a size: three significant digits or whole numbers, whichever is more."""
     if value is None or not math.isfinite(value):
-        return _NOTHING
+        return NOTHING
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -123,7 +113,7 @@ def moment_text(moment: str | None) -> str | None:
 def duration_text(seconds: float | None) -> str:
     """A time in the two largest units that fit."""
     if seconds is None or not math.isfinite(seconds):
-        return _NOTHING
+        return NOTHING
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

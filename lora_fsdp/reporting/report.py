@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from lora_fsdp.evaluation.intervals import CONFIDENCE, DRAWS
 from lora_fsdp.reporting.rendering import write_page
 from lora_fsdp.reporting.run_files import (
     DATA_HEALTH_FILE,
@@ -25,14 +26,12 @@ from lora_fsdp.reporting.sections.answers import (
     generated_section,
     labels_section,
 )
-from lora_fsdp.reporting.sections.intervals import CONFIDENCE, DRAWS
 from lora_fsdp.reporting.sections.progress import (
     curves,
     not_finite,
     plan_against_measured,
     progress,
 )
-from lora_fsdp.reporting.sections.scores import score_table
 from lora_fsdp.reporting.sections.usage import base_of, usage
 from lora_fsdp.reporting.texts import one_line, setting_text
 from lora_fsdp.tasks.answers import Section
@@ -89,7 +88,7 @@ def _contents(run: RunFiles) -> dict[str, Any]:
         "missing": _missing(run),
         "statistics": {"confidence": CONFIDENCE, "draws": DRAWS},
         "asked": run.part(RECORD_FILE, _asked),
-        "scores": run.part(METRICS_FILE, score_table),
+        "scores": run.part(METRICS_FILE, lambda run: run.scores),
         "curves": found,
         "not_finite": not_finite(found),
         **dict[str, Any].fromkeys(_SECTIONS),

@@ -12,7 +12,8 @@ import pandas as pd
 
 from lora_fsdp.errors import DamagedRunError, RunNotFoundError
 from lora_fsdp.evaluation.outputs import LOG_FILE
-from lora_fsdp.tasks.answers.kind import CHOICES, PROBABILITY_OF, SCORE_BY, Section
+from lora_fsdp.evaluation.verdict import columns_after, score_table
+from lora_fsdp.tasks.answers.kind import CHOICES, PROBABILITY_OF, SCORE_BY, WEIGHT_BY, Section
 
 RECORD_FILE = "run_record.json"
 # Its key with the digests of the rows that were trained on.
@@ -25,7 +26,6 @@ PREDICTIONS_FILE = "predictions.csv"
 ADAPTER_FILE = "adapter_config.json"
 _COLUMNS = ("row", "text", "target", "base", "tuned", "probability")
 _ADAPTER_KEYS = ("base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules")
-BASELINE = "baseline/"
 
 Part = TypeVar("Part")
 
@@ -78,6 +78,18 @@ class RunFiles:
             if source is not None and source.get("labels"):
                 return [str(label) for label in source["labels"]]
         return None
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """All systems' scores and the verdict (`score_table`); `None` before the run has ended."""
+        if self.metrics is None:
+            return None
+        return score_table(
+            self.metrics["metrics"],
+            self.predictions,
+            primary=str(self.metrics["primary_metric"]),
+            rows=self.metrics.get("held_out_rows"),
+        )
 
     @property
     def sections(self) -> list[str]:
@@ -205,19 +217,13 @@ def _predictions(path: Path) -> pd.DataFrame | None:
             raise _damaged(path, f"it has no column {', '.join(missing)}")
         table["row"] = table["row"].astype(int)
         for column in table.columns:
-            if column == "probability" or column.startswith((PROBABILITY_OF, SCORE_BY)):
+            if column == "probability" or column.startswith((PROBABILITY_OF, SCORE_BY, WEIGHT_BY)):
                 table[column] = table[column].astype(float)
     except (ValueError, OSError) as error:
         if isinstance(error, DamagedRunError):
             raise
         raise _damaged(path, error) from error
     return table
-
-
-def columns_after(prefix: str, predictions: pd.DataFrame) -> dict[str, str]:
-    """The columns that begin with `prefix`, by what follows it: labels, or baselines."""
-    names = [name for name in predictions.columns if name.startswith(prefix)]
-    return {name.removeprefix(prefix): name for name in names}
 
 
 def _damaged(path: Path, why: object) -> DamagedRunError:

@@ -10,27 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.evaluation.outputs import TUNED
-from lora_fsdp.reporting.rendering import write_page
-from lora_fsdp.reporting.run_files import (
-    METRICS_FILE,
-    RECORD_FILE,
-    RunFiles,
-    columns_after,
-    read_run,
-)
-from lora_fsdp.reporting.sections.intervals import (
+from lora_fsdp.evaluation.intervals import (
     CONFIDENCE,
     DRAWS,
     PairedBootstrap,
     mcnemar_p_value,
 )
+from lora_fsdp.evaluation.outputs import TUNED
+from lora_fsdp.evaluation.verdict import columns_after, scores_by_system
+from lora_fsdp.reporting.rendering import write_page
+from lora_fsdp.reporting.run_files import (
+    METRICS_FILE,
+    RECORD_FILE,
+    RunFiles,
+    read_run,
+)
 from lora_fsdp.reporting.sections.progress import curves, progress
-from lora_fsdp.reporting.sections.scores import score_table
 from lora_fsdp.reporting.texts import setting_text
-from lora_fsdp.tasks.answers.kind import PROBABILITY_OF
+from lora_fsdp.tasks.answers.kind import PROBABILITY_OF, SCORE_BY, WEIGHT_BY
 
 if TYPE_CHECKING:
     from lora_fsdp.reporting.sections.figures import Picture
@@ -94,7 +94,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _contents(runs: dict[str, RunFiles]) -> dict[str, Any]:
-    scores = {name: run.part(METRICS_FILE, score_table) for name, run in runs.items()}
+    scores = {name: run.part(METRICS_FILE, lambda run: run.scores) for name, run in runs.items()}
     metrics = dict.fromkeys(
         metric for table in scores.values() if table for metric in table["metrics"]
     )
@@ -167,19 +167,7 @@ def _paired(first: RunFiles, other: RunFiles, metrics: Sequence[str]) -> dict[st
     mine, theirs = (table.sort_values("row", ignore_index=True) for table in (mine, theirs))
     if not mine[_SAME_ROWS].equals(theirs[_SAME_ROWS]):
         return {"same_rows": False, "why": "they were not scored on the same held-out rows"}
-    labels = list(
-        dict.fromkeys(
-            [*columns_after(PROBABILITY_OF, mine), *columns_after(PROBABILITY_OF, theirs)]
-        )
-    )
-    bootstrap = PairedBootstrap(
-        mine["target"].tolist(),
-        {"first": mine["tuned"].tolist(), "other": theirs["tuned"].tolist()},
-        labels=labels,
-    )
-    resampled = {"accuracy": "accuracy", "exact_match": "accuracy"}
-    if labels:
-        resampled["macro_f1"] = "macro_f1"
+    bootstrap = _bootstrap(mine, theirs)
     right: list[np.ndarray] = [
         (table["tuned"] == table["target"]).to_numpy() for table in (mine, theirs)
     ]
@@ -187,14 +175,47 @@ def _paired(first: RunFiles, other: RunFiles, metrics: Sequence[str]) -> dict[st
         "same_rows": True,
         "rows": len(mine),
         "differences": {
-            metric: asdict(bootstrap.difference("other", "first", resampled[metric]))
+            metric: asdict(found)
             for metric in metrics
-            if metric in resampled
+            if all(bootstrap.knows(one, metric) for one in ("first", "other"))
+            and np.isclose(
+                (found := bootstrap.difference("other", "first", metric)).value,
+                _tuned_score(other, metric) - _tuned_score(first, metric),
+                atol=1e-6,
+            )
         },
         "only_first_right": int((right[0] & ~right[1]).sum()),
         "only_other_right": int((right[1] & ~right[0]).sum()),
         "mcnemar_p_value": mcnemar_p_value(*right),
     }
+
+
+def _bootstrap(mine: pd.DataFrame, theirs: pd.DataFrame) -> PairedBootstrap:
+    """The tuned models of two runs as "first" and "other"."""
+    tables = {"first": mine, "other": theirs}
+    labels = [columns_after(PROBABILITY_OF, table) for table in tables.values()]
+
+    def scores(prefix: str) -> dict[tuple[str, str], list[float]]:
+        return {
+            (name, metric): values
+            for name, table in tables.items()
+            for (system, metric), values in scores_by_system(prefix, table).items()
+            if system == TUNED
+        }
+
+    return PairedBootstrap(
+        mine["target"].tolist(),
+        {name: table["tuned"].tolist() for name, table in tables.items()},
+        labels=list(dict.fromkeys([*labels[0], *labels[1]])),
+        scores=scores(SCORE_BY),
+        weights=scores(WEIGHT_BY),
+    )
+
+
+def _tuned_score(run: RunFiles, metric: str) -> float:
+    """The run's own; NaN where there is none."""
+    metrics = {} if run.metrics is None else run.metrics["metrics"][TUNED]
+    return float(metrics.get(metric, np.nan))
 
 
 def _pictures(contents: dict[str, Any]) -> list[Picture]:

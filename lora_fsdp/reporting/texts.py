@@ -5,9 +5,8 @@ from __future__ import annotations
 import html
 import re
 
-# Parts of ordinary writing that `str.isprintable` counts as invisible: joiners in emoji and in
-# Persian or Indic words, and the marks of writing direction that do not reorder other text.
-_HARMLESS = {"\u200c", "\u200d", "\u200e", "\u200f"}
+from lora_fsdp.printing import visible
+
 # What means something to Markdown within a line, and what makes an address a link by itself.
 _MARKUP = re.compile(r"([\\`*_{}\[\]#!|~$^:@]|(?<=www)\.)", flags=re.IGNORECASE)
 
@@ -27,17 +26,7 @@ def one_line(text: str, *, limit: int = 240) -> str:
     cut = len(line) > limit or len(text) > 4 * limit
     if cut:
         line = line[: limit - 1].rstrip() + "…"
-    return without_invisible(line)
-
-
-def without_invisible(line: str) -> str:
-    """`line` with control characters and those that turn the direction of text as escapes."""
-    return "".join(
-        letter
-        if letter.isprintable() or letter in _HARMLESS
-        else letter.encode("unicode_escape").decode()
-        for letter in line
-    )
+    return visible(line, lines=False)
 
 
 def inline(value: object, *, limit: int = 120) -> str:
@@ -55,5 +44,5 @@ def fenced(text: str, language: str) -> str:
     fence = "`" * max(3, longest + 1)
     # A carriage return alone ends a line too.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    shown = ["\t".join(map(without_invisible, line.split("\t"))) for line in lines]
+    shown = map(visible, lines)
     return "\n".join([f"{fence}{language}", *shown, fence])

@@ -10,7 +10,7 @@ from lora_fsdp.tasks.cells import cell_text
 from lora_fsdp.tasks.columns import ColumnTask
 from lora_fsdp.tasks.example import Example, Prompt
 from lora_fsdp.tasks.registry import register_task
-from lora_fsdp.tasks.text_metrics import exact_match, token_f1
+from lora_fsdp.tasks.text_metrics import exact_match, token_f1, weighted_mean
 
 
 @register_task
@@ -18,7 +18,8 @@ class GenerationTask(ColumnTask):
     """Generates a text for each text. Complete as it is; subclasses set class attributes.
 
     Every class attribute is also a constructor argument. A subclass with metrics of its own
-    defines `score_answer`, or `measure_answers` if they are no means over the rows.
+    defines `score_answer`, with `weigh_answer` where rows do not count alike, or `measure_answers`
+    if they are no means over the rows.
     """
 
     name = "generation"
@@ -29,7 +30,7 @@ class GenerationTask(ColumnTask):
     @property
     def answer_kind(self) -> FreeText:
         """Free text, of which each row has its scores."""
-        return FreeText(self.parse, self.score_answer)
+        return FreeText(self.parse, self.score_answer, self.weigh_answer)
 
     def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
         """Instruction, input, and the cue for the answer."""
@@ -55,15 +56,23 @@ class GenerationTask(ColumnTask):
             "exact_match": exact_match(answer, references),
         }
 
+    def weigh_answer(self, answer: str, references: Sequence[str]) -> dict[str, float]:
+        """How much the row counts in the mean of a metric; one that is not named counts 1."""
+        return {}
+
     def measure_answers(
         self, answers: Sequence[str | None], references: Sequence[Sequence[str]]
     ) -> dict[str, float]:
         """Metrics of N answers (`None` = none), each against its right answers."""
-        scores = [
-            self.score_answer(answer or "", right)
-            for answer, right in zip(answers, references, strict=True)
-        ]
-        return {name: sum(row[name] for row in scores) / len(scores) for name in scores[0]}
+        given = [(answer or "", right) for answer, right in zip(answers, references, strict=True)]
+        scores = [self.score_answer(*row) for row in given]
+        weights = [self.weigh_answer(*row) for row in given]
+        return {
+            name: weighted_mean(
+                [row[name] for row in scores], [row.get(name, 1.0) for row in weights]
+            )
+            for name in scores[0]
+        }
 
     def measure(
         self, examples: Sequence[Example], answers: Sequence[str | None]

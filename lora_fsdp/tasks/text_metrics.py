@@ -49,3 +49,11 @@ def _f1(answer: Sequence[str], reference: Sequence[str]) -> float:
         return float(answer == reference)
     shared = sum((Counter(answer) & Counter(reference)).values())
     return 2 * shared / (len(answer) + len(reference))
+
+
+def weighted_mean(scores: Sequence[float], weights: Sequence[float]) -> float:
+    """The mean of `scores` by `weights`; where none of them counts, all count alike."""
+    total = sum(weights)
+    if total == 0:
+        return sum(scores) / len(scores)
+    return sum(one * weight for one, weight in zip(scores, weights, strict=True)) / total

@@ -221,6 +221,24 @@ def test_a_mean_over_the_rows_has_an_interval(model_folder: Path, tmp_path: Path
         assert shown["low"] <= value <= shown["high"]
 
 
+def test_a_run_says_what_is_odd_about_its_rows(
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `tasks check` and the doctor do, before it trains; what has no row is not counted."""
+
+    class RareTask(ToyTask):
+        labels = (*LABELS, "never seen")
+
+    found = train(RareTask(), model_folder, tmp_path / "rare", toy_table(48))
+    said = capsys.readouterr().out
+    assert "warning: No held-out row, so nothing is measured of them: 'never seen'." in said
+    assert "warning: Fewer than 10 training rows: 'never seen'." in said
+    assert said.index("warning:") < said.index("Scoring the untrained model")
+    assert found["labels_without_held_out_rows"] == ["never seen"]
+    assert "1 of 4 labels has no held-out row" in said
+    assert report_of(tmp_path / "rare")["scores"]["labels_without_rows"] == {"count": 1, "of": 4}
+
+
 @pytest.mark.parametrize("task", [ToyTask(), EchoTask()], ids=lambda task: task.name)
 def test_a_held_out_row_is_tokenised_once(
     task: Task, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
+from lora_fsdp.evaluation.intervals import PairedBootstrap, mcnemar_p_value, wilson_interval
 from lora_fsdp.reporting.recording.label_errors import suspected_label_errors
 from lora_fsdp.reporting.sections.calibration import calibration
-from lora_fsdp.reporting.sections.intervals import PairedBootstrap, mcnemar_p_value, wilson_interval
 
 LABELS = ["a", "b", "c"]
 
@@ -77,7 +77,8 @@ def test_rare_labels_do_not_push_the_interval_below_the_score() -> None:
     found = PairedBootstrap(labels, {"x": labels}, labels=labels).interval("x", "macro_f1")
     assert (found.low, found.value, found.high) == (1, 1, 1)
     absent = PairedBootstrap(labels, {"x": labels}, labels=[*labels, "nowhere"])
-    assert absent.interval("x", "macro_f1").value == pytest.approx(40 / 41)
+    found = absent.interval("x", "macro_f1")
+    assert (found.low, found.value, found.high) == (1, 1, 1)
 
 
 def test_bootstrap_of_rows_scores_is_about_the_means_width() -> None:
@@ -128,6 +129,39 @@ def test_calibrated_answers_have_a_small_error() -> None:
     confidence = random.uniform(0.3, 1, 20_000)
     assert calibration(confidence, random.random(20_000) < confidence)["error"] < 0.01
     assert calibration(confidence, random.random(20_000) < confidence - 0.2)["error"] > 0.15
+
+
+@pytest.mark.parametrize("rows", [40, 400, 4000])
+def test_the_error_of_a_calibrated_model_is_what_is_expected(rows: int) -> None:
+    """Over many samples of that size; it falls with the root of the rows."""
+    random = np.random.default_rng(rows)
+    found = []
+    for _ in range(60):
+        confidence = random.uniform(0.3, 1, rows)
+        found.append(calibration(confidence, random.random(rows) < confidence))
+    errors = [one["error"] for one in found]
+    expected = float(np.mean([one["error_expected"] for one in found]))
+    assert np.mean(errors) == pytest.approx(expected, rel=0.12)
+    assert expected == pytest.approx(1.1 / np.sqrt(rows), rel=0.25)
+    above = np.mean([one["error"] > one["error_high"] for one in found])
+    assert above <= 0.15
+
+
+def test_a_rival_of_several_is_better_by_chance_no_more_often_than_one() -> None:
+    """Three rivals as good as the tuned model, 300 times: one is 'better' in 2.5 % at most."""
+    random = np.random.default_rng(4)
+    better = {1: 0, 3: 0}
+    for _ in range(300):
+        targets = random.choice(LABELS, 150).tolist()
+        systems = {
+            name: answers(targets, right=0.7, seed=int(random.integers(1 << 30)))
+            for name in ("tuned", "a", "b", "c")
+        }
+        bootstrap = PairedBootstrap(targets, systems)
+        for of in better:
+            highs = [bootstrap.difference("tuned", one, "accuracy", of=of).high for one in "abc"]
+            better[of] += min(highs) < 0
+    assert better[3] <= 0.035 * 300 < better[1]
 
 
 def test_planted_label_errors_are_suspected() -> None:

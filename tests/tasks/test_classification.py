@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import f1_score
 
 from lora_fsdp.data.tables import read_table
 from lora_fsdp.errors import (
@@ -17,6 +18,7 @@ from lora_fsdp.errors import (
     SingleLabelError,
     UnknownLabelError,
 )
+from lora_fsdp.evaluation.intervals import PairedBootstrap
 from lora_fsdp.tasks import ClassificationTask, SentimentTask
 from lora_fsdp.tasks.cells import label_text
 
@@ -274,13 +276,32 @@ def test_metrics_by_hand(task: SentimentTask) -> None:
     assert metrics["precision/positive"] == 0.5
     assert metrics["recall/negative"] == 0.5
     assert metrics["f1/negative"] == pytest.approx(2 / 3)
-    # The label set has a third label, which is in neither: it counts as 0.
+    # The label set has a third label, which is in neither: no mean counts it.
     assert metrics["f1/neutral"] == 0
-    assert metrics["macro_f1"] == pytest.approx((0.5 + 2 / 3 + 0) / 3)
+    assert metrics["macro_f1"] == pytest.approx((0.5 + 2 / 3) / 2)
     assert metrics["weighted_f1"] == pytest.approx((0.5 + 2 / 3) / 2)
     assert task.primary_metric in metrics
     assert all(type(value) is float for value in metrics.values())
     assert len(metrics) == 3 + 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("targets", "given"),
+    [
+        (["negative", "positive"], ["negative", "positive"]),
+        (["negative", "positive"], ["negative", "neutral"]),  # given, and never right
+        (["neutral"], ["neutral"]),
+        (["negative", "negative", "positive"], ["positive", "positive", "positive"]),
+    ],
+)
+def test_macro_f1_is_that_of_scikit_learn(
+    task: SentimentTask, targets: list[str], given: list[str]
+) -> None:
+    """Over the labels that occur; the interval's own value is the same."""
+    expected = f1_score(targets, given, average="macro", zero_division=0)
+    assert task.compute_metrics(targets, given)["macro_f1"] == pytest.approx(expected)
+    bootstrap = PairedBootstrap(targets, {"x": given}, labels=task.labels)
+    assert bootstrap.interval("x", "macro_f1").value == pytest.approx(expected)
 
 
 def test_metrics_without_any_answer_are_zero(task: SentimentTask) -> None:

@@ -220,6 +220,69 @@ class TestMetrics:
         same = [task.parse(json.dumps(fields)) for fields in right]
         assert set(task.measure(task.examples(rows), same).values()) == {1.0}
 
+    @pytest.mark.parametrize(
+        ("right", "given", "f1", "whole"),
+        [
+            # Scrambled records: of each entry one field of two is right.
+            (
+                {"orders": [{"id": "a", "amount": 10}, {"id": "b", "amount": 20}]},
+                {"orders": [{"id": "a", "amount": 20}, {"id": "b", "amount": 10}]},
+                0.5,
+                0,
+            ),
+            # The same records in another order are the same.
+            (
+                {"orders": [{"id": "a", "amount": 10}, {"id": "b", "amount": 20}]},
+                {"orders": [{"amount": 20, "id": "b"}, {"id": "a", "amount": 10.0}]},
+                1.0,
+                1,
+            ),
+            # One entry forgotten: two of four fields are given, both right.
+            ({"x": [{"i": 1, "j": 2}, {"i": 3, "j": 4}]}, {"x": [{"i": 3, "j": 4}]}, 2 / 3, 0),
+            ({"x": [[1, 2], [3, 4]]}, {"x": [[1, 4], [3, 2]]}, 0.5, 0),
+            ({"a": 2}, {"a": 2.0}, 1.0, 1),
+            ({"a": [1, 2.0]}, {"a": [2, 1.0]}, 1.0, 1),
+            ({"a": 1}, {"a": True}, 0.0, 0),
+            ({"a": [1]}, {"a": [True]}, 0.0, 0),
+            ({"a": "2"}, {"a": 2}, 0.0, 0),
+            ({"a": None}, {}, 0.0, 0),
+            ({"a": {}}, {"a": {}}, 1.0, 1),
+            ({"a": {}}, {"a": []}, 0.0, 0),
+            ({"a": [1, 1]}, {"a": [1]}, 2 / 3, 0),
+            ({}, {}, 1.0, 1),
+        ],
+    )
+    def test_records_are_compared_as_wholes(
+        self, right: dict[str, Any], given: dict[str, Any], f1: float, whole: float
+    ) -> None:
+        found = ExtractionTask().measure_answers([json.dumps(given)], [[json.dumps(right)]])
+        assert found == pytest.approx({"field_f1": f1, "valid_json": 1, "whole_object": whole})
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '{"a": 1}',
+            ' {"a": 1} and more',
+            '```json\n{"a": 1}\n```',
+            'Here it is:\n```\n{\n "a": 1\n}\n```\nAnything else?',
+            '```JSON \r\n{"a": 1}',
+        ],
+    )
+    def test_an_object_is_found_in_a_fenced_block_too(self, text: str) -> None:
+        assert ExtractionTask().parse(text) == '{"a": 1}'
+
+    @pytest.mark.parametrize("text", ['It is {"a": 1}', "```json\n[1]\n```", "[" * 10**5, "```"])
+    def test_what_is_no_object_is_no_answer(self, text: str) -> None:
+        assert ExtractionTask().parse(text) is None
+
+    def test_objects_in_objects_are_bounded(self) -> None:
+        deep, fair = ('{"a": ' * levels + "1" + "}" * levels for levels in (400, 90))
+        assert ExtractionTask().parse(deep) is None
+        answer = ExtractionTask().parse(fair)
+        assert ExtractionTask().measure_answers([answer], [[fair]])["field_f1"] == 1
+        with pytest.raises(MalformedRowError, match="nested deeper than 100 levels"):
+            ExtractionTask().bind(table({"text": "t", "fields": deep}))
+
     def test_rouge_is_the_library_s_in_english_and_counts_other_scripts(self) -> None:
         answer, right = "Two cats were sitting on the mats", "The cat sat on two mats"
         expected = RougeScorer(["rougeL"], use_stemmer=True).score(right, answer)["rougeL"].fmeasure

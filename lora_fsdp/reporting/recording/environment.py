@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import psutil
 import torch
+
+from lora_fsdp.printing import is_secret_name, without_secrets
 
 _PACKAGES = (
     "torch",
@@ -24,7 +25,6 @@ _PACKAGES = (
     "pandas",
 )
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
-_SECRET = re.compile(r"(?i)^--?[\w-]*(token|key|secret|password)(=.*)?$")
 
 
 def environment() -> dict[str, object]:
@@ -89,14 +89,18 @@ def launch_command() -> list[str] | None:
 
 
 def _masked(command: list[str]) -> list[str]:
-    masked = list(command)
-    for index, word in enumerate(command):
-        if _SECRET.match(word) is None:
-            continue
-        if "=" in word:
-            masked[index] = f"{word.partition('=')[0]}=***"
-        elif index + 1 < len(command):
-            masked[index + 1] = "***"
+    masked: list[str] = []
+    hide_next = False
+    for word in command:
+        name, equals, value = word.partition("=")
+        is_option = word.startswith("-") and is_secret_name(name)
+        if hide_next and not (is_option or word.startswith("--")):
+            masked.append("***")
+        elif equals and word.startswith("-"):
+            masked.append(f"{name}={'***' if is_option else without_secrets(value)}")
+        else:
+            masked.append(without_secrets(word))
+        hide_next = is_option and not equals
     return masked
 
 

@@ -17,6 +17,7 @@ from lora_fsdp.data.rows import TaskData
 from lora_fsdp.distributed.status import FsdpStatus
 from lora_fsdp.evaluation.metrics import answers_of
 from lora_fsdp.evaluation.outputs import write_json
+from lora_fsdp.printing import without_secrets
 from lora_fsdp.reporting.recording.data_health import HELD_OUT, TRAINING, data_health
 from lora_fsdp.reporting.recording.environment import environment, launch_command
 from lora_fsdp.reporting.run_files import DATA_HEALTH_FILE, RECORD_FILE, TRAINED_ON
@@ -52,8 +53,10 @@ def record_start(
         "command": launch_command(),
         "working_directory": Path.cwd(),
         "environment": environment(),
-        "arguments": {group: values for group, (_, values) in arguments.items()},
-        "not_default": {group: _not_default(*given) for group, given in arguments.items()},
+        "arguments": without_secrets({group: values for group, (_, values) in arguments.items()}),
+        "not_default": without_secrets(
+            {group: _not_default(*given) for group, given in arguments.items()}
+        ),
         **_facts(trainer, data),
         "prompt": _sample_prompt(trainer, data.held_out),
         "asking": _asking(trainer, data),

@@ -6,8 +6,9 @@ from typing import Any
 
 import pandas as pd
 
+from lora_fsdp.evaluation.verdict import columns_after
 from lora_fsdp.reporting.recording.label_errors import listed_suspects, suspected_label_errors
-from lora_fsdp.reporting.run_files import RunFiles, columns_after
+from lora_fsdp.reporting.run_files import RunFiles
 from lora_fsdp.reporting.sections.calibration import calibration
 from lora_fsdp.reporting.texts import one_line
 from lora_fsdp.tasks.answers.kind import PROBABILITY_OF

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lora_fsdp.reporting.sections.scores import name_of
+from lora_fsdp.evaluation.verdict import name_of
 
 # The light palette; inline, each colour becomes the page's variable of that name, which has another
 # value in dark mode (templates/style.css).

@@ -61,7 +61,7 @@ class ClosedSet(AnswerKind):
     def metrics(
         self, targets: Sequence[str], predictions: Sequence[str | None]
     ) -> dict[str, float]:
-        """Accuracy, F1 and per-label scores over the whole label set, as scikit-learn has them.
+        """Accuracy, F1 and per-label scores, as scikit-learn has them.
 
         Args:
             targets: the right labels.
@@ -69,7 +69,8 @@ class ClosedSet(AnswerKind):
 
         Returns:
             `accuracy`, `macro_f1`, `weighted_f1` and, for every label, `precision/<label>`,
-            `recall/<label>` and `f1/<label>`, each from 0 to 1. A label that occurs nowhere has 0.
+            `recall/<label>` and `f1/<label>`, each from 0 to 1. A label that is neither a right
+            answer nor a given one has 0 there and does not count in the means of F1.
         """
         # Imported here, because scikit-learn takes longer to import than everything else here.
         from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
@@ -77,8 +78,10 @@ class ClosedSet(AnswerKind):
         labels = self.labels
         answers = self._closed(predictions)
         metrics = {"accuracy": float(accuracy_score(targets, answers))}
+        occurring = set(targets) | set(answers)
+        counted = [label for label in labels if label in occurring] or labels
         for average in ("macro", "weighted"):
-            score = f1_score(targets, answers, labels=labels, average=average, zero_division=0)
+            score = f1_score(targets, answers, labels=counted, average=average, zero_division=0)
             metrics[f"{average}_f1"] = float(score)
         scores = precision_recall_fscore_support(targets, answers, labels=labels, zero_division=0)
         for kind, values in zip(("precision", "recall", "f1"), scores[:3], strict=True):

@@ -17,6 +17,8 @@ class FreeText(AnswerKind):
     Args:
         parse: finds the answer in a generated text (`Task.parse`).
         score: an answer's metrics by the right answers, where those of the rows are their means.
+        weigh: how much the answer counts in the mean of a metric, by its name; 1 where it is not
+            named.
     """
 
     name = "free_text"
@@ -29,9 +31,11 @@ class FreeText(AnswerKind):
         self,
         parse: Callable[[str], str | None],
         score: Callable[[str, Sequence[str]], Mapping[str, float]] | None = None,
+        weigh: Callable[[str, Sequence[str]], Mapping[str, float]] | None = None,
     ) -> None:
         self._parse = parse
         self._score = score
+        self._weigh = weigh
 
     def candidates(self, example: Example) -> Sequence[str]:
         """None."""
@@ -51,11 +55,26 @@ class FreeText(AnswerKind):
         self, metric: str, examples: Sequence[Example], outputs: ModelOutputs
     ) -> Sequence[float] | None:
         """What `score` says of each row."""
-        if self._score is None:
+        return self._by_row(self._score, metric, examples, outputs)
+
+    def row_weights(
+        self, metric: str, examples: Sequence[Example], outputs: ModelOutputs
+    ) -> Sequence[float] | None:
+        """What `weigh` says of each row."""
+        return self._by_row(self._weigh, metric, examples, outputs)
+
+    def _by_row(
+        self,
+        ask: Callable[[str, Sequence[str]], Mapping[str, float]] | None,
+        metric: str,
+        examples: Sequence[Example],
+        outputs: ModelOutputs,
+    ) -> Sequence[float] | None:
+        if ask is None:
             return None
         given = zip(self.answers(examples, outputs), examples, strict=True)
-        scores = [self._score(answer or "", self.references(example)) for answer, example in given]
-        return [row[metric] for row in scores] if scores and metric in scores[0] else None
+        found = [ask(answer or "", self.references(example)) for answer, example in given]
+        return [row[metric] for row in found] if found and metric in found[0] else None
 
     def references(self, example: Example) -> Sequence[str]:
         """All right answers to an example."""

@@ -18,6 +18,8 @@ MAJORITY, TFIDF = "majority", "TF-IDF + logistic"
 # Columns of predictions: a label's probability, a row's own choices with theirs, and the score of a
 # row by "<metric>/<system>".
 PROBABILITY_OF, CHOICES, SCORE_BY = "probability/", "choices", "score/"
+# Beside a score, how much it counts in the mean, where rows do not count alike.
+WEIGHT_BY = "weight/"
 
 
 class Section(StrEnum):
@@ -120,8 +122,14 @@ class AnswerKind(ABC):
     ) -> Sequence[float] | None:
         """[N], of which `metric` is the mean, for its interval; `None` if it is no such mean.
 
-        Accuracy needs none: the answers say it.
+        What follows from the answers alone needs none: accuracy, F1 of labels.
         """
+        return None
+
+    def row_weights(
+        self, metric: str, examples: Sequence[Example], outputs: ModelOutputs
+    ) -> Sequence[float] | None:
+        """[N], how much each of `row_scores` counts in the mean; `None` = all alike."""
         return None
 
     def confusion_matrix(
@@ -133,6 +141,10 @@ class AnswerKind(ABC):
     def chance(self, examples: Sequence[Example]) -> dict[str, float]:
         """Metrics that guessing has on average; empty if it says nothing."""
         return {}
+
+    def chance_scores(self, metric: str, examples: Sequence[Example]) -> Sequence[float] | None:
+        """[N], what guessing is expected to score on each row, of which `chance` is the mean."""
+        return None
 
     def run_columns(
         self, examples: Sequence[Example], outputs: ModelOutputs

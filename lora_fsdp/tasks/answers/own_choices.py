@@ -11,6 +11,9 @@ import numpy as np
 from lora_fsdp.tasks.answers.kind import CHOICES, AnswerKind, ModelOutputs
 from lora_fsdp.tasks.example import Example
 
+# Metrics by which one who guesses is right in a known share of the rows.
+_GUESSED = ("accuracy", "accuracy_normalised")
+
 
 class OwnChoices(AnswerKind):
     """One of `Example.choices`."""
@@ -42,15 +45,25 @@ class OwnChoices(AnswerKind):
         Source: `acc_norm` of https://github.com/EleutherAI/lm-evaluation-harness, which divides by
         characters.
         """
-        per_token = outputs.log_likelihoods / np.maximum(outputs.tokens, 1).astype(np.float32)
-        chosen = _chosen(examples, per_token.argmax(axis=1).tolist())
-        right = [self.answer_of(example) for example in examples]
-        return {"accuracy_normalised": _share_right(right, chosen)}
+        right = _right_per_token(self, examples, outputs)
+        return {"accuracy_normalised": sum(right) / len(right)}
+
+    def row_scores(
+        self, metric: str, examples: Sequence[Example], outputs: ModelOutputs
+    ) -> Sequence[float] | None:
+        """Whether the choice that is likeliest per token is right; the answers say the rest."""
+        if metric != "accuracy_normalised":
+            return None
+        return _right_per_token(self, examples, outputs)
 
     def chance(self, examples: Sequence[Example]) -> dict[str, float]:
         """The mean share of right answers of one who guesses among each row's choices."""
-        shares = [1 / len(example.choices) for example in examples]
-        return {"accuracy": sum(shares) / len(shares)} if shares else {}
+        shares = self.chance_scores("accuracy", examples)
+        return dict.fromkeys(_GUESSED, sum(shares) / len(shares)) if shares else {}
+
+    def chance_scores(self, metric: str, examples: Sequence[Example]) -> Sequence[float] | None:
+        """One by the number of the row's choices."""
+        return [1 / len(example.choices) for example in examples] if metric in _GUESSED else None
 
     def run_columns(
         self, examples: Sequence[Example], outputs: ModelOutputs
@@ -74,6 +87,15 @@ class OwnChoices(AnswerKind):
 def _chosen(examples: Sequence[Example], places: Sequence[int]) -> list[str]:
     chosen = zip(examples, places, strict=True)
     return [example.choices[place].strip() for example, place in chosen]
+
+
+def _right_per_token(
+    kind: OwnChoices, examples: Sequence[Example], outputs: ModelOutputs
+) -> list[float]:
+    """[N], 1 where the choice with the highest log-likelihood per token is the right one."""
+    per_token = outputs.log_likelihoods / np.maximum(outputs.tokens, 1).astype(np.float32)
+    chosen = zip(examples, _chosen(examples, per_token.argmax(axis=1).tolist()), strict=True)
+    return [float(choice == kind.answer_of(example)) for example, choice in chosen]
 
 
 def _share_right(targets: Sequence[str], predictions: Sequence[str | None]) -> float:

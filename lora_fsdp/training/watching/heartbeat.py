@@ -32,6 +32,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from lora_fsdp.errors import StalledRankError
+from lora_fsdp.printing import say
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 _MOST_POLL_SECONDS = 5.0
@@ -138,7 +139,7 @@ class Heartbeat:
             f"seen: {self._last_seen()}. Every rank's stacks: {stacks.parent}. Earlier checkpoints "
             "are as they were: continue with --resume_from_checkpoint true."
         )
-        print(f"StalledRankError: {error}", file=sys.__stderr__, flush=True)
+        say(f"StalledRankError: {error}", file=sys.__stderr__, flush=True)
         get_error_handler().record_exception(error)
         os._exit(EXIT_CODE)
 
@@ -152,8 +153,8 @@ class Heartbeat:
                 opened.flush()
                 faulthandler.dump_traceback(opened, all_threads=True)
         except OSError as error:
-            print(f"{file} cannot be written: {error}", file=sys.__stderr__)
-        print(f"Stacks of rank {self.rank}, {self._where()}:", file=sys.__stderr__, flush=True)
+            say(f"{file} cannot be written: {error}", file=sys.__stderr__)
+        say(f"Stacks of rank {self.rank}, {self._where()}:", file=sys.__stderr__, flush=True)
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         return file
 

@@ -32,6 +32,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from lora_fsdp.distributed.orphans import has_launcher
 from lora_fsdp.errors import TrainingInterrupted
+from lora_fsdp.printing import say
 
 EXIT_CODE = 75
 POLL_SECONDS = 0.5
@@ -159,6 +160,6 @@ class StopRequests:
             self._noticed = True
         self._settled.set()
         if not self._over.wait(AGREE_SECONDS):
-            print(f"Stopped ({self.reason}) while waiting for another rank.", file=sys.stderr)
+            say(f"Stopped ({self.reason}) while waiting for another rank.", file=sys.stderr)
             sys.stderr.flush()
             os._exit(EXIT_CODE)

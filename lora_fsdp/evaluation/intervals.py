@@ -11,6 +11,9 @@ import pandas as pd
 
 CONFIDENCE = 0.95
 DRAWS = 2_000
+# Metrics that are the share of right answers, and those of one label, as "<metric>/<label>".
+SHARES = ("accuracy", "exact_match")
+_OF_A_LABEL = ("precision", "recall", "f1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +69,10 @@ class PairedBootstrap:
     Args:
         targets: the N right answers.
         answers: for each system its N answers.
-        labels: the label set over which macro-F1 is the mean; empty if it is not asked for.
+        labels: the label set; macro-F1 is the mean over those that occur. Empty if it is not asked
+            for.
         scores: by (system, metric) N scores of which the metric is the mean.
+        weights: by (system, metric) how much each of these scores counts, where not all alike.
     """
 
     def __init__(
@@ -77,11 +82,13 @@ class PairedBootstrap:
         *,
         labels: Sequence[str] = (),
         scores: Mapping[tuple[str, str], Sequence[float]] | None = None,
+        weights: Mapping[tuple[str, str], Sequence[float]] | None = None,
         seed: int = 0,
     ) -> None:
         columns: dict[Any, list[Any]] = {"target": list(targets)}
         columns |= {f"answer {name}": list(given) for name, given in answers.items()}
         columns |= {key: list(given) for key, given in (scores or {}).items()}
+        columns |= {(*key, "weight"): list(given) for key, given in (weights or {}).items()}
         kinds = pd.DataFrame(columns, dtype=object).value_counts(sort=False)
         self.rows = len(targets)
         self.labels = list(labels)
@@ -92,43 +99,71 @@ class PairedBootstrap:
         self._weights = np.vstack([counts, drawn]).astype(float)
 
     def knows(self, system: str, metric: str) -> bool:
-        """Whether there are the system's `scores` by the metric, or its macro-F1."""
-        if metric == "macro_f1" and self.labels and f"answer {system}" in self._kinds:
+        """Whether there are the system's `scores` by the metric, or answers that give it."""
+        if (system, metric) in self._kinds:
             return True
-        return (system, metric) in self._kinds
+        kind, _, label = metric.partition("/")
+        if f"answer {system}" not in self._kinds:
+            return False
+        means = metric in ("macro_f1", "weighted_f1") and len(self.labels) > 0
+        return metric in SHARES or means or (kind in _OF_A_LABEL and label in self.labels)
 
     def interval(self, system: str, metric: str) -> Interval:
-        """A system's score by a metric of `scores`, or by "accuracy" or "macro_f1"."""
+        """A system's score by a metric that it `knows`."""
         return _interval(self._scores(system, metric))
 
-    def difference(self, first: str, second: str, metric: str) -> Interval:
-        """By how much `first` scores above `second` on the same rows."""
-        return _interval(self._scores(first, metric) - self._scores(second, metric))
+    def difference(self, first: str, second: str, metric: str, *, of: int = 1) -> Interval:
+        """By how much `first` scores above `second` on the same rows.
+
+        Args:
+            first, second: systems.
+            metric: one that both `know`.
+            of: how many such differences are looked at; with 95 % confidence all their intervals
+                hold (Bonferroni).
+        """
+        return _interval(self._scores(first, metric) - self._scores(second, metric), of=of)
 
     def _scores(self, system: str, metric: str) -> np.ndarray:
         """[1 + draws]"""
         if (system, metric) in self._kinds:
-            return self._weights @ self._kinds[system, metric].to_numpy(dtype=float) / self.rows
+            return self._mean_scores(system, metric)
         targets, answers = self._kinds["target"], self._kinds[f"answer {system}"]
         right = (targets == answers).to_numpy()
-        if metric == "accuracy":
+        if metric in SHARES:
             return self._weights @ right / self.rows
         true = _one_hot(targets, self.labels)
-        predicted = _one_hot(answers, self.labels)
-        hits = 2 * (self._weights @ (true * right[:, None]))
-        sizes = self._weights @ true + self._weights @ predicted
-        f1 = np.divide(hits, sizes, out=np.zeros_like(hits), where=sizes > 0)
-        # A label that nothing here carries scores 0, as in the task's own metric. One that only a
-        # sample happens to miss is left out of that sample's mean: as 0 it would bias it downwards.
-        counted = (sizes > 0) | (sizes[0] == 0)
-        return f1.sum(axis=1) / counted.sum(axis=1)
+        hits = self._weights @ (true * right[:, None])
+        carried, given = self._weights @ true, self._weights @ _one_hot(answers, self.labels)
+        kind, _, label = metric.partition("/")
+        if kind in _OF_A_LABEL:
+            place = self.labels.index(label)
+            whole = {"recall": carried, "precision": given, "f1": (carried + given) / 2}[kind]
+            return _shares(hits[:, place], whole[:, place])
+        f1 = _shares(2 * hits, carried + given)
+        if metric == "weighted_f1":
+            return _shares((f1 * carried).sum(axis=1), carried.sum(axis=1))
+        # A label that is neither a target nor an answer is left out of the mean, of all rows as of
+        # each sample: as in the task's own metric, and as 0 it would bias it downwards.
+        return f1.sum(axis=1) / np.maximum((carried + given > 0).sum(axis=1), 1)
+
+    def _mean_scores(self, system: str, metric: str) -> np.ndarray:
+        scores = self._kinds[system, metric].to_numpy(dtype=float)
+        if (system, metric, "weight") not in self._kinds:
+            return self._weights @ scores / self.rows
+        counted = self._kinds[system, metric, "weight"].to_numpy(dtype=float)
+        return _shares(self._weights @ (scores * counted), self._weights @ counted)
+
+
+def _shares(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
+    """Parts by wholes, and 0 where there is nothing."""
+    return np.divide(parts, wholes, out=np.zeros_like(parts), where=wholes > 0)
 
 
 def _one_hot(answers: pd.Series, labels: Sequence[str]) -> np.ndarray:
     return np.stack([(answers == label).to_numpy(dtype=float) for label in labels], axis=1)
 
 
-def _interval(scores: np.ndarray) -> Interval:
-    tail = 100 * (1 - CONFIDENCE) / 2
+def _interval(scores: np.ndarray, *, of: int = 1) -> Interval:
+    tail = 100 * (1 - CONFIDENCE) / 2 / of
     low, high = np.percentile(scores[1:], [tail, 100 - tail])
     return Interval(float(scores[0]), float(low), float(high))
