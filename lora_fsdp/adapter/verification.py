@@ -19,6 +19,7 @@ from lora_fsdp.adapter.folder import (
     read_adapter_folder,
     zero_lora_b,
 )
+from lora_fsdp.adapter.manifest import MANIFEST_FILE, changed_files
 from lora_fsdp.adapter.probes import probe_difference, probe_log_likelihoods, probe_tolerance
 from lora_fsdp.adapter.proof import PROOF_FILE, Proof, read_proof
 from lora_fsdp.adapter.saved import load_base_of
@@ -99,8 +100,10 @@ def verify_adapter_folder(
         proof = read_proof(path)
     except LoraFsdpError as error:
         checks.append(Check("files", "failed", str(error)))
+        checks += _check_manifest(path)
         return AdapterVerification(path, "", tuple(checks))
     checks.append(Check("files", "passed", f"{len(adapter.tensors)} tensors, all finite"))
+    checks += _check_manifest(path)
     checks += _check_weights(adapter, proof)
     try:
         arguments, model, device = load_base_of(
@@ -113,6 +116,24 @@ def verify_adapter_folder(
     checks += _check_tokenizer(adapter, proof, arguments)
     checks += _check_answers(adapter, proof, model, device)
     return AdapterVerification(path, str(arguments.model_name_or_path), tuple(checks))
+
+
+def _check_manifest(folder: Path) -> Iterator[Check]:
+    """Settings, task, tokenizer and proof are as much a part of an adapter as its weights."""
+    if not folder.is_dir():
+        return
+    try:
+        changed = changed_files(folder)
+    except LoraFsdpError as error:
+        yield Check("manifest", "failed", str(error))
+        return
+    if changed is None:
+        yield Check("manifest", "not possible", f"no {MANIFEST_FILE}: edits cannot be noticed")
+    elif changed:
+        sentences = (f"{name} {change}" for name, change in changed.items())
+        yield Check("manifest", "failed", "; ".join(sentences))
+    else:
+        yield Check("manifest", "passed", f"every file of {MANIFEST_FILE} is as it was saved")
 
 
 def _check_weights(adapter: AdapterFolder, proof: Proof | None) -> Iterator[Check]:
@@ -162,7 +183,11 @@ def _check_tokenizer(
     if proof is None:
         yield Check(names[1], "not possible", _NO_PROOF)
         return
-    now = end_of_answer(tokenizer, chat_template=chat)
+    try:
+        now = end_of_answer(tokenizer, chat_template=chat)
+    except LoraFsdpError as error:
+        yield Check(names[1], "failed", str(error))
+        return
     right = now == proof.end_token_id
     text = repr(tokenizer.convert_ids_to_tokens(now))
     wrong = f"{text} ({now}), but the adapter learnt to end with {proof.end_token_id}"
