@@ -27,9 +27,10 @@ from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.fingerprints import fingerprint_base, fingerprint_tokenizer, same_vocabulary
 from lora_fsdp.base.folders import read_json_object, sha256_of_file
 from lora_fsdp.base.loading import LOADING_ERRORS, TOKENIZER_FILES, load_tokenizer
+from lora_fsdp.base.streaming import load_on_device
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import end_of_answer
-from lora_fsdp.errors import LoraFsdpError
+from lora_fsdp.errors import AdapterVerificationError, LoraFsdpError
 
 Outcome = Literal["passed", "failed", "not possible"]
 _NO_PROOF = f"no {PROOF_FILE}: this library did not write the folder"
@@ -134,6 +135,32 @@ def _check_manifest(folder: Path) -> Iterator[Check]:
         yield Check("manifest", "failed", "; ".join(sentences))
     else:
         yield Check("manifest", "passed", f"every file of {MANIFEST_FILE} is as it was saved")
+
+
+def check_reloads(folder: Path, proof: Proof, *, trust_remote_code: bool) -> None:
+    """Load base and saved adapter afresh into host memory, and ask the proof's questions.
+
+    For adapters whose start took a part out of the base: what is in memory is then not the base
+    with the adapter that is on the disk, until that part has been taken out again in the same way.
+
+    Raises:
+        AdapterVerificationError: together they do not answer as the live model does.
+    """
+    adapter, device = read_adapter_folder(folder), torch.device("cpu")
+    arguments = ModelArguments(
+        proof.base_name,
+        proof.base_commit or "main",
+        "bfloat16" if proof.base_dtype == "bfloat16" else "float32",
+        trust_remote_code=trust_remote_code,
+    )
+    base = load_on_device(arguments, device=device)
+    for check in _check_answers(adapter, proof, base, device):
+        if check.outcome != "passed":
+            raise AdapterVerificationError(
+                f"The adapter is not saved to {folder}: loaded again, it is not what was trained "
+                f"({check.name}: {check.detail}). Its init_lora_weights takes a part out of the "
+                "base that differs at each loading: leave it out."
+            )
 
 
 def _check_weights(adapter: AdapterFolder, proof: Proof | None) -> Iterator[Check]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.adapter.probes import Probe, build_probes
+from lora_fsdp.adapter.settings import check_settings
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.fingerprints import BaseFingerprint, fingerprint_base
@@ -83,6 +84,9 @@ def prepare_run(
         ArgumentError, UnsupportedModelError: the data or the model cannot be trained with.
         RankMismatchError: the ranks were given different things.
     """
+    given = [peft_config] if peft_config is not None else _adapters_of(model)
+    for config in given:
+        check_settings(config)
     to_train, to_score = encoder.encode(train), encoder.encode(held_out)
     check_targets(to_train)
     if isinstance(model, WholeBase):
@@ -110,6 +114,11 @@ def prepare_run(
         ),
         facts=run_facts(args, adapted, fingerprints=fingerprints),
     )
+
+
+def _adapters_of(model: object) -> list[Any]:
+    """The settings of the adapters that a model already has."""
+    return list(model.peft_config.values()) if isinstance(model, PeftModel) else []
 
 
 def _loaded(
