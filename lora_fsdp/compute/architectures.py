@@ -8,6 +8,11 @@ from torch import nn
 
 from lora_fsdp.errors import UnsupportedModelError
 
+# Parts of the names of modules that hand a state from token to token.
+_RECURRENT = ("mamba", "ssm", "recurrent", "deltanet", "rwkv", "lstm", "lightning", "conv1d")
+# Causal models whose settings have `is_decoder: false` all the same, as their class's default.
+_CAUSAL = ("gpt_neox", "gpt_neox_japanese")
+
 
 def check_architecture(model: nn.Module, *, longest: int) -> None:
     """Refuse models whose forward cannot compute a packed sequence as its examples alone.
@@ -25,7 +30,8 @@ def check_architecture(model: nn.Module, *, longest: int) -> None:
                 "choose a model with rotary or learnt positions (Llama, Qwen, Mistral, Gemma, ...)."
             )
     config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    if getattr(config, "is_decoder", None) is False or getattr(config, "alibi", False):
+    both_ways = getattr(config, "is_decoder", None) is False and not _attends_causally(model)
+    if both_ways or getattr(config, "alibi", False):
         raise UnsupportedModelError(
             f"{name} reads in both directions (is_decoder: false) or weighs distances by ALiBi, "
             "which a packed sequence cannot give it: choose a causal model with rotary positions."
@@ -38,7 +44,7 @@ def check_architecture(model: nn.Module, *, longest: int) -> None:
         )
     kinds = set(getattr(config, "layer_types", None) or ())
     recurrent = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-    if recurrent or getattr(model, "_is_stateful", False):
+    if recurrent or (getattr(model, "_is_stateful", False) and _may_be_recurrent(model, kinds)):
         raise UnsupportedModelError(
             f"{name} mixes tokens by {sorted(recurrent) or 'a recurrent state'}, which no mask "
             "can keep apart within a sequence: choose an attention-only model."
@@ -51,3 +57,15 @@ def check_architecture(model: nn.Module, *, longest: int) -> None:
             f"{name} attends over windows of {window} tokens, and examples may have {longest}: "
             f"set --max_length to at most {window}."
         )
+
+
+def _attends_causally(model: nn.Module) -> bool:
+    """Whether every attention says of itself that it is causal, whatever `is_decoder` says."""
+    said = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return all(said) if said else model.config.model_type in _CAUSAL  # type: ignore[union-attr]
+
+
+def _may_be_recurrent(model: nn.Module, kinds: set[str]) -> bool:
+    """Whether a model whose class can be recurrent has layers that are (or does not say)."""
+    names = {type(module).__name__.lower() for module in model.modules()}
+    return not kinds or any(part in name for name in names for part in _RECURRENT)
