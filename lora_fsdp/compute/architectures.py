@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
+from typing import cast
 
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.errors import UnsupportedModelError
 
 # Parts of the names of modules that hand a state from token to token.
 _RECURRENT = ("mamba", "ssm", "recurrent", "deltanet", "rwkv", "lstm", "lightning", "conv1d")
-# Causal models whose settings have `is_decoder: false` all the same, as their class's default.
-_CAUSAL = ("gpt_neox", "gpt_neox_japanese")
 
 
 def check_architecture(model: nn.Module, *, longest: int) -> None:
@@ -59,10 +61,38 @@ def check_architecture(model: nn.Module, *, longest: int) -> None:
         )
 
 
+def check_token_ids(
+    model: PreTrainedModel, examples: Iterable[EncodedExample], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse tokens that the model has no embedding for.
+
+    Args:
+        model: the base, perhaps without its weights.
+        examples: all that will be computed, as tokens.
+        tokenizer: which made them, and pads.
+
+    Raises:
+        UnsupportedModelError: names the token and the first row that has it.
+    """
+    rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    highest = [(tokenizer.pad_token_id or 0, "pads")]
+    for example in examples:
+        answers = [token for ids in (example.target_ids, *example.candidate_ids) for token in ids]
+        highest.append((max([*example.prompt_ids, *answers], default=0), f"row {example.row} has"))
+    token, where = max(highest, key=lambda one: one[0])
+    if token >= rows:
+        raise UnsupportedModelError(
+            f"The token {tokenizer.convert_ids_to_tokens(token)!r} ({token}), which {where}, is "
+            f"beyond the {rows} embeddings of {type(model).__name__}: take the tokenizer that "
+            "belongs to the model, or give the model more embeddings (resize_token_embeddings) and "
+            "save it."
+        )
+
+
 def _attends_causally(model: nn.Module) -> bool:
     """Whether every attention says of itself that it is causal, whatever `is_decoder` says."""
     said = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
-    return all(said) if said else model.config.model_type in _CAUSAL  # type: ignore[union-attr]
+    return bool(said) and all(said)
 
 
 def _may_be_recurrent(model: nn.Module, kinds: set[str]) -> bool:
