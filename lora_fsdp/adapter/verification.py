@@ -70,10 +70,20 @@ class AdapterVerification:
         lines += [
             f"  {check.name:<{width}}  {check.outcome:<12}  {check.detail}" for check in self.checks
         ]
+        lines.append(self.headline)
+        return "\n".join(lines)
+
+    @property
+    def headline(self) -> str:
+        """What came of it in one sentence, which says what was not checked."""
         outcomes = Counter(check.outcome for check in self.checks)
         counts = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in get_args(Outcome))
-        lines.append(f"{'Verified' if self.passed else 'NOT verified'}: {counts}.")
-        return "\n".join(lines)
+        unchecked = [check.name for check in self.checks if check.outcome == "not possible"]
+        if not self.passed:
+            return f"NOT verified: {counts}."
+        if unchecked:
+            return f"Verified in part: {counts}. Not checked: {', '.join(unchecked)}."
+        return f"Verified: {counts}."
 
 
 def verify_adapter_folder(

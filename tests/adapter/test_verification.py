@@ -239,6 +239,10 @@ def test_plain_peft_folder(tmp_path):
     undone = {name for name, outcome in outcomes(verification).items() if outcome != "passed"}
     assert undone == {"manifest", "SHA-256", "base model", "tokenizer", "end token", "answers"}
     assert "this library did not write the folder" in str(verification)
+    assert verification.headline == (
+        "Verified in part: 3 passed, 0 failed, 6 not possible. Not checked: manifest, SHA-256, "
+        "base model, tokenizer, end token, answers."
+    )
     other = save_base(tmp_path / "gpt2", "gpt2")
     assert not verify_adapter_folder(tmp_path / "adapter", base=other).passed
 
