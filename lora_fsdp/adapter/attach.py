@@ -5,20 +5,37 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_fsdp.adapter.ownership import trainable_parameters
+from lora_fsdp.adapter.settings import (
+    check_can_be_saved,
+    check_carried_out,
+    check_given,
+    check_settings,
+)
 from lora_fsdp.arguments import LoraArguments
 from lora_fsdp.base.streaming import StoredBase, needs_weights
 from lora_fsdp.errors import ArgumentError, TargetModulesError
 
 # What PEFT takes in any type, to fail when it computes with it.
 _NUMBERS = ("r", "lora_alpha", "lora_dropout")
+# What PEFT raises of settings that make no sense together, or for this model.
+_PEFT_ERRORS = (
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def lora_config(arguments: LoraArguments, *, revision: str | None = None) -> LoraConfig:
@@ -39,15 +56,17 @@ def lora_config(arguments: LoraArguments, *, revision: str | None = None) -> Lor
         "task_type": "CAUSAL_LM",
         "revision": revision,
     }
-    extra = arguments.lora_kwargs or {}
+    extra = cast(dict[str, Any], arguments.lora_kwargs or {})
+    check_given(extra)
     try:
-        config = LoraConfig(**{**settings, **extra})  # type: ignore[dict-item]
-    except (TypeError, ValueError) as error:
+        config = LoraConfig(**{**settings, **extra})
+    except (AttributeError, ImportError, TypeError, ValueError) as error:
         raise ArgumentError(f"peft.LoraConfig refuses lora_kwargs {extra}: {error}") from error
     for name in _NUMBERS:
         value = getattr(config, name)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ArgumentError(f"lora_kwargs: {name} must be a number, not {value!r}.")
+    check_settings(config)
     return config
 
 
@@ -65,16 +84,27 @@ def attach_adapter(
 
     Raises:
         TargetModulesError: a target module that matches nothing.
-        ArgumentError: the adapter's first values depend on weights that the base has not got.
+        ArgumentError: a setting would not be carried out, the adapter could not be saved, or its
+            first values depend on weights that the base has not got.
     """
+    check_settings(config)
+    transposed = config.fan_in_fan_out
     _check_targets(base, config)
     if stored is not None and (reason := needs_weights(config)):
         raise ArgumentError(f"The base has no weights yet, but {reason}: load it with load_base.")
     try:
         with nullcontext() if stored is None else stored.stand_ins():
             model = get_peft_model(base, config, autocast_adapter_dtype=True)
-    except ValueError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except _PEFT_ERRORS as error:
         raise TargetModulesError(f"PEFT cannot adapt {type(base).__name__}: {error}") from error
+    if transposed and not config.fan_in_fan_out:
+        raise ArgumentError(
+            f"fan_in_fan_out: the modules of {type(base).__name__} are not stored that way."
+        )
+    check_carried_out(model, config)
+    check_can_be_saved(model, config)
     for parameter in trainable_parameters(model).values():  # also what PEFT copies from the base
         parameter.data = parameter.data.float()
     if base.name_or_path and Path(base.name_or_path).expanduser().is_dir():

@@ -63,7 +63,7 @@ def read_adapter_folder(folder: str | Path) -> AdapterFolder:
     if not path.is_dir():
         raise AdapterVerificationError(f"There is no adapter folder {path.absolute()}.")
     tensors = read_adapter_tensors(path)
-    return AdapterFolder(path, _read_config(path, tensors), tensors)
+    return AdapterFolder(path, read_adapter_config(path, tensors), tensors)
 
 
 def read_adapter_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -224,7 +224,13 @@ def _looks_like_hub_name(name: str) -> bool:
 # ---- settings -----------------------------------------------------------------------------------
 
 
-def _read_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> LoraConfig:
+def read_adapter_config(path: Path, tensors: Mapping[str, torch.Tensor]) -> LoraConfig:
+    """The settings in an adapter's folder, which has these tensors.
+
+    Raises:
+        AdapterVerificationError: a setting is nonsense.
+        UnsupportedAdapterError: it is not LoRA, or has settings that are not honoured here.
+    """
     raw = {
         key: value
         for key, value in read_json_object(path, CONFIG_FILE).items()

@@ -19,6 +19,7 @@ from lora_fsdp.adapter.folder import (
     read_adapter_folder,
     zero_lora_b,
 )
+from lora_fsdp.adapter.manifest import MANIFEST_FILE, changed_files
 from lora_fsdp.adapter.probes import probe_difference, probe_log_likelihoods, probe_tolerance
 from lora_fsdp.adapter.proof import PROOF_FILE, Proof, read_proof
 from lora_fsdp.adapter.saved import load_base_of
@@ -26,9 +27,10 @@ from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.fingerprints import fingerprint_base, fingerprint_tokenizer, same_vocabulary
 from lora_fsdp.base.folders import read_json_object, sha256_of_file
 from lora_fsdp.base.loading import LOADING_ERRORS, TOKENIZER_FILES, load_tokenizer
+from lora_fsdp.base.streaming import load_on_device
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import end_of_answer
-from lora_fsdp.errors import LoraFsdpError
+from lora_fsdp.errors import AdapterVerificationError, LoraFsdpError
 
 Outcome = Literal["passed", "failed", "not possible"]
 _NO_PROOF = f"no {PROOF_FILE}: this library did not write the folder"
@@ -68,10 +70,20 @@ class AdapterVerification:
         lines += [
             f"  {check.name:<{width}}  {check.outcome:<12}  {check.detail}" for check in self.checks
         ]
+        lines.append(self.headline)
+        return "\n".join(lines)
+
+    @property
+    def headline(self) -> str:
+        """What came of it in one sentence, which says what was not checked."""
         outcomes = Counter(check.outcome for check in self.checks)
         counts = ", ".join(f"{outcomes[outcome]} {outcome}" for outcome in get_args(Outcome))
-        lines.append(f"{'Verified' if self.passed else 'NOT verified'}: {counts}.")
-        return "\n".join(lines)
+        unchecked = [check.name for check in self.checks if check.outcome == "not possible"]
+        if not self.passed:
+            return f"NOT verified: {counts}."
+        if unchecked:
+            return f"Verified in part: {counts}. Not checked: {', '.join(unchecked)}."
+        return f"Verified: {counts}."
 
 
 def verify_adapter_folder(
@@ -99,8 +111,10 @@ def verify_adapter_folder(
         proof = read_proof(path)
     except LoraFsdpError as error:
         checks.append(Check("files", "failed", str(error)))
+        checks += _check_manifest(path)
         return AdapterVerification(path, "", tuple(checks))
     checks.append(Check("files", "passed", f"{len(adapter.tensors)} tensors, all finite"))
+    checks += _check_manifest(path)
     checks += _check_weights(adapter, proof)
     try:
         arguments, model, device = load_base_of(
@@ -113,6 +127,50 @@ def verify_adapter_folder(
     checks += _check_tokenizer(adapter, proof, arguments)
     checks += _check_answers(adapter, proof, model, device)
     return AdapterVerification(path, str(arguments.model_name_or_path), tuple(checks))
+
+
+def _check_manifest(folder: Path) -> Iterator[Check]:
+    """Settings, task, tokenizer and proof are as much a part of an adapter as its weights."""
+    if not folder.is_dir():
+        return
+    try:
+        changed = changed_files(folder)
+    except LoraFsdpError as error:
+        yield Check("manifest", "failed", str(error))
+        return
+    if changed is None:
+        yield Check("manifest", "not possible", f"no {MANIFEST_FILE}: edits cannot be noticed")
+    elif changed:
+        sentences = (f"{name} {change}" for name, change in changed.items())
+        yield Check("manifest", "failed", "; ".join(sentences))
+    else:
+        yield Check("manifest", "passed", f"every file of {MANIFEST_FILE} is as it was saved")
+
+
+def check_reloads(folder: Path, proof: Proof, *, trust_remote_code: bool) -> None:
+    """Load base and saved adapter afresh into host memory, and ask the proof's questions.
+
+    For adapters whose start took a part out of the base: what is in memory is then not the base
+    with the adapter that is on the disk, until that part has been taken out again in the same way.
+
+    Raises:
+        AdapterVerificationError: together they do not answer as the live model does.
+    """
+    adapter, device = read_adapter_folder(folder), torch.device("cpu")
+    arguments = ModelArguments(
+        proof.base_name,
+        proof.base_commit or "main",
+        "bfloat16" if proof.base_dtype == "bfloat16" else "float32",
+        trust_remote_code=trust_remote_code,
+    )
+    base = load_on_device(arguments, device=device)
+    for check in _check_answers(adapter, proof, base, device):
+        if check.outcome != "passed":
+            raise AdapterVerificationError(
+                f"The adapter is not saved to {folder}: loaded again, it is not what was trained "
+                f"({check.name}: {check.detail}). Its init_lora_weights takes a part out of the "
+                "base that differs at each loading: leave it out."
+            )
 
 
 def _check_weights(adapter: AdapterFolder, proof: Proof | None) -> Iterator[Check]:
@@ -162,7 +220,11 @@ def _check_tokenizer(
     if proof is None:
         yield Check(names[1], "not possible", _NO_PROOF)
         return
-    now = end_of_answer(tokenizer, chat_template=chat)
+    try:
+        now = end_of_answer(tokenizer, chat_template=chat)
+    except LoraFsdpError as error:
+        yield Check(names[1], "failed", str(error))
+        return
     right = now == proof.end_token_id
     text = repr(tokenizer.convert_ids_to_tokens(now))
     wrong = f"{text} ({now}), but the adapter learnt to end with {proof.end_token_id}"

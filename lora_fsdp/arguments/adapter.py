@@ -27,7 +27,7 @@ class LoraArguments:
         metadata={"help": "Module names to adapt, or all-linear."},
     )
     lora_kwargs: dict[str, Any] | str | None = option(
-        None, "Any other peft.LoraConfig field, as JSON: '{\"use_dora\": true}'."
+        None, "Other peft.LoraConfig fields, as JSON: '{\"use_dora\": true}'."
     )
 
     def __post_init__(self) -> None:

@@ -122,8 +122,10 @@ class BaseWeights:
 
 
 def _listed_tensors(folder: Path) -> dict[str, str]:
-    """File by tensor name from the index; empty if there is a single file."""
-    if not (folder / INDEX_FILE).is_file():
+    """File by tensor name from the index; empty if there is a single file, or both."""
+    _refuse_other_weights(folder)
+    # Of a single file and an index, transformers and PEFT load the file.
+    if (folder / WEIGHTS_FILE).is_file() or not (folder / INDEX_FILE).is_file():
         if not (folder / WEIGHTS_FILE).is_file():
             pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
             hint = pickles and (
@@ -143,6 +145,19 @@ def _listed_tensors(folder: Path) -> dict[str, str]:
             )
         contained_file(folder, file)
     return listed
+
+
+def _refuse_other_weights(folder: Path) -> None:
+    """Refuse a folder whose config.json has transformers load another file than is read here."""
+    if not (folder / "config.json").is_file():
+        return
+    named = read_json_object(folder, "config.json").get("transformers_weights")
+    if named not in (None, WEIGHTS_FILE):
+        raise AdapterVerificationError(
+            f"{folder / 'config.json'} names {str(named)[:80]!r} as the weights "
+            "(transformers_weights), which is not read tensor by tensor: load the model once with "
+            "transformers and save it with save_pretrained."
+        )
 
 
 def base_folder(name: str, *, revision: str = "main", with_weights: bool = True) -> Path:

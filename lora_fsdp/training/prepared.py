@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.adapter.probes import Probe, build_probes
+from lora_fsdp.adapter.settings import check_settings
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.fingerprints import BaseFingerprint, fingerprint_base
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase, WholeBase
-from lora_fsdp.compute.architectures import check_architecture
+from lora_fsdp.compute.architectures import check_architecture, check_token_ids
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.schedule import Schedule
 from lora_fsdp.data.workload import Work, measure_work
@@ -83,8 +84,13 @@ def prepare_run(
         ArgumentError, UnsupportedModelError: the data or the model cannot be trained with.
         RankMismatchError: the ranks were given different things.
     """
+    given = [peft_config] if peft_config is not None else _adapters_of(model)
+    for config in given:
+        check_settings(config)
     to_train, to_score = encoder.encode(train), encoder.encode(held_out)
     check_targets(to_train)
+    if (base := _empty(model)) is not None:
+        check_token_ids(base, [*to_train, *to_score], encoder.tokenizer)
     if isinstance(model, WholeBase):
         model = _loaded(model, args, settings=settings, adapter=peft_config)
     adapted, stored, base_fingerprint = _with_adapter(
@@ -110,6 +116,25 @@ def prepare_run(
         ),
         facts=run_facts(args, adapted, fingerprints=fingerprints),
     )
+
+
+def _empty(
+    model: PreTrainedModel | PeftModel | StoredBase | WholeBase,
+) -> PreTrainedModel | None:
+    """The base, whose weights need not be there; `None` if loading it will say what is wrong."""
+    if isinstance(model, WholeBase):
+        try:
+            return model.skeleton()
+        except UnsupportedModelError:
+            return None
+    if isinstance(model, StoredBase):
+        return model.model
+    return base_model(model) if isinstance(model, PeftModel) else model
+
+
+def _adapters_of(model: object) -> list[Any]:
+    """The settings of the adapters that a model already has."""
+    return list(model.peft_config.values()) if isinstance(model, PeftModel) else []
 
 
 def _loaded(

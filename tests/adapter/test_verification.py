@@ -37,11 +37,21 @@ from lora_fsdp.errors import (
     UnsupportedAdapterError,
 )
 from lora_fsdp.evaluation.prediction import Predictor
-from tests.support.adapters import adapted, edit_json, save_base, save_plain_adapter
+from tests.support.adapters import adapted, edit_json, save_base, save_plain_adapter, seal
 from tests.support.runs import toy_trainer
 from tests.support.tiny import CONFIGS, tiny_model, tiny_tokenizer
 
-NAMES = ["files", "SHA-256", "lora_B", "base model", "tokenizer", "end token", "shapes", "answers"]
+NAMES = [
+    "files",
+    "manifest",
+    "SHA-256",
+    "lora_B",
+    "base model",
+    "tokenizer",
+    "end token",
+    "shapes",
+    "answers",
+]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +73,7 @@ def run(run_folder, tmp_path):
     edit_json(
         tmp_path / "adapter" / CONFIG_FILE, base_model_name_or_path="/nowhere/any/longer/base"
     )
+    seal(tmp_path / "adapter")
     return tmp_path
 
 
@@ -82,7 +93,7 @@ def test_everything_passes(run_folder):
     assert outcomes(verification) == dict.fromkeys(NAMES, "passed")
     assert verification.passed
     text = str(verification)
-    assert "Verified: 8 passed, 0 failed, 0 not possible." in text
+    assert "Verified: 9 passed, 0 failed, 0 not possible." in text
     assert all(name in text for name in NAMES)
 
 
@@ -116,6 +127,7 @@ def test_base_in_bfloat16(run):
 )  # fmt: skip
 def test_damage(run, damage, failed):
     damage(run)
+    seal(run / "adapter")
     verification = verify_adapter_folder(run / "adapter")
     assert not verification.passed
     found = {name for name, outcome in outcomes(verification).items() if outcome == "failed"}
@@ -129,8 +141,70 @@ def test_answers_alone_give_a_changed_adapter_away(run):
     file = run / "adapter" / ADAPTER_FILE
     change_tensor(file, "lora_B", lambda tensor: tensor + 0.5)
     edit_json(run / "adapter" / PROOF_FILE, adapter_sha256=sha256_of_file(file))
+    seal(run / "adapter")
     found = outcomes(verify_adapter_folder(run / "adapter"))
     assert found == dict.fromkeys(NAMES, "passed") | {"answers": "failed"}
+
+
+@pytest.mark.parametrize(
+    ("file", "settings"),
+    [
+        (CONFIG_FILE, {"lora_alpha": 33}),
+        (CONFIG_FILE, {"base_model_name_or_path": "another/model"}),
+        ("task.json", {"max_length": 100}),
+        ("training_args.json", {"seed": 4}),
+        ("tokenizer_config.json", {"model_max_length": 7}),
+        (PROOF_FILE, {"trained": False}),
+    ],
+    ids=str,
+)
+def test_edited_settings_are_named(run, file, settings):
+    assert outcomes(verify_adapter_folder(run / "adapter"))["manifest"] == "passed"
+    edit_json(run / "adapter" / file, **settings)
+    verification = verify_adapter_folder(run / "adapter", base=run / "base")
+    check = next(check for check in verification.checks if check.name == "manifest")
+    assert (check.outcome, check.detail) == ("failed", f"{file} was changed after it was saved")
+    assert not verification.passed
+
+
+def test_every_file_that_was_saved_is_in_the_manifest(run):
+    """And each is missed when it is gone."""
+    listed = json.loads((run / "adapter" / "manifest.json").read_text())["files"]
+    there = {path.name for path in (run / "adapter").iterdir()}
+    assert there == {*listed, "manifest.json"}
+    for name in listed:
+        (run / "adapter" / name).rename(run / name)
+        verification = verify_adapter_folder(run / "adapter", base=run / "base")
+        check = next(check for check in verification.checks if check.name == "manifest")
+        assert (check.outcome, check.detail) == ("failed", f"{name} is missing")
+        (run / name).rename(run / "adapter" / name)
+
+
+def test_a_folder_without_its_manifest(run):
+    (run / "adapter" / "manifest.json").unlink()
+    verification = verify_adapter_folder(run / "adapter")
+    assert verification.passed
+    assert outcomes(verification)["manifest"] == "not possible"
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        ("[]", "must hold a JSON object"),
+        ("{}", "must list files"),
+        ('{"files": {"a": 3}}', "'a' must have a size"),
+        ('{"files": {"../a": {"bytes": 1, "sha256": ""}}}', "../a lies outside the folder"),
+        ('{"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}', "lies outside"),
+        (r'{"files": {"a\u0000": {"bytes": 1, "sha256": ""}}}', "no plain file"),
+        (r'{"files": {"\ud800": {"bytes": 1, "sha256": ""}}}', "no plain file"),
+        ('{"files": {"": {"bytes": 1, "sha256": ""}}}', "no plain file"),
+    ],
+)
+def test_a_manifest_of_another_shape(run, manifest, words):
+    (run / "adapter" / "manifest.json").write_text(manifest)
+    verification = verify_adapter_folder(run / "adapter")
+    assert outcomes(verification)["manifest"] == "failed"
+    assert words in str(verification)
 
 
 def test_another_tokenizer(run):
@@ -163,8 +237,12 @@ def test_plain_peft_folder(tmp_path):
     verification = verify_adapter_folder(tmp_path / "adapter")
     assert verification.passed
     undone = {name for name, outcome in outcomes(verification).items() if outcome != "passed"}
-    assert undone == {"SHA-256", "base model", "tokenizer", "end token", "answers"}
+    assert undone == {"manifest", "SHA-256", "base model", "tokenizer", "end token", "answers"}
     assert "this library did not write the folder" in str(verification)
+    assert verification.headline == (
+        "Verified in part: 3 passed, 0 failed, 6 not possible. Not checked: manifest, SHA-256, "
+        "base model, tokenizer, end token, answers."
+    )
     other = save_base(tmp_path / "gpt2", "gpt2")
     assert not verify_adapter_folder(tmp_path / "adapter", base=other).passed
 
@@ -382,7 +460,7 @@ class TestHostileFolder:
         edit_json(run / "adapter" / CONFIG_FILE, alora_invocation_tokens=[])
         assert outcomes(verify_adapter_folder(run / "adapter"))["answers"] in ("passed", "failed")
         edit_json(run / "adapter" / CONFIG_FILE, alora_invocation_tokens=[[1], "x"])
-        assert outcomes(verify_adapter_folder(run / "adapter")) == {"files": "failed"}
+        assert outcomes(verify_adapter_folder(run / "adapter"))["files"] == "failed"
 
     def test_variant_whose_settings_only_a_real_base_meets(self, run):
         edit_json(run / "adapter" / CONFIG_FILE, monteclora_config=True)

@@ -8,11 +8,13 @@ import logging
 import os
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, MixtralConfig
@@ -29,7 +31,7 @@ from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.distributed.sharding import decoder_layers, place_model
 from lora_fsdp.errors import ArgumentError, ModelNotFoundError
 from lora_fsdp.placement.layout import Layout
-from tests.support.adapters import save_base
+from tests.support.adapters import edit_json, save_base
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_run
 from tests.support.tiny import CONFIGS, tiny_model
@@ -37,6 +39,28 @@ from tests.support.tiny import CONFIGS, tiny_model
 CPU = torch.device("cpu")
 SETTINGS = FsdpSettings(True, False, False, None, True)
 KINDS = sorted(CONFIGS)
+
+
+def save_pickled(model, folder, *, shards=1):
+    model.config.save_pretrained(folder)
+    names = list(model.state_dict())
+    files = {}
+    for shard in range(shards):
+        part = f"-0000{shard + 1}-of-0000{shards}" if shards > 1 else ""
+        own = {name: model.state_dict()[name] for name in names[shard::shards]}
+        torch.save(own, folder / f"pytorch_model{part}.bin")
+        files |= dict.fromkeys(own, f"pytorch_model{part}.bin")
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": files}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+FORMS = {
+    "single": lambda model, folder: model.save_pretrained(folder),
+    "shards": lambda model, folder: model.save_pretrained(folder, max_shard_size="200KB"),
+    "pickle": save_pickled,
+    "pickles": lambda model, folder: save_pickled(model, folder, shards=2),
+}
 
 
 def arguments(folder, **options):
@@ -180,6 +204,28 @@ class TestLoadedWhole:
     def test_plain_adapters_do_not(self):
         for init in (True, False, "gaussian"):
             assert needs_weights(lora(init_lora_weights=init)) is None
+
+    @pytest.mark.parametrize("explicit", [None, "model.safetensors", "other.safetensors"])
+    @pytest.mark.parametrize("pair", list(permutations(FORMS, 2)), ids="+".join)
+    def test_files_that_disagree(self, pair, explicit, tmp_path):
+        """Whatever else lies in the folder, it is the model that transformers (and PEFT) load."""
+        first, second = (tiny_model(seed=seed) for seed in (0, 1))
+        FORMS[pair[0]](first, tmp_path)
+        FORMS[pair[1]](second, tmp_path / "second")
+        for file in (tmp_path / "second").glob("*model*"):
+            if not (tmp_path / file.name).exists():
+                file.rename(tmp_path / file.name)
+        if explicit == "model.safetensors" and "single" not in pair:
+            pytest.skip("it names a file that is not there")
+        if explicit == "other.safetensors":
+            third = {name: t.clone() for name, t in tiny_model(seed=2).state_dict().items()}
+            save_file(third, tmp_path / explicit, metadata={"format": "pt"})
+        if explicit is not None:
+            edit_json(tmp_path / "config.json", transformers_weights=explicit)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+        ours = load_on_device(arguments(tmp_path), device=CPU)
+        for name, parameter in theirs.named_parameters():
+            assert torch.equal(parameter, ours.get_parameter(name)), name
 
     def test_missing_weights_are_named_as_before(self, tmp_path):
         from safetensors.torch import load_file, save_file

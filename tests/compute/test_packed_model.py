@@ -11,6 +11,8 @@ from transformers import (
     BertConfig,
     BloomConfig,
     GPT2Config,
+    GPTNeoXConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -59,6 +61,23 @@ def test_live_check_refuses_a_model_that_cannot_be_packed(fault):
 def model_from(config):
     attention = "eager" if isinstance(config, BloomConfig | MambaConfig) else "sdpa"
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+GRANITE = {
+    **SIZES,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 1,
+    "shared_intermediate_size": 32,
+    "num_local_experts": 0,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+}
+CAUSAL_ALL_THE_SAME = [
+    GPTNeoXConfig(**SIZES, eos_token_id=0, bos_token_id=0),
+    GraniteMoeHybridConfig(**GRANITE, layer_types=["attention", "attention"]),
+]
 
 
 def two_trees():
@@ -251,6 +270,27 @@ class TestArchitectures:
         model = model_from(config)
         with pytest.raises(UnsupportedModelError, match="BertLMHeadModel"):
             check_architecture(model, longest=64)
+
+    @pytest.mark.parametrize("config", CAUSAL_ALL_THE_SAME, ids=lambda one: one.model_type)
+    def test_causal_whatever_the_settings_say(self, config):
+        """Accepted, and packed examples have the log-probabilities that they have alone."""
+        model = model_from(config)
+        check_architecture(model, longest=64)
+        trees = two_trees()
+        packed = PackedModel(model).label_log_probs(pack_sequence(trees, share_prefix=True))
+        alone = []
+        for tree in trees:
+            ids = torch.tensor([[*tree.prompt_ids, *tree.answers[0]]])
+            with torch.no_grad():
+                logits = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+            for place in range(len(tree.prompt_ids), ids.shape[1]):
+                alone.append(logits[place - 1, ids[0, place]])
+        torch.testing.assert_close(packed.detach(), torch.stack(alone), rtol=1e-5, atol=1e-5)
+
+    def test_one_recurrent_layer_is_enough(self):
+        config = GraniteMoeHybridConfig(**GRANITE, layer_types=["attention", "mamba"])
+        with pytest.raises(UnsupportedModelError, match="GraniteMoeHybridForCausalLM mixes tokens"):
+            check_architecture(model_from(config), longest=64)
 
     def test_refusal_is_about_the_class(self):
         assert issubclass(type(tiny_model()), PreTrainedModel)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
 from lora_fsdp.doctor import RULES, Machine, Severity
 from lora_fsdp.doctor.rules.memory import checkpoints_on_disk
@@ -98,6 +98,13 @@ def tokenizer_without(name):
             (run.model / extra).unlink(missing_ok=True)
 
     return apply
+
+
+def token_beyond(run):
+    tokenizer = AutoTokenizer.from_pretrained(run.model)
+    tokenizer.add_tokens([f"<|{number}|>" for number in range(len(tokenizer), 400)])
+    tokenizer.add_special_tokens({"eos_token": "<|new|>"})
+    tokenizer.save_pretrained(run.model)
 
 
 def held_by_another(run):
@@ -215,6 +222,7 @@ BROKEN = [
     ("remote-code", change(model_options={"trust_remote_code": True}), "may run"),
     ("tokenizer-missing", remove("tokenizer.json"), "tokenizer"),
     ("no-end-token", tokenizer_without("eos_token"), "no end token"),
+    ("token-without-embedding", token_beyond, "'<|new|>' (400), which row "),
     ("no-chat-template", change(data={"chat_template": True}), "no chat template"),
     ("pad-is-end-token", tokenizer_without("pad_token"), "This is handled"),
     ("lora-refused", change(lora={"lora_kwargs": {"rank": 8}}), "rank"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def edit_json(file: Path, **changes: Any) -> None:
     """Change keys of a JSON file."""
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def seal(folder: Path) -> None:
+    """Write an adapter's manifest anew, as if its files had been saved as they are now."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["sha256"]
+    for name, entry in manifest["files"].items():
+        contents = (folder / name).read_bytes()
+        entry |= {"bytes": len(contents), "sha256": hashlib.sha256(contents).hexdigest()}
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({"sha256": digest, **manifest}))

@@ -27,6 +27,7 @@ def toy_trainer(
     base: str | Path | None = None,
     streamed: bool = False,
     load_in_4bit: bool = False,
+    init_lora_weights: Any = True,
     **arguments: Any,
 ) -> LoraTrainer:
     """A trainer for the toy task; `arguments` are those of `FineTuningArguments`.
@@ -62,7 +63,11 @@ def toy_trainer(
         train_dataset=examples,
         eval_dataset=held_out,
         peft_config=LoraConfig(
-            r=4, target_modules="all-linear", lora_dropout=dropout, task_type="CAUSAL_LM"
+            r=4,
+            target_modules="all-linear",
+            lora_dropout=dropout,
+            init_lora_weights=init_lora_weights,
+            task_type="CAUSAL_LM",
         ),
         max_length=128,
         callbacks=callbacks,

@@ -228,5 +228,7 @@ def test_an_adapter_that_changed_the_base_has_no_reference(tmp_path):
     config = LoraConfig(
         r=4, target_modules="all-linear", init_lora_weights="pissa", task_type="CAUSAL_LM"
     )
+    model = tiny_model()
+    model.config.name_or_path = model.name_or_path = "a/base"
     with pytest.raises(ArgumentError, match=r"Preference compares with the base.*'pissa'"):
-        trainer_of(tmp_path, "preference", {}, model=attach_adapter(tiny_model(), config))
+        trainer_of(tmp_path, "preference", {}, model=attach_adapter(model, config))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lora_fsdp.base.fingerprints import base_parameters
 from lora_fsdp.base.stored_weights import stored_names
-from lora_fsdp.compute.architectures import check_architecture
+from lora_fsdp.compute.architectures import check_architecture, check_token_ids
 from lora_fsdp.data.encoding import end_of_answer
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.fact import UnknownFactError
@@ -121,6 +121,15 @@ def _tokenizer(case: Case) -> None:
 )
 def _end_token(case: Case) -> None:
     end_of_answer(case.tokenizer.value, chat_template=False)
+
+
+@RULES.error(
+    "token-without-embedding",
+    "A token of the rows, or the padding token, beyond the model's embeddings.",
+    "Take the tokenizer that belongs to the model, or give the model more embeddings.",
+)
+def _beyond_embeddings(case: Case) -> None:
+    check_token_ids(case.skeleton.value, case.encoded.value, case.tokenizer.value)
 
 
 @RULES.error(

@@ -14,6 +14,8 @@ from lora_fsdp.adapter.folder import ADAPTER_FILE
 from lora_fsdp.adapter.probes import Probe, probe_log_likelihoods
 from lora_fsdp.adapter.proof import PROOF_FILE, Proof, beside
 from lora_fsdp.adapter.saved import save_adapter
+from lora_fsdp.adapter.settings import STARTS_FROM_BASE
+from lora_fsdp.adapter.verification import check_reloads
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.fingerprints import BaseFingerprint, fingerprint_tokenizer
 from lora_fsdp.base.folders import sha256_of_file
@@ -66,7 +68,8 @@ class AdapterWriter:
             trained: whether a step with a learning rate has moved the adapter.
 
         Raises:
-            AdapterVerificationError: what was written is not what is in memory.
+            AdapterVerificationError: what was written is not what is in memory, or does not answer
+                like it when it is loaded again.
         """
         save_adapter(self.model, folder, trained=trained)
         # PEFT's form with nothing filled in, which would take the place of a card with contents.
@@ -75,6 +78,10 @@ class AdapterWriter:
         save_task(self.encoder, folder, max_new_tokens=self.max_new_tokens)
         proof = self._proof(folder, answers, goes_to=goes_to, trained=trained)
         write_json(folder / PROOF_FILE, proof.to_json())
+        config = self.model.peft_config[str(self.model.active_adapter)]
+        if getattr(config, "init_lora_weights", True) in STARTS_FROM_BASE:
+            code = not type(base_model(self.model)).__module__.startswith("transformers.")
+            check_reloads(folder, proof, trust_remote_code=code)
         # As JSON: a pickle would have to be trusted by whoever reads it.
         arguments = json.dumps(self.args.to_dict(), indent=2, default=str)
         (folder / "training_args.json").write_text(arguments, encoding="utf-8")
