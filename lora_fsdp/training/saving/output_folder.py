@@ -59,6 +59,22 @@ def check_output_folder(folder: Path, arguments: FineTuningArguments) -> list[Pa
     return left
 
 
+def check_inputs_stay(inputs: Sequence[Path], replaced: Sequence[Path]) -> None:
+    """Refuse to replace an earlier run whose files the new one reads.
+
+    Raises:
+        OutputFolderError: names the file.
+    """
+    gone = {path.resolve() for path in replaced}
+    for given in inputs:
+        place = given.resolve()
+        if gone & {place, *place.parents}:
+            raise OutputFolderError(
+                f"{given} belongs to the run that --overwrite_output_dir true would remove, and "
+                "the new run reads it: copy it to another place, or choose another --output_dir."
+            )
+
+
 def files_of(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """Files and folders in `folder` that match one of the patterns."""
     return [path for pattern in patterns for path in folder.glob(pattern)]
