@@ -36,6 +36,7 @@ from lora_fsdp.training.logging.log_history import KeepLog
 from lora_fsdp.training.saving.atomic_folders import remove_leftovers
 from lora_fsdp.training.saving.output_folder import (
     check_inputs_stay,
+    check_kind,
     check_output_folder,
     files_of,
 )
@@ -160,6 +161,8 @@ def _claim(folder: Path, arguments: FineTuningArguments, inputs: Sequence[Path])
         remove_leftovers(folder)
         replaced = check_output_folder(folder, arguments)
         check_inputs_stay(inputs, replaced)
+        for path in files_of(folder, RECORD_FILES):
+            check_kind(path, is_folder=False)
     except BaseException:
         release_folder(folder)
         raise

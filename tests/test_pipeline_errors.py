@@ -34,6 +34,7 @@ from lora_fsdp.errors import (
     UnknownTaskError,
 )
 from lora_fsdp.pipeline import claim_output_folder
+from lora_fsdp.training.saving.output_folder import check_output_folder
 from tests.support.ranks import launch_environment
 from tests.support.runs import toy_trainer
 from tests.support.tiny import ToyTask, tiny_model, tiny_tokenizer, toy_table
@@ -166,6 +167,40 @@ class TestOutputFolder:
         kept = {path.name for path in before if after.get(path) == before[path]}
         assert kept == {"thesis.txt"}
         assert not (tmp_path / "run" / "checkpoint-3").exists()
+
+    @pytest.mark.parametrize("name", ["checkpoint-notes", "diverged-step-why", "x.partial"])
+    def test_a_folder_of_the_users_own_is_not_taken_for_the_runs(self, tmp_path, name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("three years of work")
+        claim_output_folder(FineTuningArguments(output_dir=str(tmp_path)))
+        arguments = FineTuningArguments(output_dir=str(tmp_path), overwrite_output_dir=True)
+        assert check_output_folder(tmp_path, arguments) == []
+        assert (tmp_path / name / "thesis.txt").exists()
+
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            ("checkpoint-3", "link"),
+            ("checkpoint-3", "file"),
+            ("report_figures", "link"),
+            ("metrics.json", "folder"),
+            ("metrics.json", "link"),
+            ("log_history.jsonl", "folder"),
+        ],
+    )
+    def test_what_no_run_makes_is_not_removed(self, tmp_path, name, kind):
+        folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+        folder.mkdir()
+        elsewhere.mkdir()
+        {
+            "link": lambda path: path.symlink_to(elsewhere),
+            "file": lambda path: path.write_text("mine"),
+            "folder": lambda path: path.mkdir(),
+        }[kind](folder / name)
+        arguments = FineTuningArguments(output_dir=str(folder), overwrite_output_dir=True)
+        with pytest.raises(OutputFolderError, match=f"{name} is a {kind}, which no run makes"):
+            claim_output_folder(arguments)
+        assert os.path.lexists(folder / name)
 
     @pytest.mark.parametrize("key", ["data_file", "eval_file"])
     def test_a_file_of_the_run_to_be_replaced_is_no_input(self, model_folder, tmp_path, table, key):
