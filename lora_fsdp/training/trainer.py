@@ -648,5 +648,7 @@ class LoraTrainer(Trainer):
             batch_size=1,
             collate_fn=itemgetter(0),
             num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
