@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,7 +36,12 @@ from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
 from lora_fsdp.training.logging.log_history import KeepLog
 from lora_fsdp.training.saving.atomic_folders import remove_leftovers
-from lora_fsdp.training.saving.output_folder import check_output_folder, files_of
+from lora_fsdp.training.saving.output_folder import (
+    check_inputs_stay,
+    check_kind,
+    check_output_folder,
+    files_of,
+)
 from lora_fsdp.training.saving.run_lock import hold_folder, release_folder
 from lora_fsdp.training.trainer import LoraTrainer
 
@@ -69,7 +75,7 @@ def finetune(
 
     Called by every process of a launch. `task` stands in for `data_args.task`.
     """
-    output_dir = claim_output_folder(training_args)
+    output_dir = claim_output_folder(training_args, inputs=_inputs(model_args, data_args))
     try:
         data = load_task_data(data_args, seed=training_args.seed, task=task)
         data = without_refused_rows(data_args, data, lambda: load_tokenizer(model_args))
@@ -89,6 +95,8 @@ def finetune(
             callbacks=[log, WriteCards(output_dir)],
         )
         status = fsdp_status(trainer.model)
+        # Only now: an earlier run outlives every mistake that is found before this one can start.
+        on_first_rank(lambda: _remove_earlier_run(output_dir, training_args))
         if trainer.is_world_process_zero():
             _announce(trainer, data, status)
             asked = {"model": model_args, "adapter": lora_args, "data": data_args}
@@ -126,33 +134,51 @@ def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Co
     )
 
 
-def claim_output_folder(arguments: FineTuningArguments) -> Path:
-    """The output folder, held by rank 0, with an earlier run's files removed if that was asked.
+def claim_output_folder(arguments: FineTuningArguments, *, inputs: Sequence[Path] = ()) -> Path:
+    """The output folder, held by rank 0; of an earlier run nothing is removed yet.
+
+    Args:
+        arguments: the run's.
+        inputs: files and folders that the run reads.
 
     Raises:
         OutputFolderError: it holds a run, and neither resuming nor overwriting was asked for; or
-            another run is writing into it.
+            overwriting would remove what the run reads; or another run is writing into it.
         DamagedCheckpointError: it is to be resumed and holds no complete checkpoint.
     """
     folder = Path(arguments.output_dir or ".")
     end_with_launcher()
-    on_first_rank(lambda: _claim(folder, arguments))
+    on_first_rank(lambda: _claim(folder, arguments, inputs))
     return folder
 
 
-def _claim(folder: Path, arguments: FineTuningArguments) -> None:
+def _inputs(model: ModelArguments, data: DataArguments) -> list[Path]:
+    names = (model.model_name_or_path, data.data_file, data.eval_file, data.task_file)
+    return [Path(name) for name in names if name]
+
+
+def _claim(folder: Path, arguments: FineTuningArguments, inputs: Sequence[Path]) -> None:
     hold_folder(folder)
     try:
         # What a process killed while writing leaves behind is nothing that could be lost.
         remove_leftovers(folder)
         replaced = check_output_folder(folder, arguments)
-        if not arguments.resume_from_checkpoint:
-            for path in [*replaced, *files_of(folder, RECORD_FILES)]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            remove_model_card(folder)
+        check_inputs_stay(inputs, replaced)
+        for path in files_of(folder, RECORD_FILES):
+            check_kind(path, is_folder=False)
     except BaseException:
         release_folder(folder)
         raise
+
+
+def _remove_earlier_run(folder: Path, arguments: FineTuningArguments) -> None:
+    """Remove what the new run replaces, if it does not go on with it."""
+    replaced = check_output_folder(folder, arguments)
+    if arguments.resume_from_checkpoint:
+        return
+    for path in [*replaced, *files_of(folder, RECORD_FILES)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    remove_model_card(folder)
 
 
 def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:

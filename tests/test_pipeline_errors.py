@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from lora_fsdp.errors import (
     UnknownTaskError,
 )
 from lora_fsdp.pipeline import claim_output_folder
-from lora_fsdp.training.saving.run_lock import LOCK_FILE
+from lora_fsdp.training.saving.output_folder import check_output_folder
 from tests.support.ranks import launch_environment
 from tests.support.runs import toy_trainer
 from tests.support.tiny import ToyTask, tiny_model, tiny_tokenizer, toy_table
@@ -97,21 +98,121 @@ class TestOutputFolder:
             folder.mkdir()
         assert claim_output_folder(FineTuningArguments(output_dir=str(folder))) == folder
 
-    def test_overwriting_leaves_no_rest_of_the_old_run(self, tmp_path):
-        (tmp_path / "checkpoint-3").mkdir()
-        for name in ("adapter_config.json", "metrics.json", "checkpoint-3/trainer_state.json"):
-            (tmp_path / name).write_text("{}")
-        arguments = FineTuningArguments(output_dir=str(tmp_path), overwrite_output_dir=True)
-        claim_output_folder(arguments)
-        assert [path.name for path in tmp_path.rglob("*")] == [LOCK_FILE]
+    def earlier_run(self, folder):
+        """What a run leaves, and what no run wrote; returns the files and their contents."""
+        for name in (
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "metrics.json",
+            "predictions.csv",
+            "run_record.json",
+            "log_history.jsonl",
+            "checkpoint-3/trainer_state.json",
+            "thesis.txt",
+        ):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text("{}")
+        return self.files(folder)
 
-    def test_overwriting_keeps_what_no_run_wrote(self, tmp_path):
+    def files(self, folder):
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    MISTAKES: ClassVar = {
+        "data_file": ({"data_file": "tabel.csv"}, {}, {}, {}),
+        "eval_file": ({"eval_file": "tabel.csv"}, {}, {}, {}),
+        "task": ({"task": "clasification"}, {}, {}, {}),
+        "task_file": ({"task_file": "my_tsk.py"}, {}, {}, {}),
+        "column": ({"text_column": "txt"}, {}, {}, {}),
+        "instruction": ({"instruction": "Say how it sounds " * 60}, {}, {}, {}),
+        "model": ({}, {"model_name_or_path": "modells/tiny"}, {}, {}),
+        "lora": ({}, {}, {"lora_target_modules": ["c_attn"]}, {}),
+        "step": ({}, {}, {}, {"step": "graph"}),
+        "residency": ({}, {}, {}, {"resident_layers": "2"}),
+        "sequences": ({}, {}, {}, {"max_tokens_per_row": 16}),
+    }
+
+    @pytest.mark.parametrize("mistake", MISTAKES)
+    def test_a_mistake_deletes_nothing_of_the_run_to_be_replaced(
+        self, model_folder, tmp_path, table, mistake
+    ):
+        data, model, lora, training = self.MISTAKES[mistake]
+        given = {"task": "classification", "data_file": str(table), "eval_size": 6, **OPTIONS}
+        before = self.earlier_run(tmp_path / "run")
+        with pytest.raises(LoraFsdpError):
+            run(
+                model.get("model_name_or_path", model_folder),
+                tmp_path / "run",
+                data=given | data,
+                lora=lora,
+                training={"overwrite_output_dir": True, **training},
+            )
+        assert self.files(tmp_path / "run") == before
+
+    def test_without_a_tokenizer_nothing_is_deleted(self, tmp_path, table):
+        tiny_model().save_pretrained(tmp_path / "model")
+        before = self.earlier_run(tmp_path / "run")
+        data = {"task": "classification", "data_file": str(table), "eval_size": 6, **OPTIONS}
+        training = {"overwrite_output_dir": True}
+        with pytest.raises(TokenizerNotFoundError):
+            run(tmp_path / "model", tmp_path / "run", data=data, training=training)
+        assert self.files(tmp_path / "run") == before
+
+    def test_overwriting_leaves_no_rest_of_the_old_run_and_keeps_the_rest(
+        self, model_folder, tmp_path, table
+    ):
         """`--output_dir .` in a project must not delete the project."""
-        (tmp_path / "metrics.json").write_text("{}")
-        (tmp_path / "thesis.txt").write_text("three years of work")
+        before = self.earlier_run(tmp_path / "run")
+        data = {"task": "classification", "data_file": str(table), "eval_size": 6, **OPTIONS}
+        training = {"overwrite_output_dir": True}
+        run(model_folder, tmp_path / "run", data=data, training=training)
+        after = self.files(tmp_path / "run")
+        kept = {path.name for path in before if after.get(path) == before[path]}
+        assert kept == {"thesis.txt"}
+        assert not (tmp_path / "run" / "checkpoint-3").exists()
+
+    @pytest.mark.parametrize("name", ["checkpoint-notes", "diverged-step-why", "x.partial"])
+    def test_a_folder_of_the_users_own_is_not_taken_for_the_runs(self, tmp_path, name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("three years of work")
+        claim_output_folder(FineTuningArguments(output_dir=str(tmp_path)))
         arguments = FineTuningArguments(output_dir=str(tmp_path), overwrite_output_dir=True)
-        claim_output_folder(arguments)
-        assert (tmp_path / "thesis.txt").exists()
+        assert check_output_folder(tmp_path, arguments) == []
+        assert (tmp_path / name / "thesis.txt").exists()
+
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [
+            ("checkpoint-3", "link"),
+            ("checkpoint-3", "file"),
+            ("report_figures", "link"),
+            ("metrics.json", "folder"),
+            ("metrics.json", "link"),
+            ("log_history.jsonl", "folder"),
+        ],
+    )
+    def test_what_no_run_makes_is_not_removed(self, tmp_path, name, kind):
+        folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+        folder.mkdir()
+        elsewhere.mkdir()
+        {
+            "link": lambda path: path.symlink_to(elsewhere),
+            "file": lambda path: path.write_text("mine"),
+            "folder": lambda path: path.mkdir(),
+        }[kind](folder / name)
+        arguments = FineTuningArguments(output_dir=str(folder), overwrite_output_dir=True)
+        with pytest.raises(OutputFolderError, match=f"{name} is a {kind}, which no run makes"):
+            claim_output_folder(arguments)
+        assert os.path.lexists(folder / name)
+
+    @pytest.mark.parametrize("key", ["data_file", "eval_file"])
+    def test_a_file_of_the_run_to_be_replaced_is_no_input(self, model_folder, tmp_path, table, key):
+        before = self.earlier_run(tmp_path / "run")
+        data = {"task": "classification", "data_file": str(table), "eval_size": 6, **OPTIONS}
+        data[key] = str(tmp_path / "run" / "predictions.csv")
+        training = {"overwrite_output_dir": True}
+        with pytest.raises(OutputFolderError, match=r"predictions\.csv belongs to the run"):
+            run(model_folder, tmp_path / "run", data=data, training=training)
+        assert self.files(tmp_path / "run") == before
 
     def test_resume_without_a_checkpoint(self, model_folder, tmp_path, table):
         data = {"task": "classification", "data_file": str(table), "eval_size": 6, **OPTIONS}

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import TrainingArguments
 
 from lora_fsdp.arguments.option import option
 from lora_fsdp.arguments.trackers import check_trackers
+from lora_fsdp.arguments.trainer_settings import check_trainer_settings
 from lora_fsdp.errors import ArgumentError
+from lora_fsdp.ranks import rank
 
-# What `TrainingArguments` offers and packed sequences cannot honour.
-_WITHOUT_EFFECT = (
-    "torch_compile",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "auto_find_batch_size",
-    "dataloader_drop_last",
-    "train_sampling_strategy",
-    "include_num_input_tokens_seen",
-    "torch_empty_cache_steps",
-)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -124,14 +117,14 @@ class FineTuningArguments(TrainingArguments):
                 "fp16 is not supported: its loss scaling hides small adapter gradients. "
                 "Use --dtype bfloat16 (or float32), and mixed_precision: 'no' in the YAML."
             )
-        if self.fsdp:
+        if self.fsdp or self.fsdp_config:
             raise ArgumentError(
                 "FSDP is configured by an accelerate YAML only (accelerate launch --config_file "
-                "accelerate_configs/fsdp2.yaml ...): remove --fsdp."
+                "accelerate_configs/fsdp2.yaml ...): remove --fsdp and --fsdp_config."
             )
-        for name in _WITHOUT_EFFECT:
-            if getattr(self, name) != _default_of(name):
-                raise ArgumentError(f"--{name} has no effect on packed sequences: remove it.")
+        for sentence in check_trainer_settings(self):
+            if rank() == 0:
+                logger.warning("%s", sentence)
         if self.ignore_data_skip:
             raise ArgumentError(
                 "--ignore_data_skip would show examples twice in the resumed epoch, and skipping "
@@ -147,7 +140,3 @@ class FineTuningArguments(TrainingArguments):
         if self.deepspeed:
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
         check_trackers(self.report_to)  # type: ignore[arg-type] # a list by now
-
-
-def _default_of(name: str) -> Any:
-    return TrainingArguments.__dataclass_fields__[name].default

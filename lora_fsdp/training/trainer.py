@@ -53,6 +53,11 @@ from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.training.checks import check_arguments
+from lora_fsdp.training.hooks import (
+    assigned_by_default,
+    refuse_unused_assignments,
+    refuse_unused_overrides,
+)
 from lora_fsdp.training.logging.figures import RunFigures
 from lora_fsdp.training.logging.progress import RunProgress
 from lora_fsdp.training.placing import place_for_training
@@ -161,8 +166,14 @@ class LoraTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
+        self._by_default = assigned_by_default(self)
         self._place(run)
         self._add_parts(run)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse to override what would never be called (`training/hooks.py`)."""
+        super().__init_subclass__(**kwargs)
+        refuse_unused_overrides(cls, base=LoraTrainer)
 
     # ---- placement ------------------------------------------------------------------------------
 
@@ -310,9 +321,11 @@ class LoraTrainer(Trainer):
         Raises:
             DamagedCheckpointError: there is no complete checkpoint to resume from.
             ResumeMismatchError: it is of a run with other data or settings.
+            ArgumentError: a function was assigned that a run does not call.
             TrainingInterrupted: stopped by SIGTERM or `max_hours`, with a checkpoint.
             WatchdogError: a step was not finite, or the ranks drifted apart.
         """
+        refuse_unused_assignments(self, by_default=self._by_default)
         end_with_launcher()
         folder = Path(str(self.args.output_dir))
         for part in (self.watchdogs, self.edges):  # last: they see what other callbacks decide
@@ -612,6 +625,7 @@ class LoraTrainer(Trainer):
             `predictions` [N, answers] log-likelihoods, `label_ids` [N] index of the true label (-1:
             none), and the metrics, prefixed.
         """
+        refuse_unused_assignments(self, by_default=self._by_default)
         examples = cast(ScoringSequences, dataloader.dataset).examples
         self.callback_handler.eval_dataloader = dataloader
         outputs = self.scorer.outputs(
@@ -638,5 +652,7 @@ class LoraTrainer(Trainer):
             batch_size=1,
             collate_fn=itemgetter(0),
             num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )

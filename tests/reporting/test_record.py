@@ -29,7 +29,6 @@ from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.recording.environment import _masked, launch_command, source_commit
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.training.logging.log_history import KeepLog
-from lora_fsdp.training.saving.run_lock import LOCK_FILE
 from tests.support.runs import toy_trainer
 from tests.support.tiny import toy_table
 
@@ -201,10 +200,8 @@ def test_a_record_alone_does_not_keep_another_run_out(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("a report that someone asked for")
     with pytest.raises(OutputFolderError):
         lora_fsdp.pipeline.claim_output_folder(arguments)
-    (tmp_path / "notes.html").write_text("the user's own")
     arguments.overwrite_output_dir = True
-    lora_fsdp.pipeline.claim_output_folder(arguments)
-    assert {file.name for file in tmp_path.iterdir()} == {"notes.html", LOCK_FILE}
+    assert lora_fsdp.pipeline.claim_output_folder(arguments) == tmp_path
 
 
 def test_the_log_is_written_as_it_comes(tmp_path: Path) -> None:

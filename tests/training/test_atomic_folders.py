@@ -11,7 +11,12 @@ import shutil
 import pytest
 import torch
 
-from lora_fsdp.errors import CheckpointError, CheckpointSaveError, DamagedCheckpointError
+from lora_fsdp.errors import (
+    CheckpointError,
+    CheckpointSaveError,
+    DamagedCheckpointError,
+    OutputFolderError,
+)
 from lora_fsdp.training.saving.atomic_folders import (
     MARKER,
     atomic_files,
@@ -163,6 +168,67 @@ def test_leftovers_are_removed_and_what_made_way_comes_back(tmp_path):
     assert {path.name for path in removed} == {"checkpoint-3.replaced", "checkpoint-4.partial"}
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-2"]
     assert check_whole(tmp_path / "checkpoint-2")
+
+
+OWN = ("notes.partial", "checkpoint-old.replaced", "adapter.partial", "checkpoint-1.partial.zip")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_folders_of_the_users_own_are_left_alone(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.txt").write_text("three years of work")
+    assert remove_leftovers(tmp_path) == []
+    assert (tmp_path / name / "thesis.txt").read_text() == "three years of work"
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
+@pytest.mark.parametrize("name", ["checkpoint-2.partial", "checkpoint-2.replaced"])
+def test_what_is_no_folder_but_named_like_ours_is_one_sentence(tmp_path, kind, name):
+    elsewhere = tmp_path / "elsewhere"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint-1.partial").mkdir()
+    if kind == "link":
+        write(elsewhere)
+    if kind == "file":
+        (run / name).write_text("mine")
+    else:
+        (run / name).symlink_to(elsewhere)
+    with pytest.raises(OutputFolderError, match=f"{name} is no folder"):
+        remove_leftovers(run)
+    assert os.path.lexists(run / name)
+    assert (kind != "link") or check_whole(elsewhere)
+
+
+@pytest.mark.parametrize("suffix", ["", ".partial", ".replaced"])
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_nothing_is_written_over_what_is_no_folder(tmp_path, suffix, kind):
+    write(tmp_path / "checkpoint-1", b"one")
+    place = tmp_path / f"checkpoint-1{suffix}"
+    if not suffix:
+        place.rename(tmp_path / "elsewhere")
+    if kind == "file":
+        place.write_text("mine")
+    else:
+        write(tmp_path / "elsewhere", b"one")
+        place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointSaveError, match=f"{place.name} is there and no folder"):
+        write(tmp_path / "checkpoint-1", b"two")
+    kept = place if kind == "file" else tmp_path / "elsewhere" / "a.bin"
+    assert kept.read_bytes() == (b"mine" if kind == "file" else b"one")
+    assert place.is_symlink() == (kind == "link")
+
+
+def test_a_checkpoint_that_is_a_link_is_read_and_never_removed(tmp_path):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    (run / "checkpoint-1").symlink_to(write(elsewhere), target_is_directory=True)
+    assert newest_whole_checkpoint(run)[0] == run / "checkpoint-1"
+    for step in (2, 3):
+        write(run / f"checkpoint-{step}")
+    remove_old_checkpoints(run, limit=1, keep={run / "checkpoint-3"})
+    assert [path.name for path in list_checkpoints(run)] == ["checkpoint-3", "checkpoint-1"]
+    assert check_whole(elsewhere)
 
 
 def test_files_among_others_are_whole_or_have_no_last(tmp_path):

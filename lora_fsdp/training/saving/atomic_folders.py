@@ -8,9 +8,11 @@ either the complete folder or a `.partial` one, which nothing reads and the next
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,12 +21,20 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lora_fsdp.errors import CheckpointSaveError, DamagedCheckpointError, LoraFsdpError
+from lora_fsdp.errors import (
+    CheckpointSaveError,
+    DamagedCheckpointError,
+    LoraFsdpError,
+    OutputFolderError,
+)
 
 MARKER = "manifest.json"
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 _FORMAT = 1
+FINAL_FILES = ".adapter"  # never a folder: what is written under its name moves in file by file
+# What a run names the folders that it writes atomically.
+_OURS = rf"(checkpoint|diverged-step)-[0-9]+|{re.escape(FINAL_FILES)}"
 
 
 @contextmanager
@@ -58,7 +68,7 @@ def atomic_files(folder: Path, facts: Mapping[str, Any], *, last: str) -> Iterat
     """
     with _clear_message(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        partial = _begin(folder / "adapter")
+        partial = _begin(folder / FINAL_FILES)
         try:
             yield partial
             _seal(partial, facts)
@@ -118,17 +128,21 @@ def check_whole(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
 def remove_leftovers(parent: Path) -> list[Path]:
     """Remove what a killed process left half-written in `parent`; the paths removed.
 
-    A folder that had made way for one that never took its place is put back.
+    A folder that had made way for one that never took its place is put back. Folders of the user's
+    own are left alone, whatever they end in.
+
+    Raises:
+        OutputFolderError: a link or a file has the name of such a folder.
     """
     removed = []
-    for path in sorted(parent.glob(f"*{REPLACED}")):
+    for path in _made_here(parent, REPLACED):
         place = path.with_name(path.name.removesuffix(REPLACED))
-        if place.exists():
+        if os.path.lexists(place):
             shutil.rmtree(path)
             removed.append(path)
         else:
             path.rename(place)
-    for path in sorted(parent.glob(f"*{PARTIAL}")):
+    for path in _made_here(parent, PARTIAL):
         shutil.rmtree(path)
         removed.append(path)
     return removed
@@ -137,15 +151,47 @@ def remove_leftovers(parent: Path) -> list[Path]:
 def remove_folder(folder: Path) -> None:
     """Remove a folder; killed in the middle, it leaves no damaged one under the folder's name."""
     doomed = folder.with_name(folder.name + PARTIAL)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _make_way(doomed)
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
+def is_ours(name: str) -> bool:
+    """Whether a run gives this name to a folder that it writes."""
+    return re.fullmatch(_OURS, name) is not None
+
+
+def _made_here(parent: Path, suffix: str) -> list[Path]:
+    """The folders in `parent` that a run names so; all of them are looked at before any goes."""
+    found = [
+        path
+        for path in sorted(parent.iterdir() if parent.is_dir() else ())
+        if path.name.endswith(suffix) and is_ours(path.name.removesuffix(suffix))
+    ]
+    for path in found:
+        if path.is_symlink() or not path.is_dir():
+            raise OutputFolderError(
+                f"{path} is no folder, but has the name of one that a run writes: move it away, or "
+                "choose another --output_dir."
+            )
+    return found
+
+
+def _make_way(folder: Path) -> None:
+    """Remove what an earlier attempt left under the name of a folder to be written."""
+    _check_is_folder(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _check_is_folder(place: Path) -> None:
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        raise FileExistsError(errno.EEXIST, f"{place.name} is there and no folder: move it away")
+
+
 def _begin(folder: Path) -> Path:
     partial = folder.with_name(folder.name + PARTIAL)
-    if partial.exists():
-        shutil.rmtree(partial)
+    _make_way(partial)
     partial.mkdir(parents=True)
     return partial
 
@@ -167,12 +213,15 @@ def _seal(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _take_place(partial: Path, folder: Path) -> None:
+    _check_is_folder(folder)
     replaced = folder.with_name(folder.name + REPLACED)
-    if folder.exists():
+    makes_way = folder.exists()
+    if makes_way:
+        _make_way(replaced)
         folder.rename(replaced)
     partial.rename(folder)
     _flush_folder(folder.parent)
-    if replaced.exists():
+    if makes_way:
         shutil.rmtree(replaced)
 
 

@@ -13,7 +13,7 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoint folders of a run by step, the newest first, whole or not."""
     found = {}
     for path in run_folder.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        match = re.fullmatch(r"checkpoint-([0-9]+)", path.name)
         if match and path.is_dir():
             found[int(match[1])] = path
     return [found[step] for step in sorted(found, reverse=True)]
@@ -65,7 +65,8 @@ def check_named_checkpoint(checkpoint: Path) -> Path:
 def remove_old_checkpoints(run_folder: Path, *, limit: int | None, keep: set[Path]) -> None:
     """Remove the oldest whole checkpoints beyond `limit`; to be called when a new one is whole.
 
-    Damaged ones do not count and are left for a person to look at.
+    Damaged ones do not count and are left for a person to look at; so are links, which somebody
+    else made.
 
     Args:
         run_folder: the run's folder.
@@ -74,7 +75,8 @@ def remove_old_checkpoints(run_folder: Path, *, limit: int | None, keep: set[Pat
     """
     if not limit or limit < 0:
         return
-    whole = [path for path in list_checkpoints(run_folder) if not find_damage(path, hashes=False)]
+    own = [path for path in list_checkpoints(run_folder) if not path.is_symlink()]
+    whole = [path for path in own if not find_damage(path, hashes=False)]
     protected = [path for path in whole if path in keep]
     others = [path for path in whole if path not in keep]
     for checkpoint in others[max(limit - len(protected), 0) :]:
