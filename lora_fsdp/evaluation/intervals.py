@@ -112,9 +112,16 @@ class PairedBootstrap:
         """A system's score by a metric that it `knows`."""
         return _interval(self._scores(system, metric))
 
-    def difference(self, first: str, second: str, metric: str) -> Interval:
-        """By how much `first` scores above `second` on the same rows."""
-        return _interval(self._scores(first, metric) - self._scores(second, metric))
+    def difference(self, first: str, second: str, metric: str, *, of: int = 1) -> Interval:
+        """By how much `first` scores above `second` on the same rows.
+
+        Args:
+            first, second: systems.
+            metric: one that both `know`.
+            of: how many such differences are looked at; with 95 % confidence all their intervals
+                hold (Bonferroni).
+        """
+        return _interval(self._scores(first, metric) - self._scores(second, metric), of=of)
 
     def _scores(self, system: str, metric: str) -> np.ndarray:
         """[1 + draws]"""
@@ -156,7 +163,7 @@ def _one_hot(answers: pd.Series, labels: Sequence[str]) -> np.ndarray:
     return np.stack([(answers == label).to_numpy(dtype=float) for label in labels], axis=1)
 
 
-def _interval(scores: np.ndarray) -> Interval:
-    tail = 100 * (1 - CONFIDENCE) / 2
+def _interval(scores: np.ndarray, *, of: int = 1) -> Interval:
+    tail = 100 * (1 - CONFIDENCE) / 2 / of
     low, high = np.percentile(scores[1:], [tail, 100 - tail])
     return Interval(float(scores[0]), float(low), float(high))

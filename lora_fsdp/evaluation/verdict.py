@@ -92,10 +92,10 @@ def score_table(
         }
         for system, values in metrics.items()
     ]
+    rivals = [system for system in metrics if system != TUNED and primary in metrics[system]]
     differences = {
-        system: _difference(metrics, bootstrap, system=system, metric=primary)
-        for system in metrics
-        if system != TUNED and primary in metrics[system]
+        system: _difference(metrics, bootstrap, system=system, metric=primary, of=len(rivals))
+        for system in rivals
     }
     table = {
         "rows": rows,
@@ -169,11 +169,12 @@ def _difference(
     *,
     system: str,
     metric: str,
+    of: int,
 ) -> dict[str, float | None]:
     """By how much the tuned model scores above `system`, with a paired interval if there is one."""
     found: list[Interval] = []
     if bootstrap is not None and all(bootstrap.knows(one, metric) for one in (TUNED, system)):
-        found.append(bootstrap.difference(TUNED, system, metric))
+        found.append(bootstrap.difference(TUNED, system, metric, of=of))
     return _with_interval(float(scores[TUNED][metric]) - float(scores[system][metric]), found)
 
 
@@ -199,15 +200,8 @@ def _verdict(table: dict[str, Any], *, tuned: float) -> dict[str, Any]:
         outcome, headline = "yes", f"Worth it: the tuned model beats the {rival}."
     elif margin["high"] is not None and margin["high"] < 0:
         outcome, headline = "no", f"Not worth it: the {rival} is better than the tuned model."
-    elif margin["value"] > 0 and margin["low"] is None:
-        outcome = "unclear"
-        headline = f"The tuned model leads the {rival}, by a metric that has no interval."
-    elif margin["value"] > 0:
-        outcome = "unclear"
-        headline = f"Not proven: the lead over the {rival} may be chance."
     else:
-        outcome = "no"
-        headline = f"Not worth it so far: the tuned model does not beat the {rival}."
+        outcome, headline = "unclear", _unclear(margin, rival)
     return {
         "outcome": outcome,
         "headline": headline,
@@ -221,6 +215,17 @@ def _verdict(table: dict[str, Any], *, tuned: float) -> dict[str, Any]:
     }
 
 
+def _unclear(margin: Mapping[str, Any], rival: str) -> str:
+    """What is said where no interval lies on one side of zero."""
+    leads = margin["value"] > 0
+    if margin["low"] is None:
+        verb = "leads" if leads else "does not lead"
+        return f"The tuned model {verb} the {rival}, by a metric that has no interval."
+    if leads:
+        return f"Not proven: the lead over the {rival} may be chance."
+    return f"Not proven: the tuned model does not lead the {rival}, which may be chance."
+
+
 def _detail(table: dict[str, Any], margin: Mapping[str, Any], *, tuned: float) -> str:
     """The figures that the verdict rests on, in a sentence."""
     metric, rows = name_of(table["primary_metric"]), table["rows"]
@@ -228,7 +233,9 @@ def _detail(table: dict[str, Any], margin: Mapping[str, Any], *, tuned: float) -
     interval = " (no interval: whether that is chance is not known)"
     if margin["low"] is not None:
         bounds = f"{signed_text(margin['low'])} to {signed_text(margin['high'])}"
-        interval = f" ({100 * CONFIDENCE:.0f} % interval {bounds})"
+        count = len(table["differences"])
+        together = f" for {count} rivals together" if count > 1 else ""
+        interval = f" ({100 * CONFIDENCE:.0f} % interval{together} {bounds})"
     few = ""
     if rows is not None and rows < _LEAST_ROWS_FOR_A_VERDICT:
         few = f" A verdict takes {_LEAST_ROWS_FOR_A_VERDICT} rows or more."

@@ -68,6 +68,23 @@ def test_a_lead_of_one_row_is_not_proven() -> None:
     assert "interval \u22120." in said
 
 
+def test_a_row_behind_is_not_held_against_it() -> None:
+    said = compared({UNTRAINED: hits(301, 400, first=90), TUNED: hits(300, 400)}).verdict()
+    assert said.startswith("Not proven: the tuned model does not lead the untrained model")
+
+
+def test_of_several_rivals_the_interval_is_wider() -> None:
+    """Behind one rival by what is significant for one comparison, and not for three."""
+    tuned, better = hits(180, 400), hits(207, 400, first=180 - 89)
+    one = compared({UNTRAINED: better, TUNED: tuned})
+    worse = hits(100, 400)
+    three = compared({MAJORITY: worse, TFIDF: worse, UNTRAINED: better, TUNED: tuned})
+    assert "95 % interval for 3 rivals together" in three.verdict()
+    spans = [table_of(one)["differences"][UNTRAINED], table_of(three)["differences"][UNTRAINED]]
+    assert spans[1]["low"] < spans[0]["low"]
+    assert spans[1]["high"] > spans[0]["high"]
+
+
 def test_a_clear_lead_is_worth_it() -> None:
     said = compared({UNTRAINED: hits(100, 400), TUNED: hits(300, 400)}).verdict()
     assert said.startswith("Worth it: the tuned model beats the untrained model.")

@@ -131,6 +131,39 @@ def test_calibrated_answers_have_a_small_error() -> None:
     assert calibration(confidence, random.random(20_000) < confidence - 0.2)["error"] > 0.15
 
 
+@pytest.mark.parametrize("rows", [40, 400, 4000])
+def test_the_error_of_a_calibrated_model_is_what_is_expected(rows: int) -> None:
+    """Over many samples of that size; it falls with the root of the rows."""
+    random = np.random.default_rng(rows)
+    found = []
+    for _ in range(60):
+        confidence = random.uniform(0.3, 1, rows)
+        found.append(calibration(confidence, random.random(rows) < confidence))
+    errors = [one["error"] for one in found]
+    expected = float(np.mean([one["error_expected"] for one in found]))
+    assert np.mean(errors) == pytest.approx(expected, rel=0.12)
+    assert expected == pytest.approx(1.1 / np.sqrt(rows), rel=0.25)
+    above = np.mean([one["error"] > one["error_high"] for one in found])
+    assert above <= 0.15
+
+
+def test_a_rival_of_several_is_better_by_chance_no_more_often_than_one() -> None:
+    """Three rivals as good as the tuned model, 300 times: one is 'better' in 2.5 % at most."""
+    random = np.random.default_rng(4)
+    better = {1: 0, 3: 0}
+    for _ in range(300):
+        targets = random.choice(LABELS, 150).tolist()
+        systems = {
+            name: answers(targets, right=0.7, seed=int(random.integers(1 << 30)))
+            for name in ("tuned", "a", "b", "c")
+        }
+        bootstrap = PairedBootstrap(targets, systems)
+        for of in better:
+            highs = [bootstrap.difference("tuned", one, "accuracy", of=of).high for one in "abc"]
+            better[of] += min(highs) < 0
+    assert better[3] <= 0.035 * 300 < better[1]
+
+
 def test_planted_label_errors_are_suspected() -> None:
     random = np.random.default_rng(0)
     true = random.integers(3, size=300)

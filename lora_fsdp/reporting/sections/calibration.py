@@ -9,6 +9,7 @@ import numpy as np
 from lora_fsdp.evaluation.intervals import wilson_interval
 
 BINS = 10
+_SIMULATIONS = 500
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
@@ -24,7 +25,8 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
     Returns:
         `error`: the mean over rows of |accuracy - confidence| of their bin; `confidence` and
         `accuracy` over all rows, the latter with its Wilson interval; `bins`: those that
-        hold rows, each with its bounds.
+        hold rows, each with its bounds; `error_expected` and `error_high`: mean and 95th percentile
+        of the error that a calibrated model with these probabilities has on as many rows.
     """
     places = np.minimum((confidence * BINS).astype(int), BINS - 1)
     bins = []
@@ -40,10 +42,13 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
                     "accuracy": float(right[chosen].mean()),
                 }
             )
+    expected, high = _error_by_chance(confidence, places)
     gaps = sum(one["rows"] * abs(one["accuracy"] - one["confidence"]) for one in bins)
     accuracy = wilson_interval(int(right.sum()), len(right))
     return {
         "error": gaps / len(confidence),
+        "error_expected": expected,
+        "error_high": high,
         "confidence": float(confidence.mean()),
         "accuracy": accuracy.value,
         "accuracy_low": accuracy.low,
@@ -51,3 +56,20 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
         "rows": len(confidence),
         "bins": bins,
     }
+
+
+def _error_by_chance(confidence: np.ndarray, places: np.ndarray) -> tuple[float, float]:
+    """Mean and 95th percentile of the error where each answer is right as often as it says.
+
+    Of few rows even such a model has an error: a bin's accuracy is a mean of few zeros and ones.
+    Source: Bröcker and Smith, "Increasing the Reliability of Reliability Diagrams", Weather and
+    Forecasting 22 (2007), who draw the answers anew from the probabilities likewise.
+    """
+    random = np.random.default_rng(0)
+    bins = (places[:, None] == np.arange(BINS)).astype(float)
+    sums = confidence @ bins
+    errors = [
+        np.abs((random.random(len(confidence)) < confidence) @ bins - sums).sum() / len(confidence)
+        for _ in range(_SIMULATIONS)
+    ]
+    return float(np.mean(errors)), float(np.percentile(errors, 95))
