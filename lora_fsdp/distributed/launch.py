@@ -211,11 +211,6 @@ def launch_fingerprint() -> str:
 def unsupported_settings(plugin: FullyShardedDataParallelPlugin) -> dict[str, str]:
     """For each key of the YAML whose value cannot work here: what is wrong, and what to do."""
     found = {}
-    if plugin.cpu_ram_efficient_loading:
-        found["fsdp_cpu_ram_efficient_loading"] = (
-            "fsdp_cpu_ram_efficient_loading: true cannot work with a replicated adapter: set it to "
-            "false."
-        )
     if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
         found["fsdp_auto_wrap_policy"] = (
             "fsdp_auto_wrap_policy: SIZE_BASED_WRAP would cut through layers: set it to "

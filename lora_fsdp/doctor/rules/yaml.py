@@ -147,12 +147,6 @@ def _unsupported(key: str, name: str, meaning: str, fix: str) -> None:
 
 
 _unsupported(
-    "fsdp_cpu_ram_efficient_loading",
-    "fsdp-cpu-ram-efficient-loading",
-    "`fsdp_cpu_ram_efficient_loading: true`, which fails with parameters outside the shards.",
-    "Set it to false.",
-)
-_unsupported(
     "fsdp_auto_wrap_policy",
     "fsdp-size-based-wrap",
     "`fsdp_auto_wrap_policy: SIZE_BASED_WRAP`, which cuts through layers.",
@@ -179,4 +173,19 @@ def _state_dict_type(case: Case) -> Iterator[Problem]:
         yield Problem(
             "fsdp_state_dict_type has no effect: the adapter is complete on every rank and is "
             "saved without a gather, whatever it says."
+        )
+
+
+@RULES.note(
+    "fsdp-cpu-ram-efficient-loading",
+    "`fsdp_cpu_ram_efficient_loading: true`, which does not matter: each rank reads its shards.",
+    "Leave it out.",
+)
+def _efficient_loading(case: Case) -> Iterator[Problem]:
+    name = "fsdp_cpu_ram_efficient_loading"
+    asked = case.plugin.value is not None and case.plugin.value.cpu_ram_efficient_loading
+    if asked and name in _fsdp_keys(case):
+        yield Problem(
+            f"{name} has no effect: each rank reads its shards of the base from the files, and "
+            "nothing is sent from the first rank to the others."
         )
