@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,6 +25,8 @@ from lora_fsdp.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+_ON_FIRST_RANK_ONLY = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 #: What a config.json that is no causal language model's, or a damaged .bin file, makes
@@ -109,15 +114,16 @@ def _load_weights(
     model: PreTrainedModel
     loaded: dict[str, Any]
     try:
-        model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            name,
-            revision=arguments.model_revision,
-            dtype=dtype,
-            attn_implementation=None if attention == "auto" else attention,
-            trust_remote_code=arguments.trust_remote_code,
-            weights_only=True,  # should the weights be a pickle: nothing in it is run
-            output_loading_info=True,
-        )
+        with _weights_on_every_rank():
+            model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+                name,
+                revision=arguments.model_revision,
+                dtype=dtype,
+                attn_implementation=None if attention == "auto" else attention,
+                trust_remote_code=arguments.trust_remote_code,
+                weights_only=True,  # should the weights be a pickle: nothing in it is run
+                output_loading_info=True,
+            )
     except (OSError, SafetensorError) as error:
         raise ModelNotFoundError(f"No model could be loaded from {name}: {error}") from error
     except torch.OutOfMemoryError:
@@ -127,6 +133,21 @@ def _load_weights(
             f"{name} cannot be loaded as a causal language model: {first_line(error)}"
         ) from error
     return model, sorted({*loaded["missing_keys"], *map(str, loaded["mismatched_keys"])})
+
+
+@contextmanager
+def _weights_on_every_rank() -> Iterator[None]:
+    """As if the YAML said `fsdp_cpu_ram_efficient_loading: false`, which the launcher leaves true.
+
+    By that setting transformers gives weights to the first rank of a machine only, for accelerate's
+    FSDP to send them to the others. This library shards what each rank has read.
+    """
+    asked = os.environ.pop(_ON_FIRST_RANK_ONLY, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[_ON_FIRST_RANK_ONLY] = asked
 
 
 def warn_of_remote_code(arguments: ModelArguments) -> None:

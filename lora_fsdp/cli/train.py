@@ -100,10 +100,17 @@ def train(options: LaunchOptions, arguments: Sequence[str]) -> int:
 
 
 def launch_command_line(options: LaunchOptions, arguments: Sequence[str]) -> list[str]:
-    """The arguments of `accelerate launch`."""
+    """The arguments of `accelerate launch`.
+
+    Raises:
+        LaunchError: it would leave out something of what is asked for.
+    """
     from torch.cuda import device_count
 
+    from lora_fsdp.distributed.launch_files import check_can_start
+
     config, processes = launched_config(options, gpus=device_count())
+    check_can_start(config, processes=processes)
     command = ["--config_file", str(config)]
     if processes is not None:
         command += ["--num_processes", str(processes)]

@@ -33,6 +33,9 @@ from lora_fsdp.errors import (
 
 logger = logging.getLogger(__name__)
 
+# Who has one of them was started by `mpirun`, which says how many there are.
+_OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 def fsdp_requested() -> bool:
     """Whether this process was started from an accelerate YAML that asks for FSDP."""
@@ -90,8 +93,10 @@ def check_launch(
     Raises:
         FsdpDroppedError: the ranks are not joined.
         FsdpOnOneProcessError: FSDP over one process, unless that is allowed.
-        LaunchError: more processes than GPUs.
+        LaunchError: more processes than GPUs, or a setting that nobody carries out.
     """
+    check_environment()
+    check_not_left_alone()
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != arguments.world_size:
         raise FsdpDroppedError(
@@ -112,6 +117,51 @@ def check_launch(
             "for speed.",
             arguments.world_size,
         )
+
+
+def check_environment() -> None:
+    """Refuse what the launcher was asked for and neither it nor a run carries out.
+
+    Raises:
+        LaunchError: names the key of the YAML and its value.
+    """
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if backend.lower() not in ("no", ""):
+        raise LaunchError(
+            f"dynamo_backend {backend} (the YAML's dynamo_config, or an option of accelerate "
+            "launch) has no effect on packed sequences: remove it. --step compiled lets torch "
+            "compile the layers."
+        )
+    if os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower() == "fp8":
+        raise LaunchError(
+            "mixed_precision: fp8 is not supported: set it to 'no'; --dtype says what the base is "
+            "computed in."
+        )
+
+
+def check_not_left_alone() -> None:
+    """Refuse to be the only process of a launch that was asked for several.
+
+    accelerate starts one process, with the address at which several would meet, where its type of
+    launch has no way to start them.
+
+    Raises:
+        FsdpDroppedError: this process is the only one.
+    """
+    launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
+    joined = any(name in os.environ for name in ("WORLD_SIZE", "RANK", *_OF_MPI))
+    if launched and "MASTER_ADDR" in os.environ and not joined:
+        raise processes_dropped(asked="Several")
+
+
+def processes_dropped(*, asked: str) -> FsdpDroppedError:
+    """The error of a launch that starts one process where several were asked for."""
+    return FsdpDroppedError(
+        f"{asked} processes were asked for (num_processes), but accelerate starts one: "
+        "distributed_type NO and MULTI_CPU, and --cpu, start no others. Set num_processes: 1, or "
+        "distributed_type: MULTI_GPU (on a CPU with use_cpu: true, without --cpu), or start from "
+        "accelerate_configs/fsdp2_cpu.yaml."
+    )
 
 
 def check_gpus_suffice(processes: int, gpus: int) -> None:
@@ -161,11 +211,6 @@ def launch_fingerprint() -> str:
 def unsupported_settings(plugin: FullyShardedDataParallelPlugin) -> dict[str, str]:
     """For each key of the YAML whose value cannot work here: what is wrong, and what to do."""
     found = {}
-    if plugin.cpu_ram_efficient_loading:
-        found["fsdp_cpu_ram_efficient_loading"] = (
-            "fsdp_cpu_ram_efficient_loading: true cannot work with a replicated adapter: set it to "
-            "false."
-        )
     if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
         found["fsdp_auto_wrap_policy"] = (
             "fsdp_auto_wrap_policy: SIZE_BASED_WRAP would cut through layers: set it to "

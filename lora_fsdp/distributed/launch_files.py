@@ -11,10 +11,15 @@ from typing import Any
 
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import clear_environment
+from accelerate.utils import DistributedType, clear_environment
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
+from lora_fsdp.distributed.launch import check_environment, processes_dropped
 from lora_fsdp.errors import LaunchError
+
+#: Values of `distributed_type` that this library trains under, and the others that accelerate has.
+TYPES = {"NO", "FSDP", "MULTI_GPU", "MULTI_CPU"}
+OTHER_TYPES = {kind.value for kind in DistributedType} - TYPES
 
 # Who has them is a rank of a launch, and would join the others.
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -32,12 +37,14 @@ class Launch:
     Attributes:
         environment: what each would find in its environment, but for its rank.
         processes: their number, on all machines together.
+        asked: how many were asked for.
         machines: how many machines.
         use_cpu: whether GPUs are left alone.
     """
 
     environment: Mapping[str, str]
     processes: int
+    asked: int
     machines: int
     use_cpu: bool
 
@@ -90,13 +97,67 @@ def read_launch(file: Path, *, processes: int | None) -> Launch:
             )
             return Launch(
                 environment=dict(environment),
-                processes=int(asked.num_processes or 1) if joined else 1,
+                processes=int(asked.num_processes or 1) if joined or asked.mpirun_hostfile else 1,
+                asked=int(asked.num_processes or 1),
                 machines=int(asked.num_machines or 1),
                 use_cpu=bool(asked.cpu or asked.use_cpu),
             )
         except _REFUSALS as error:
             reason = " ".join(str(error).split())[:500] or type(error).__name__
             raise LaunchError(f"accelerate refuses {file}: {reason}") from error
+
+
+def check_can_start(file: Path, *, processes: int | None) -> None:
+    """Refuse a YAML of which a launch would leave something out without a word.
+
+    Args:
+        file: the YAML.
+        processes: `--num_processes`, if that is given.
+
+    Raises:
+        LaunchError: names the key.
+    """
+    check_kind_of_launch(read_launch_yaml(file))
+    launch = read_launch(file, processes=processes)
+    check_all_start(launch)
+    with as_launched(launch):
+        check_environment()
+
+
+def check_kind_of_launch(contents: Mapping[str, Any]) -> None:
+    """Refuse a `distributed_type` that this library does not train under, and sections beside it.
+
+    Raises:
+        LaunchError: names the key and its value.
+    """
+    kind = contents.get("distributed_type", "NO")
+    if isinstance(kind, str) and kind in OTHER_TYPES:
+        raise LaunchError(
+            f"distributed_type: {kind} is not one that this library trains under: the base is "
+            "complete on each GPU, or in FSDP2 shards. Set distributed_type: FSDP, or MULTI_GPU."
+        )
+    place = contents.get("compute_environment", "LOCAL_MACHINE")
+    if place != "LOCAL_MACHINE":
+        raise LaunchError(
+            f"compute_environment: {place} is not supported: set it to LOCAL_MACHINE and start the "
+            "run on the machine that has the GPUs."
+        )
+    for section in ("fsdp_config", "deepspeed_config", "megatron_lm_config"):
+        if contents.get(section) and (section, kind) != ("fsdp_config", "FSDP"):
+            raise LaunchError(
+                f"The accelerate YAML has a {section}, which distributed_type: {kind} leaves out: "
+                "set distributed_type: FSDP for an fsdp_config, or remove the section."
+            )
+
+
+def check_all_start(launch: Launch) -> None:
+    """Refuse a launch that would start fewer processes than it was asked for.
+
+    Raises:
+        FsdpDroppedError: there are fewer.
+    """
+    if launch.processes < launch.asked:
+        raise processes_dropped(asked=str(launch.asked))
 
 
 @contextmanager

@@ -131,7 +131,6 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("variables", "key"),
         [
-            ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, "fsdp_cpu_ram_efficient_loading"),
             (
                 {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "100"},
                 "SIZE_BASED_WRAP",

@@ -169,13 +169,18 @@ BROKEN = [
      "Did you mean fsdp_reshard_after_forward?"),
     ("yaml-refused", change(launch={"num_processes": "two"}), "two"),
     ("distributed-type", change(launch={"distributed_type": "DEEPSPEED"}), "DEEPSPEED"),
+    ("distributed-type", change(launch={"distributed_type": "MULTI_GPU"}), "has a fsdp_config"),
+    ("launch-setting-dropped", change(launch={"dynamo_config": {"dynamo_backend": "INDUCTOR"}}),
+     "--step compiled"),
+    ("processes-dropped", change(launch={"distributed_type": "MULTI_CPU", "fsdp_config": {}}),
+     "accelerate starts one"),
     ("fsdp1", fsdp1, "fsdp_version: 2"),
     ("fsdp1-and-fsdp2-keys", change(fsdp={"fsdp_sharding_strategy": "FULL_SHARD"}),
      "fsdp_sharding_strategy belongs to FSDP1"),
     ("fsdp1-and-fsdp2-keys", change(fsdp={"fsdp_version": 1}), "Set fsdp_version: 2"),
     ("fsdp-value-refused", change(fsdp={"fsdp_auto_wrap_policy": "SOME_WRAP"}), "SOME_WRAP"),
     ("fsdp-cpu-ram-efficient-loading",
-     change(fsdp={"fsdp_cpu_ram_efficient_loading": True}), "replicated adapter"),
+     change(fsdp={"fsdp_cpu_ram_efficient_loading": True}), "has no effect"),
     ("fsdp-size-based-wrap",
      change(fsdp={"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP", "fsdp_min_num_params": 100}),
      "TRANSFORMER_BASED_WRAP"),
@@ -333,9 +338,13 @@ def test_an_error_is_reported_once_and_what_hangs_on_it_is_not_checked(run):
 
 def test_all_refused_settings_are_named_and_not_only_the_first(run):
     """A run stops at the first; the doctor says them all."""
-    run.fsdp.update(fsdp_cpu_ram_efficient_loading=True, fsdp_ignored_modules="lm_head")
+    run.fsdp.update(
+        fsdp_auto_wrap_policy="SIZE_BASED_WRAP",
+        fsdp_min_num_params=100,
+        fsdp_ignored_modules="lm_head",
+    )
     names = {finding.rule for finding in run.examine().of(Severity.ERROR)}
-    assert {"fsdp-cpu-ram-efficient-loading", "fsdp-ignored-modules"} <= names
+    assert {"fsdp-size-based-wrap", "fsdp-ignored-modules"} <= names
 
 
 def test_ranks_of_a_launch_are_not_joined(run, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lora_fsdp.distributed.launch import check_gpus_suffice, check_sharding_has_ranks
+from lora_fsdp.distributed.launch_files import check_all_start
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.finding import Problem, Rules
 
@@ -19,6 +20,15 @@ RULES = Rules()
 def _one_process(case: Case) -> None:
     if case.fsdp.value is not None and not case.training.get("allow_fsdp_on_one_process"):
         check_sharding_has_ranks(case.launch.value.processes)
+
+
+@RULES.error(
+    "processes-dropped",
+    "Several processes, and a `distributed_type` under which accelerate starts one.",
+    "Set distributed_type: MULTI_GPU or FSDP, or num_processes: 1.",
+)
+def _dropped(case: Case) -> None:
+    check_all_start(case.launch.value)
 
 
 @RULES.error(

@@ -8,18 +8,15 @@ from collections.abc import Iterator
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
 from accelerate.commands.to_fsdp2 import ARGUMENT_KEY_MAPPING
-from accelerate.utils import DistributedType
 
-from lora_fsdp.distributed.launch import unsupported_settings
-from lora_fsdp.distributed.launch_files import as_launched
+from lora_fsdp.distributed.launch import check_environment, unsupported_settings
+from lora_fsdp.distributed.launch_files import as_launched, check_kind_of_launch
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.finding import Problem, Rules
 from lora_fsdp.errors import Fsdp1ConfigError
 
 # What accelerate reads without having an option for it, and old names that it still takes.
 _KNOWN_BESIDES = {"fsdp_ignored_modules"}
-_TYPES = {"NO", "FSDP", "MULTI_GPU", "MULTI_CPU"}
-_OTHER_TYPES = {kind.value for kind in DistributedType} - _TYPES
 _OLD_NAMES = {"fp16", "dynamo_backend"}
 
 
@@ -73,16 +70,21 @@ def _fsdp_keys(case: Case) -> set[str]:
 
 @RULES.error(
     "distributed-type",
-    "A `distributed_type` other than FSDP, MULTI_GPU, MULTI_CPU or NO.",
+    "A `distributed_type` other than FSDP, MULTI_GPU, MULTI_CPU or NO, or a section of another.",
     "Set distributed_type: FSDP, or MULTI_GPU.",
 )
-def _distributed_type(case: Case) -> Iterator[Problem]:
-    kind = case.launch_yaml.value.get("distributed_type", "NO")
-    if isinstance(kind, str) and kind in _OTHER_TYPES:
-        yield Problem(
-            f"distributed_type: {kind} is not one that this library trains under: the base is "
-            "complete on each GPU, or in FSDP2 shards."
-        )
+def _distributed_type(case: Case) -> None:
+    check_kind_of_launch(case.launch_yaml.value)
+
+
+@RULES.error(
+    "launch-setting-dropped",
+    "A setting that nobody carries out: `dynamo_config`, or `mixed_precision: fp8`.",
+    "Remove it.",
+)
+def _setting_dropped(case: Case) -> None:
+    with as_launched(case.launch.value):
+        check_environment()
 
 
 @RULES.error(
@@ -145,12 +147,6 @@ def _unsupported(key: str, name: str, meaning: str, fix: str) -> None:
 
 
 _unsupported(
-    "fsdp_cpu_ram_efficient_loading",
-    "fsdp-cpu-ram-efficient-loading",
-    "`fsdp_cpu_ram_efficient_loading: true`, which fails with parameters outside the shards.",
-    "Set it to false.",
-)
-_unsupported(
     "fsdp_auto_wrap_policy",
     "fsdp-size-based-wrap",
     "`fsdp_auto_wrap_policy: SIZE_BASED_WRAP`, which cuts through layers.",
@@ -177,4 +173,19 @@ def _state_dict_type(case: Case) -> Iterator[Problem]:
         yield Problem(
             "fsdp_state_dict_type has no effect: the adapter is complete on every rank and is "
             "saved without a gather, whatever it says."
+        )
+
+
+@RULES.note(
+    "fsdp-cpu-ram-efficient-loading",
+    "`fsdp_cpu_ram_efficient_loading: true`, which does not matter: each rank reads its shards.",
+    "Leave it out.",
+)
+def _efficient_loading(case: Case) -> Iterator[Problem]:
+    name = "fsdp_cpu_ram_efficient_loading"
+    asked = case.plugin.value is not None and case.plugin.value.cpu_ram_efficient_loading
+    if asked and name in _fsdp_keys(case):
+        yield Problem(
+            f"{name} has no effect: each rank reads its shards of the base from the files, and "
+            "nothing is sent from the first rank to the others."
         )
