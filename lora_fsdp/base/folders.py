@@ -69,6 +69,23 @@ def read_json_object(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
+def check_weight_indices(folder: Path) -> None:
+    """Refuse a model folder of which an index names a weight file that does not lie in it.
+
+    For what transformers opens by those names without looking where they lead.
+
+    Raises:
+        AdapterVerificationError: an index is damaged.
+        UnsafeFileError: it names something outside.
+    """
+    for index in sorted(folder.glob("*.index.json")):
+        listed = read_json_object(folder, index.name).get("weight_map")
+        if not isinstance(listed, dict):
+            raise AdapterVerificationError(f"{index} is damaged: weight_map is missing.")
+        for name in sorted(set(map(str, listed.values()))):
+            contained_file(folder, name)
+
+
 def open_safetensors(folder: Path, name: str) -> Any:
     """A safetensors file of `folder`, its tensors mapped and not read; to be used in a `with`.
 

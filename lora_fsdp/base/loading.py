@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_fsdp.arguments import ModelArguments
+from lora_fsdp.base.folders import check_weight_indices
 from lora_fsdp.errors import (
     ArgumentError,
     ModelNotFoundError,
@@ -93,6 +94,8 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
             "lora_fsdp.base.streaming.load_on_device."
         )
     warn_of_remote_code(arguments)
+    if Path(name).is_dir():
+        check_weight_indices(Path(name))
     model, absent = _load_weights(
         arguments, name, dtype=resolve_dtype(arguments.dtype, device=device)
     )
@@ -128,6 +131,11 @@ def _load_weights(
         raise ModelNotFoundError(f"No model could be loaded from {name}: {error}") from error
     except torch.OutOfMemoryError:
         raise
+    except UnpicklingError as error:  # whose text tells the reader to set weights_only=False
+        raise UnsupportedModelError(
+            f"The weights of {name} are a damaged pickle, or one that holds more than tensors and "
+            "could run code when it is opened: it is not opened. Use the model's safetensors files."
+        ) from error
     except LOADING_ERRORS as error:
         raise UnsupportedModelError(
             f"{name} cannot be loaded as a causal language model: {first_line(error)}"

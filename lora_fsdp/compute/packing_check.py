@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from lora_fsdp.compute.packed_model import PackedModel, head_can_be_chunked, keeps_logits
 from lora_fsdp.data.packing import Tree, pack_sequence
@@ -36,7 +37,7 @@ def check_packing(
         sample: examples that fill a packed sequence as the run's will be filled.
 
     Raises:
-        UnsupportedModelError: they differ.
+        UnsupportedModelError: they differ, or are not finite.
     """
     was_training = packed.model.training
     packed.model.eval()
@@ -85,6 +86,26 @@ def _refused(packed: PackedModel, difference: float, which: str) -> UnsupportedM
     )
 
 
+def _not_finite(packed: PackedModel) -> UnsupportedModelError:
+    named = [name for name, value in packed.base.named_parameters() if not _is_finite(value)]
+    where = (
+        f"its weight {named[0]} is not finite"
+        if named
+        else (f"its weights are finite here: they may be too large for {packed.dtype}")
+    )
+    return UnsupportedModelError(
+        f"The untrained {type(packed.base).__name__} gives log-probabilities that are not finite: "
+        f"{where}. The base's files are damaged, or were saved after a training that diverged; "
+        "take the original ones."
+    )
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    """Of what this rank holds."""
+    held = weight.to_local() if isinstance(weight, DTensor) else weight
+    return not held.is_floating_point() or bool(held.isfinite().all())
+
+
 def _rounding(packed: PackedModel) -> float:
     return _ROUNDING[packed.dtype == torch.bfloat16]
 
@@ -98,7 +119,10 @@ def _mean_difference(
     differences, answer = [], 0
     for tree in trees:
         if any(tree is one for one in compared):
-            differences.append(log_probs[owners == answer] - _alone(packed, tree, device=device))
+            alone = _alone(packed, tree, device=device)
+            if not alone.isfinite().all():
+                raise _not_finite(packed)
+            differences.append(log_probs[owners == answer] - alone)
         answer += len(tree.answers)
     return torch.cat(differences).abs().mean().item()
 

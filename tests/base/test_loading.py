@@ -4,9 +4,12 @@ Run: python -m pytest tests/base/test_loading.py
 """
 
 import json
+import pathlib
+import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel
 
 from lora_fsdp.arguments import ModelArguments
@@ -16,6 +19,7 @@ from lora_fsdp.errors import (
     ArgumentError,
     ModelNotFoundError,
     TokenizerNotFoundError,
+    UnsafeFileError,
     UnsupportedModelError,
 )
 from tests.support.tiny import tiny_model, tiny_tokenizer
@@ -119,6 +123,35 @@ def test_damaged_weights(tmp_path, model_folder):
     (tmp_path / "model.safetensors").write_bytes(b"not a model")
     with pytest.raises(ModelNotFoundError, match=tmp_path.name):
         load_base(arguments(tmp_path), device=CPU)
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_an_index_takes_from_elsewhere(tmp_path, model_folder, kind):
+    """What `predict` and `evaluate` load by transformers, which follows such a name."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text((model_folder / "config.json").read_text())
+    weights = load_file(model_folder / "model.safetensors")
+    outside = tmp_path / f"outside{pathlib.Path(kind).suffix}"
+    if outside.suffix == ".bin":
+        torch.save(weights, outside)
+    else:
+        save_file(weights, outside, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, f"../{outside.name}")}
+    (folder / f"{kind}.index.json").write_text(json.dumps(index))
+    with pytest.raises(UnsafeFileError, match=r"no plain file name: it is not opened"):
+        load_base(arguments(folder), device=CPU)
+
+
+def test_a_pickle_with_code_in_it(tmp_path, model_folder):
+    """torch's own text says how to run it all the same."""
+    (tmp_path / "config.json").write_text((model_folder / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(
+        pickle.dumps(pathlib.PurePosixPath("x"), protocol=2)
+    )
+    with pytest.raises(UnsupportedModelError, match="more than tensors") as caught:
+        load_base(arguments(tmp_path), device=CPU)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_not_a_causal_language_model(tmp_path):

@@ -78,6 +78,17 @@ def test_what_is_chosen_by_the_length_of_the_sequence():
         check_packing(PackedModel(model), device=CPU, sample=sample_of(trees(30, 20), tokens=400))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_base_is_called_so(value):
+    """And not a model that computes packed examples differently."""
+    model = adapted_model()
+    [weight] = [w for name, w in model.named_parameters() if "layers.0.mlp.down_proj.base" in name]
+    weight.data[0, 0] = value
+    message = r"not finite: its weight model.layers.0.*down_proj.* is not finite"
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_packing(PackedModel(model), device=CPU)
+
+
 @pytest.mark.parametrize("most", [None, WINDOW])
 def test_a_run_is_refused_before_its_first_step(tmp_path, most):
     task = ToyTask().bind(toy_table(40))
