@@ -7,7 +7,6 @@ output, which also appears in one rename.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_fsdp.base.folders import sha256_of_file
+from lora_fsdp.base.folders import read_json_object, sha256_of_file
 from lora_fsdp.data.streams import Chunk, TableStream
 from lora_fsdp.errors import (
     ArgumentError,
@@ -90,24 +89,42 @@ def predict_file(
         "column_prefix": column_prefix,
         "separator": stream.separator,
     }
-    _claim(target, folder, job, overwrite=overwrite)
+    _check_place(target, folder, job, overwrite=overwrite)
+    _check_beginning(predictor, stream, chunk_rows=chunk_rows, prefix=column_prefix)
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / _JOB_FILE, dict(job))
     parts: list[_Part] = []
     for chunk in stream.chunks(chunk_rows):
         file = folder / f"{chunk.first:012d}{target.suffix}"
         parts.append(_answer_chunk(predictor, stream, chunk, file, prefix=column_prefix))
         if on_chunk is not None:
             on_chunk(parts[-1].rows, parts[-1].resumed)
-    if parts:
-        write_atomically(target, lambda path: stream.join([part.file for part in parts], path))
+    write_atomically(target, lambda path: stream.join([part.file for part in parts], path))
     shutil.rmtree(folder)
-    if not parts:
-        raise NoRowsError(f"{stream.path} holds no rows.")
     return FilePrediction(
         target,
         rows=sum(part.rows for part in parts),
         resumed=sum(part.rows for part in parts if part.resumed),
         without_text=[row for part in parts for row in part.without_text],
     )
+
+
+def _check_beginning(
+    predictor: Predictor, stream: TableStream, *, chunk_rows: int, prefix: str
+) -> None:
+    """Refuse a table by its first rows, before anything is replaced or written.
+
+    Raises:
+        NoRowsError: it has no rows.
+        ColumnNotFoundError, ArgumentError, MalformedRowError: as `predict_file`.
+    """
+    chunk = next(stream.chunks(chunk_rows), None)
+    if chunk is None:
+        raise NoRowsError(f"{stream.path} holds no rows.")
+    _examples(predictor.task, stream, chunk)
+    _refuse_taken_names(_answers(predictor, [], prefix=prefix), chunk)
 
 
 class _Part(NamedTuple):
@@ -222,22 +239,35 @@ def _refuse_taken_names(added: Mapping[str, Any], chunk: Chunk) -> None:
         )
 
 
-def _claim(target: Path, folder: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
+def _check_place(target: Path, folder: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Refuse to replace, or to go on with, what is not this job's."""
+    if target.is_dir():
+        raise OutputFileError(f"{target} is a folder: name another --output.")
+    _refuse_other_folder(folder)
     if overwrite:
-        target.unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        return
     if target.exists():
         raise OutputFileError(
             f"{target} is already there: name another --output, or replace it with --overwrite."
         )
-    file = folder / _JOB_FILE
-    if file.is_file():
-        begun = json.loads(file.read_text(encoding="utf-8"))
+    if (folder / _JOB_FILE).is_file():
+        begun = read_json_object(folder, _JOB_FILE)
         if other := [name for name, value in job.items() if begun.get(name) != value]:
             raise OutputFileError(
                 f"{folder} holds a part of {target.name} that was made with another "
                 f"{', '.join(other)}: start anew with --overwrite."
             )
+
+
+def _refuse_other_folder(folder: Path) -> None:
+    """Refuse to write into, or remove, what an earlier prediction has not made."""
+    if not (folder.exists() or folder.is_symlink()):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, dict(job))
+    ours = folder.is_dir() and not folder.is_symlink()
+    if ours and not (folder / _JOB_FILE).is_file():  # killed before it wrote one
+        ours = all(entry.name.startswith(f".{_JOB_FILE}.") for entry in folder.iterdir())
+    if not ours:
+        raise OutputFileError(
+            f"{folder} is where unfinished answers would lie, and is not of an earlier prediction: "
+            "move it away, or name another --output."
+        )

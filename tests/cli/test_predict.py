@@ -270,6 +270,55 @@ class TestResume:
         assert predict(capsys, table, adapter, table, "--overwrite")[0] == 2  # onto itself
         assert table.read_text() == "text\ngood\n"
 
+    @pytest.mark.parametrize("mistake", ["column", "name taken", "no rows", "broken row"])
+    def test_a_mistake_takes_nothing_away(self, capsys, adapter, tmp_path, mistake):
+        """Not the finished output, and not the part of an unfinished one."""
+        self.begun(capsys, adapter, tmp_path)
+        output = tmp_path / "out.jsonl"
+        output.write_text("mine")
+        table = tmp_path / "other.jsonl"
+        table.write_text(
+            {
+                "column": '{"body": "good"}\n',
+                "name taken": '{"text": "good", "probability": 1}\n',
+                "no rows": "",
+                "broken row": '{"text": \n',
+            }[mistake]
+        )
+        assert predict(capsys, table, adapter, output, "--overwrite")[0] == 2
+        assert output.read_text() == "mine"
+        assert (tmp_path / "out.jsonl.partial" / "000000000001.jsonl").is_file()
+
+    def test_the_output_is_there_until_it_is_replaced(self, capsys, adapter, tmp_path):
+        output, table = tmp_path / "out.jsonl", tmp_path / "in.jsonl"
+        output.write_text("mine")
+        table.write_text('{"text": "good"}\n{"text": \n')
+        words = [table, adapter, output, "--chunk_rows", 1, "--overwrite"]
+        assert predict(capsys, *words)[0] == 2  # at its second chunk
+        assert output.read_text() == "mine"
+        table.write_text('{"text": "good"}\n')
+        assert predict(capsys, *words)[0] == 0
+        assert json.loads(output.read_text())["text"] == "good"
+
+    @pytest.mark.parametrize("kind", ["folder", "link", "file"])
+    @pytest.mark.parametrize("words", [[], ["--overwrite"]])
+    def test_a_partial_of_the_users_own(self, capsys, adapter, tmp_path, kind, words):
+        table, own = tmp_path / "in.csv", tmp_path / "out.csv.partial"
+        table.write_text("text\ngood\n")
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        (elsewhere / "notes.txt").write_text("mine")
+        if kind == "file":
+            own.write_text("mine")
+        elif kind == "link":
+            own.symlink_to(elsewhere)
+        else:
+            elsewhere.rename(own)
+        code, _, error = predict(capsys, table, adapter, tmp_path / "out.csv", *words)
+        assert code == 2
+        assert "is not of an earlier prediction" in error
+        assert "mine" in (own if kind == "file" else own / "notes.txt").read_text()
+
 
 class TestWrongInput:
     @pytest.mark.parametrize(
