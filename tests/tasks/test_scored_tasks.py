@@ -190,6 +190,10 @@ class TestPredict:
             assert float(line["probability"]) == pytest.approx(max(found.values()), abs=1e-5)
         assert answered[3]["predicted_choice"] == answered[3]["choice_probabilities"] == ""
 
+    def test_rows_none_of_which_has_a_text(self, predictor: Predictor, tmp_path: Path) -> None:
+        answered = self.ask(predictor, tmp_path, ["question", "choices"], [" ", ""], ["", ""])
+        assert [line["predicted_choice"] for line in answered] == ["", ""]
+
     @pytest.mark.parametrize(
         ("cell", "says"),
         [

@@ -48,6 +48,8 @@ class ModelOutputs:
     @property
     def best(self) -> list[int]:
         """[N], the place of each example's most likely text."""
+        if not len(self.log_likelihoods):  # of no examples there is not even a first text
+            return []
         return self.log_likelihoods.argmax(axis=1).tolist()
 
     @property
