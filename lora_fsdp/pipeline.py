@@ -57,10 +57,12 @@ class FineTuningResult:
             `confusion_matrix.png`, `report.html` and the model card `README.md`.
         comparison: the tuned model's metrics beside those of the untrained model and the baselines,
             on the held-out rows; the same on every rank.
+        task: as its table settled it.
     """
 
     output_dir: Path
     comparison: Comparison
+    task: Task
 
 
 def finetune(
@@ -108,7 +110,7 @@ def finetune(
             say(f"\n{comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
             _report(output_dir)
         trainer.accelerator.wait_for_everyone()
-        return FineTuningResult(output_dir, comparison)
+        return FineTuningResult(output_dir, comparison, data.task)
     finally:
         release_folder(output_dir)
 

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import unicodedata
+import warnings
 from typing import Any, TextIO
 
 # Parts of ordinary writing that `str.isprintable` counts as invisible: joiners in emoji and in
@@ -90,6 +91,17 @@ def say(text: str, *, file: TextIO | None = None, flush: bool = False) -> None:
     """Print a line or several, on stdout unless `file` is another stream."""
     stream = sys.stdout if file is None else file
     print(visible(text), file=stream, flush=flush)
+
+
+def cost_text(cost: float) -> str:
+    """A sum of money: two decimals, and what is less than a cent with two digits that count."""
+    return f"{cost:.2g}" if 0 < cost < 0.01 else f"{cost:.2f}"
+
+
+def ignore_known_warnings() -> None:
+    """Keep off the terminal what other libraries warn of and no user can change."""
+    # peft 0.21 asks transformers >= 5.20 by the switch's old name.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
 
 
 def _may_be_shown(letter: str, *, lines: bool) -> bool:

@@ -6,7 +6,6 @@ import atexit
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import TypedDict
 
@@ -17,6 +16,7 @@ from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArgument
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.failures import report_failure
 from lora_fsdp.options import OptionParser
+from lora_fsdp.printing import ignore_known_warnings
 from lora_fsdp.ranks import is_joined
 
 
@@ -54,8 +54,7 @@ def configure_output() -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("lora_fsdp").setLevel(logging.INFO if is_first else logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
-    # peft 0.21 asks transformers >= 5.20 by the switch's old name.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    ignore_known_warnings()
     sys.excepthook = report_failure
     atexit.register(_leave_process_group)
 

@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from lora_fsdp import DataArguments, FineTuningArguments, LoraArguments, ModelArguments, errors
+from tests.support.documented import commands_of, kind_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -227,6 +228,18 @@ def test_the_chinese_readme_has_the_commands_of_the_english_one() -> None:
     english, chinese = (ROOT / name for name in ("README.md", "README.zh-CN.md"))
     for language in ("bash", "python"):
         assert blocks(chinese, language) == blocks(english, language)
+
+
+def test_trainings_of_a_reader_who_follows_the_pages_get_folders_of_their_own() -> None:
+    """From README to the tasks' page: a folder that holds a run is refused, and rightly."""
+    taken: dict[str, str] = {}
+    for page in ("README.md", "docs/quickstart.md", "docs/tasks.md"):
+        for command in commands_of(page):
+            if kind_of(command) != "training" or "--resume_from_checkpoint" in command:
+                continue
+            for folder in re.findall(r"--output_dir ([^\s\"]+)", command):
+                assert taken.setdefault(folder, command) == command, f"{page}: {folder}"
+    assert len(taken) >= 5
 
 
 def test_every_accelerate_config_is_explained() -> None:

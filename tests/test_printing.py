@@ -16,7 +16,7 @@ from lora_fsdp.errors import DataError
 from lora_fsdp.evaluation.comparison import format_generated
 from lora_fsdp.evaluation.outputs import format_metrics_table
 from lora_fsdp.failures import report_failure
-from lora_fsdp.printing import say, visible, without_secrets
+from lora_fsdp.printing import cost_text, say, visible, without_secrets
 from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.recording.environment import _masked
 from tests.support.reported import made_up_run
@@ -49,6 +49,26 @@ def test_every_way_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert out.count("x1b") >= 10
     assert not RAW.search(out)
+
+
+@pytest.mark.parametrize("columns", [30, 50, 66, 72, 80, 100])
+def test_tables_break_no_word(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    headings = ("GPUs", "strategy", "base", "GB", "spare", "time", "cost")
+    rows = [
+        ("1 x MyCardWithALongName", "resident, recomputing", "bf16", "14.7", "-1.1", "4 min", "0"),
+        ("2 x RTX4090", "full shard", "4-bit", "8.0", "+10.2", "79 s", "0.004"),
+    ]
+    shown = table_text(headings, rows)
+    assert max(map(len, shown.splitlines())) <= columns
+    for cell in (*headings[1:], *(cell for row in rows for cell in row)):
+        assert all(word in shown for word in cell.split()), cell
+
+
+def test_sums_of_money() -> None:
+    assert [cost_text(c) for c in (0, 0.0041, 0.0099, 0.01, 3, 1234.5)] == [
+        "0.00", "0.0041", "0.0099", "0.01", "3.00", "1234.50",
+    ]  # fmt: skip
 
 
 def test_an_answer_cannot_forge_a_line() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.adapter import AdapterOptions, load_predictor
@@ -24,8 +25,16 @@ class CompareOptions:
 
 def compare(options: CompareOptions, adapter: AdapterOptions) -> int:
     """Both models' answers, and whether the adapter answers as it did in training."""
+    from lora_fsdp.adapter.folder import CONFIG_FILE
+    from lora_fsdp.evaluation.adapter_comparison import (
+        compare_on_held_out,
+        held_out_file,
+        is_checkpoint,
+    )
+
+    if (Path(adapter.adapter) / CONFIG_FILE).is_file():  # before a weight is read
+        held_out_file(adapter.adapter)
     predictor = load_predictor(adapter)
-    from lora_fsdp.evaluation.adapter_comparison import compare_on_held_out
     from lora_fsdp.evaluation.comparison import format_generated
     from lora_fsdp.evaluation.outputs import format_predictions_table
 
@@ -43,7 +52,8 @@ def compare(options: CompareOptions, adapter: AdapterOptions) -> int:
     write(format_predictions_table(found.rows, width=width()))
     for entry in found.written:
         write(format_generated(entry))
-    write(f"{found.agreeing} of {len(found.rows)} answers are those of the run's own evaluation.")
+    of_run = "final adapter" if is_checkpoint(adapter.adapter) else "own evaluation"
+    write(f"{found.agreeing} of {len(found.rows)} answers are those of the run's {of_run}.")
     return 0
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 import textwrap
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -83,9 +82,7 @@ def doctor(options: DoctorOptions, launch: LaunchOptions, arguments: Sequence[st
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Keep stdout for what is found: a task's own code may print as well."""
-    with redirect_stdout(sys.stderr), warnings.catch_warnings():
-        # peft 0.21 asks transformers >= 5.20 by the switch's old name.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    with redirect_stdout(sys.stderr):
         yield
 
 

@@ -13,7 +13,7 @@ from lora_fsdp import __version__
 from lora_fsdp.cli.command import Command
 from lora_fsdp.errors import ArgumentError, DownloadError, LoraFsdpError, did_you_mean
 from lora_fsdp.failures import INTERRUPTED, NOT_REACHED, WRONG_INPUT
-from lora_fsdp.printing import say
+from lora_fsdp.printing import ignore_known_warnings, say
 
 # In the order in which one needs them. A command's module is imported when it is called.
 MODULES = (
@@ -59,6 +59,7 @@ exit codes:
   3    verify: a check failed
   4    a server was not reached, or the connection broke off
   5    doctor: there are errors
+  70   train: a process made no progress (--stall_seconds)
   75   train: stopped on request, with a checkpoint
   130  interrupted with Ctrl-C
 """
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The console script; returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = "lora-fsdp"
+    ignore_known_warnings()
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             say(_HELP.format(commands=_summaries()).rstrip("\n"))

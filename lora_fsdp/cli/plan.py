@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
 from lora_fsdp.cli.command import print_json, required
 from lora_fsdp.cli.configs import find_config, suggested_config
-from lora_fsdp.cli.terminal import table_text, write
+from lora_fsdp.cli.terminal import table_text, write, write_words
 from lora_fsdp.cli.train import LaunchOptions, TrainCommand
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.options import OptionParser
+from lora_fsdp.printing import cost_text
 
 if TYPE_CHECKING:
     from lora_fsdp.data.workload import Work
@@ -186,11 +187,11 @@ def _print(found: Plan, output: str | None) -> None:
     )
 
     shape, work = found.shape, found.work
-    write(
+    write_words(
         f"{found.model}: {shape.class_name}, {shape.parameters / 1e9:.2f} billion parameters, "
         f"adapter {shape.adapter_parameters / 1e6:.2f} million"
     )
-    write(
+    write_words(
         f"{work.examples:.0f} examples, {work.examples_per_rank} a step and GPU, "
         f"{work.step_tokens:.0f} tokens of which {work.step_labels:.0f} are learnt"
     )
@@ -198,14 +199,15 @@ def _print(found: Plan, output: str | None) -> None:
     rows = [row[:columns] for row in summary_rows(found)]
     write(table_text(SUMMARY_HEADINGS[:columns], rows))
     for note in found.notes:
-        write(f"note: {note}")
+        write_words(f"note: {note}")
     best = found.best
     if best is None:
         write("Nothing fits.")
         return
-    cost = "" if best.cost is None else f", costs {best.cost:.2f}"
-    write(
-        f"\nFastest that fits: {best.count} x {best.gpu.name}, {best.strategy}, "
+    cost = "" if best.cost is None else f", costs {cost_text(best.cost)}"
+    write("")
+    write_words(
+        f"{_chosen(found)}: {best.count} x {best.gpu.name}, {best.strategy}, "
         f"{weights_of(best)}: {duration(best.seconds)}{cost}; loading the model comes on top"
     )
     write(table_text(("on each GPU", "GB"), part_rows(best)))
@@ -215,6 +217,13 @@ def _print(found: Plan, output: str | None) -> None:
             write("plan.yaml is written by this command with --output plan.yaml")
     if output is not None:
         write(f"accelerate YAML: {output}")
+
+
+def _chosen(found: Plan) -> str:
+    """What the best strategy is the best of."""
+    if found.best is None or found.best.leaves_a_margin:
+        return "Fastest that fits"
+    return "Fastest of those that fit, each with little to spare"
 
 
 COMMANDS = (

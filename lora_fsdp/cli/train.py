@@ -185,7 +185,7 @@ def _explain_code(code: int, who: str) -> int:
     else:
         reason = f"{who} failed with exit code {code}; its traceback is above, if it left one"
     say(f"lora-fsdp train: {reason}.", file=sys.stderr)
-    return CRASHED
+    return STALLED if code == STALLED else CRASHED
 
 
 COMMANDS = (

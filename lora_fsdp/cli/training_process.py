@@ -1,5 +1,7 @@
 """What `lora-fsdp train` starts in every process: `python -m lora_fsdp.cli.training_process`."""
 
+import shlex
+
 from lora_fsdp.pipeline import finetune
 from lora_fsdp.printing import say
 from lora_fsdp.scripts import parse_arguments
@@ -10,7 +12,11 @@ def main() -> None:
     run = parse_arguments(task="")
     result = finetune(**run)
     if run["training_args"].process_index == 0:
-        say(f'Ask it: lora-fsdp predict --adapter {result.output_dir} --text "..."')
+        folder = shlex.quote(str(result.output_dir))
+        if result.task.takes_one_text:
+            say(f'Ask it: lora-fsdp predict --adapter {folder} --text "..."')
+        else:
+            say(f"Ask it: lora-fsdp predict new.csv --adapter {folder} --output answers.csv")
 
 
 if __name__ == "__main__":

@@ -48,16 +48,18 @@ def compare_on_held_out(
 
     Args:
         predictor: the adapter, of a task that asks about one text column.
-        folder: its run's output folder, with `predictions.csv`.
+        folder: its run's output folder, with `predictions.csv`, or a checkpoint in it.
         rows: size of the sample.
         seed: of the sample.
         generate: let both generate freely, too; `temperature` 0 = greedy.
 
     Raises:
-        DataFileNotFoundError: the folder holds no `predictions.csv`.
+        DataFileNotFoundError: there is no `predictions.csv`.
         ArgumentError: the task's prompt needs more of a row than its text.
     """
-    held_out = _held_out(Path(folder) / "predictions.csv")
+    held_out = pd.read_csv(
+        held_out_file(folder), keep_default_na=False, dtype={"target": str, "tuned": str}
+    )
     sample = held_out.sample(min(rows, len(held_out)), random_state=seed)
     texts = dict(zip(sample["row"].tolist(), sample["text"], strict=True))
     examples = examples_of_texts(predictor.task, texts, advice=_ADVICE)
@@ -76,9 +78,22 @@ def compare_on_held_out(
     )
 
 
-def _held_out(file: Path) -> pd.DataFrame:
+def is_checkpoint(folder: str | Path) -> bool:
+    """Whether an adapter's folder is a checkpoint of the run in the folder above."""
+    return Path(folder).absolute().name.startswith("checkpoint-")
+
+
+def held_out_file(folder: str | Path) -> Path:
+    """The answers to the held-out rows of the run whose adapter, or checkpoint, is in `folder`.
+
+    Raises:
+        DataFileNotFoundError: there are none.
+    """
+    run = Path(folder).absolute().parent if is_checkpoint(folder) else Path(folder)
+    file = run / "predictions.csv"
     if not file.is_file():
         raise DataFileNotFoundError(
-            f"There is no {file}: the run did not end, or another program wrote the folder."
+            f"There is no {file}: the run has not ended, or another program wrote the folder. Ask "
+            "the adapter about rows of a table with lora-fsdp evaluate."
         )
-    return pd.read_csv(file, keep_default_na=False, dtype={"target": str, "tuned": str})
+    return file

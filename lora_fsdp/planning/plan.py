@@ -39,9 +39,13 @@ class Plan:
 
     @property
     def best(self) -> Candidate | None:
-        """The fastest of those that fit."""
+        """The fastest of those that fit with a margin; without any such, of those that fit."""
         fitting = [candidate for candidate in self.candidates if candidate.fits]
-        return min(fitting, key=lambda candidate: candidate.seconds, default=None)
+        return min(
+            fitting,
+            key=lambda candidate: (not candidate.leaves_a_margin, candidate.seconds),
+            default=None,
+        )
 
 
 def make_plan(
@@ -78,6 +82,12 @@ def make_plan(
             notes.append(_gpu_that_would(question, count, gpu))
         elif all(candidate.is_compromise for candidate in here):
             notes.append(_count_that_would(question, count, gpu))
+    slower = {gpu.name for _, gpu in chosen if not gpu.has_bfloat16}
+    if slower and question.dtype == "bfloat16":
+        notes.append(
+            f"{', '.join(sorted(slower))}: no bfloat16 arithmetic. Plan with --dtype float32, as "
+            "there bfloat16 is emulated, many times slower than these times, or fails"
+        )
     for bytes_ in sorted({one.host_bytes for one in found if one.fits and one.host_bytes}):
         notes.append(f"offload: {bytes_ / 1e9:.0f} GB of the machine's host memory hold the base")
     return Plan(question.model, shape, question.work(chosen[0][0]), found, notes, question.shipped)

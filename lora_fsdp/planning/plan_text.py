@@ -11,6 +11,7 @@ import yaml
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.planning.candidates import Candidate
 from lora_fsdp.planning.plan import Plan
+from lora_fsdp.printing import cost_text
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def summary_rows(plan: Plan) -> list[tuple[str, ...]]:
             f"{one.spare / 1e9:+.1f}",
             "yes" if one.fits else "no",
             duration(one.seconds) if one.fits else "",
-            "" if one.cost is None or not one.fits else f"{one.cost:.2f}",
+            "" if one.cost is None or not one.fits else cost_text(one.cost),
         )
         for one in plan.candidates
     ]

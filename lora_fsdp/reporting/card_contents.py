@@ -56,7 +56,7 @@ def card_contents(
         "scores": run.metrics["metrics"] if finished and run.metrics else {},
         "metrics": _metric_names(run) if finished else [],
         "verdict": run.scores["verdict"] if finished and run.scores else None,
-        "prompt": f"{asking['before']}{{text}}{asking['after']}" if asking else None,
+        "prompt": _shown(asking["prompt"]) if asking.get("prompt") else None,
         "versions": _versions(record.get("environment") or {}),
         "sample_text": SAMPLE_TEXT,
     }
@@ -64,9 +64,14 @@ def card_contents(
 
 
 def _asking(asking: dict[str, Any], *, trust_remote_code: bool) -> dict[str, Any]:
-    before = str(asking.get("before", ""))
+    pieces = [str(piece) for piece in asking.get("prompt") or [""]]
+    names = list(dict.fromkeys(pieces[1::2]))
+    choices = [[str(piece) for piece in choice] for choice in asking.get("choices") or []]
     return {
-        "before_lines": before.splitlines(keepends=True) or [""],
+        "takes_one_text": names == ["text"] and not choices,
+        "values": {name: _sample(name) for name in names},
+        "pieces": _source(pieces),
+        "choices": [", ".join(_source(choice)) for choice in choices],
         "after": str(asking.get("after", "")),
         "frames": asking.get("frames", 1),
         "leading_ids": [int(token) for token in asking.get("leading_ids", ())],
@@ -79,6 +84,25 @@ def _asking(asking: dict[str, Any], *, trust_remote_code: bool) -> dict[str, Any
         "max_new_tokens": _NEW_TOKENS,
         "trust_remote_code": trust_remote_code,
     }
+
+
+def _shown(pieces: list[str]) -> str:
+    """A prompt with the names of its variables in braces."""
+    return "".join(f"{{{piece}}}" if i % 2 else str(piece) for i, piece in enumerate(pieces))
+
+
+def _source(pieces: list[str]) -> list[str]:
+    """Expressions of Python's that joined are the text: each of its lines, and each variable."""
+    found: list[str] = []
+    for place, piece in enumerate(pieces):
+        if place % 2 and not piece.isidentifier():  # it would be code in the reader's hands
+            raise ValueError(f"{piece!r} is no name of a variable")
+        found += [piece] if place % 2 else [repr(line) for line in piece.splitlines(keepends=True)]
+    return found
+
+
+def _sample(name: str) -> str:
+    return SAMPLE_TEXT if name == "text" else f"a {name.replace('_', ' ').strip()}"
 
 
 def base_facts(adapter: dict[str, Any]) -> dict[str, Any]:

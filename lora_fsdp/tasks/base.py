@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lora_fsdp.errors import IncompleteTaskError, MalformedRowError
 from lora_fsdp.tasks.answers import AnswerKind, ClosedSet, FreeText, OwnChoices
 from lora_fsdp.tasks.cells import records
-from lora_fsdp.tasks.example import Example, Prompt
+from lora_fsdp.tasks.example import TEXT_PLACEHOLDER, Example, Prompt
 
 if TYPE_CHECKING:
     import datasets
@@ -110,6 +110,21 @@ class Task:
     def build_choices(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """The targets among which the row's answer is; none unless the row brings its own."""
         return ()
+
+    def placeholder_row(self) -> Mapping[str, Any] | None:
+        """A row whose cells say in braces what stands there, such as `{text}`.
+
+        It shows a reader the prompt to the letter without a row of the user's. `None` = the task
+        names no columns, and a prompt of its table is shown without what comes from the row.
+        """
+        return None
+
+    @property
+    def takes_one_text(self) -> bool:
+        """Whether a text alone is a row of it, as for `lora-fsdp predict --text`."""
+        if (row := self.placeholder_row()) is None:
+            return not self.per_row_choices
+        return list(row.values()) == [TEXT_PLACEHOLDER]
 
     def checked_choices(self, number: int, row: Mapping[str, Any]) -> tuple[str, ...]:
         """`build_choices` of row `number`.

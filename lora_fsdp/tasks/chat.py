@@ -9,7 +9,7 @@ from typing import Any, Self
 import pandas as pd
 
 from lora_fsdp.tasks.cells import cell_text, cell_value
-from lora_fsdp.tasks.example import Prompt
+from lora_fsdp.tasks.example import TEXT_PLACEHOLDER, Prompt
 from lora_fsdp.tasks.generation import GenerationTask
 from lora_fsdp.tasks.registry import register_task
 
@@ -95,6 +95,10 @@ class ChatTask(GenerationTask):
         if not asked or asked[-1][0] != "user" or not asked[-1][1].strip():
             return f"{column} has no message of the user right before the answer"
         return None
+
+    def placeholder_row(self) -> Mapping[str, Any]:
+        """A conversation of one message: a plain text is the user's."""
+        return {self.text_column: TEXT_PLACEHOLDER}
 
     def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
         """The last message of the user, with those before it as turns."""

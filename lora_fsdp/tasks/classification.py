@@ -29,7 +29,7 @@ from lora_fsdp.tasks.cells import (
     nearest_columns,
     text_fault,
 )
-from lora_fsdp.tasks.example import Prompt
+from lora_fsdp.tasks.example import TEXT_PLACEHOLDER, Prompt
 from lora_fsdp.tasks.registry import register_task
 
 _NO_TEXT = "no text"
@@ -172,6 +172,10 @@ class ClassificationTask(Task):
         """A text that is none."""
         fault = text_fault(row[str(self.text_column)])
         return None if fault is None else f"{_UNREADABLE}{self.text_column!r} holds {fault}"
+
+    def placeholder_row(self) -> Mapping[str, Any]:
+        """`{text}` for the text."""
+        return {str(self.text_column): TEXT_PLACEHOLDER}
 
     def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
         """The article's format: instruction, input, and the cue for the answer."""

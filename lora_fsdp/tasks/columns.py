@@ -16,6 +16,7 @@ from lora_fsdp.errors import (
 )
 from lora_fsdp.tasks.base import Task
 from lora_fsdp.tasks.cells import cell_text, first_faults, nearest_columns, records, text_fault
+from lora_fsdp.tasks.example import TEXT_PLACEHOLDER
 
 
 class ColumnTask(Task):
@@ -102,6 +103,11 @@ class ColumnTask(Task):
     def split_columns(self) -> tuple[str | None, str | None]:
         """Rows with the same text stay together."""
         return self.text_column, None
+
+    def placeholder_row(self) -> Mapping[str, Any]:
+        """`{text}` for the text, and the columns' names for the others that a prompt needs."""
+        others = {name: f"{{{name}}}" for name in self.input_columns()}
+        return others | {self.text_column: TEXT_PLACEHOLDER}
 
     def options(self) -> dict[str, Any]:
         """Everything that the constructor takes."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: What stands for a row's text where a prompt is shown without a row.
+TEXT_PLACEHOLDER = "{text}"
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:

@@ -81,6 +81,10 @@ class InferenceTask(ClassificationTask):
             return f"column {self.second_column!r} holds {fault}"
         return None if cell_text(cell).strip() else self._no_second()
 
+    def placeholder_row(self) -> Mapping[str, Any]:
+        """`{text}` for the first text, the second column's name for the other."""
+        return {self.second_column: f"{{{self.second_column}}}", **super().placeholder_row()}
+
     def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
         """Premise, hypothesis, and the cue for the answer."""
         first, second = cell_text(row[str(self.text_column)]), cell_text(row[self.second_column])

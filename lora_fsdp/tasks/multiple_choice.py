@@ -113,6 +113,15 @@ class MultipleChoiceTask(ColumnTask):
             return f"column {self.label_column!r}: {given!r} is none of the choices {choices}"
         return None
 
+    def placeholder_row(self) -> Mapping[str, Any]:
+        """The question, and two choices."""
+        choices = ["{choice 1}", "{choice 2}"]
+        row = {**super().placeholder_row(), self.choices_column: choices}
+        if self.choices_columns is not None:
+            row |= dict.fromkeys(self.choices_columns, "")
+            row |= dict(zip(self.choices_columns, choices, strict=False))
+        return row
+
     def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
         """The question with its choices, a line each, and the cue for the answer."""
         choices = "".join(f"\n- {choice}" for choice in self._choices(row)[0])

@@ -417,6 +417,19 @@ class TestEvaluateAndCompare:
         found = json.loads(out)
         assert [len(found["rows"]), len(found["written"]), found["agreeing"]] == [2, 2, 2]
 
+    def test_compare_a_checkpoint(self, capsys, adapter, tmp_path):
+        """It is asked about the rows of its run, whose own answers are the final adapter's."""
+        run_folder = tmp_path / "run"
+        checkpoint = run_folder / "checkpoint-4"
+        shutil.copytree(adapter, checkpoint, ignore=shutil.ignore_patterns("*.csv", "checkpoint*"))
+        code, _, error = run(capsys, "compare", checkpoint)
+        assert code == 2
+        assert "the run has not ended" in error
+        shutil.copy(adapter / "predictions.csv", run_folder)
+        code, out, _ = run(capsys, "compare", checkpoint, "--rows", 3)
+        assert code == 0
+        assert "3 of 3 answers are those of the run's final adapter." in out
+
     def test_compare_without_a_finished_run(self, capsys, adapter, tmp_path):
         for name in ("task.json", "adapter_config.json", "adapter_model.safetensors",
                      "tokenizer.json", "tokenizer_config.json"):  # fmt: skip

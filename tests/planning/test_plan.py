@@ -313,7 +313,7 @@ class TestClaims:
     def test_what_would_hold_it(self):
         found = plan("70B", "1xSmall:4GB:100TFLOPS")
         assert found.best is None
-        assert found.notes[0] == "nothing fits 1 x Small; 1 x RTX4090 would hold it"
+        assert found.notes[0] == "nothing fits 1 x Small; 1 x RTX3080 would hold it"
 
     def test_how_many_would(self):
         notes = plan("300B", "8xH100").notes
@@ -329,6 +329,18 @@ class TestGpus:
             ("h100", 1, "H100-80GB"),
             ("8 x A800", 8, "A800-80GB"),
             ("nvidia-a100-40gb", 1, "A100-40GB"),
+            ("V100", 1, "V100-16GB"),
+            ("v100 32GB", 1, "V100-32GB"),
+            ("T4", 1, "T4"),
+            ("4xA10", 4, "A10"),
+            ("A10G", 1, "A10G"),
+            ("L4", 1, "L4"),
+            ("rtx a6000", 1, "A6000"),
+            ("RTX 6000 Ada", 1, "RTX6000-Ada"),
+            ("8xH20", 8, "H20-96GB"),
+            ("8xB200", 8, "B200-180GB"),
+            ("H100 SXM", 1, "H100-80GB"),
+            ("h100 pcie", 1, "H100-PCIe"),
         ],
     )
     def test_names(self, text, count, name):
@@ -345,6 +357,8 @@ class TestGpus:
         [
             ("RTX4900", "Did you mean RTX4090"),
             ("banana", "no GPU 'banana' is known"),
+            ("P100", r"no GPU 'P100' is known\. Known:"),  # and not "did you mean H100"
+            ("MI300X", r"no GPU 'MI300X' is known\. Known:"),
             ("0xH100", "at least one GPU"),
             ("", "is empty"),
             ("Mine:48GB", "write an own GPU as"),
@@ -362,13 +376,54 @@ class TestGpus:
             ("NVIDIA GeForce RTX 4090", 25.7e9, "RTX4090"),
             ("NVIDIA A100-SXM4-40GB", 42e9, "A100-40GB"),
             ("NVIDIA A100-SXM4-80GB", 85e9, "A100-80GB"),
+            ("NVIDIA H100 PCIe", 85e9, "H100-PCIe"),
+            ("NVIDIA H100 NVL", 100e9, "H100-NVL"),
+            ("NVIDIA H200", 150e9, "H200-141GB"),
+            ("NVIDIA H20", 102e9, "H20-96GB"),
+            ("Tesla T4", 15.8e9, "T4"),
+            ("Tesla V100-SXM2-32GB", 34e9, "V100-32GB"),
+            ("NVIDIA A10", 24e9, "A10"),
+            ("NVIDIA A10G", 24e9, "A10G"),
+            ("NVIDIA L4", 24e9, "L4"),
+            ("NVIDIA L40S", 48e9, "L40S"),
+            ("NVIDIA RTX A6000", 51e9, "A6000"),
+            ("NVIDIA RTX 6000 Ada Generation", 51e9, "RTX6000-Ada"),
+            ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 102e9, "RTX-PRO-6000"),
+            ("NVIDIA B200", 192e9, "B200-180GB"),
         ],
     )
     def test_as_drivers_call_them(self, driver, memory, name):
         assert known_gpu(driver, memory=int(memory)).name == name
 
-    def test_unknown_to_us(self):
-        assert known_gpu("Tesla T4", memory=16_000_000_000) is None
+    @pytest.mark.parametrize(
+        ("driver", "memory"),
+        [
+            ("Tesla P100-PCIE-16GB", 17e9),
+            ("NVIDIA GeForce RTX 3080 Ti", 12.6e9),
+            ("NVIDIA GeForce RTX 4090 D", 25.3e9),
+            ("NVIDIA GeForce RTX 4090 Laptop GPU", 17e9),
+            ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10e9),
+            ("AMD Instinct MI300X", 206e9),
+        ],
+    )
+    def test_unknown_to_us(self, driver, memory):
+        assert known_gpu(driver, memory=int(memory)) is None
+
+    def test_without_bfloat16(self):
+        notes = plan("7B", "1xV100-32GB").notes
+        assert any("V100-32GB: no bfloat16 arithmetic" in note for note in notes)
+        assert not any("bfloat16 arithmetic" in note for note in plan("7B", "1xL4").notes)
+
+    def test_the_best_leaves_a_margin(self):
+        """What is predicted to leave next to nothing is no plan where another way leaves more."""
+        passed_over = 0
+        for tenths in range(150, 180, 2):
+            found = plan("7B", f"1xCard:{tenths / 10}GB:100TFLOPS")
+            fitting = [c for c in found.candidates if c.fits]
+            if any(c.leaves_a_margin for c in fitting):
+                assert found.best.spare >= 0.03 * found.best.memory.total
+            passed_over += found.best.seconds > min(c.seconds for c in fitting)
+        assert passed_over
 
 
 class TestModels:

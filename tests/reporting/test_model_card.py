@@ -26,8 +26,9 @@ from lora_fsdp import (
     Task,
     finetune,
 )
+from lora_fsdp.data.streams import open_stream
 from lora_fsdp.errors import DamagedRunError
-from lora_fsdp.evaluation.file_prediction import answers_of
+from lora_fsdp.evaluation.file_prediction import answers_of, predict_file
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.reporting.card_contents import SAMPLE_TEXT
@@ -35,6 +36,7 @@ from lora_fsdp.reporting.model_card import CARD_FILE, remove_model_card, write_m
 from lora_fsdp.reporting.texts import fenced, inline
 from lora_fsdp.tasks import Prompt, register_task
 from lora_fsdp.training.saving.atomic_folders import check_whole
+from tests.support.built_in import save_chat_model
 from tests.support.reported import HOSTILE, HOSTILE_TEXTS, made_up_run
 from tests.support.tiny import toy_table
 
@@ -143,6 +145,85 @@ def test_snippet_of_free_text_writes_what_predict_writes(
     assert blocks(card_of(folder), "text") == ["Last word?\n\n\n\nInput: {text}\nOutput:\n"]
 
 
+ROWS = {
+    "question_answering": {"context": "The cat sat.", "question": "Who sat?", "answer": "cat"},
+    "inference": {"premise": "A cat sat.", "hypothesis": "It stood.", "label": "no"},
+    "multiple_choice": {"question": "Who sat?", "choices": '["cat", "dog"]', "answer": "cat"},
+    "chat": {
+        "messages": '[{"role": "user", "content": "Who sat?"}, '
+        '{"role": "assistant", "content": "cat"}]'
+    },
+    "summarisation": {"text": "A cat sat.", "summary": "cat"},
+}
+NAMES = {
+    "question_answering": ["text", "question"],
+    "inference": ["text", "hypothesis"],
+    "multiple_choice": ["text", "choice_1", "choice_2"],
+    "chat": ["text"],
+    "summarisation": ["text"],
+}
+OTHER_LABEL = {"inference": {"label": "yes"}}
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_cards_of_rows_with_more_than_a_text(
+    task: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt names the columns and holds no row; the snippet answers as `predict` does."""
+    rows = [ROWS[task], ROWS[task] | OTHER_LABEL.get(task, {})] * 4
+    table = tmp_path / "rows.csv"
+    unique = [
+        {name: cell.replace("sat", f"sat {i}") for name, cell in row.items()}
+        for i, row in enumerate(rows)
+    ]
+    pd.DataFrame(unique).to_csv(table, index=False)
+    base = save_chat_model(tmp_path / "base") if task == "chat" else model_folder
+    folder = finetune(
+        model_args=ModelArguments(model_name_or_path=str(base)),
+        lora_args=LoraArguments(),
+        data_args=DataArguments(
+            task=task,
+            data_file=str(table),
+            max_length=512,
+            eval_size=2,
+            chat_template=task == "chat",
+        ),
+        training_args=FineTuningArguments(
+            output_dir=str(tmp_path / "run"), max_steps=1, disable_tqdm=True, save_strategy="no"
+        ),
+    ).output_dir
+    card = card_of(folder)
+    [prompt] = blocks(card, "text")
+    assert "cat" not in prompt
+    names = NAMES[task]
+    assert re.findall(r"\{(\w+)\}", prompt) == names
+    values = dict(zip(names, ("Who sat?", "cat", "a dog"), strict=False))
+    predictor = Predictor.from_adapter(folder)
+    columns = list(ROWS[task])
+    row = {column: values[name] for column, name in zip(columns, names, strict=False)}
+    if task == "multiple_choice":
+        row["choices"] = json.dumps(["cat", "a dog"])
+    monkeypatch.chdir(folder)
+    [code] = blocks(card, "python")
+    for name, value in values.items():
+        code = re.sub(rf"^{name} = .*$", f"{name} = {value!r}", code, flags=re.MULTILINE)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile(code, "snippet", "exec"), {})
+    asked = tmp_path / "asked.csv"
+    pd.DataFrame([row]).to_csv(asked, index=False)
+    predict_file(predictor, open_stream(asked), tmp_path / "answers.csv")
+    answer = pd.read_csv(tmp_path / "answers.csv", keep_default_na=False).iloc[0]
+    printed = output.getvalue().strip()
+    if "probability" in answer:
+        label, probability = printed.rsplit(" ", 1)
+        assert label == answer.filter(like="predicted").iloc[0]
+        assert float(probability) == pytest.approx(answer["probability"], abs=2e-4)
+    else:
+        assert printed == str(answer["predicted_text"]).strip()
+    assert ("--text" in blocks(card, "bash")[0]) == (len(names) == 1)
+
+
 def test_header_is_pefts(run: Path, model_folder: Path) -> None:
     data = ModelCard(card_of(run)).data
     assert (data.library_name, data.pipeline_tag) == ("peft", "text-generation")
@@ -212,7 +293,14 @@ def test_a_card_that_is_a_link_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "asking", [{}, [], {"before": 1}, {"before": "a", "after": "b", "frames": "x", "answers": 3}]
+    "asking",
+    [
+        {},
+        [],
+        {"prompt": 1},
+        {"prompt": ["a", "text", "b"], "frames": "x", "answers": 3},
+        {"prompt": ["a", "__import__('os')", "b"], "frames": 1},
+    ],
 )
 def test_a_damaged_record_is_named(tmp_path: Path, asking: object) -> None:
     folder = made_up_run(tmp_path / "run")

@@ -18,6 +18,7 @@ from lora_fsdp.distributed.status import FsdpStatus
 from lora_fsdp.evaluation.metrics import answers_of
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.printing import without_secrets
+from lora_fsdp.reporting.recording.asking import asking
 from lora_fsdp.reporting.recording.data_health import HELD_OUT, TRAINING, data_health
 from lora_fsdp.reporting.recording.environment import environment, launch_command
 from lora_fsdp.reporting.run_files import DATA_HEALTH_FILE, RECORD_FILE, TRAINED_ON
@@ -59,7 +60,7 @@ def record_start(
         ),
         **_facts(trainer, data),
         "prompt": _sample_prompt(trainer, data.held_out),
-        "asking": _asking(trainer, data),
+        "asking": asking(trainer, data),
         "data_sha256": _digests(asked["data"]),
         TRAINED_ON: sorted(set(row_digests(data.train))),
         "fsdp": asdict(status) | {"settings": settings},
@@ -120,31 +121,6 @@ def _sample_prompt(trainer: LoraTrainer, held_out: Sequence[Example]) -> dict[st
         "chat_template": encoder.chat_template,
         "end_token_id": encoder.end_token_id,
         "longest_answer_tokens": max(answers, default=0),
-    }
-
-
-def _asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
-    """How the adapter is asked, to the token: for whoever asks it without this library.
-
-    `None` for conversations and for rows that bring their own choices: no one text stands for them.
-    """
-    examples = [*data.train, *data.held_out]
-    encoded = [*trainer.train_dataset, *(trainer.eval_dataset or [])]
-    if not examples or any(one.prompt.turns or one.choices for one in examples):
-        return None
-    encoder, prompt = trainer.encoder, examples[0].prompt
-    before, after = encoder.frame(prompt.before, prompt.after)
-    labels = data.task.answer_kind.labels
-    answers = dict(zip(labels, encoded[0].candidate_ids, strict=True)) if labels else None
-    return {
-        "before": before,
-        "after": after,
-        # Of a task whose instruction says something else in every row, the first is one of many.
-        "frames": len({(one.prompt.before, one.prompt.after) for one in examples}),
-        "leading_ids": encoder.leading_ids,
-        "answers": answers,
-        "end_token_id": encoder.end_token_id,
-        "max_length": encoder.max_length,
     }
 
 

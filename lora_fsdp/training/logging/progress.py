@@ -10,6 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lora_fsdp.printing import cost_text
 from lora_fsdp.training.logging.figures import RunFigures
 
 _SHOWN = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_accuracy")
@@ -84,7 +85,7 @@ def _figures(logs: dict[str, float]) -> list[str]:
     if "eta_seconds" in logs:
         shown.append(f"ETA {timedelta(seconds=round(logs['eta_seconds']))}")
     if "cost" in logs:
-        shown.append(f"cost {logs['cost']:.2f}")
+        shown.append(f"cost {cost_text(logs['cost'])}")
     for prefix, heading, unit in (("gpu_memory_gb/", "GPU", "GB"), ("gpu_utilization/", "", "%")):
         values = [value for name, value in logs.items() if name.startswith(prefix)]
         if values:
