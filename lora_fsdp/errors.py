@@ -285,7 +285,7 @@ class StalledRankError(WatchdogError, TimeoutError):
 
 
 class CaptureError(LoraFsdpError, RuntimeError):
-    """A step that gathers layers cannot be captured as a CUDA graph, as the plan assumed."""
+    """A step that gathers layers cannot be captured as a CUDA graph, nor run without one."""
 
 
 class TrainingInterrupted(LoraFsdpError, SystemExit):

@@ -165,6 +165,19 @@ def release_gathered(model: PeftModel) -> None:
             module.reshard()
 
 
+def forget_broken_off_step(model: nn.Module) -> bool:
+    """Have FSDP take the next forward for a new step's, where one was broken off in the middle.
+
+    Returns:
+        whether that can be done: torch offers it from 2.13 on.
+    """
+    root = next(module for module in model.modules() if isinstance(module, FSDPModule))
+    if not hasattr(root, "reset_iter_state"):
+        return False
+    root.reset_iter_state()
+    return True
+
+
 def check_placement(model: PeftModel, *, resident: Collection[nn.Parameter]) -> None:
     """Check on the live model that sharding, replication and dtypes are what they must be.
 

@@ -122,6 +122,15 @@ def decide(shape: ModelShape, work: Work, hardware: Hardware, request: Request) 
     Raises:
         ArgumentError: what was asked for cannot be.
     """
+    found = _decide(shape, work, hardware, request)
+    if found.fits or found.is_whole or request.step != "auto" or not found.step.is_captured:
+        return found
+    # Graphs keep buffers of their own; without them a run takes the least memory.
+    launched = replace(hardware, why_gathers_not_captured="a graph with gathers does not fit")
+    return _decide(shape, work, launched, request)
+
+
+def _decide(shape: ModelShape, work: Work, hardware: Hardware, request: Request) -> Placement:
     check_step_can_be(shape, request)
     layout = _least_layout(shape, hardware, request)
     shortest = largest_sequence(work, max(work.longest_example, request.max_tokens_per_row or 0))

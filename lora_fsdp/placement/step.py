@@ -82,8 +82,6 @@ def why_gathers_not_captured(hardware: Hardware, request: Request) -> str | None
         return _GATHERED
     if request.fsdp is not None and request.fsdp.offload:
         return "layers are fetched from host memory within the step"
-    if request.step == "auto":
-        return f"{_GATHERED}, which only --step graph captures"
     return hardware.why_gathers_not_captured
 
 
@@ -112,7 +110,7 @@ def choose_step(
         return StepChoice(Step(request.step), f"--step {request.step}")
     if shape.is_fused:
         return StepChoice(Step.GRAPH, "fused layers, captured as CUDA graphs")
-    if seconds > _COMPILATION_PAYS_FROM:
+    if seconds > _COMPILATION_PAYS_FROM and not layout.gathers(shape.layers):
         return StepChoice(
             Step.COMPILED,
             f"a run of some {seconds / 60:.0f} minutes pays for compilation "

@@ -8,12 +8,14 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.arguments import FineTuningArguments
+from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.compute import fused_functions
 from lora_fsdp.compute.attention import BLOCKS_FROM_TOKENS
 from lora_fsdp.compute.decoder_layer import FusedLayer
@@ -246,23 +248,26 @@ def test_falls_back_once_where_a_step_cannot_be_captured(caplog):
     assert (found[1] - expected[1]).norm() <= 1e-5 * expected[1].norm()
 
 
-@pytest.mark.parametrize("reshard", ["true", "false"])
-def test_steps_that_gather_are_captured_too(tmp_path, reshard):
+@pytest.mark.parametrize(
+    ("reshard", "recompute"), [("true", False), ("false", False), ("true", True)]
+)
+def test_steps_that_gather_are_captured_too(tmp_path, reshard, recompute):
     """FSDP2 on one rank, which copies where several gather; the losses of steps launched one by
     one.
     """
     environment = launch_environment("fsdp2.yaml") | {"FSDP_RESHARD_AFTER_FORWARD": reshard}
+    environment["FSDP_ACTIVATION_CHECKPOINTING"] = str(recompute).lower()
     options = {"resident_layers": "none", "allow_fsdp_on_one_process": True, "num_train_epochs": 4}
     runs = {}
-    for step in ("fused", "graph"):
+    for step in ("fused", "auto"):
         [runs[step]] = run_ranks(
             sharded_run, tmp_path / step, {**options, "step": step}, world_size=1, launched=True,
             environment=environment,
         )  # fmt: skip
-    assert runs["graph"]["graphs"] > 1
+    assert runs["auto"]["graphs"] > 1
     assert runs["fused"]["graphs"] == 0
-    assert runs["graph"]["losses"] == pytest.approx(runs["fused"]["losses"], rel=1e-5)
-    assert runs["graph"]["metrics"] == pytest.approx(runs["fused"]["metrics"], rel=1e-4)
+    assert runs["auto"]["losses"] == pytest.approx(runs["fused"]["losses"], rel=1e-5)
+    assert runs["auto"]["metrics"] == pytest.approx(runs["fused"]["metrics"], rel=1e-4)
 
 
 def sharded_run(output_dir, options):
@@ -274,6 +279,37 @@ def sharded_run(output_dir, options):
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "metrics": {k: v for k, v in metrics.items() if "per_second" not in k and "time" not in k},
         "graphs": len(getattr(trainer.step, "captured", ())),
+    }
+
+
+@pytest.mark.skipif(not hasattr(FSDPModule, "reset_iter_state"), reason="needs torch 2.13")
+def test_a_capture_with_gathers_that_is_broken_off_leaves_the_eager_step(tmp_path):
+    """In the middle of forward, where FSDP2 has gathered a part of the layers."""
+    environment = launch_environment("fsdp2.yaml")
+    runs = {}
+    for step in ("graph", "fused"):
+        [runs[step]] = run_ranks(
+            broken_off_run, tmp_path / step, step, world_size=1, launched=True,
+            environment=environment,
+        )  # fmt: skip
+    broken, fused = runs["graph"], runs["fused"]
+    assert broken["failed"]
+    assert broken["losses"] == pytest.approx(fused["losses"], rel=1e-5)
+
+
+def broken_off_run(output_dir, step):
+    options = {"resident_layers": "none", "allow_fsdp_on_one_process": True, "step": step}
+    trainer = toy_trainer(output_dir, per_device_train_batch_size=4, **options)
+
+    def wait(module, inputs, output):
+        if torch.cuda.is_current_stream_capturing():
+            output[0].sum().item()
+
+    decoder_layers(base_model(trainer.model))[-1].register_forward_hook(wait)
+    trainer.train()
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "failed": getattr(trainer.step, "failed", None),
     }
 
 

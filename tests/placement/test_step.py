@@ -75,7 +75,8 @@ def test_what_is_captured(small, changed, reason):
 @pytest.mark.parametrize(
     ("changed", "hardware", "reason"),
     [
-        ({}, TWO_GPUS, "which only --step graph captures"),
+        ({}, TWO_GPUS, None),
+        ({}, replace(TWO_GPUS, why_gathers_not_captured="gloo gathers"), "gloo"),
         ({"step": "graph"}, TWO_GPUS, None),
         ({"step": "graph"}, replace(TWO_GPUS, why_gathers_not_captured="gloo gathers"), "gloo"),
         ({}, Hardware.without_gpu(2), "layers are gathered within the step"),
@@ -118,8 +119,8 @@ def eager_step(model, *, largest, gathers, **settings):
     ("asked", "fused", "fsdp", "steps", "step"),
     [
         ("auto", True, None, 1, "graph"),
-        ("auto", True, SHARDED, 1, "fused"),
-        ("auto", False, SHARDED, 10**9, "eager"),
+        ("auto", True, SHARDED, 1, "graph"),
+        ("auto", False, SHARDED, 10**12, "graph"),
         ("auto", False, None, 1, "graph"),
         ("auto", False, None, 10**12, "compiled"),
         ("eager", False, None, 10**12, "eager"),
@@ -135,7 +136,17 @@ def test_the_step_and_its_reason(small, asked, fused, fsdp, steps, step):
     found = decide(shape, replace(NO_WORK, steps=steps), TWO_GPUS if fsdp else GPU, request)
     assert found.step == step
     assert (f"--step {asked}" in found.choice.reason) == (asked != "auto")
-    assert fsdp is None or "gathered within the step" in found.choice.reason
+
+
+def test_gathers_that_no_graph_holds(small):
+    """Found out on the machine, where the placement is decided again."""
+    hardware = replace(TWO_GPUS, why_gathers_not_captured="gathers differ")
+    fsdp = replace(SHARDED, activation_checkpointing=False)
+    request = Request(fsdp=fsdp, resident_layers="none")
+    for shape, step in ((small, "fused"), (unfused(small), "eager")):
+        found = decide(shape, replace(NO_WORK, steps=10**12), hardware, request)
+        assert found.step == step
+        assert "gathers differ" in found.choice.reason
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fsdp.compute.captured_sizes import captured_size
 from lora_fsdp.data.packing import PackedSequence, SequenceSize, empty_sequence
+from lora_fsdp.distributed.sharding import forget_broken_off_step
 from lora_fsdp.errors import CaptureError
 from lora_fsdp.placement.memory import LargestSequence
-from lora_fsdp.ranks import is_joined, world_size
+from lora_fsdp.ranks import from_every_rank, is_joined, world_size
 from lora_fsdp.training.step.eager import EagerStep
 
 logger = logging.getLogger(__name__)
@@ -44,8 +45,7 @@ class CapturedStep(EagerStep):
 
     All graphs share their memory: one runs at a time. Where layers are gathered within the step,
     all ranks must capture, replay or launch the same at once, as NCCL asks: sequences that run at
-    once are padded to one size. A capture that fails then ends the run, as the others cannot know
-    of it.
+    once are padded to one size, and where one rank's capture fails, none replays.
 
     Attributes:
         largest: what the largest sequence is expected to have. That is captured first, if it can
@@ -85,7 +85,8 @@ class CapturedStep(EagerStep):
         """Add one sequence's gradients; its part of the loss.
 
         Raises:
-            CaptureError: layers are gathered, and a capture failed.
+            CaptureError: layers are gathered, and what is to be captured cannot be computed here
+                while other ranks do; or this torch cannot take up FSDP after a capture that failed.
         """
         graph = self._graph_for(_common(sizes_of_ranks) if self.gathers else sequence.size)
         if graph is None:
@@ -125,38 +126,53 @@ class CapturedStep(EagerStep):
         return captured_size(largest) or cast(SequenceSize, captured_size(size))
 
     def _add_graph(self, size: SequenceSize) -> None:
-        """Capture `size`, unless a capture has failed, as this one may, too."""
+        """Capture `size`, unless a capture has failed, as this one may, too.
+
+        A collective call where layers are gathered.
+        """
         if self.failed:
             return
+        graph, failure = None, None
         try:
-            self._graphs[size] = self._capture(size)
-            self.captured.append(size)
+            graph = self._capture(size)
+        except CaptureError:
+            raise
         except RuntimeError as error:
             # Ending a capture that was broken off is an error of its own.
             broken_off_by = error.__context__
             if broken_off_by is not None and not isinstance(broken_off_by, Exception):
                 raise
             cause = broken_off_by if isinstance(broken_off_by, RuntimeError) else error
-            self.failed = str(cause).splitlines()[0]
-            self._graphs.clear()  # their memory is free for the eager step
-            if self.gathers:
-                raise CaptureError(
-                    f"A packed sequence of {size.tokens} tokens cannot be captured with the "
-                    f"gathers in it: {self.failed}. Run with --step auto."
-                ) from error
-            logger.warning("The step cannot be captured and runs eagerly: %s", self.failed)
+            failure = str(cause).splitlines()[0]
+        if self.gathers:  # capturing waits for no other rank, so all arrive here
+            failure = next((one for one in from_every_rank(failure) if one), None)
+        if graph is not None and failure is None:
+            self._graphs[size] = graph
+            self.captured.append(size)
+            return
+        self.failed = failure
+        self._graphs.clear()  # their memory is free for the eager step
+        if self.gathers and not forget_broken_off_step(self.packed.model):
+            raise CaptureError(
+                f"A packed sequence of {size.tokens} tokens cannot be captured with the gathers in "
+                f"it: {failure}. Run with --step fused, or --step eager."
+            )
+        logger.warning("The step cannot be captured and runs eagerly: %s", failure)
 
     def _capture(self, size: SequenceSize) -> _CapturedSequence:
-        """Capture sequences of `size`; gradients and random numbers are left as they were."""
+        """Capture sequences of `size`; gradients and random numbers are left as they were.
+
+        Raises:
+            CaptureError: layers are gathered, and nothing could be captured yet.
+            RuntimeError: the capture failed.
+        """
         static = _CapturedSequence(size, device=self.device)
         gradients = self.adapter.copy_gradients()
         random_state = torch.cuda.get_rng_state(self.device)
         self._stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self._stream), sdpa_kernel(_ATTENTION, set_priority=True):
-                # Kernels are compiled and workspaces allocated before the capture.
-                for _ in range(1 if self._graphs else 2):
-                    self._forward_backward(static.sequence, scale=static.scale)
+                self._warm_up(static)
             torch.cuda.current_stream().wait_stream(self._stream)
             with (
                 torch.cuda.graph(
@@ -174,6 +190,19 @@ class CapturedStep(EagerStep):
             torch.cuda.set_rng_state(random_state, self.device)
             self.adapter.set_gradients(gradients)
         return static
+
+    def _warm_up(self, static: _CapturedSequence) -> None:
+        """Compute what will be captured: kernels are compiled and workspaces allocated before."""
+        try:
+            for _ in range(1 if self._graphs else 2):
+                self._forward_backward(static.sequence, scale=static.scale)
+        except RuntimeError as error:
+            if not self.gathers:
+                raise
+            raise CaptureError(  # the other ranks wait for this one's gathers
+                f"A packed sequence of {static.size.tokens} tokens, which a graph is to hold, "
+                f"cannot be computed: {str(error).splitlines()[0]}. Lower --max_tokens_per_row."
+            ) from error
 
 
 def _common(sizes: Sequence[SequenceSize]) -> SequenceSize:
