@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,14 +26,10 @@ from transformers import PreTrainedModel
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.fingerprints import BaseFingerprint, base_parameters
 from lora_fsdp.base.loading import load_base, resolve_dtype
+from lora_fsdp.base.model_weights import ModelWeights
 from lora_fsdp.base.quantized_layers import QuantizedLayer, unpacked
 from lora_fsdp.base.skeletons import CannotStreamError, empty_base
-from lora_fsdp.base.stored_weights import (
-    BaseWeights,
-    base_folder,
-    base_skeleton,
-    fingerprint_stored,
-)
+from lora_fsdp.base.stored_weights import base_folder, base_skeleton
 from lora_fsdp.errors import MissingPackageError, UnsupportedModelError
 from lora_fsdp.ranks import rank
 
@@ -50,22 +46,20 @@ class StoredBase:
 
     Attributes:
         model: the model, its parameters on the meta device, its buffers real.
-        weights: its files.
-        names: for each parameter of the model, what it is called in the files.
+        weights: what its files hold, by the model's names.
     """
 
     model: PreTrainedModel
-    weights: BaseWeights
-    names: Mapping[str, str]
+    weights: ModelWeights
 
     def fingerprint(self) -> BaseFingerprint:
         """What `fingerprint_base` would give of the loaded base, before it was quantised."""
-        return fingerprint_stored(self.model, self.weights)
+        return self.weights.fingerprint()
 
     def first_values(self, count: int) -> Iterator[list[float]]:
         """The first `count` values of every parameter, in the base's dtype and not quantised."""
         for name, _ in base_parameters(self.model):
-            values = self.weights.first_values(self.names[name], count)
+            values = self.weights.first_values(name, count)
             yield values.to(self.model.dtype).float().tolist()
 
     @contextmanager
@@ -99,11 +93,10 @@ class StoredBase:
             keep_on: where the weights stay (host memory, if they are offloaded).
         """
         names = self._names_by_id()
-        order = {stored: index for index, stored in enumerate(self.weights.tensors)}
         found = [(names[id(_parameter_at(places))], places) for places in _empty_places(modules)]
         # In the files' order, of which one is open at a time.
-        for stored, places in sorted(found, key=lambda pair: order[pair[0]]):
-            self._fill_one(places, stored, device=device, keep_on=keep_on)
+        for name, places in sorted(found, key=lambda pair: self.weights.place(pair[0])):
+            self._fill_one(places, name, device=device, keep_on=keep_on)
 
     def filled_copy(self, layer: nn.Module) -> nn.Module:
         """A copy of a layer of the model with its weights, unpacked and in host memory."""
@@ -115,17 +108,17 @@ class StoredBase:
         return copied
 
     def _names_by_id(self) -> dict[int, str]:
-        """What each parameter, as it is now, is called in the files."""
-        return {id(value): self.names[name] for name, value in base_parameters(self.model)}
+        """What each parameter, as it is now, was called before there was an adapter."""
+        return {id(value): name for name, value in base_parameters(self.model)}
 
     def _fill_one(
-        self, places: _Places, stored: str, *, device: torch.device, keep_on: torch.device
+        self, places: _Places, name: str, *, device: torch.device, keep_on: torch.device
     ) -> None:
         parameter = _parameter_at(places)
         owner, attribute = places[0]
         if isinstance(owner, QuantizedLayer) and attribute == "weight":
             # The full tensor: the scales are relative to their mean over all of it.
-            packed = owner.quantize(self.weights.read(stored).to(device))
+            packed = owner.quantize(self.weights.read(name).to(device))
             if not isinstance(parameter, DTensor):
                 owner.set_whole(packed.to(keep_on))
                 return
@@ -134,9 +127,9 @@ class StoredBase:
         else:
             filled = torch.empty_like(parameter, device=keep_on, requires_grad=False)
             if isinstance(filled, DTensor):
-                _copy_shard(filled, self.weights.reader(stored))
+                _copy_shard(filled, self.weights.reader(name))
             else:
-                filled.copy_(self.weights.read(stored))
+                filled.copy_(self.weights.read(name))
         _set(places, nn.Parameter(filled, requires_grad=False))
 
 
@@ -205,7 +198,7 @@ def open_base(
         if peft_config is not None and (reason := needs_weights(peft_config)):
             raise CannotStreamError(reason)
         dtype = resolve_dtype(arguments.dtype, device=device)
-        model, weights, names = empty_base(arguments, dtype=dtype)
+        model, weights = empty_base(arguments, dtype=dtype)
     except CannotStreamError as error:
         if arguments.load_in_4bit:
             raise UnsupportedModelError(
@@ -217,7 +210,7 @@ def open_base(
         from lora_fsdp.base.four_bit import replace_linear_layers
 
         replace_linear_layers(model, dtype=dtype)
-    return StoredBase(model, weights, names)
+    return StoredBase(model, weights)
 
 
 def load_on_device(arguments: ModelArguments, *, device: torch.device) -> PreTrainedModel:
