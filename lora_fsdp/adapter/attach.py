@@ -44,9 +44,11 @@ def lora_config(arguments: LoraArguments, *, revision: str | None = None) -> Lor
         arguments: the adapter's settings.
         revision: of the base on the Hub, which the adapter is to remember; `None` = the main one.
     """
-    targets: list[str] | str = arguments.lora_target_modules
+    targets: list[str] | str | None = arguments.lora_target_modules
     if targets == ["all-linear"]:  # PEFT knows this word only outside a list
         targets = "all-linear"
+    elif targets == ["auto"]:  # what suits the model, which is not known yet
+        targets = None
     settings = {
         "r": arguments.lora_r,
         "lora_alpha": arguments.lora_alpha,

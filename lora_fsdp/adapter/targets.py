@@ -10,33 +10,96 @@ from typing import Any, cast
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR
+from peft.utils.constants import (
+    INCLUDE_LINEAR_LAYERS_SHORTHAND as ALL_LINEAR,
+)
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_fsdp.base.multimodal import is_multimodal, names_outside, outside_text
 from lora_fsdp.errors import TargetModulesError
 
 # In a module's or its class's name: it chooses the experts that a token goes to.
 _ROUTES = re.compile(r"router|gating|top_?k", re.IGNORECASE)
+_DEFAULT = ("q_proj", "v_proj")
+# What reads the hidden states in attention, or in the layers that a family has instead of it.
+_IN_ITS_PLACE = (
+    ("q_proj", "kv_proj"),
+    ("q_proj", "v_proj_current"),  # Zaya
+    ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # latent attention
+    ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+    ("q_a_proj", "q_b_proj", "kv_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("query_key_value",),
+    ("qkv_proj",),
+    ("Wqkv",),
+    ("c_attn",),
+    ("project_q", "project_v"),
+    ("query_proj", "value_proj"),
+    ("query", "value"),
+    ("q_lin", "v_lin"),
+    ("Wq", "Wv"),
+    ("q", "v"),
+    ("kv_proj",),
+    ("in_proj", "x_proj"),  # Mamba
+    ("in_proj",),
+    ("in_proj_qkv",),
+)
 # A module of such a name routes too where experts stand beside it.
 _GATES = ("gate", "shared_expert_gate", "shared_experts_gate")
 
 
 def resolve_targets(base: PreTrainedModel, config: LoraConfig) -> None:
-    """Write into the settings which modules `all-linear` means in this model.
+    """Write into the settings which modules of this model are meant.
 
-    Every linear layer but the head and what routes tokens to experts; an adapter there would change
-    which experts answer, and has to be asked for by name. Experts count where PEFT counts them.
+    `None`: the family's usual ones (`default_targets`). `all-linear`: every linear layer but the
+    head and what routes tokens to experts; an adapter there would change which experts answer, and
+    has to be asked for by name. Experts count where PEFT counts them. Of a model that also sees or
+    hears, the language model is meant unless a name or pattern names another part.
 
     Raises:
         TargetModulesError: the model has no such layer, or a name matches nothing.
     """
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         _resolve_all_linear(base, config)
-    else:
-        _check_named(base, config)
+        return
+    if targets is None:
+        config.target_modules = cast(Any, set(default_targets(base)))
+        # As PEFT would set it, with a warning, for layers whose weights are transposed.
+        config.fan_in_fan_out |= all(
+            isinstance(module, Conv1D)
+            for name, module in base.named_modules()
+            if _is_meant(config.target_modules, name)
+        )
+    _check_named(base, config)
+    _keep_to_text(base, config)
+
+
+def default_targets(base: PreTrainedModel) -> list[str]:
+    """Names of the modules that are adapted where none are named.
+
+    `q_proj` and `v_proj` where a model has them, else those that PEFT names for its family, else
+    what stands in their place in attention or in the layers that a model has instead of it.
+
+    Raises:
+        TargetModulesError: there is nothing of the kind; names the linear layers.
+    """
+    own = {name.rpartition(".")[2] for name in linear_modules(base)}
+    family = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(base.config.model_type)
+    by_peft = tuple(family) if isinstance(family, list) else ()
+    for names in (_DEFAULT, by_peft, *_IN_ITS_PLACE):
+        if names and own.issuperset(names):
+            return list(names)
+    raise TargetModulesError(
+        f"Which modules of {type(base).__name__} are usually adapted is not known here: name some "
+        f"of its linear modules {sorted(own)} (--lora_target_modules), or all-linear."
+    )
 
 
 def router_modules(base: nn.Module) -> set[str]:
@@ -53,12 +116,15 @@ def router_modules(base: nn.Module) -> set[str]:
 
 
 def linear_modules(base: PreTrainedModel) -> list[str]:
-    """Names of the linear layers, without the output head and routers."""
-    head, routers = base.get_output_embeddings(), router_modules(base)
+    """Names of the language model's linear layers, without the output head and routers."""
+    head, routers, others = base.get_output_embeddings(), router_modules(base), outside_text(base)
     return [
         name
         for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and name not in routers
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and name not in routers
+        and not _is_within(name, others)
     ]
 
 
@@ -132,7 +198,8 @@ def _resolve_all_linear(base: PreTrainedModel, config: LoraConfig) -> None:
     taken_over = _meant_as_experts(base, config, linear)
     if parameters := experts | {f"{name}.weight" for name in taken_over}:
         config.target_parameters = sorted(parameters | set(config.target_parameters or ()))
-    config.target_modules = cast(Any, set(linear) - taken_over)
+    modules = set(linear) - taken_over
+    config.target_modules = _in_text(base, modules) if is_multimodal(base) else cast(Any, modules)
 
 
 def _meant_as_experts(
@@ -174,6 +241,33 @@ def _check_named(base: PreTrainedModel, config: LoraConfig) -> None:
                 f"LoRA target modules take in {name}, a {type(module).__name__}, which returns "
                 "more than its linear map, so that no adapter can be added to it: leave it out."
             )
+
+
+def _keep_to_text(base: PreTrainedModel, config: LoraConfig) -> None:
+    """Narrow names to the language model of one that also sees or hears, unless they say more."""
+    others = outside_text(base)
+    if not is_multimodal(base) or names_outside(config, others):
+        return
+    meant = [name for name, _ in base.named_modules() if _is_meant(config.target_modules, name)]
+    if of_text := {name for name in meant if not _is_within(name, others)}:
+        config.target_modules = _in_text(base, of_text)
+
+
+def _in_text(base: PreTrainedModel, names: set[str]) -> Any:
+    """Modules of the language model, said so that no module of another part is meant.
+
+    The other parts need not be there now, and are where the adapter will be loaded.
+    """
+    decoder = base.get_decoder()
+    path = next(name for name, module in base.named_modules() if module is decoder)
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    pattern = rf"{path.replace('.', chr(92) + '.')}.*\.({'|'.join(leaves)})"
+    found = {name for name, _ in base.named_modules() if re.fullmatch(pattern, name)}
+    return pattern if found == names else names
+
+
+def _is_within(name: str, parts: Iterable[str]) -> bool:
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 def _missing(targets: object, names: list[str]) -> Iterator[str]:

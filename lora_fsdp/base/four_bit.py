@@ -160,8 +160,8 @@ def replace_linear_layers(model: PreTrainedModel, *, dtype: torch.dtype) -> None
     parameters = model.named_parameters()  # a convolution's last side is short
     if stacked := [name for name, p in parameters if p.dim() == 3 and min(p.shape[1:]) > 8]:
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps the weights of all experts of a layer in one tensor (such "
-            f"as {stacked[0]}), which is not kept in 4 bits: run without --load_in_4bit."
+            f"{type(model).__name__} keeps the weights of all experts of a layer in one tensor ("
+            f"{stacked[0]}, say), which is not kept in 4 bits: run without --load_in_4bit."
         )
     for name, module in linear:
         model.set_submodule(name, FourBitLinear(module, dtype=dtype))

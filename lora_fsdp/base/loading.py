@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.folders import check_weight_indices
+from lora_fsdp.base.multimodal import auto_class
 from lora_fsdp.errors import (
     ArgumentError,
+    LoraFsdpError,
     ModelNotFoundError,
     TokenizerNotFoundError,
     UnsupportedModelError,
@@ -124,7 +126,7 @@ def _load_weights(
     loaded: dict[str, Any]
     try:
         with _weights_on_every_rank():
-            model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            model, loaded = _maker(arguments, name).from_pretrained(
                 name,
                 revision=arguments.model_revision,
                 dtype=dtype,
@@ -134,6 +136,8 @@ def _load_weights(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are named below
             )
+    except LoraFsdpError:
+        raise
     except (OSError, SafetensorError) as error:
         raise ModelNotFoundError(f"No model could be loaded from {name}: {error}") from error
     except torch.OutOfMemoryError:
@@ -157,6 +161,13 @@ def _load_weights(
         for key, stored, wanted in sorted(loaded["mismatched_keys"])
     ]
     return model, sorted(loaded["missing_keys"]), misshapen
+
+
+def _maker(arguments: ModelArguments, name: str) -> Any:
+    config = AutoConfig.from_pretrained(
+        name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
+    )
+    return auto_class(config)
 
 
 @contextmanager

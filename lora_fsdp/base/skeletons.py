@@ -8,7 +8,8 @@ from contextlib import suppress
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from peft import LoraConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.loading import (
@@ -18,6 +19,7 @@ from lora_fsdp.base.loading import (
     warn_of_remote_code,
 )
 from lora_fsdp.base.model_weights import ModelWeights
+from lora_fsdp.base.multimodal import auto_class, drop_towers
 from lora_fsdp.base.stored_weights import PLAIN_DTYPES, BaseWeights, base_folder
 from lora_fsdp.errors import ModelNotFoundError, UnsafeFileError
 
@@ -30,11 +32,13 @@ class CannotStreamError(Exception):
 
 
 def empty_base(
-    arguments: ModelArguments, *, dtype: torch.dtype
+    arguments: ModelArguments, *, dtype: torch.dtype, adapter: LoraConfig | None = None
 ) -> tuple[PreTrainedModel, ModelWeights]:
     """The model with its parameters on the meta device, and its weights, not read yet.
 
     Everything else is what `from_pretrained` would give: settings, buffers, generation settings.
+    Only what a text does not run (an encoder of images, say) is left out, unless the adapter is
+    there.
 
     Raises:
         CannotStreamError: the files lack a parameter, or the model cannot be built without them;
@@ -47,6 +51,7 @@ def empty_base(
     except (ModelNotFoundError, UnsafeFileError) as error:
         raise CannotStreamError("its weights are in no complete safetensors files") from error
     model = _empty_model(arguments, name, dtype=dtype)
+    drop_towers(model, adapter=adapter)
     weights = ModelWeights(model, stored)
     if reason := next(_obstacles(model, weights, dtype), None):
         raise CannotStreamError(reason)
@@ -68,7 +73,7 @@ def _empty_model(arguments: ModelArguments, name: str, *, dtype: torch.dtype) ->
         if "quantization_config" in config.to_dict():
             raise CannotStreamError("it is quantised already")
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config,
                 dtype=dtype,
                 attn_implementation=None if attention == "auto" else attention,

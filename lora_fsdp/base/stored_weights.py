@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from lora_fsdp.base.folders import contained_file, open_safetensors, read_json_object
 from lora_fsdp.base.loading import LOADING_ERRORS, first_line
+from lora_fsdp.base.multimodal import auto_class
 from lora_fsdp.errors import (
     AdapterVerificationError,
     ModelNotFoundError,
@@ -182,7 +183,7 @@ def base_skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTraine
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            skeleton = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, *LOADING_ERRORS) as error:
         raise UnsupportedModelError(
             f"{folder / 'config.json'} describes no causal language model: {first_line(error)}"

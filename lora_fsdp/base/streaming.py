@@ -27,6 +27,7 @@ from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.fingerprints import BaseFingerprint, base_parameters
 from lora_fsdp.base.loading import load_base, resolve_dtype
 from lora_fsdp.base.model_weights import ModelWeights
+from lora_fsdp.base.multimodal import drop_towers
 from lora_fsdp.base.quantized_layers import QuantizedLayer, unpacked
 from lora_fsdp.base.skeletons import CannotStreamError, empty_base
 from lora_fsdp.base.stored_weights import base_folder, base_skeleton
@@ -141,11 +142,13 @@ class WholeBase:
         arguments: which base, and how.
         device: where the run computes.
         reason: why it cannot be read tensor by tensor.
+        adapter: the settings of the adapter that will be attached, if they are known.
     """
 
     arguments: ModelArguments
     device: torch.device
     reason: str
+    adapter: LoraConfig | None = None
 
     def skeleton(self) -> PreTrainedModel:
         """The model without numbers, on the meta device.
@@ -155,7 +158,9 @@ class WholeBase:
         """
         name, revision = self.arguments.model_name_or_path, self.arguments.model_revision
         folder = base_folder(name, revision=revision, with_weights=False)
-        return base_skeleton(folder, trust_remote_code=self.arguments.trust_remote_code)
+        model = base_skeleton(folder, trust_remote_code=self.arguments.trust_remote_code)
+        drop_towers(model, adapter=self.adapter, say=False)
+        return model
 
     def load(self) -> PreTrainedModel:
         """The model, in host memory.
@@ -165,6 +170,7 @@ class WholeBase:
             UnsupportedModelError: it is not a causal language model, or cannot run as asked.
         """
         loaded = load_base(self.arguments, device=self.device)
+        drop_towers(loaded, adapter=self.adapter, say=False)
         if rank() == 0:
             logger.warning(
                 "Every process held the whole base in host memory while it was loaded, because %s.",
@@ -174,7 +180,11 @@ class WholeBase:
 
 
 def open_base(
-    arguments: ModelArguments, *, device: torch.device, peft_config: LoraConfig | None = None
+    arguments: ModelArguments,
+    *,
+    device: torch.device,
+    peft_config: LoraConfig | None = None,
+    saved: LoraConfig | None = None,
 ) -> StoredBase | WholeBase:
     """The frozen base, of which nothing is read before it is known what this rank keeps.
 
@@ -186,6 +196,7 @@ def open_base(
         arguments: which base, and how.
         device: where the run computes.
         peft_config: of the adapter that will be attached.
+        saved: of an adapter that will be loaded once the base has its weights.
 
     Raises:
         ModelNotFoundError: there is no such model.
@@ -198,14 +209,14 @@ def open_base(
         if peft_config is not None and (reason := needs_weights(peft_config)):
             raise CannotStreamError(reason)
         dtype = resolve_dtype(arguments.dtype, device=device)
-        model, weights = empty_base(arguments, dtype=dtype)
+        model, weights = empty_base(arguments, dtype=dtype, adapter=peft_config or saved)
     except CannotStreamError as error:
         if arguments.load_in_4bit:
             raise UnsupportedModelError(
                 f"{arguments.model_name_or_path} cannot be turned into 4 bits while it is read: "
                 f"{error}. Run without --load_in_4bit."
             ) from error
-        return WholeBase(arguments, device, str(error))
+        return WholeBase(arguments, device, str(error), peft_config or saved)
     if arguments.load_in_4bit:
         from lora_fsdp.base.four_bit import replace_linear_layers
 
@@ -213,9 +224,17 @@ def open_base(
     return StoredBase(model, weights)
 
 
-def load_on_device(arguments: ModelArguments, *, device: torch.device) -> PreTrainedModel:
-    """The frozen base, whole on `device`; see `open_base`."""
-    base = open_base(arguments, device=device)
+def load_on_device(
+    arguments: ModelArguments, *, device: torch.device, adapter: LoraConfig | None = None
+) -> PreTrainedModel:
+    """The frozen base, whole on `device`; see `open_base`.
+
+    Args:
+        arguments: which base, and how.
+        device: where to.
+        adapter: the settings of the saved adapter that will be loaded onto it, if there is one.
+    """
+    base = open_base(arguments, device=device, saved=adapter)
     if isinstance(base, WholeBase):
         return base.load().to(device)  # type: ignore[arg-type]
     base.fill([base.model], device=device, keep_on=device)

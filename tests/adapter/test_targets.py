@@ -113,3 +113,43 @@ class TestInWords:
             "LoRA r 8 on q_proj, v_proj of 2 layers: 4 modules; "
             "down_proj of 2 layers: 2 parameters; r 2 on down_proj"
         )
+
+
+class TestDefaults:
+    @pytest.mark.parametrize(
+        ("family", "settings", "names"),
+        [
+            ("llama", {}, {"q_proj", "v_proj"}),
+            ("qwen3_moe", {}, {"q_proj", "v_proj"}),
+            ("phi", {}, {"q_proj", "v_proj"}),
+            ("phi3", {}, {"qkv_proj"}),
+            ("gpt2", {"n_head": 4}, {"c_attn"}),
+            ("gpt_bigcode", {"n_head": 4}, {"c_attn"}),
+            ("gpt_neox", {}, {"query_key_value"}),
+            ("bloom", {"n_head": 4}, {"query_key_value"}),
+            ("falcon", {}, {"query_key_value"}),
+            ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}, {"Wqkv"}),
+            ("mamba", {"state_size": 8}, {"in_proj", "x_proj"}),
+            ("mamba2", {"num_heads": 8, "head_dim": 16, "state_size": 8, "n_groups": 1},
+             {"in_proj"}),
+            ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2,
+                       "use_mamba_kernels": False}, {"q_proj", "v_proj"}),
+            ("deepseek_v3", {}, {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"}),
+            ("rwkv", {"attention_hidden_size": 64},
+             {"key", "value", "receptance", "output"}),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )  # fmt: skip
+    def test_of_a_family(self, family, settings, names):
+        model = attach_adapter(family_model(family, **settings), lora_config(LoraArguments()))
+        found = model.targeted_module_names
+        assert {name.rpartition(".")[2] for name in found} == names
+        assert str(len(found)) in targets_in_words(model)
+
+    def test_of_a_family_of_which_nothing_is_known(self):
+        base = tiny_model()
+        for layer in base.model.layers:
+            del layer.self_attn
+        with pytest.raises(TargetModulesError, match="is not known here") as caught:
+            attach_adapter(base, lora_config(LoraArguments()))
+        assert "'down_proj', 'gate_proj', 'up_proj'" in str(caught.value)

@@ -89,3 +89,87 @@ def family_model(model_type: str, *, seed: int = 0, **settings: Any) -> PreTrain
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(family_config(model_type, **settings))
     return model.requires_grad_(False).eval()
+
+
+# ---- models that also see ------------------------------------------------------------------------
+
+_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_QWEN_VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "out_hidden_size": 64,
+    "intermediate_size": 48,
+    "num_heads": 2,
+}
+_WINDOWED: dict[str, Any] = {
+    "sliding_window": 512,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_IN_SECTIONS: dict[str, Any] = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 3, 3],
+        "partial_rotary_factor": 1.0,
+    }
+}
+#: By model type: settings of the text model and of the vision model, and the others.
+MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (_WINDOWED, _VISION, {"mm_tokens_per_image": 4}),
+    "gemma4": (
+        {
+            **_WINDOWED,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 2,
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": 400,
+            "hidden_size_per_layer_input": 16,
+        },
+        {**_VISION, "head_dim": 16, "num_key_value_heads": 2, "global_head_dim": 16},
+        {},
+    ),
+    "llama4": (
+        {**MIXTURES["llama4_text"], "attention_chunk_size": 512},
+        {
+            **_VISION,
+            "intermediate_size": 128,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+        {},
+    ),
+    "mistral3": (
+        {"model_type": "mistral", "sliding_window": None},
+        {**_VISION, "model_type": "pixtral", "head_dim": 16},
+        {"image_token_index": 10},
+    ),
+    "qwen2_5_vl": (_IN_SECTIONS, {**_QWEN_VISION, "fullatt_block_indexes": [0]}, {}),
+    "qwen3_vl": (
+        _IN_SECTIONS,
+        {**_QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        {},
+    ),
+}
+
+
+def multimodal_model(model_type: str) -> PreTrainedModel:
+    """A tiny model that also sees, of the class in which the family is published."""
+    from transformers import AutoModelForImageTextToText
+
+    text, vision, others = MULTIMODAL[model_type]
+    config = AutoConfig.for_model(
+        model_type,
+        text_config={**_SIZES, "head_dim": 16, **text},
+        vision_config=vision,
+        **others,
+    )
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(config).requires_grad_(False).eval()
