@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from transformers import set_seed
 
 from lora_fsdp.adapter.attach import lora_config
+from lora_fsdp.adapter.targets import targets_in_words
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import open_base
@@ -196,6 +197,7 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
         say(f"  warning: {visible(warning, lines=False)}")
     shared = "yes" if trainer.share_prefix else "no"
     say(f"  prompts' common prefix computed once a packed sequence: {shared}")
+    say(f"  {targets_in_words(trainer.model)}")
     say(str(status))
     say(str(trainer.placement))
     untrained = f"Scoring the untrained model on {len(data.held_out)} held-out rows, then training."

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.adapter.settings import (
@@ -20,6 +18,7 @@ from lora_fsdp.adapter.settings import (
     check_given,
     check_settings,
 )
+from lora_fsdp.adapter.targets import resolve_targets
 from lora_fsdp.arguments import LoraArguments
 from lora_fsdp.base.streaming import StoredBase, needs_weights
 from lora_fsdp.errors import ArgumentError, TargetModulesError
@@ -45,9 +44,11 @@ def lora_config(arguments: LoraArguments, *, revision: str | None = None) -> Lor
         arguments: the adapter's settings.
         revision: of the base on the Hub, which the adapter is to remember; `None` = the main one.
     """
-    targets: list[str] | str = arguments.lora_target_modules
+    targets: list[str] | str | None = arguments.lora_target_modules
     if targets == ["all-linear"]:  # PEFT knows this word only outside a list
         targets = "all-linear"
+    elif targets == ["auto"]:  # what suits the model, which is not known yet
+        targets = None
     settings = {
         "r": arguments.lora_r,
         "lora_alpha": arguments.lora_alpha,
@@ -89,11 +90,18 @@ def attach_adapter(
     """
     check_settings(config)
     transposed = config.fan_in_fan_out
-    _check_targets(base, config)
+    resolve_targets(base, config)
     if stored is not None and (reason := needs_weights(config)):
         raise ArgumentError(f"The base has no weights yet, but {reason}: load it with load_base.")
     try:
-        with nullcontext() if stored is None else stored.stand_ins():
+        with (
+            nullcontext() if stored is None else stored.stand_ins(),
+            warnings.catch_warnings(),
+        ):
+            # PEFT compares patterns with modules only; `check_carried_out` with parameters too.
+            warnings.filterwarnings(
+                "ignore", "The following (rank|alpha)_pattern keys did not match"
+            )
             model = get_peft_model(base, config, autocast_adapter_dtype=True)
     except torch.OutOfMemoryError:
         raise
@@ -118,32 +126,3 @@ def has_dropout(model: PeftModel) -> bool:
     """Whether the adapter drops part of its input while it trains."""
     config = cast(LoraConfig, model.peft_config[str(model.active_adapter)])
     return bool(config.lora_dropout)
-
-
-def _check_targets(base: PreTrainedModel, config: LoraConfig) -> None:
-    names = [name for name, _ in base.named_modules() if name]
-    targets = config.target_modules
-    if targets == "all-linear" or targets is None:
-        return
-    if isinstance(targets, str):  # to PEFT a plain string is a regular expression
-        try:
-            missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-        except re.error as error:
-            raise TargetModulesError(
-                f"LoRA target_modules {targets!r} is no regular expression ({error}), as which "
-                "PEFT takes a plain string: give a list of names."
-            ) from error
-    else:
-        missing = [t for t in sorted(targets) if not any(f".{n}".endswith(f".{t}") for n in names)]
-    if missing:
-        known = sorted(
-            {
-                name.rpartition(".")[2]
-                for name, module in base.named_modules()
-                if isinstance(module, nn.Linear | Conv1D)
-            }
-        )
-        raise TargetModulesError(
-            f"LoRA target modules {missing} match nothing in {type(base).__name__}. Its linear "
-            f"modules are {known}; --lora_target_modules all-linear adapts all but the head."
-        )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
 from lora_fsdp.adapter.folder import AdapterFolder, load_on_skeleton
-from lora_fsdp.base.stored_weights import BaseWeights, StoredTensor, stored_names
+from lora_fsdp.base.model_weights import ModelWeights, Part
 from lora_fsdp.base.tensor_files import DTYPES
 from lora_fsdp.errors import (
     AdapterVerificationError,
@@ -21,26 +23,20 @@ from lora_fsdp.errors import (
 
 
 class Deltas:
-    """What the adapter adds to each weight of the base, computed by PEFT when it is asked for."""
+    """What the adapter adds to each tensor of the base's files, computed by PEFT when asked for."""
 
     def __init__(
-        self,
-        adapter: AdapterFolder,
-        skeleton: PreTrainedModel,
-        weights: BaseWeights,
-        *,
-        base: str,
+        self, adapter: AdapterFolder, skeleton: PreTrainedModel, weights: ModelWeights, *, base: str
     ) -> None:
-        """Find for every adapted module the tensor that it changes.
+        """Find for every adapted weight the stored tensors that it changes.
 
         Raises:
             BaseMismatchError: the adapter's shapes do not fit this base.
-            UnsupportedAdapterError: it adapts something else than linear layers.
-            MergeError: the base stores a weight under another name.
+            UnsupportedAdapterError: it adapts something else than linear layers and experts.
+            MergeError: the base stores a weight otherwise than the model has it.
         """
         self._adapter = adapter
         shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-        names = stored_names(skeleton, weights.tensors)
         tied = _tied_weights(skeleton)
         try:
             model = load_on_skeleton(adapter, skeleton)
@@ -48,29 +44,39 @@ class Deltas:
             raise BaseMismatchError(
                 f"The adapter {adapter.path} does not fit the base {base}: {error}"
             ) from error
-        self._layers: dict[str, tuple[str, LoraLayer]] = {}
+        # For each stored tensor the module that changes it, and which part of the module's weight
+        # it is.
+        self._changed: dict[str, tuple[str, LoraLayer, Part]] = {}
+        self._last: tuple[str, torch.Tensor] | None = None
         for path, module in cast(nn.Module, model.base_model.model).named_modules():
             if not isinstance(module, LoraLayer):
                 continue
-            weight = f"{path}.weight"
+            weight = _adapted_weight(path, module)
             if "default" not in module.lora_A or weight in tied:
                 raise UnsupportedAdapterError(
                     f"{adapter.path} adapts {path}, an embedding or a weight that is tied to "
                     "another: merging would change both. Use it as an adapter."
                 )
-            stored = names.get(weight, "")
-            _check_stored(weight, weights.tensors.get(stored), shapes[weight], base=base)
-            self._layers[stored] = (path, module)
+            parts = _stored_parts(weight, weights, shapes[weight], base=base)
+            self._changed |= {name: (path, module, part) for name, part in parts.items()}
 
     def __len__(self) -> int:
-        return len(self._layers)
+        """How many weights of the model are changed."""
+        return len({path for path, _, _ in self._changed.values()})
 
     def __contains__(self, stored: str) -> bool:
-        return stored in self._layers
+        return stored in self._changed
 
     def __getitem__(self, stored: str) -> torch.Tensor:
         """What is added to the tensor that the base stores as `stored`, float32."""
-        path, module = self._layers[stored]
+        path, module, part = self._changed[stored]
+        if self._last is None or self._last[0] != path:  # one expert after the other asks for it
+            self._last = None
+            self._last = path, self._of_module(path, module)
+        return self._last[1][part]
+
+    def _of_module(self, path: str, module: LoraLayer) -> torch.Tensor:
+        """What is added to a whole weight of the model."""
         prefix = f"base_model.model.{path}"
         for kind in ("lora_A", "lora_B"):
             name = f"{prefix}.{kind}.weight"
@@ -81,6 +87,12 @@ class Deltas:
                 )
             tensor = self._adapter.tensors[name].float()
             getattr(module, kind)["default"].weight = nn.Parameter(tensor, requires_grad=False)
+        if isinstance(module, ParamWrapper):
+            # PEFT gives the result where the parameter is, and in its dtype.
+            place = torch.zeros(()).expand(module.get_param().shape)
+            module.get_base_layer().register_parameter(
+                module.parameter_name, nn.Parameter(place, False)
+            )
         try:
             return cast(Any, module).get_delta_weight("default").detach()
         finally:
@@ -90,16 +102,26 @@ class Deltas:
                 )
 
 
-def _check_stored(
-    weight: str, stored: StoredTensor | None, shape: tuple[int, ...], *, base: str
-) -> None:
-    if stored is None or stored.shape != shape:
+def _adapted_weight(path: str, module: LoraLayer) -> str:
+    """The base's name for the weight that a module of PEFT's changes."""
+    owner = re.sub(r"\.base_layer(?=\.|$)", "", path)
+    return f"{owner}.{module.parameter_name if isinstance(module, ParamWrapper) else 'weight'}"
+
+
+def _stored_parts(
+    weight: str, weights: ModelWeights, shape: tuple[int, ...], *, base: str
+) -> dict[str, Part]:
+    """The stored tensors that a weight is made of, and which part of it each is."""
+    parts = weights.parts(weight) if weights.shapes.get(weight) == shape else None
+    if parts is None:
         raise MergeError(
             f"{base} does not store {weight} as the model has it: load it once with "
             "transformers, save it with save_pretrained, and merge onto that folder."
         )
-    if not DTYPES.get(stored.dtype, torch.uint8).is_floating_point:
+    dtypes = (DTYPES.get(dtype, torch.uint8) for dtype in weights.dtypes(weight))
+    if not all(dtype.is_floating_point for dtype in dtypes):
         raise MergeError(f"{base} stores {weight} quantised: merge onto the original model.")
+    return parts
 
 
 def _tied_weights(skeleton: PreTrainedModel) -> set[str]:

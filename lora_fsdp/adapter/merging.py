@@ -15,12 +15,8 @@ from lora_fsdp.adapter.folder import AdapterFolder, find_base, read_adapter_fold
 from lora_fsdp.adapter.merged_files import atomic_draft, write_rest, write_weights
 from lora_fsdp.adapter.proof import Proof, check_base, read_proof
 from lora_fsdp.base.folders import read_json_object
-from lora_fsdp.base.stored_weights import (
-    BaseWeights,
-    base_folder,
-    base_skeleton,
-    fingerprint_stored,
-)
+from lora_fsdp.base.model_weights import ModelWeights
+from lora_fsdp.base.stored_weights import BaseWeights, base_folder, base_skeleton
 from lora_fsdp.errors import (
     ArgumentError,
     MergeError,
@@ -42,6 +38,7 @@ _HONOURED = {
     "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r",
     "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
     "auto_mapping",
+    "target_parameters",
 }  # fmt: skip
 #: Initialisations that leave the base as it is; the others (PiSSA, OLoRA, ...) take a part out.
 _BASE_KEPT = (True, False, "gaussian", "orthogonal", "eva")
@@ -115,13 +112,14 @@ def merge_adapter(
     name, revision = find_base(source, given=base, beside=proof.base_beside if proof else None)
     folder = _unquantized(base_folder(name, revision=revision))
     skeleton = base_skeleton(folder, trust_remote_code=trust_remote_code)
-    weights = BaseWeights(folder)
+    stored = BaseWeights(folder)
+    weights = ModelWeights(skeleton, stored)
     if proof is not None:
-        check_base(proof, fingerprint_stored(skeleton, weights), adapter=source.path, base=name)
+        check_base(proof, weights.fingerprint(), adapter=source.path, base=name)
     deltas = Deltas(source, skeleton, weights, base=name)
     with atomic_draft(target) as draft:
         files, size = write_weights(
-            draft, weights, deltas, _OUTPUT_DTYPES.get(dtype), max_shard_size
+            draft, stored, deltas, _OUTPUT_DTYPES.get(dtype), max_shard_size
         )
         write_rest(draft, folder, source.path, dtype=dtype, with_code=trust_remote_code)
     notes = _notes(proof, base=name)

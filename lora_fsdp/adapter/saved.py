@@ -111,7 +111,8 @@ def load_base_of(
         trust_remote_code=trust_remote_code,
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return arguments, load_on_device(arguments, device=device), device
+    base = load_on_device(arguments, device=device, adapter=adapter.config)
+    return arguments, base, device
 
 
 def load_adapter(model: PeftModel, folder: str | Path) -> None:

@@ -111,7 +111,8 @@ def check_carried_out(model: PeftModel, config: LoraConfig) -> None:
     Raises:
         ArgumentError: names key and part.
     """
-    adapted, base = model.targeted_module_names, base_model(model)
+    adapted = [*model.targeted_module_names, *model.targeted_parameter_names]
+    base = base_model(model)
     if config.init_lora_weights == "olora" and any(isinstance(m, Conv1D) for m in base.modules()):
         raise ArgumentError(
             f"init_lora_weights olora does not fit {type(base).__name__}, whose weights are "
@@ -126,7 +127,7 @@ def check_carried_out(model: PeftModel, config: LoraConfig) -> None:
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, key) or ():
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
-                raise ArgumentError(f"{key}: {pattern!r} matches no module that has an adapter.")
+                raise ArgumentError(f"{key}: {pattern!r} matches nothing that has an adapter.")
     for name in config.modules_to_save or ():
         if not any(f".{module}".endswith(f".{name}.modules_to_save") for module in modules):
             raise ArgumentError(f"modules_to_save: the model has no module {name!r}.")

@@ -163,7 +163,7 @@ def check_reloads(folder: Path, proof: Proof, *, trust_remote_code: bool) -> Non
         "bfloat16" if proof.base_dtype == "bfloat16" else "float32",
         trust_remote_code=trust_remote_code,
     )
-    base = load_on_device(arguments, device=device)
+    base = load_on_device(arguments, device=device, adapter=adapter.config)
     for check in _check_answers(adapter, proof, base, device):
         if check.outcome != "passed":
             raise AdapterVerificationError(

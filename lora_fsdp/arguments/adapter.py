@@ -23,8 +23,11 @@ class LoraArguments:
         0.0, "Dropout before the adapter. At 0, packed sequences share their prefix exactly."
     )
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "v_proj"],
-        metadata={"help": "Module names to adapt, or all-linear."},
+        default_factory=lambda: ["auto"],
+        metadata={
+            "help": "Module names to adapt, or all-linear; auto = q_proj and v_proj, or what "
+            "stands in their place in the model's family."
+        },
     )
     lora_kwargs: dict[str, Any] | str | None = option(
         None, "Other peft.LoraConfig fields, as JSON: '{\"use_dora\": true}'."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -94,7 +95,7 @@ def base_parameters(base: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in base.named_parameters():
         if ".lora_" in name or ".modules_to_save." in name:
             continue
-        yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
+        yield re.sub(r"\.(base_layer|original_module)(?=\.)", "", name), parameter
 
 
 def sample_digest(shape: Sequence[int], read: Callable[[tuple[slice, ...]], torch.Tensor]) -> str:

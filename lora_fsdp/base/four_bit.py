@@ -143,7 +143,8 @@ def replace_linear_layers(model: PreTrainedModel, *, dtype: torch.dtype) -> None
     """Put 4-bit layers, still empty, in place of all linear layers but the output head.
 
     Raises:
-        UnsupportedModelError: there are none (GPT-2 has layers of its own kind).
+        UnsupportedModelError: there are none (GPT-2 has layers of its own kind), or most weights
+            are elsewhere (in experts).
     """
     head = model.get_output_embeddings()
     linear = [
@@ -155,6 +156,12 @@ def replace_linear_layers(model: PreTrainedModel, *, dtype: torch.dtype) -> None
         raise UnsupportedModelError(
             f"{type(model).__name__} has no linear layers that could be kept in 4 bits: run "
             "without --load_in_4bit."
+        )
+    parameters = model.named_parameters()  # a convolution's last side is short
+    if stacked := [name for name, p in parameters if p.dim() == 3 and min(p.shape[1:]) > 8]:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps the weights of all experts of a layer in one tensor ("
+            f"{stacked[0]}, say), which is not kept in 4 bits: run without --load_in_4bit."
         )
     for name, module in linear:
         model.set_submodule(name, FourBitLinear(module, dtype=dtype))

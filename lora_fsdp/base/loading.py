@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.folders import check_weight_indices
+from lora_fsdp.base.multimodal import auto_class
 from lora_fsdp.errors import (
     ArgumentError,
+    LoraFsdpError,
     ModelNotFoundError,
     TokenizerNotFoundError,
     UnsupportedModelError,
@@ -96,10 +98,16 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
     warn_of_remote_code(arguments)
     if Path(name).is_dir():
         check_weight_indices(Path(name))
-    model, absent = _load_weights(
+    model, absent, misshapen = _load_weights(
         arguments, name, dtype=resolve_dtype(arguments.dtype, device=device)
     )
     # transformers fills missing weights with random ones and says so in a log line only.
+    if misshapen:
+        raise ModelNotFoundError(
+            f"{len(misshapen)} weights of {name} have other shapes than its config.json says, or "
+            f"lack a part (for example {misshapen[0]}): it is incomplete, or its config.json is "
+            "another model's."
+        )
     if absent:
         raise ModelNotFoundError(
             f"The checkpoint {name} lacks {len(absent)} of the weights of {type(model).__name__} "
@@ -111,14 +119,14 @@ def load_base(arguments: ModelArguments, *, device: torch.device) -> PreTrainedM
 
 def _load_weights(
     arguments: ModelArguments, name: str, *, dtype: torch.dtype
-) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and the names of the weights that its files lack."""
+) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """The model, the weights that its files lack, and those that they have in another shape."""
     attention = arguments.attn_implementation
     model: PreTrainedModel
     loaded: dict[str, Any]
     try:
         with _weights_on_every_rank():
-            model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            model, loaded = _maker(arguments, name).from_pretrained(
                 name,
                 revision=arguments.model_revision,
                 dtype=dtype,
@@ -126,7 +134,10 @@ def _load_weights(
                 trust_remote_code=arguments.trust_remote_code,
                 weights_only=True,  # should the weights be a pickle: nothing in it is run
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
             )
+    except LoraFsdpError:
+        raise
     except (OSError, SafetensorError) as error:
         raise ModelNotFoundError(f"No model could be loaded from {name}: {error}") from error
     except torch.OutOfMemoryError:
@@ -137,10 +148,26 @@ def _load_weights(
             "could run code when it is opened: it is not opened. Use the model's safetensors files."
         ) from error
     except LOADING_ERRORS as error:
+        if "CONVERSION" in str(error):  # transformers prints which before
+            raise ModelNotFoundError(
+                f"The weights of {name} do not fit each other, or some are missing: transformers "
+                "cannot put them together. lora-fsdp doctor names them; download the model again."
+            ) from error
         raise UnsupportedModelError(
             f"{name} cannot be loaded as a causal language model: {first_line(error)}"
         ) from error
-    return model, sorted({*loaded["missing_keys"], *map(str, loaded["mismatched_keys"])})
+    misshapen = [
+        f"{key}: {list(stored)} instead of {list(wanted)}"
+        for key, stored, wanted in sorted(loaded["mismatched_keys"])
+    ]
+    return model, sorted(loaded["missing_keys"]), misshapen
+
+
+def _maker(arguments: ModelArguments, name: str) -> Any:
+    config = AutoConfig.from_pretrained(
+        name, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
+    )
+    return auto_class(config)
 
 
 @contextmanager

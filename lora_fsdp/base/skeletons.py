@@ -1,15 +1,15 @@
-"""A base's model without its weights, and what each parameter is called in the files."""
+"""A base's model without its weights, and what its files hold for each parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator
 from contextlib import suppress
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
+from peft import LoraConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.loading import (
@@ -18,7 +18,9 @@ from lora_fsdp.base.loading import (
     existing_model,
     warn_of_remote_code,
 )
-from lora_fsdp.base.stored_weights import PLAIN_DTYPES, BaseWeights, base_folder, stored_names
+from lora_fsdp.base.model_weights import ModelWeights
+from lora_fsdp.base.multimodal import auto_class, drop_towers
+from lora_fsdp.base.stored_weights import PLAIN_DTYPES, BaseWeights, base_folder
 from lora_fsdp.errors import ModelNotFoundError, UnsafeFileError
 
 
@@ -30,31 +32,34 @@ class CannotStreamError(Exception):
 
 
 def empty_base(
-    arguments: ModelArguments, *, dtype: torch.dtype
-) -> tuple[PreTrainedModel, BaseWeights, dict[str, str]]:
-    """The model with its parameters on the meta device, its files, and their names for them.
+    arguments: ModelArguments, *, dtype: torch.dtype, adapter: LoraConfig | None = None
+) -> tuple[PreTrainedModel, ModelWeights]:
+    """The model with its parameters on the meta device, and its weights, not read yet.
 
     Everything else is what `from_pretrained` would give: settings, buffers, generation settings.
+    Only what a text does not run (an encoder of images, say) is left out, unless the adapter is
+    there.
 
     Raises:
-        CannotStreamError: the files do not hold each parameter as the model has it, or the model
-            cannot be built without them; transformers then either loads it or says what is wrong.
+        CannotStreamError: the files lack a parameter, or the model cannot be built without them;
+            transformers then either loads it or says what is wrong.
         UnsupportedModelError: its attention takes no mask for packed sequences.
     """
     name = existing_model(arguments)
     try:
-        weights = BaseWeights(base_folder(name, revision=arguments.model_revision))
+        stored = BaseWeights(base_folder(name, revision=arguments.model_revision))
     except (ModelNotFoundError, UnsafeFileError) as error:
         raise CannotStreamError("its weights are in no complete safetensors files") from error
     model = _empty_model(arguments, name, dtype=dtype)
-    names = stored_names(model, weights.tensors)
-    if reason := next(_obstacles(model, weights, names), None):
+    drop_towers(model, adapter=adapter)
+    weights = ModelWeights(model, stored)
+    if reason := next(_obstacles(model, weights, dtype), None):
         raise CannotStreamError(reason)
     for buffer_name, buffer in _saved_buffers(model):
-        buffer.copy_(weights.read(buffer_name))
+        buffer.data = weights.read(buffer_name).to(_kept_dtype(model, buffer_name, buffer, dtype))
     check_attention(model, name)
     warn_of_remote_code(arguments)
-    return model, weights, names
+    return model, weights
 
 
 def _empty_model(arguments: ModelArguments, name: str, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -68,7 +73,7 @@ def _empty_model(arguments: ModelArguments, name: str, *, dtype: torch.dtype) ->
         if "quantization_config" in config.to_dict():
             raise CannotStreamError("it is quantised already")
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config,
                 dtype=dtype,
                 attn_implementation=None if attention == "auto" else attention,
@@ -87,28 +92,33 @@ def _empty_model(arguments: ModelArguments, name: str, *, dtype: torch.dtype) ->
     return model.requires_grad_(False).eval()
 
 
-def _obstacles(
-    model: PreTrainedModel, weights: BaseWeights, names: Mapping[str, str]
-) -> Iterator[str]:
-    """Why the files do not hold each tensor as the model has it."""
-    kind = type(model).__name__
-    if any(isinstance(one, WeightConverter) for one in get_model_conversion_mapping(model)):
-        yield f"{kind} has other tensors than its files"
-    if model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict:
-        yield f"{kind} keeps some modules in float32"
+def _obstacles(model: PreTrainedModel, weights: ModelWeights, dtype: torch.dtype) -> Iterator[str]:
+    """Why a tensor cannot be read as the model has it."""
     for target, source in model.all_tied_weights_keys.items():
-        if {target, source} <= weights.tensors.keys():
+        if weights.sources(target) != weights.sources(source) if target in weights else False:
             yield f"its files hold both {target} and {source}, which the model shares"
     for name, parameter in model.named_parameters():
-        if name not in names:
+        if name not in weights:
             yield f"its files hold no {name}"
             continue
-        stored = weights.tensors[names[name]]
-        if stored.shape != tuple(parameter.shape) or stored.dtype not in PLAIN_DTYPES:
-            yield f"its files hold {name} in another shape or as {stored.dtype}"
+        if weights.shapes[name] != tuple(parameter.shape) or not (
+            weights.dtypes(name) <= PLAIN_DTYPES.keys()
+        ):
+            yield f"its files hold {name} in another shape or as {weights.dtypes(name)}"
+        if _kept_dtype(model, name, parameter, dtype) != parameter.dtype:
+            yield f"{type(model).__name__} keeps {name} in float32"
     for name, _ in _saved_buffers(model):
-        if name not in weights.tensors:
+        if name not in weights:
             yield f"its files hold no {name}"
+
+
+def _kept_dtype(
+    model: PreTrainedModel, name: str, tensor: torch.Tensor, dtype: torch.dtype
+) -> torch.dtype:
+    """In which dtype transformers keeps a tensor of a model that is loaded in `dtype`."""
+    kept = model._get_dtype_plan(dtype)
+    found = next((kept[part] for part in kept if re.search(part, name)), None)
+    return found or tensor.dtype
 
 
 def _saved_buffers(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,16 +11,11 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from lora_fsdp.base.fingerprints import (
-    BaseFingerprint,
-    base_parameters,
-    comparable_config,
-    sample_digest,
-)
 from lora_fsdp.base.folders import contained_file, open_safetensors, read_json_object
 from lora_fsdp.base.loading import LOADING_ERRORS, first_line
+from lora_fsdp.base.multimodal import auto_class
 from lora_fsdp.errors import (
     AdapterVerificationError,
     ModelNotFoundError,
@@ -111,15 +106,6 @@ class BaseWeights:
         """Reads parts of a tensor."""
         return self._file_of(name).get_slice(name).__getitem__
 
-    def first_values(self, name: str, count: int) -> torch.Tensor:
-        """The first `count` values of a tensor, flat."""
-        shape = self.tensors[name].shape
-        if not shape:
-            return self.read(name).flatten()
-        needed = min(shape[0], -(-count // max(1, prod(shape[1:]))))
-        part = self.reader(name)((slice(0, needed), *(slice(0, size) for size in shape[1:])))
-        return part.flatten()[:count]
-
 
 def _listed_tensors(folder: Path) -> dict[str, str]:
     """File by tensor name from the index; empty if there is a single file, or both."""
@@ -197,36 +183,10 @@ def base_skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTraine
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            skeleton = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, *LOADING_ERRORS) as error:
         raise UnsupportedModelError(
             f"{folder / 'config.json'} describes no causal language model: {first_line(error)}"
         ) from error
     skeleton.tie_weights()
     return skeleton
-
-
-def stored_names(skeleton: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
-    """For each parameter of the model its name in the files, where one holds it as it is.
-
-    Files may leave the model's prefix out (GPT-2 does) or have one that the class does not.
-    """
-    known = set(stored)
-    prefix = f"{skeleton.base_model_prefix}."
-    found = {}
-    for name, _ in base_parameters(skeleton):
-        choices = (name, name.removeprefix(prefix), f"{prefix}{name}")
-        if match := next((choice for choice in choices if choice in known), None):
-            found[name] = match
-    return found
-
-
-def fingerprint_stored(skeleton: PreTrainedModel, weights: BaseWeights) -> BaseFingerprint:
-    """The fingerprint of a base on disk: what `fingerprint_base` would be, without loading it."""
-    digests = {
-        name: sample_digest(weights.tensors[stored].shape, weights.reader(stored))
-        for name, stored in stored_names(skeleton, weights.tensors).items()
-        if weights.tensors[stored].dtype in PLAIN_DTYPES
-    }
-    config = comparable_config(skeleton.config.to_dict())
-    return BaseFingerprint(type(skeleton).__name__, config, digests)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,14 +26,11 @@ from transformers import PreTrainedModel
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.fingerprints import BaseFingerprint, base_parameters
 from lora_fsdp.base.loading import load_base, resolve_dtype
+from lora_fsdp.base.model_weights import ModelWeights
+from lora_fsdp.base.multimodal import drop_towers
 from lora_fsdp.base.quantized_layers import QuantizedLayer, unpacked
 from lora_fsdp.base.skeletons import CannotStreamError, empty_base
-from lora_fsdp.base.stored_weights import (
-    BaseWeights,
-    base_folder,
-    base_skeleton,
-    fingerprint_stored,
-)
+from lora_fsdp.base.stored_weights import base_folder, base_skeleton
 from lora_fsdp.errors import MissingPackageError, UnsupportedModelError
 from lora_fsdp.ranks import rank
 
@@ -50,22 +47,20 @@ class StoredBase:
 
     Attributes:
         model: the model, its parameters on the meta device, its buffers real.
-        weights: its files.
-        names: for each parameter of the model, what it is called in the files.
+        weights: what its files hold, by the model's names.
     """
 
     model: PreTrainedModel
-    weights: BaseWeights
-    names: Mapping[str, str]
+    weights: ModelWeights
 
     def fingerprint(self) -> BaseFingerprint:
         """What `fingerprint_base` would give of the loaded base, before it was quantised."""
-        return fingerprint_stored(self.model, self.weights)
+        return self.weights.fingerprint()
 
     def first_values(self, count: int) -> Iterator[list[float]]:
         """The first `count` values of every parameter, in the base's dtype and not quantised."""
         for name, _ in base_parameters(self.model):
-            values = self.weights.first_values(self.names[name], count)
+            values = self.weights.first_values(name, count)
             yield values.to(self.model.dtype).float().tolist()
 
     @contextmanager
@@ -99,11 +94,10 @@ class StoredBase:
             keep_on: where the weights stay (host memory, if they are offloaded).
         """
         names = self._names_by_id()
-        order = {stored: index for index, stored in enumerate(self.weights.tensors)}
         found = [(names[id(_parameter_at(places))], places) for places in _empty_places(modules)]
         # In the files' order, of which one is open at a time.
-        for stored, places in sorted(found, key=lambda pair: order[pair[0]]):
-            self._fill_one(places, stored, device=device, keep_on=keep_on)
+        for name, places in sorted(found, key=lambda pair: self.weights.place(pair[0])):
+            self._fill_one(places, name, device=device, keep_on=keep_on)
 
     def filled_copy(self, layer: nn.Module) -> nn.Module:
         """A copy of a layer of the model with its weights, unpacked and in host memory."""
@@ -115,17 +109,17 @@ class StoredBase:
         return copied
 
     def _names_by_id(self) -> dict[int, str]:
-        """What each parameter, as it is now, is called in the files."""
-        return {id(value): self.names[name] for name, value in base_parameters(self.model)}
+        """What each parameter, as it is now, was called before there was an adapter."""
+        return {id(value): name for name, value in base_parameters(self.model)}
 
     def _fill_one(
-        self, places: _Places, stored: str, *, device: torch.device, keep_on: torch.device
+        self, places: _Places, name: str, *, device: torch.device, keep_on: torch.device
     ) -> None:
         parameter = _parameter_at(places)
         owner, attribute = places[0]
         if isinstance(owner, QuantizedLayer) and attribute == "weight":
             # The full tensor: the scales are relative to their mean over all of it.
-            packed = owner.quantize(self.weights.read(stored).to(device))
+            packed = owner.quantize(self.weights.read(name).to(device))
             if not isinstance(parameter, DTensor):
                 owner.set_whole(packed.to(keep_on))
                 return
@@ -134,9 +128,9 @@ class StoredBase:
         else:
             filled = torch.empty_like(parameter, device=keep_on, requires_grad=False)
             if isinstance(filled, DTensor):
-                _copy_shard(filled, self.weights.reader(stored))
+                _copy_shard(filled, self.weights.reader(name))
             else:
-                filled.copy_(self.weights.read(stored))
+                filled.copy_(self.weights.read(name))
         _set(places, nn.Parameter(filled, requires_grad=False))
 
 
@@ -148,11 +142,13 @@ class WholeBase:
         arguments: which base, and how.
         device: where the run computes.
         reason: why it cannot be read tensor by tensor.
+        adapter: the settings of the adapter that will be attached, if they are known.
     """
 
     arguments: ModelArguments
     device: torch.device
     reason: str
+    adapter: LoraConfig | None = None
 
     def skeleton(self) -> PreTrainedModel:
         """The model without numbers, on the meta device.
@@ -162,7 +158,9 @@ class WholeBase:
         """
         name, revision = self.arguments.model_name_or_path, self.arguments.model_revision
         folder = base_folder(name, revision=revision, with_weights=False)
-        return base_skeleton(folder, trust_remote_code=self.arguments.trust_remote_code)
+        model = base_skeleton(folder, trust_remote_code=self.arguments.trust_remote_code)
+        drop_towers(model, adapter=self.adapter, say=False)
+        return model
 
     def load(self) -> PreTrainedModel:
         """The model, in host memory.
@@ -172,6 +170,7 @@ class WholeBase:
             UnsupportedModelError: it is not a causal language model, or cannot run as asked.
         """
         loaded = load_base(self.arguments, device=self.device)
+        drop_towers(loaded, adapter=self.adapter, say=False)
         if rank() == 0:
             logger.warning(
                 "Every process held the whole base in host memory while it was loaded, because %s.",
@@ -181,7 +180,11 @@ class WholeBase:
 
 
 def open_base(
-    arguments: ModelArguments, *, device: torch.device, peft_config: LoraConfig | None = None
+    arguments: ModelArguments,
+    *,
+    device: torch.device,
+    peft_config: LoraConfig | None = None,
+    saved: LoraConfig | None = None,
 ) -> StoredBase | WholeBase:
     """The frozen base, of which nothing is read before it is known what this rank keeps.
 
@@ -193,6 +196,7 @@ def open_base(
         arguments: which base, and how.
         device: where the run computes.
         peft_config: of the adapter that will be attached.
+        saved: of an adapter that will be loaded once the base has its weights.
 
     Raises:
         ModelNotFoundError: there is no such model.
@@ -205,24 +209,32 @@ def open_base(
         if peft_config is not None and (reason := needs_weights(peft_config)):
             raise CannotStreamError(reason)
         dtype = resolve_dtype(arguments.dtype, device=device)
-        model, weights, names = empty_base(arguments, dtype=dtype)
+        model, weights = empty_base(arguments, dtype=dtype, adapter=peft_config or saved)
     except CannotStreamError as error:
         if arguments.load_in_4bit:
             raise UnsupportedModelError(
                 f"{arguments.model_name_or_path} cannot be turned into 4 bits while it is read: "
                 f"{error}. Run without --load_in_4bit."
             ) from error
-        return WholeBase(arguments, device, str(error))
+        return WholeBase(arguments, device, str(error), peft_config or saved)
     if arguments.load_in_4bit:
         from lora_fsdp.base.four_bit import replace_linear_layers
 
         replace_linear_layers(model, dtype=dtype)
-    return StoredBase(model, weights, names)
+    return StoredBase(model, weights)
 
 
-def load_on_device(arguments: ModelArguments, *, device: torch.device) -> PreTrainedModel:
-    """The frozen base, whole on `device`; see `open_base`."""
-    base = open_base(arguments, device=device)
+def load_on_device(
+    arguments: ModelArguments, *, device: torch.device, adapter: LoraConfig | None = None
+) -> PreTrainedModel:
+    """The frozen base, whole on `device`; see `open_base`.
+
+    Args:
+        arguments: which base, and how.
+        device: where to.
+        adapter: the settings of the saved adapter that will be loaded onto it, if there is one.
+    """
+    base = open_base(arguments, device=device, saved=adapter)
     if isinstance(base, WholeBase):
         return base.load().to(device)  # type: ignore[arg-type]
     base.fill([base.model], device=device, keep_on=device)

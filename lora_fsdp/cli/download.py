@@ -13,7 +13,7 @@ from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import is_live, write
 
 if TYPE_CHECKING:
-    from lora_fsdp.base.sources import RemoteFile
+    from lora_fsdp.base.hub.sources import RemoteFile
 
 
 @dataclass
@@ -37,8 +37,8 @@ def download(options: DownloadOptions) -> int:
     name = required(options.model, "MODEL", "a model, as owner/name")
     # Files come by plain HTTP, which a mirror also speaks, and which can be resumed.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    from lora_fsdp.base.download import download_files
-    from lora_fsdp.base.sources import list_hub_model, list_modelscope_model
+    from lora_fsdp.base.hub.download import download_files
+    from lora_fsdp.base.hub.sources import list_hub_model, list_modelscope_model
 
     # It warns at every retry; of what comes of them there is one sentence.
     logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)

@@ -20,13 +20,14 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.base.dropout import dropout_settings
 from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.base.loading import LOADING_ERRORS
+from lora_fsdp.base.multimodal import auto_class, drop_towers
 from lora_fsdp.compute.decoder_layer import FusedLayer
 from lora_fsdp.compute.fusing import exchange_forwards, why_not_fused
 from lora_fsdp.compute.patches import Patches
@@ -52,6 +53,7 @@ def shape_of(
     adapter = copy.deepcopy(adapter)  # PEFT writes the base's name into it
     adapter.base_model_name_or_path = None  # and warns where another one stands
     adapter.init_lora_weights = True  # of whatever values: there are none
+    drop_towers(skeleton, adapter=adapter, say=False)
     layers = decoder_layers(skeleton)
     # An adapter draws its first values, though there are none: the run's own come after.
     with torch.random.fork_rng(devices=[]):
@@ -117,7 +119,7 @@ def build_on_meta(
     """
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_class(config).from_config(
                 config,
                 dtype=dtype,
                 attn_implementation=attention,

@@ -27,7 +27,8 @@ from lora_fsdp.adapter.verification import verify_adapter_folder
 from lora_fsdp.base.fingerprints import fingerprint_base
 from lora_fsdp.base.folders import sha256_of_file
 from lora_fsdp.base.loading import load_base
-from lora_fsdp.base.stored_weights import BaseWeights, base_skeleton, fingerprint_stored
+from lora_fsdp.base.model_weights import ModelWeights
+from lora_fsdp.base.stored_weights import BaseWeights, base_skeleton
 from lora_fsdp.errors import (
     AdapterVerificationError,
     BaseMismatchError,
@@ -293,7 +294,7 @@ class TestFingerprint:
     @pytest.mark.parametrize("kind", sorted(CONFIGS))
     def test_of_the_files_is_that_of_the_model(self, tmp_path, kind):
         base = save_base(tmp_path / "base", kind, max_shard_size="100KB")
-        stored = fingerprint_stored(base_skeleton(base), BaseWeights(base))
+        stored = ModelWeights(base_skeleton(base), BaseWeights(base)).fingerprint()
         live = fingerprint_base(tiny_model(kind))
         assert stored.weights == live.weights
         assert live.weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lora_fsdp.base.fingerprints import base_parameters
-from lora_fsdp.base.stored_weights import stored_names
+from lora_fsdp.base.model_weights import ModelWeights
 from lora_fsdp.compute.architectures import check_architecture, check_token_ids
 from lora_fsdp.data.encoding import end_of_answer
 from lora_fsdp.doctor.case import Case
@@ -47,16 +47,16 @@ def _weights(case: Case) -> Iterator[Problem]:
     if (error := case.weights.error) is not None:
         yield Problem(str(error))
         return
-    skeleton, stored = case.skeleton.value, case.weights.value.tensors
+    skeleton = case.skeleton.value
     if getattr(skeleton.config, "quantization_config", None) is not None:
         raise UnknownFactError  # stored under names of its own
-    found = stored_names(skeleton, stored)
-    absent, shapes = [], []
-    for name, parameter in base_parameters(skeleton):
-        if name not in found:
-            absent.append(name)
-        elif stored[found[name]].shape != tuple(parameter.shape):
-            shapes.append(name)
+    weights = ModelWeights(skeleton, case.weights.value)
+    absent = [name for name, _ in base_parameters(skeleton) if name not in weights]
+    shapes = [
+        name
+        for name, parameter in base_parameters(skeleton)
+        if name in weights and weights.shapes[name] != tuple(parameter.shape)
+    ]
     kind = type(skeleton).__name__
     if absent:
         yield Problem(

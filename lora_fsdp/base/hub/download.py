@@ -20,7 +20,7 @@ from typing import Any
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import http_get
 
-from lora_fsdp.base.sources import TRANSPORT_ERRORS, RemoteFile, RemoteModel, explain
+from lora_fsdp.base.hub.sources import TRANSPORT_ERRORS, RemoteFile, RemoteModel, explain
 from lora_fsdp.errors import DiskSpaceError, DownloadError, UnsupportedModelError
 
 logger = logging.getLogger(__name__)
