@@ -73,6 +73,7 @@ def run_of(file):
         {"max_steps": 5},
         {"num_train_epochs": 1.4, "gradient_accumulation_steps": 3},
         {"share_prefix": "never"},
+        {"packing": "never"},
         {"lora_dropout": 0.1},
         {"step": "eager"},
         {"gradient_checkpointing": True},
@@ -89,7 +90,9 @@ def test_a_recipe_is_planned_as_it_is_run(recipe, capsys, options):
     trainer = run_of(file)
     capsys.readouterr()
     count, gpu = parse_gpus(GPUS)
-    request = request_of_run(trainer.model, trainer.args, settings=trainer.fsdp_settings)
+    request = request_of_run(
+        trainer.model, trainer.args, settings=trainer.fsdp_settings, longest=512
+    )
     placement = decide_for_run(trainer.model, trainer.work, Hardware.of(gpu, count), request)
     assert found["work"] == asdict(trainer.work)
     assert found["work"]["steps"] == trainer.schedule.steps

@@ -13,6 +13,7 @@ from lora_fsdp.adapter.saved import adapter_state
 from lora_fsdp.base.loading import load_base
 from lora_fsdp.base.streaming import open_base
 from lora_fsdp.distributed.status import fsdp_status
+from tests.support.families import FAMILIES, family_model
 from tests.support.tiny import ToyTask, tiny_model, tiny_tokenizer, toy_table
 
 
@@ -49,7 +50,8 @@ def toy_trainer(
     examples = table.examples(toy_table(rows))
     held_out = table.examples(toy_table(13, seed=9))
     if base is None:
-        model: Any = tiny_model(kind, dtype=dtype)
+        make = family_model if kind in FAMILIES else tiny_model
+        model: Any = make(kind).to(dtype)
     else:
         load = open_base if streamed else load_base
         model_args = ModelArguments(str(base), load_in_4bit=load_in_4bit)
@@ -64,7 +66,7 @@ def toy_trainer(
         eval_dataset=held_out,
         peft_config=LoraConfig(
             r=4,
-            target_modules="all-linear",
+            target_modules=FAMILIES[kind][1] if kind in FAMILIES else "all-linear",
             lora_dropout=dropout,
             init_lora_weights=init_lora_weights,
             task_type="CAUSAL_LM",
@@ -96,4 +98,5 @@ def toy_run(output_dir: str | Path, resume: str | bool | None = None, **options:
         "confusion": {s: m.to_numpy().sum() for s, m in trainer.confusion_matrices.items()},
         "best": trainer.state.best_model_checkpoint,
         "step": str(trainer.placement.step),
+        "packing": str(trainer.placement.packing.packing),
     }
