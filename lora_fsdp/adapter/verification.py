@@ -276,7 +276,8 @@ def _check_answers(
     try:
         model = attach_saved(adapter, base).to(device)
         packed = PackedModel(model)
-        keep_apart_if_needed(packed, device=device)
+        longest = max(map(len, sequences)) * 2  # a prompt with its answer
+        keep_apart_if_needed(packed, device=device, longest=longest)
         now = probe_log_likelihoods(packed, proof.probes, device=device)
     except torch.OutOfMemoryError:
         raise

@@ -93,7 +93,6 @@ def plan(options: PlanOptions, launch: LaunchOptions, arguments: Sequence[str]) 
         model_args=model_args,
         adapter=lora_config(LoraArguments(**lora)),
         training=training,
-        longest=data_args.max_length,
         work=_work(options, training, model_args, data_args),
         yaml_for=lambda gpus: find_config(launch.accelerate_config or suggested_config(gpus)),
         shipped={name: find_config(name) for name in ("fsdp2", "fsdp2_offload")},

@@ -9,6 +9,7 @@ from typing import cast
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_fsdp.compute.attention import Window
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.errors import UnsupportedModelError
 
@@ -42,12 +43,11 @@ def check_architecture(model: nn.Module, *, longest: int) -> None:
         )
 
 
-def why_apart(model: nn.Module, *, longest: int) -> str | None:
+def why_apart(model: nn.Module) -> str | None:
     """Why no mask keeps a packed sequence's examples apart, in words; `None` = nothing says so.
 
     Args:
         model: the causal LM, without adapter; it needs no weights.
-        longest: the longest example in tokens.
     """
     name, config = type(model).__name__, _text_config(model)
     accepted = inspect.signature(model.forward).parameters
@@ -64,12 +64,29 @@ def why_apart(model: nn.Module, *, longest: int) -> str | None:
         return f"{name} mixes tokens by {' and '.join(sorted(recurrent))}"
     if getattr(model, "_is_stateful", False) and _may_be_recurrent(model, kinds):
         return f"{name} mixes tokens by a recurrent state"
-    window = getattr(config, "sliding_window", None) or getattr(
-        config, "attention_chunk_size", None
-    )
-    if window is not None and longest > window:
-        return f"{name} attends over windows of {window} tokens, and examples may have {longest}"
     return None
+
+
+def windows_of(model: nn.Module, *, longest: int) -> dict[str, Window | None]:
+    """The window of each kind of layer (`config.layer_types`; `None` = none), if an example can be
+    longer than one; otherwise nothing.
+
+    Args:
+        model: the causal LM, without adapter; it needs no weights.
+        longest: the longest example in tokens.
+    """
+    config = _text_config(model)
+    sizes = {
+        "sliding_attention": getattr(config, "sliding_window", None),
+        "chunked_attention": getattr(config, "attention_chunk_size", None),
+    }
+    windows = {
+        kind: Window(size, chunked=kind == "chunked_attention")
+        for kind, size in sizes.items()
+        if isinstance(size, int) and longest > size
+    }
+    kinds = sorted(set(getattr(config, "layer_types", None) or windows))
+    return {kind: windows.get(kind) for kind in kinds} if windows.keys() & set(kinds) else {}
 
 
 def check_token_ids(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple, cast
@@ -12,11 +12,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.compute import chunked_head
-from lora_fsdp.compute.attention import sequence_mask
+from lora_fsdp.compute.attention import Window, sequence_mask
 from lora_fsdp.compute.decoder_layer import unpack_ahead
 from lora_fsdp.compute.fusing import Fusing, fuse_layers
 from lora_fsdp.compute.patches import Patches
@@ -50,6 +51,8 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         patches: what is changed on it.
         chunked_head: its logits are its head's output, frozen, so that many label tokens can be
             taken chunk by chunk (`check_packing` finds out).
+        windows: the window of each kind of layer (`config.layer_types`), where an example may be
+            longer than one (`windows_of`); empty = all layers have one mask.
         packing: how examples are to be laid into the sequences that it is given; where each has one
             of its own, whether several are computed at once.
         shortened_last_layer: the last layer, if it is fused, is asked for label positions only. Not
@@ -61,6 +64,7 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         self.fusing = Fusing()
         self.patches = Patches()
         self.chunked_head = False
+        self.windows: Mapping[str, Window | None] = {}
         self.packing = Packing.PACKED
         self.shortened_last_layer = False
 
@@ -130,8 +134,7 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         """
         if sequence.apart:
             return self._logits_of_batch(sequence)
-        # Only fused layers' attention takes a mask of blocks.
-        mask = sequence_mask(sequence, dtype=self.dtype, by_blocks=self.fusing.is_fused)
+        mask = self._masks(sequence)
         last = self.fusing.layers[-1] if self.shortened_last_layer and self.fusing.layers else None
         at_labels: AbstractContextManager[None] = nullcontext()
         keep: dict[str, torch.Tensor] = {}
@@ -151,6 +154,20 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         if isinstance(at_labels, nullcontext) and not keep:
             logits = logits[sequence.label_positions]
         return cast(torch.Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
+
+    def _masks(
+        self, sequence: PackedSequence
+    ) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]:
+        """The mask of all layers, or one for each kind of layer, as transformers takes them."""
+
+        def mask(window: Window | None) -> torch.Tensor | BlockMask:
+            # Only fused layers' attention takes a mask of blocks.
+            by_blocks = self.fusing.is_fused
+            return sequence_mask(sequence, dtype=self.dtype, by_blocks=by_blocks, window=window)
+
+        if len(self.windows) > 1:
+            return {kind: mask(window) for kind, window in self.windows.items()}
+        return mask(next(iter(self.windows.values()), None))
 
     def _logits_of_batch(self, sequence: PackedSequence) -> torch.Tensor:
         """`label_logits` of sequences of one example, computed as the model computes any text.

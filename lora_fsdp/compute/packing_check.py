@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from lora_fsdp.base.loading import LOADING_ERRORS
-from lora_fsdp.compute.architectures import why_apart
+from lora_fsdp.compute.architectures import why_apart, windows_of
 from lora_fsdp.compute.packed_model import (
     PackedModel,
     head_can_be_chunked,
@@ -78,6 +78,10 @@ def why_not_packed(
         if not difference < _rounding(packed):
             return _differs(packed, difference, "packed examples (two short ones)")
         packed.chunked_head = _can_run_head_in_chunks(packed, short, device=device)
+        if longer := _trees_beyond_windows(packed):
+            found = _mean_difference(packed, [*short, *longer], longer, device=device)
+            if not found < _rounding(packed):
+                return _differs(packed, found, "packed examples longer than a window")
         if len(sample) > 1:
             compared = sample[:: -max(1, len(sample) // _COMPARED)][:_COMPARED]  # last one first
             most = max(_rounding(packed), _TIMES_ROUNDING * difference)
@@ -98,7 +102,7 @@ def why_not_batched(
     Args, returns and raises as of `why_not_packed`.
     """
     with _laid(packed, Packing.BATCHED):
-        short = [*_short_trees(packed), _longer_tree(packed)]
+        short = [*_short_trees(packed), _tree_of(packed, 21)]
         packed.chunked_head = _can_run_head_in_chunks(packed, short, device=device)
         by_length = sorted(sample, key=len)
         step = max(1, len(by_length) // _COMPARED)
@@ -111,10 +115,13 @@ def why_not_batched(
     return None
 
 
-def keep_apart_if_needed(packed: PackedModel, *, device: torch.device) -> None:
-    """Have a few short examples computed as they must be, whatever the model; nothing is said."""
+def keep_apart_if_needed(packed: PackedModel, *, device: torch.device, longest: int) -> None:
+    """Have a few examples of up to `longest` tokens computed as they must be, whatever the model;
+    nothing is said.
+    """
     packed.packing = Packing.PACKED
-    if why_apart(packed.base, longest=0) or why_not_packed(packed, device=device):
+    packed.windows = windows_of(packed.base, longest=longest)
+    if why_apart(packed.base) or why_not_packed(packed, device=device):
         packed.packing = Packing.SINGLE
 
 
@@ -226,10 +233,16 @@ def _lay(packed: PackedModel, trees: Sequence[Tree]) -> PackedSequence:
     return Batch(trees).lay() if packed.packing.is_apart else Pack(trees, share_prefix=True).lay()
 
 
-def _longer_tree(packed: PackedModel) -> Tree:
-    """Longer than the `_short_trees`, which are filled up to its length."""
+def _trees_beyond_windows(packed: PackedModel) -> list[Tree]:
+    sizes = {window.size for window in packed.windows.values() if window is not None}
+    return [_tree_of(packed, size + 12) for size in sorted(sizes)]
+
+
+def _tree_of(packed: PackedModel, length: int) -> Tree:
+    """Random tokens, so many, of which the last three are the answer."""
     vocabulary = packed.base.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (21,), generator=torch.Generator().manual_seed(1)).tolist()
+    generator = torch.Generator().manual_seed(length)
+    tokens = torch.randint(vocabulary, (length,), generator=generator).tolist()
     return Tree(tokens[:-3], [tokens[-3:]])
 
 

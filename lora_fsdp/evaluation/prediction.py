@@ -24,7 +24,7 @@ from lora_fsdp.base.fingerprints import fingerprint_base
 from lora_fsdp.base.folders import read_json_object
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.loading import load_tokenizer
-from lora_fsdp.compute.architectures import why_apart
+from lora_fsdp.compute.architectures import why_apart, windows_of
 from lora_fsdp.compute.fusing import Fusing
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import EncodedExample, Encoder
@@ -109,7 +109,8 @@ def _fastest(model: PeftModel, *, device: torch.device, longest: int, packs: boo
         packs: whether examples shared sequences when it was trained.
     """
     packed, base = PackedModel(model), base_model(model)
-    reason = why_apart(base, longest=longest)
+    packed.windows = windows_of(base, longest=longest)
+    reason = why_apart(base)
     choice = choose_packing("auto" if packs else "never", why_apart=reason)
     if choice.packing.is_apart:
         packed.fusing = Fusing(reason=choice.reason)

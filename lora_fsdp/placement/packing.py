@@ -16,7 +16,7 @@ class PackingChoice:
     reason: str = ""
 
     def __str__(self) -> str:
-        alone = "one by one" if self.packing is Packing.SINGLE else "in batches of one length"
+        alone = "one by one" if self.packing is Packing.SINGLE else "in right-padded batches"
         return f"one example a sequence, {alone} ({self.reason})"
 
 

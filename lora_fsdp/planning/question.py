@@ -31,7 +31,6 @@ def question_of_recipe(
     model_args: ModelArguments,
     adapter: LoraConfig,
     training: Mapping[str, Any],
-    longest: int,
     work: Callable[[int, Request], Work],
     yaml_for: Callable[[int], Path],
     shipped: Mapping[str, Path],
@@ -43,7 +42,6 @@ def question_of_recipe(
         config, model_args: of the base.
         adapter: what is trained.
         training: values of `FineTuningArguments` by name.
-        longest: the longest example in tokens.
         work: what the run computes on so many ranks, with examples laid into sequences as that asks
             for.
         yaml_for: the accelerate YAML for a number of GPUs.
@@ -53,7 +51,7 @@ def question_of_recipe(
         UnsupportedModelError, TargetModulesError: as `shape_of`.
     """
     skeleton = _skeleton(config, model_args)
-    apart = why_apart(skeleton, longest=longest)
+    apart = why_apart(skeleton)
 
     @cache
     def request(ranks: int) -> Request:

@@ -17,7 +17,7 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase
-from lora_fsdp.compute.architectures import why_apart
+from lora_fsdp.compute.architectures import why_apart, windows_of
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.compute.packing_check import sample_of
 from lora_fsdp.data.packing import Packing, Tree
@@ -40,6 +40,7 @@ def place_for_training(
     request: Request,
     device: torch.device,
     work: Work,
+    longest: int,
     stored: StoredBase | None = None,
 ) -> tuple[Placement, PackedModel]:
     """Decide, then fuse the layers and put the model in place accordingly.
@@ -52,6 +53,7 @@ def place_for_training(
         model: base and adapter, in host memory; the base perhaps without its weights.
         request, work: what the run asks for, and will compute.
         device: where.
+        longest: the longest example in tokens.
         stored: where the base's weights are to be read from, if they have not been.
 
     Returns:
@@ -62,6 +64,7 @@ def place_for_training(
     hardware = hardware_here(device, base=base)
     placement = decide_for_run(model, work, hardware, request)
     packed = PackedModel(model)
+    packed.windows = windows_of(base, longest=longest)
     if placement.shape.is_fused:
         packed.fuse(layers, filled_copy=stored.filled_copy if stored else None)
         if not packed.fusing.is_fused:
@@ -136,7 +139,6 @@ def check_can_be_placed(
     args: FineTuningArguments,
     *,
     settings: FsdpSettings | None,
-    longest: int,
 ) -> None:
     """Refuse what `decide` would refuse of a base that must be loaded whole; a collective call.
 
@@ -145,7 +147,6 @@ def check_can_be_placed(
         adapter: what will be attached.
         args: the run's arguments.
         settings: the YAML's FSDP settings.
-        longest: the longest example in tokens.
 
     Raises:
         ArgumentError: what was asked for cannot be.
@@ -157,7 +158,7 @@ def check_can_be_placed(
         autocast=args.mixed_precision != "no",
         config=skeleton.config,
         lora_dropout=bool(adapter.lora_dropout),
-        why_apart=why_apart(skeleton, longest=longest),
+        why_apart=why_apart(skeleton),
     )
     packed = not request.packing_choice.packing.is_apart
     shape = shape_of(skeleton, adapter, stay=request.why_not_fused, packed=packed)
@@ -165,11 +166,9 @@ def check_can_be_placed(
 
 
 def request_of_run(
-    model: PeftModel, args: FineTuningArguments, *, settings: FsdpSettings | None, longest: int
+    model: PeftModel, args: FineTuningArguments, *, settings: FsdpSettings | None
 ) -> Request:
-    """What a run asks for with the YAML's FSDP `settings`, and what its model brings along; its
-    longest example has `longest` tokens.
-    """
+    """What a run asks for with the YAML's FSDP `settings`, and what its model brings along."""
     base = base_model(model)
     return Request.of(
         vars(args),
@@ -178,7 +177,7 @@ def request_of_run(
         autocast=args.mixed_precision != "no",  # also where the accelerate YAML says so
         config=base.config,
         lora_dropout=has_dropout(model),
-        why_apart=why_apart(base, longest=longest),
+        why_apart=why_apart(base),
     )
 
 

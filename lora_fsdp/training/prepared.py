@@ -95,14 +95,12 @@ def prepare_run(
     if (base := _empty(model)) is not None:
         check_token_ids(base, [*to_train, *to_score], encoder.tokenizer)
     if isinstance(model, WholeBase):
-        model = _loaded(
-            model, args, settings=settings, adapter=peft_config, longest=encoder.max_length
-        )
+        model = _loaded(model, args, settings=settings, adapter=peft_config)
     adapted, stored, base_fingerprint = _with_adapter(
         model, peft_config, longest=encoder.max_length
     )
     check_reference(objective, adapted)
-    request = request_of_run(adapted, args, settings=settings, longest=encoder.max_length)
+    request = request_of_run(adapted, args, settings=settings)
     fingerprints = run_fingerprints(args, adapted, train=to_train, held_out=to_score, stored=stored)
     check_ranks_agree(fingerprints)
     packing = request.packing_choice.packing
@@ -158,7 +156,6 @@ def _loaded(
     *,
     settings: FsdpSettings | None,
     adapter: LoraConfig | None,
-    longest: int,
 ) -> PreTrainedModel:
     """The base, loaded once it is known that the run can be placed."""
     if adapter is not None:
@@ -166,7 +163,7 @@ def _loaded(
             skeleton = base.skeleton()
         except UnsupportedModelError:
             return base.load()  # which says what is wrong with it
-        check_can_be_placed(skeleton, adapter, args, settings=settings, longest=longest)
+        check_can_be_placed(skeleton, adapter, args, settings=settings)
     return base.load()
 
 

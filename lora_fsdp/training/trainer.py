@@ -193,6 +193,7 @@ class LoraTrainer(Trainer):
             request=run.request,
             device=self.args.device,
             work=run.work,
+            longest=self.encoder.max_length,
             stored=run.stored,
         )
         layout = self.placement.layout

@@ -21,7 +21,8 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from lora_fsdp.compute.architectures import check_architecture, why_apart
+from lora_fsdp.compute.architectures import check_architecture, why_apart, windows_of
+from lora_fsdp.compute.attention import Window
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.compute.packing_check import check_packing, why_not_packed
 from lora_fsdp.data.packing import Tree, empty_sequence, pack_sequence
@@ -200,17 +201,17 @@ class TestCacheTrap:
         assert torch.equal(PackedModel(model).label_log_probs(sequence), expected)
 
 
-def apart(model, *, longest=64):
+def apart(model):
     """Why it is not packed; it is not refused."""
-    check_architecture(model, longest=min(longest, 512))
-    return why_apart(model, longest=longest)
+    check_architecture(model, longest=64)
+    return why_apart(model)
 
 
 class TestArchitectures:
     @pytest.mark.parametrize("kind", sorted(CONFIGS))
     def test_accepted(self, kind):
         check_architecture(tiny_model(kind), longest=512)
-        assert apart(tiny_model(kind), longest=512) is None
+        assert apart(tiny_model(kind)) is None
 
     def test_no_position_ids(self):
         bloom = model_from(BloomConfig(vocab_size=60, hidden_size=32, n_layer=1, n_head=2))
@@ -239,14 +240,15 @@ class TestArchitectures:
         )
         assert apart(model_from(config)).startswith("RecurrentGemmaForCausalLM")
 
-    @pytest.mark.parametrize(("longest", "is_apart"), [(63, False), (64, False), (65, True)])
-    def test_window_against_the_longest_example(self, longest, is_apart):
+    @pytest.mark.parametrize(("longest", "windowed"), [(63, False), (64, False), (65, True)])
+    def test_window_against_the_longest_example(self, longest, windowed):
         model = model_from(MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=64))
-        reason = "MistralForCausalLM attends over windows of 64 tokens, and examples may have 65"
-        assert apart(model, longest=longest) == (reason if is_apart else None)
+        assert apart(model) is None
+        windows = windows_of(model, longest=longest)
+        assert windows == ({"sliding_attention": Window(64)} if windowed else {})
 
     def test_an_example_as_long_as_the_window_is_exact(self):
-        """The boundary case that is packed."""
+        """The boundary case without a window in the mask."""
         config = MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=8)
         model = model_from(config)
         ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
@@ -260,7 +262,7 @@ class TestArchitectures:
 
     def test_no_window(self):
         config = MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=None)
-        assert apart(model_from(config), longest=100_000) is None
+        assert windows_of(model_from(config), longest=100_000) == {}
 
     def test_longer_than_the_learnt_positions(self):
         config = GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, n_positions=64)

@@ -81,7 +81,6 @@ def plan(model, gpus, in_4bit=False):
         model_args=ModelArguments(model, load_in_4bit=in_4bit),
         adapter=ADAPTER,
         training=TRAINING,
-        longest=64,
         work=lambda ranks, request: tweets(ranks),
         yaml_for=lambda gpus: find_config(suggested_config(gpus)),
         shipped={},

@@ -90,9 +90,7 @@ def test_a_recipe_is_planned_as_it_is_run(recipe, capsys, options):
     trainer = run_of(file)
     capsys.readouterr()
     count, gpu = parse_gpus(GPUS)
-    request = request_of_run(
-        trainer.model, trainer.args, settings=trainer.fsdp_settings, longest=512
-    )
+    request = request_of_run(trainer.model, trainer.args, settings=trainer.fsdp_settings)
     placement = decide_for_run(trainer.model, trainer.work, Hardware.of(gpu, count), request)
     assert found["work"] == asdict(trainer.work)
     assert found["work"]["steps"] == trainer.schedule.steps

@@ -190,27 +190,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str] | str]] = {
         },
         ["q_proj", "v_proj"],
     ),
-    "gemma3_text": (
-        {
-            **_SIZES,
-            "head_dim": 16,
-            "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-        ["q_proj", "v_proj"],
-    ),
-    "gpt_oss": (
-        {
-            **_SIZES,
-            "head_dim": 16,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention"],
-        },
-        ["q_proj", "v_proj"],
-    ),
-    "mistral": ({**_SIZES, "sliding_window": 8}, ["q_proj", "v_proj"]),
     "deepseek_v32": (
         {
             **_SIZES,
@@ -234,10 +213,70 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str] | str]] = {
     ),
 }
 
+_MIXED = {
+    **_SIZES,
+    "head_dim": 16,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+#: The same of families whose attention has windows, here of 8 tokens.
+WINDOWED: dict[str, tuple[dict[str, Any], list[str] | str]] = {
+    "gemma2": (_MIXED, ["q_proj", "v_proj"]),
+    "gemma3_text": (_MIXED, ["q_proj", "v_proj"]),
+    "gemma4_text": (
+        {
+            **_MIXED,
+            "global_head_dim": 16,
+            "num_kv_shared_layers": 0,
+            "vocab_size_per_layer_input": 400,
+            "hidden_size_per_layer_input": 16,
+        },
+        ["q_proj", "v_proj"],
+    ),
+    "gpt_oss": (
+        {**_MIXED, "num_local_experts": 4, "num_experts_per_tok": 2},
+        ["q_proj", "v_proj"],
+    ),
+    "mistral": ({**_SIZES, "sliding_window": 8}, ["q_proj", "v_proj"]),
+    "starcoder2": ({**_SIZES, "sliding_window": 8}, ["q_proj", "v_proj"]),
+    "qwen2": (
+        {**_MIXED, "use_sliding_window": True, "max_window_layers": 1},
+        ["q_proj", "v_proj"],
+    ),
+    "qwen3": (
+        {**_MIXED, "use_sliding_window": True, "max_window_layers": 1},
+        ["q_proj", "v_proj"],
+    ),
+    "cohere2": (_MIXED, ["q_proj", "v_proj"]),
+    "olmo3": (_MIXED, ["q_proj", "v_proj"]),
+    "exaone4": (_MIXED, ["q_proj", "v_proj"]),
+    "ministral": (_MIXED, ["q_proj", "v_proj"]),
+    "phi3": ({**_SIZES, "sliding_window": 8}, ["qkv_proj"]),
+    "mixtral": (
+        {**_SIZES, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+        ["q_proj", "v_proj"],
+    ),
+    "llama4_text": (
+        {
+            **_SIZES,
+            "head_dim": 16,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "attention_chunk_size": 8,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+        },
+        ["q_proj", "v_proj"],
+    ),
+}
+
 
 def family_config(family: str) -> Any:
     """The config of a tiny model."""
-    arguments = copy.deepcopy(FAMILIES[family][0])  # transformers completes some lists in place
+    arguments = copy.deepcopy(
+        (FAMILIES | WINDOWED)[family][0]
+    )  # transformers completes some lists in place
     ends = {"eos_token_id": 0, "pad_token_id": 1, "bos_token_id": 0}
     return AutoConfig.for_model(family, **{**ends, **arguments})
 
@@ -255,7 +294,9 @@ def family_model(family: str) -> PreTrainedModel:
 
 def adapted_family(family: str) -> PeftModel:
     """A tiny model with an adapter that has moved."""
-    adapter = LoraConfig(r=4, target_modules=FAMILIES[family][1], task_type="CAUSAL_LM")
+    adapter = LoraConfig(
+        r=4, target_modules=(FAMILIES | WINDOWED)[family][1], task_type="CAUSAL_LM"
+    )
     model = attach_adapter(family_model(family), adapter)
     randomise_adapter(model)
     return model

@@ -46,7 +46,7 @@ def least_device_memory(case: Case) -> DeviceMemory:
             autocast=arguments.mixed_precision != "no",
             config=skeleton.config,
             lora_dropout=bool(lora.lora_dropout),
-            why_apart=why_apart(skeleton, longest=case.data_args.max_length),
+            why_apart=why_apart(skeleton),
         )
         packing = request.packing_choice.packing
         packed = not packing.is_apart

@@ -119,7 +119,7 @@ def _examples_apart(case: Case) -> Iterator[Problem]:
 
 def _asked_packing(case: Case) -> PackingChoice:
     arguments = case.arguments.value
-    reason = why_apart(case.skeleton.value, longest=case.data_args.max_length)
+    reason = why_apart(case.skeleton.value)
     share = arguments.share_prefix
     return Request(packing=arguments.packing, share_prefix=share, why_apart=reason).packing_choice
 
