@@ -216,6 +216,7 @@ def _generate_freely(trainer: LoraTrainer) -> list[str]:
         max_new_tokens=trainer.max_new_tokens,
         temperature=args.temperature,
         end_token_id=trainer.encoder.end_token_id,
+        packing=trainer.packed.packing,
     )
     release_gathered(trainer.model)
     return texts

@@ -9,7 +9,7 @@ import torch
 
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import Encoder
-from lora_fsdp.data.packing import Tree, pack_sequence
+from lora_fsdp.data.packing import Batch, Pack, Tree
 from lora_fsdp.tasks import Example, Prompt
 
 #: Texts of our own, so that nothing of the training data is stored beside an adapter.
@@ -67,8 +67,9 @@ def probe_log_likelihoods(
     packed.model.eval()
     results = []
     for probe in probes:
-        tree = Tree(probe.prompt_ids, probe.answers)
-        sequence = pack_sequence([tree], share_prefix=True).to(device)
+        trees = [Tree(probe.prompt_ids, probe.answers)]
+        laid = Batch(trees) if packed.packing.is_apart else Pack(trees, share_prefix=True)
+        sequence = laid.lay().to(device)
         log_probs = packed.label_log_probs(sequence)
         sums = torch.zeros(len(probe.answers), dtype=log_probs.dtype, device=device)
         results.append(sums.index_add_(0, sequence.label_answers, log_probs).tolist())

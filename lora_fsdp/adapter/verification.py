@@ -29,6 +29,7 @@ from lora_fsdp.base.folders import read_json_object, sha256_of_file
 from lora_fsdp.base.loading import LOADING_ERRORS, TOKENIZER_FILES, load_tokenizer
 from lora_fsdp.base.streaming import load_on_device
 from lora_fsdp.compute.packed_model import PackedModel
+from lora_fsdp.compute.packing_check import keep_apart_if_needed
 from lora_fsdp.data.encoding import end_of_answer
 from lora_fsdp.errors import AdapterVerificationError, LoraFsdpError
 
@@ -274,7 +275,10 @@ def _check_answers(
     dtype = str(base.dtype).removeprefix("torch.")
     try:
         model = attach_saved(adapter, base).to(device)
-        now = probe_log_likelihoods(PackedModel(model), proof.probes, device=device)
+        packed = PackedModel(model)
+        longest = max(map(len, sequences)) * 2  # a prompt with its answer
+        keep_apart_if_needed(packed, device=device, longest=longest)
+        now = probe_log_likelihoods(packed, proof.probes, device=device)
     except torch.OutOfMemoryError:
         raise
     except LOADING_ERRORS as error:  # a variant of LoRA with settings that make no sense

@@ -44,10 +44,18 @@ class FineTuningArguments(TrainingArguments):
         "auto = where neither LoRA nor the model drops anything, so that gradients are exact; "
         "with dropout they stay unbiased, but examples of a sequence share the prefix's masks.",
     )
+    packing: Literal["auto", "always", "never"] = option(
+        "auto",
+        "Lay many examples into one sequence, kept apart by a mask. auto = where the model keeps "
+        "them apart, which is checked on the model itself; otherwise, and with never, each "
+        "example has a sequence of its own, as recurrent models and ALiBi need it. always = "
+        "refuse models that cannot be packed.",
+    )
     max_tokens_per_row: int | None = option(
         None,
-        "Longest packed sequence in tokens (bounds activation memory). Not given: what "
-        "half of the free GPU memory holds, from 2048 to 8192; 2048 on a CPU.",
+        "Longest packed sequence, or batch of sequences of one example, in tokens (bounds "
+        "activation memory). Not given: what half of the free GPU memory holds, from 2048 to 8192; "
+        "2048 on a CPU.",
     )
     step: Literal["auto", "eager", "fused", "compiled", "graph"] = option(
         "auto",

@@ -18,6 +18,7 @@ from lora_fsdp.printing import cost_text
 
 if TYPE_CHECKING:
     from lora_fsdp.data.workload import Work
+    from lora_fsdp.placement.request import Request
     from lora_fsdp.planning.plan import Plan
 
 
@@ -139,7 +140,7 @@ def _work(
     training: Mapping[str, Any],
     model_args: ModelArguments,
     data_args: DataArguments,
-) -> Callable[[int, bool], Work]:
+) -> Callable[[int, Request], Work]:
     """From the task's rows if there are any, or from the numbers given for them."""
     from lora_fsdp.data.workload import given_work, measure_work
 
@@ -149,7 +150,7 @@ def _work(
         examples = options.examples
         # Longer texts are shortened, as a run would.
         tokens = min(options.tokens_per_example, data_args.max_length)
-        return lambda ranks, share_prefix: given_work(
+        return lambda ranks, request: given_work(
             training,
             examples=examples,
             tokens_per_example=tokens,
@@ -171,8 +172,13 @@ def _work(
     length, chat = data_args.max_length, data_args.chat_template
     encoder = Encoder(tokenizer, task=data.task, max_length=length, chat_template=chat)
     train, held_out = encoder.encode(data.train), encoder.encode(data.held_out)
-    return lambda ranks, share_prefix: measure_work(
-        training, train, held_out, ranks=ranks, share_prefix=share_prefix
+    return lambda ranks, request: measure_work(
+        training,
+        train,
+        held_out,
+        ranks=ranks,
+        share_prefix=request.shares_prefix,
+        packing=request.packing_choice.packing,
     )
 
 

@@ -1,4 +1,4 @@
-"""Which architectures can compute a packed sequence, as far as settings and signatures tell."""
+"""Which models can be trained, and which can compute a packed sequence, as far as settings tell."""
 
 from __future__ import annotations
 
@@ -7,36 +7,33 @@ from collections.abc import Iterable
 from typing import cast
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lora_fsdp.compute.attention import Window
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.errors import UnsupportedModelError
 
 # Parts of the names of modules that hand a state from token to token.
 _RECURRENT = ("mamba", "ssm", "recurrent", "deltanet", "rwkv", "lstm", "lightning", "conv1d")
 
+# Layer types whose tokens see what the mask lets them see (indexed attention chooses among these).
+_MASKED = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention"}
+
 
 def check_architecture(model: nn.Module, *, longest: int) -> None:
-    """Refuse models whose forward cannot compute a packed sequence as its examples alone.
+    """Refuse models that no example can be computed by as a causal LM is trained.
 
     Args:
         model: the causal LM, without adapter.
         longest: the longest example in tokens.
+
+    Raises:
+        UnsupportedModelError: it reads in both directions, or has too few positions.
     """
-    name = type(model).__name__
-    accepted = inspect.signature(model.forward).parameters
-    for needed in ("attention_mask", "position_ids"):
-        if needed not in accepted:
-            raise UnsupportedModelError(
-                f"{name} takes no `{needed}`, without which examples cannot share a sequence: "
-                "choose a model with rotary or learnt positions (Llama, Qwen, Mistral, Gemma, ...)."
-            )
-    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
-    both_ways = getattr(config, "is_decoder", None) is False and not _attends_causally(model)
-    if both_ways or getattr(config, "alibi", False):
+    name, config = type(model).__name__, _text_config(model)
+    if getattr(config, "is_decoder", None) is False and not _attends_causally(model):
         raise UnsupportedModelError(
-            f"{name} reads in both directions (is_decoder: false) or weighs distances by ALiBi, "
-            "which a packed sequence cannot give it: choose a causal model with rotary positions."
+            f"{name} reads in both directions (is_decoder: false): choose a causal model."
         )
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and longest > positions:
@@ -44,21 +41,52 @@ def check_architecture(model: nn.Module, *, longest: int) -> None:
             f"{name} has {positions} positions, and examples may have {longest} tokens: set "
             f"--max_length to at most {positions}."
         )
+
+
+def why_apart(model: nn.Module) -> str | None:
+    """Why no mask keeps a packed sequence's examples apart, in words; `None` = nothing says so.
+
+    Args:
+        model: the causal LM, without adapter; it needs no weights.
+    """
+    name, config = type(model).__name__, _text_config(model)
+    accepted = inspect.signature(model.forward).parameters
+    for needed in ("attention_mask", "position_ids"):
+        if needed not in accepted:
+            return f"{name} takes no `{needed}`"
+    if getattr(config, "alibi", False):
+        return f"{name} weighs distances by ALiBi"
+    if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo's, of its own making
+        return f"{name} attends over windows that count along the sequence"
     kinds = set(getattr(config, "layer_types", None) or ())
-    recurrent = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-    if recurrent or (getattr(model, "_is_stateful", False) and _may_be_recurrent(model, kinds)):
-        raise UnsupportedModelError(
-            f"{name} mixes tokens by {sorted(recurrent) or 'a recurrent state'}, which no mask "
-            "can keep apart within a sequence: choose an attention-only model."
-        )
-    window = getattr(config, "sliding_window", None) or getattr(
-        config, "attention_chunk_size", None
-    )
-    if window is not None and longest > window:
-        raise UnsupportedModelError(
-            f"{name} attends over windows of {window} tokens, and examples may have {longest}: "
-            f"set --max_length to at most {window}."
-        )
+    recurrent = kinds - _MASKED
+    if recurrent:
+        return f"{name} mixes tokens by {' and '.join(sorted(recurrent))}"
+    if getattr(model, "_is_stateful", False) and _may_be_recurrent(model, kinds):
+        return f"{name} mixes tokens by a recurrent state"
+    return None
+
+
+def windows_of(model: nn.Module, *, longest: int) -> dict[str, Window | None]:
+    """The window of each kind of layer (`config.layer_types`; `None` = none), if an example can be
+    longer than one; otherwise nothing.
+
+    Args:
+        model: the causal LM, without adapter; it needs no weights.
+        longest: the longest example in tokens.
+    """
+    config = _text_config(model)
+    sizes = {
+        "sliding_attention": getattr(config, "sliding_window", None),
+        "chunked_attention": getattr(config, "attention_chunk_size", None),
+    }
+    windows = {
+        kind: Window(size, chunked=kind == "chunked_attention")
+        for kind, size in sizes.items()
+        if isinstance(size, int) and longest > size
+    }
+    kinds = sorted(set(getattr(config, "layer_types", None) or windows))
+    return {kind: windows.get(kind) for kind in kinds} if windows.keys() & set(kinds) else {}
 
 
 def check_token_ids(
@@ -87,6 +115,10 @@ def check_token_ids(
             "belongs to the model, or give the model more embeddings (resize_token_embeddings) and "
             "save it."
         )
+
+
+def _text_config(model: nn.Module) -> PretrainedConfig:
+    return cast(PreTrainedModel, model).config.get_text_config()
 
 
 def _attends_causally(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -25,8 +26,27 @@ def avoid_kernels_planned_by_shape() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+@dataclass(frozen=True)
+class Window:
+    """What a layer's tokens see of the path to them.
+
+    Attributes:
+        size: the last so many tokens, each itself included.
+        chunked: instead, those of its chunk of so many.
+    """
+
+    size: int
+    chunked: bool = False
+
+    def sees(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Whether tokens at positions `query` see those at `key`, which stand before them."""
+        if self.chunked:
+            return query // self.size == key // self.size
+        return query - key < self.size
+
+
 def sequence_mask(
-    sequence: PackedSequence, *, dtype: torch.dtype, by_blocks: bool
+    sequence: PackedSequence, *, dtype: torch.dtype, by_blocks: bool, window: Window | None = None
 ) -> torch.Tensor | BlockMask:
     """The sequence's mask, which transformers hands to its attention as it is (`masking_utils`).
 
@@ -35,29 +55,35 @@ def sequence_mask(
         dtype: the dtype in which attention runs.
         by_blocks: whether the model's attention takes a `BlockMask` (`attend` does). Long sequences
             then skip what is masked; short ones have a dense mask all the same.
+        window: of the layers that the mask is for; `None` = they see all that stands before.
     """
     if not by_blocks or len(sequence) < BLOCKS_FROM_TOKENS:
-        return dense_mask(sequence, dtype=dtype)
-    if sequence.is_one_sequence:
+        return dense_mask(sequence, dtype=dtype, window=window)
+    if sequence.is_one_sequence and window is None:
         return _block_mask(causal, len(sequence), sequence.example_ids.device)
     example, answer = sequence.example_ids, sequence.answer_ids
+    positions = sequence.position_ids
 
     def on_path(
         batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> torch.Tensor:
         same_path = (answer[key] == 0) | (answer[query] == answer[key])
         same_example = (example[query] == example[key]) & same_path
-        return (query >= key) & ((example[key] == SHARED) | same_example)
+        seen = (query >= key) & ((example[key] == SHARED) | same_example)
+        return seen if window is None else seen & window.sees(positions[query], positions[key])
 
     return _block_mask(on_path, len(sequence), sequence.example_ids.device)
 
 
-def dense_mask(sequence: PackedSequence, *, dtype: torch.dtype) -> torch.Tensor:
+def dense_mask(
+    sequence: PackedSequence, *, dtype: torch.dtype, window: Window | None = None
+) -> torch.Tensor:
     """Additive mask of a packed sequence, [1, 1, T, T], 0 where allowed and -inf elsewhere.
 
     A token sees itself and what comes before it in the sequence, if that is the shared prefix, its
-    own example's prompt, or its own answer. transformers hands a 4-D mask to SDPA and eager
-    attention as it is (`masking_utils`), which is what makes packing work without our own kernel.
+    own example's prompt, or its own answer; and, where there is a window, what that lets it see of
+    its path. transformers hands a 4-D mask to SDPA and eager attention as it is (`masking_utils`),
+    which is what makes packing work without our own kernel.
     """
     example, answer = sequence.example_ids, sequence.answer_ids
     index = torch.arange(len(sequence), device=example.device)
@@ -65,6 +91,9 @@ def dense_mask(sequence: PackedSequence, *, dtype: torch.dtype) -> torch.Tensor:
     same_path = (answer[None, :] == 0) | (answer[:, None] == answer[None, :])
     allowed = (example[None, :] == SHARED) | (same_example & same_path)
     allowed &= index[:, None] >= index[None, :]
+    if window is not None:
+        positions = sequence.position_ids
+        allowed &= window.sees(positions[:, None], positions[None, :])
     mask = torch.zeros(allowed.shape, dtype=dtype, device=example.device)
     return mask.masked_fill_(~allowed, float("-inf"))[None, None]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple, cast
@@ -12,15 +12,16 @@ import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.compute import chunked_head
-from lora_fsdp.compute.attention import sequence_mask
+from lora_fsdp.compute.attention import Window, sequence_mask
 from lora_fsdp.compute.decoder_layer import unpack_ahead
 from lora_fsdp.compute.fusing import Fusing, fuse_layers
 from lora_fsdp.compute.patches import Patches
-from lora_fsdp.data.packing import PackedSequence
+from lora_fsdp.data.packing import PackedSequence, Packing
 
 
 class LabelOutputs(NamedTuple):
@@ -50,6 +51,10 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         patches: what is changed on it.
         chunked_head: its logits are its head's output, frozen, so that many label tokens can be
             taken chunk by chunk (`check_packing` finds out).
+        windows: the window of each kind of layer (`config.layer_types`), where an example may be
+            longer than one (`windows_of`); empty = all layers have one mask.
+        packing: how examples are to be laid into the sequences that it is given; where each has one
+            of its own, whether several are computed at once.
         shortened_last_layer: the last layer, if it is fused, is asked for label positions only. Not
             where its activations are recomputed.
     """
@@ -59,6 +64,8 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         self.fusing = Fusing()
         self.patches = Patches()
         self.chunked_head = False
+        self.windows: Mapping[str, Window | None] = {}
+        self.packing = Packing.PACKED
         self.shortened_last_layer = False
 
     @property
@@ -125,8 +132,9 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         The mask is always explicit and the cache always off: with `use_cache` unset a packed
         sequence's examples attend to each other without any error.
         """
-        # Only fused layers' attention takes a mask of blocks.
-        mask = sequence_mask(sequence, dtype=self.dtype, by_blocks=self.fusing.is_fused)
+        if sequence.apart:
+            return self._logits_of_batch(sequence)
+        mask = self._masks(sequence)
         last = self.fusing.layers[-1] if self.shortened_last_layer and self.fusing.layers else None
         at_labels: AbstractContextManager[None] = nullcontext()
         keep: dict[str, torch.Tensor] = {}
@@ -147,6 +155,36 @@ class PackedModel(AbstractContextManager["PackedModel"]):
             logits = logits[sequence.label_positions]
         return cast(torch.Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
+    def _masks(
+        self, sequence: PackedSequence
+    ) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]:
+        """The mask of all layers, or one for each kind of layer, as transformers takes them."""
+
+        def mask(window: Window | None) -> torch.Tensor | BlockMask:
+            # Only fused layers' attention takes a mask of blocks.
+            by_blocks = self.fusing.is_fused
+            return sequence_mask(sequence, dtype=self.dtype, by_blocks=by_blocks, window=window)
+
+        if len(self.windows) > 1:
+            return {kind: mask(window) for kind, window in self.windows.items()}
+        return mask(next(iter(self.windows.values()), None))
+
+    def _logits_of_batch(self, sequence: PackedSequence) -> torch.Tensor:
+        """`label_logits` of sequences of one example, computed as the model computes any text.
+
+        No mask and no positions are given: what fills a sequence up stands behind it, where a
+        causal model does not look.
+        """
+        ids = sequence.input_ids.view(len(sequence.apart), -1)
+        head = self.base.get_output_embeddings()
+        if head is None:
+            logits = plain_logits(self.model, ids).flatten(0, 1)[sequence.label_positions]
+        else:
+            forward = _at_positions(head.forward, sequence.label_positions)
+            with self.patches.for_now(head, "forward", forward, why="only labels count"):
+                logits = plain_logits(self.model, ids)[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
     def label_outputs(
         self, sequence: PackedSequence, *, chunk_above: int = chunked_head.CHUNK
     ) -> LabelOutputs:
@@ -157,6 +195,10 @@ class PackedModel(AbstractContextManager["PackedModel"]):
             chunk_above: number of label tokens from which on the head runs chunk by chunk.
         """
         ids = sequence.label_ids
+        if self.packing is Packing.SINGLE and len(sequence.apart) > 1:
+            parts = [self.label_outputs(one, chunk_above=chunk_above) for one in sequence.singles()]
+            log_probs, most_likely = map(torch.cat, zip(*parts, strict=True))
+            return LabelOutputs(log_probs, most_likely)
         if self.chunked_head and len(ids) > chunk_above:
             head = cast(nn.Linear, self.base.get_output_embeddings())
             forward = chunked_head.log_probs_forward(head, ids)
@@ -182,6 +224,23 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         return log_probs
 
 
+def plain_logits(model: nn.Module, ids: torch.Tensor, **keep: torch.Tensor | int) -> torch.Tensor:
+    """Logits of `ids` [N, T] by the model's own forward, without cache.
+
+    `keep` is passed on to it.
+    """
+    base = base_model(model) if isinstance(model, PeftModel) else model
+    cache = {"use_cache": False} if _takes_use_cache(type(base)) else {}  # type: ignore[arg-type]
+    return cast(torch.Tensor, model(input_ids=ids, **cache, **keep).logits)
+
+
+def _at_positions(
+    forward: Callable[[torch.Tensor], torch.Tensor], positions: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A head's forward at some of a batch's tokens: [N, T, H] to [1, len(positions), ...]."""
+    return lambda hidden: forward(hidden.flatten(0, 1).index_select(0, positions)[None])
+
+
 def head_can_be_chunked(base: PreTrainedModel) -> bool:
     """Whether the head is a frozen linear layer (LoRA on it would not be one)."""
     head = base.get_output_embeddings()
@@ -190,8 +249,14 @@ def head_can_be_chunked(base: PreTrainedModel) -> bool:
         isinstance(head, nn.Linear)
         and type(head).forward is nn.Linear.forward
         and not any(parameter.requires_grad for parameter in head.parameters())
-        and keeps_logits(type(base))  # type: ignore[arg-type]
     )
+
+
+@cache
+def _takes_use_cache(model_class: type[nn.Module]) -> bool:
+    parameters = inspect.signature(model_class.forward).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    return "use_cache" in parameters or inspect.Parameter.VAR_KEYWORD in kinds
 
 
 @cache  # asked at every forward

@@ -1,15 +1,23 @@
-"""The proof, on the live model, that packed examples are computed as if each stood alone."""
+"""The proof, on the live model, that examples are computed together as if each stood alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from lora_fsdp.compute.packed_model import PackedModel, head_can_be_chunked, keeps_logits
-from lora_fsdp.data.packing import Tree, pack_sequence
+from lora_fsdp.base.loading import LOADING_ERRORS
+from lora_fsdp.compute.architectures import why_apart, windows_of
+from lora_fsdp.compute.packed_model import (
+    PackedModel,
+    head_can_be_chunked,
+    keeps_logits,
+    plain_logits,
+)
+from lora_fsdp.data.packing import Batch, Pack, PackedSequence, Packing, Tree
 from lora_fsdp.errors import UnsupportedModelError
 
 # In nats a token. Rounding alone makes, in SmolLM2, 5e-6 in float32 and 0.085 in bfloat16.
@@ -20,10 +28,25 @@ _TIMES_ROUNDING = 5
 _COMPARED = 6
 
 
-@torch.no_grad()
 def check_packing(
     packed: PackedModel, *, device: torch.device, sample: Sequence[Tree] = ()
 ) -> None:
+    """`why_not_packed`, as an error.
+
+    Raises:
+        UnsupportedModelError: packed examples differ from single ones, or are not finite.
+    """
+    if (reason := why_not_packed(packed, device=device, sample=sample)) is not None:
+        raise UnsupportedModelError(
+            f"{reason}: it cannot be trained in packed sequences this long. --packing auto gives "
+            "each example a sequence of its own."
+        )
+
+
+@torch.no_grad()
+def why_not_packed(
+    packed: PackedModel, *, device: torch.device, sample: Sequence[Tree] = ()
+) -> str | None:
     """Compare packed examples with single ones, and find out whether the head can run in chunks.
 
     Two short random texts with a common beginning catch what the architecture's name does not tell:
@@ -36,19 +59,83 @@ def check_packing(
         device: where sequences are computed.
         sample: examples that fill a packed sequence as the run's will be filled.
 
+    Returns:
+        in words how far they differ; `None` = no further than rounding.
+
     Raises:
-        UnsupportedModelError: they differ, or are not finite.
+        UnsupportedModelError: they are not finite.
     """
-    was_training = packed.model.training
+    with _laid(packed, Packing.PACKED):
+        short = _short_trees(packed)
+        try:
+            difference = _mean_difference(packed, short, short, device=device)
+        except (torch.OutOfMemoryError, UnsupportedModelError):
+            raise
+        except (NotImplementedError, *LOADING_ERRORS) as error:  # of its own code, over the mask
+            said = (str(error).splitlines() or [""])[0][:120]
+            name = type(packed.base).__name__
+            return f"{name} cannot compute packed examples ({type(error).__name__}: {said})"
+        if not difference < _rounding(packed):
+            return _differs(packed, difference, "packed examples (two short ones)")
+        packed.chunked_head = _can_run_head_in_chunks(packed, short, device=device)
+        if longer := _trees_beyond_windows(packed):
+            found = _mean_difference(packed, [*short, *longer], longer, device=device)
+            if not found < _rounding(packed):
+                return _differs(packed, found, "packed examples longer than a window")
+        if len(sample) > 1:
+            compared = sample[:: -max(1, len(sample) // _COMPARED)][:_COMPARED]  # last one first
+            most = max(_rounding(packed), _TIMES_ROUNDING * difference)
+            difference = _mean_difference(packed, sample, compared, device=device)
+            if not difference < most:
+                which = f"{len(sample)} of this run's in {sum(map(len, sample))} tokens"
+                return _differs(packed, difference, f"packed examples ({which})")
+    return None
+
+
+@torch.no_grad()
+def why_not_batched(
+    packed: PackedModel, *, device: torch.device, sample: Sequence[Tree] = ()
+) -> str | None:
+    """Compare sequences of one example, several filled up to one length, with the same alone; and
+    find out whether the head can run in chunks.
+
+    Args, returns and raises as of `why_not_packed`.
+    """
+    with _laid(packed, Packing.BATCHED):
+        short = [*_short_trees(packed), _tree_of(packed, 21)]
+        packed.chunked_head = _can_run_head_in_chunks(packed, short, device=device)
+        by_length = sorted(sample, key=len)
+        step = max(1, len(by_length) // _COMPARED)
+        for trees, which in ((short, "three short ones"), (by_length[::-step][:_COMPARED], "its")):
+            if len(trees) > 1:
+                difference = _mean_difference(packed, trees, trees, device=device)
+                if not difference < _rounding(packed):
+                    what = f"sequences that are filled up to one length ({which})"
+                    return _differs(packed, difference, what)
+    return None
+
+
+def keep_apart_if_needed(packed: PackedModel, *, device: torch.device, longest: int) -> None:
+    """Have a few examples of up to `longest` tokens computed as they must be, whatever the model;
+    nothing is said.
+    """
+    packed.packing = Packing.PACKED
+    packed.windows = windows_of(packed.base, longest=longest)
+    if why_apart(packed.base) or why_not_packed(packed, device=device):
+        packed.packing = Packing.SINGLE
+
+
+@contextmanager
+def _laid(packed: PackedModel, packing: Packing) -> Iterator[None]:
+    """The model in evaluation mode, given sequences laid so."""
+    was_training, before = packed.model.training, packed.packing
     packed.model.eval()
-    short = _short_trees(packed)
-    difference = _mean_difference(packed, short, short, device=device)
-    if not difference < _rounding(packed):
-        raise _refused(packed, difference, "two short ones")
-    packed.chunked_head = _can_run_head_in_chunks(packed, short, device=device)
-    if len(sample) > 1:
-        _check_sample(packed, sample, most=_TIMES_ROUNDING * difference, device=device)
-    packed.model.train(was_training)
+    packed.packing = packing
+    try:
+        yield
+    finally:
+        packed.packing = before
+        packed.model.train(was_training)
 
 
 def sample_of(trees: Sequence[Tree], *, tokens: int) -> list[Tree]:
@@ -67,22 +154,10 @@ def sample_of(trees: Sequence[Tree], *, tokens: int) -> list[Tree]:
     return [*chosen, longest]
 
 
-def _check_sample(
-    packed: PackedModel, sample: Sequence[Tree], *, most: float, device: torch.device
-) -> None:
-    compared = sample[:: -max(1, len(sample) // _COMPARED)][:_COMPARED]  # the last one first
-    difference = _mean_difference(packed, sample, compared, device=device)
-    if not difference < max(_rounding(packed), most):
-        tokens = sum(map(len, sample))
-        raise _refused(packed, difference, f"{len(sample)} of this run's in {tokens} tokens")
-
-
-def _refused(packed: PackedModel, difference: float, which: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{type(packed.base).__name__} computes packed examples ({which}) differently from single "
-        f"ones, by {difference:.2g} nats a token: it cannot be trained in packed sequences this "
-        "long. A shorter --max_tokens_per_row helps where attention has a window; otherwise choose "
-        "another model."
+def _differs(packed: PackedModel, difference: float, what: str) -> str:
+    return (
+        f"{type(packed.base).__name__} computes {what} differently from single ones, by "
+        f"{difference:.2g} nats a token"
     )
 
 
@@ -114,7 +189,7 @@ def _mean_difference(
     packed: PackedModel, trees: Sequence[Tree], compared: Sequence[Tree], *, device: torch.device
 ) -> float:
     """Between the label tokens of `compared` among `trees` in one sequence, and of each alone."""
-    sequence = pack_sequence(trees, share_prefix=True).to(device)
+    sequence = _lay(packed, trees).to(device)
     log_probs, owners = packed.label_log_probs(sequence), sequence.label_answers
     differences, answer = [], 0
     for tree in trees:
@@ -133,7 +208,7 @@ def _alone(packed: PackedModel, tree: Tree, *, device: torch.device) -> torch.Te
     ids = torch.tensor([[*tree.prompt_ids, *tree.answers[0][:-1]]], device=device)
     positions = torch.arange(len(tree.prompt_ids) - 1, ids.shape[1], device=device)
     keep = {"logits_to_keep": positions} if keeps_logits(type(packed.base)) else {}  # type: ignore[arg-type]
-    logits = packed.model(input_ids=ids, use_cache=False, **keep).logits[0].float()
+    logits = plain_logits(packed.model, ids, **keep)[0].float()
     if not keep:
         logits = logits[positions]
     log_probs: torch.Tensor = logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
@@ -143,13 +218,32 @@ def _alone(packed: PackedModel, tree: Tree, *, device: torch.device) -> torch.Te
 def _can_run_head_in_chunks(
     packed: PackedModel, trees: Sequence[Tree], *, device: torch.device
 ) -> bool:
-    if not head_can_be_chunked(packed.base):
+    kept = packed.packing.is_apart or keeps_logits(type(packed.base))  # type: ignore[arg-type]
+    if not (kept and head_can_be_chunked(packed.base)):
         return False
-    sequence = pack_sequence(trees, share_prefix=True).to(device)
+    packed.chunked_head = False
+    sequence = _lay(packed, trees).to(device)
     whole = packed.label_log_probs(sequence)
     packed.chunked_head = True
     chunked = packed.label_outputs(sequence, chunk_above=0).log_probs
     return (chunked - whole).abs().max().item() < _ROUNDING[False]
+
+
+def _lay(packed: PackedModel, trees: Sequence[Tree]) -> PackedSequence:
+    return Batch(trees).lay() if packed.packing.is_apart else Pack(trees, share_prefix=True).lay()
+
+
+def _trees_beyond_windows(packed: PackedModel) -> list[Tree]:
+    sizes = {window.size for window in packed.windows.values() if window is not None}
+    return [_tree_of(packed, size + 12) for size in sorted(sizes)]
+
+
+def _tree_of(packed: PackedModel, length: int) -> Tree:
+    """Random tokens, so many, of which the last three are the answer."""
+    vocabulary = packed.base.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(length)
+    tokens = torch.randint(vocabulary, (length,), generator=generator).tolist()
+    return Tree(tokens[:-3], [tokens[-3:]])
 
 
 def _short_trees(packed: PackedModel) -> list[Tree]:

@@ -12,12 +12,17 @@ A token sees what stands before it on its own path to the root and nothing else
 (`lora_fsdp.compute.attention`), and its position counts along that path, so every example is
 computed exactly as if it stood alone. Prior art: DPO prefix sharing (arXiv 2410.20305), Prefix
 Grouper (arXiv 2506.05433).
+
+Where a model cannot keep the examples of one sequence apart, every answer stands behind its prompt
+in a sequence of its own, without a mask: `Batch` lays several of them beside each other, filled up
+on the right to one length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import cached_property
 from os.path import commonprefix
 from typing import NamedTuple
@@ -29,6 +34,24 @@ from torch.nn import functional
 SHARED = 0
 #: `PackedSequence.example_ids`, `.label_answers` and `.answer_examples` of what only fills up.
 PADDING = -1
+
+
+class Packing(StrEnum):
+    """How examples are laid into sequences.
+
+    PACKED: many in one, kept apart by a mask. BATCHED: each answer behind its prompt in a sequence
+    of its own, several of them filled up on the right and computed at once. SINGLE: the same, each
+    computed alone.
+    """
+
+    PACKED = "packed"
+    BATCHED = "batched"
+    SINGLE = "single"
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether no two examples share a sequence."""
+        return self is not Packing.PACKED
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +102,8 @@ class PackedSequence:
             -1 for padding. A padded sequence has as many answers as label tokens.
         answer_targets: [A] float32, the trees' `targets`, 0 for padding.
         is_one_sequence: whether every token sees all before it, as in an ordinary text.
+        apart: empty, or the sizes of the sequences without a mask that it is a batch of. They stand
+            one after another, each filled up on the right to the same length.
     """
 
     tokens: torch.Tensor
@@ -86,6 +111,7 @@ class PackedSequence:
     answer_examples: torch.Tensor
     answer_targets: torch.Tensor
     is_one_sequence: bool = False
+    apart: tuple[SequenceSize, ...] = ()
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -168,7 +194,18 @@ class PackedSequence:
 
     def _with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedSequence:
         tokens, labels, examples, targets = map(change, self._tensors())
-        return PackedSequence(tokens, labels, examples, targets, self.is_one_sequence)
+        return PackedSequence(tokens, labels, examples, targets, self.is_one_sequence, self.apart)
+
+    def singles(self) -> list[PackedSequence]:
+        """Each sequence of a batch as a batch of its own, without what fills it up."""
+        width, label, found = len(self) // len(self.apart), 0, []
+        for place, size in enumerate(self.apart):
+            start, labels = place * width, self.labels[:, label : label + size.labels]
+            shift = torch.tensor([start, 0, 0], device=labels.device)[:, None]
+            tokens = self.tokens[:, start : start + size.tokens]
+            found.append(replace(self, tokens=tokens, labels=labels - shift, apart=(size,)))
+            label += size.labels
+        return found
 
 
 @dataclass(frozen=True)
@@ -205,6 +242,72 @@ class Pack:
         for tree in self.trees:
             builder.add(tree)
         return builder.sequence(is_one_sequence=self.size.is_one_sequence)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Trees of which every answer stands behind its prompt in a sequence of its own.
+
+    Attributes:
+        trees, indices: as of a `Pack`.
+        at_least: so many sequences, the last ones empty: ranks that compute them one by one must
+            run as many forwards.
+    """
+
+    trees: Sequence[Tree]
+    indices: Sequence[int] = ()
+    at_least: int = 1
+
+    @cached_property
+    def apart(self) -> tuple[SequenceSize, ...]:
+        """The sizes of its sequences."""
+        sizes = [
+            SequenceSize(len(tree.prompt_ids) + len(answer[:-1]), len(answer), True)
+            for tree in self.trees
+            for answer in tree.answers
+        ]
+        return tuple(sizes + [SequenceSize(1, 0, True)] * (self.at_least - len(sizes)))
+
+    @property
+    def size(self) -> SequenceSize:
+        """Of all its sequences together, with what fills them up."""
+        width = max(size.tokens for size in self.apart)
+        return SequenceSize(
+            tokens=width * len(self.apart),
+            labels=sum(size.labels for size in self.apart),
+            is_one_sequence=False,
+        )
+
+    def lay(self) -> PackedSequence:
+        """The batch."""
+        width = max(size.tokens for size in self.apart)
+        places = iter(range(0, width * len(self.apart), width))
+        tokens = torch.tensor([0, 0, PADDING, 0])[:, None].repeat(1, width * len(self.apart))
+        labels: list[tuple[int, int, int]] = []
+        examples: list[int] = []
+        targets: list[float] = []
+        for example, tree in enumerate(self.trees):
+            length = len(tree.prompt_ids)
+            weights = tree.targets or [0.0] * len(tree.answers)
+            for number, (answer, target) in enumerate(
+                zip(tree.answers, weights, strict=True), start=1
+            ):
+                start, ids = next(places), [*tree.prompt_ids, *answer[:-1]]
+                of_answer = [0] * length + [number] * (len(ids) - length)
+                tokens[:, start : start + len(ids)] = torch.tensor(
+                    [ids, range(len(ids)), [example + 1] * len(ids), of_answer]
+                )
+                first = start + length - 1
+                labels += [(first + at, token, len(examples)) for at, token in enumerate(answer)]
+                examples.append(example)
+                targets.append(target)
+        return PackedSequence(
+            tokens,
+            torch.tensor(labels, dtype=torch.int64).reshape(-1, 3).t().contiguous(),
+            torch.tensor(examples, dtype=torch.int64),
+            torch.tensor(targets, dtype=torch.float32),
+            apart=self.apart,
+        )
 
 
 class _SequenceBuilder:
@@ -264,12 +367,14 @@ def pack_sequence(trees: Sequence[Tree], *, share_prefix: bool) -> PackedSequenc
     return Pack(trees, share_prefix).lay()
 
 
-def empty_sequence() -> PackedSequence:
-    """One token and no labels, for a rank that has fewer packed sequences than the others.
+#: One token and no labels, for a rank that has fewer packed sequences than the others: under FSDP
+#: every rank must run the same number of forwards and backwards.
+EMPTY = Pack([Tree(prompt_ids=[0], answers=())], share_prefix=False)
 
-    Under FSDP every rank must run the same number of forwards and backwards.
-    """
-    return pack_sequence([Tree(prompt_ids=[0], answers=())], share_prefix=False)
+
+def empty_sequence() -> PackedSequence:
+    """What `EMPTY` lays."""
+    return EMPTY.lay()
 
 
 def common_prefix(trees: Sequence[Tree]) -> list[int]:
@@ -297,3 +402,25 @@ def plan_packs(trees: Sequence[Tree], *, max_tokens: int, share_prefix: bool) ->
     if len(filled) == 1:
         return [everything]
     return [Pack([trees[i] for i in indices], share_prefix, indices) for indices in filled]
+
+
+def plan_batches(trees: Sequence[Tree], *, max_tokens: int, packing: Packing) -> list[Batch]:
+    """Divide `trees` over batches of sequences of one answer each, like lengths with like.
+
+    A batch with what fills it up is longer than `max_tokens` only if a single tree is; where
+    sequences are computed one by one (`Packing.SINGLE`), a batch is one tree. All answers of a tree
+    are in one batch, since an objective may compare them.
+    """
+    filled: list[list[int]] = []
+    sequences = 0
+    widths = [max((size.tokens for size in Batch([tree]).apart), default=1) for tree in trees]
+    for index in sorted(range(len(trees)), key=widths.__getitem__):
+        added = len(trees[index].answers)
+        # In this order the last one sets the width.
+        full = (sequences + added) * widths[index] > max_tokens
+        if not filled or full or packing is Packing.SINGLE:
+            filled.append([])
+            sequences = 0
+        filled[-1].append(index)
+        sequences += added
+    return [Batch([trees[i] for i in indices], indices) for indices in filled]

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from typing import cast
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.packing import (
+    EMPTY,
+    Batch,
     Pack,
     PackedSequence,
+    Packing,
     SequenceSize,
     Tree,
     empty_sequence,
+    plan_batches,
     plan_packs,
 )
 
@@ -91,6 +96,7 @@ class TrainingSteps(Dataset[TrainingStep]):
         max_tokens: longest packed sequence in tokens.
         tree_of: which answers of an example are trained on (`Objective.tree`).
         count_of: an example's weight in the denominator (`Objective.count`).
+        packing: whether examples share sequences.
     """
 
     examples: Sequence[EncodedExample]
@@ -103,6 +109,7 @@ class TrainingSteps(Dataset[TrainingStep]):
     max_tokens: int
     tree_of: Callable[[EncodedExample], Tree] = target_tree
     count_of: Callable[[EncodedExample], float] = target_tokens
+    packing: Packing = Packing.PACKED
 
     def __post_init__(self) -> None:
         self.set_epoch(0)
@@ -120,33 +127,58 @@ class TrainingSteps(Dataset[TrainingStep]):
         start = step * self.examples_per_step
         chosen = [self.examples[i] for i in self._order[start : start + self.examples_per_step]]
         shares = [self._plan(chosen[rank :: self.world_size]) for rank in range(self.world_size)]
-        sequences = [pack.lay() for pack in shares[self.rank]]
-        count, empty = max(len(share) for share in shares), empty_sequence()
-        sizes = [
-            [pack.size for pack in share] + [empty.size] * (count - len(share)) for share in shares
-        ]
+        packs = _as_many_on_every_rank(shares, self.packing)
+        sizes = [[pack.size for pack in share] for share in packs]
         return TrainingStep(
-            sequences=sequences + [empty] * (count - len(sequences)),
+            sequences=[pack.lay() for pack in packs[self.rank]],
             denominator=sum(self.count_of(example) for example in chosen),
             example_rows=[example.row for example in chosen[self.rank :: self.world_size]],
             sizes_of_ranks=[list(of_one) for of_one in zip(*sizes, strict=True)],
         )
 
-    def _plan(self, examples: Sequence[EncodedExample]) -> list[Pack]:
+    def _plan(self, examples: Sequence[EncodedExample]) -> Sequence[Pack | Batch]:
         trees = [self.tree_of(example) for example in examples]
+        if self.packing.is_apart:
+            return plan_batches(trees, max_tokens=self.max_tokens, packing=self.packing)
         return plan_packs(trees, max_tokens=self.max_tokens, share_prefix=self.share_prefix)
+
+
+def _as_many_on_every_rank(
+    shares: Sequence[Sequence[Pack | Batch]], packing: Packing
+) -> list[list[Pack | Batch]]:
+    """The ranks' sequences, with empty ones where a rank has fewer than another: under FSDP every
+    rank must run the same number of forwards and backwards.
+    """
+    count = max(len(share) for share in shares)
+    empty = Batch(()) if packing.is_apart else EMPTY
+    filled = [[*share, *[empty] * (count - len(share))] for share in shares]
+    if packing is not Packing.SINGLE:
+        return filled
+    at_once = [cast(tuple[Batch, ...], ones) for ones in zip(*filled, strict=True)]
+    most = [max(len(batch.apart) for batch in batches) for batches in at_once]
+    return [
+        [replace(batch, at_least=least) for batch, least in zip(batches, most, strict=True)]
+        for batches in zip(*at_once, strict=True)
+    ]
 
 
 @dataclass
 class ScoringSequence:
-    """One packed sequence to score; `examples` are indices into the scored set, in its order."""
+    """One packed sequence to score.
+
+    Attributes:
+        sequence: it.
+        examples: indices into the scored set, in the sequence's order.
+        answers: which of its answers each of `examples` is scored with; `None` = with all.
+    """
 
     sequence: PackedSequence
     examples: list[int]
+    answers: list[int] | None = None
 
     def pin_memory(self) -> ScoringSequence:
         """The same in page-locked memory."""
-        return ScoringSequence(self.sequence.pin_memory(), self.examples)
+        return replace(self, sequence=self.sequence.pin_memory())
 
 
 class ScoringSequences(Dataset[ScoringSequence]):
@@ -158,15 +190,30 @@ class ScoringSequences(Dataset[ScoringSequence]):
     """
 
     def __init__(
-        self, examples: Sequence[EncodedExample], *, rank: int, world_size: int, max_tokens: int
+        self,
+        examples: Sequence[EncodedExample],
+        *,
+        rank: int,
+        world_size: int,
+        max_tokens: int,
+        packing: Packing = Packing.PACKED,
     ) -> None:
         self.examples = examples
         self.answers = [example.scored_ids for example in examples]
-        trees = [
-            Tree(example.prompt_ids, answers)
-            for example, answers in zip(examples, self.answers, strict=True)
-        ]
-        packs = plan_packs(trees, max_tokens=max_tokens, share_prefix=True)
+        self._asked: list[tuple[int, int]] = []
+        packs: Sequence[Pack | Batch]
+        if packing.is_apart:
+            counts = [len(answers) for answers in self.answers]
+            self._asked = [(i, a) for i, count in enumerate(counts) for a in range(count)]
+            trees = [Tree(examples[i].prompt_ids, [self.answers[i][a]]) for i, a in self._asked]
+            packs = plan_batches(trees, max_tokens=max_tokens, packing=packing)
+        else:
+            trees = [
+                Tree(example.prompt_ids, answers)
+                for example, answers in zip(examples, self.answers, strict=True)
+            ]
+            packs = plan_packs(trees, max_tokens=max_tokens, share_prefix=True)
+        self._packing = packing
         self._packs = packs[rank::world_size]
         self._length = -(-len(packs) // world_size)
 
@@ -176,7 +223,11 @@ class ScoringSequences(Dataset[ScoringSequence]):
     def __getitem__(self, index: int) -> ScoringSequence:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        if index >= len(self._packs):
-            return ScoringSequence(empty_sequence(), [])
-        pack = self._packs[index]
-        return ScoringSequence(pack.lay(), list(pack.indices))
+        if not self._packing.is_apart:
+            if index >= len(self._packs):
+                return ScoringSequence(empty_sequence(), [])
+            pack = self._packs[index]
+            return ScoringSequence(pack.lay(), list(pack.indices))
+        pack = self._packs[index] if index < len(self._packs) else Batch(())
+        asked = [self._asked[i] for i in pack.indices]
+        return ScoringSequence(pack.lay(), [i for i, _ in asked], [a for _, a in asked])

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.data.packing import Pack, Tree
+from lora_fsdp.data.packing import Batch, Pack, Packing, Tree
 from lora_fsdp.data.sampling import TrainingStep, TrainingSteps, epoch_order, target_tree
 from lora_fsdp.data.schedule import Schedule, examples_per_rank
 
 _STEPS_LOOKED_AT = 20
+# Tokens of a batch of sequences of one example, where nothing else is asked for.
+_USUAL_BATCH = 2048
 # For the largest step: longer runs see the same examples over and over.
 _EXAMPLES_LOOKED_AT = 2_000_000
 
@@ -54,6 +56,7 @@ def measure_work(
     ranks: int,
     share_prefix: bool,
     tree_of: Callable[[EncodedExample], Tree] = target_tree,
+    packing: Packing = Packing.PACKED,
 ) -> Work:
     """Pack some optimizer steps as training will, and count: the first ones, and the largest.
 
@@ -70,8 +73,9 @@ def measure_work(
         world_size=ranks,
         seed=int(seed),
         share_prefix=share_prefix,
-        max_tokens=training["max_tokens_per_row"] or 2**31,
+        max_tokens=training["max_tokens_per_row"] or (_USUAL_BATCH if packing.is_apart else 2**31),
         tree_of=tree_of,
+        packing=packing,
     )
     looked_at = min(len(steps), max(1, schedule.steps), _STEPS_LOOKED_AT)
     seen = [steps[index] for index in range(looked_at)]
@@ -84,10 +88,18 @@ def measure_work(
         step_labels=sum(one.size.labels for step in seen for one in step.sequences) / len(seen),
         largest_step=max(*sizes, _largest_step(steps, epochs=schedule.epochs)),
         # An objective may train on several answers of an example.
-        longest_example=max(longest_example([*train, *held_out]), *map(len, map(tree_of, train))),
+        longest_example=max(
+            longest_example([*train, *held_out]),
+            *(_tokens_of(tree, packing) for tree in map(tree_of, train)),
+        ),
         # Before and after training.
         scored_tokens=2.0 * sum(len(e.prompt_ids) + len(e.target_ids) for e in held_out),
     )
+
+
+def _tokens_of(tree: Tree, packing: Packing) -> int:
+    """Of an example alone; all its answers are computed at once."""
+    return Batch([tree]).size.tokens if packing.is_apart else len(tree)
 
 
 def _tokens(step: TrainingStep) -> int:
@@ -98,8 +110,8 @@ def _largest_step(steps: TrainingSteps, *, epochs: float) -> int:
     """Tokens of the step that is the largest on any rank, going by the examples' lengths."""
     examples = steps.examples
     trees = [steps.tree_of(example) for example in examples]
-    lengths = np.array([len(tree) + len(tree.answers) for tree in trees])
-    if steps.share_prefix:  # as if a step were one packed sequence
+    lengths = np.array([_tokens_of(tree, steps.packing) + len(tree.answers) for tree in trees])
+    if steps.share_prefix and not steps.packing.is_apart:  # as if a step were one packed sequence
         lengths -= Pack(trees, share_prefix=True).shared
     most, found = -1, (0, 0, 0)
     most_epochs = max(1, _EXAMPLES_LOOKED_AT // len(examples))

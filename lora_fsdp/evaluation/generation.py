@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lora_fsdp.data.packing import Packing
 from lora_fsdp.ranks import from_every_rank, has_others, on_first_rank, rank, world_size
 
 # What a batch may hold: prompts, and tokens with those still to be generated. The same on every
@@ -29,6 +30,7 @@ def generate_texts(
     max_new_tokens: int,
     temperature: float,
     end_token_id: int,
+    packing: Packing = Packing.PACKED,
 ) -> list[str]:
     """The text generated after each prompt (only that: a prompt cannot be mistaken for it).
 
@@ -40,19 +42,26 @@ def generate_texts(
         max_new_tokens: length limit in tokens.
         temperature: 0 is greedy.
         end_token_id: the token that ends an answer.
+        packing: as of `plan_batches`.
     """
-    if not prompts:
-        return []
-    mine = generate_batch(
-        model,
-        tokenizer,
-        prompts,
-        device=device,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        end_token_id=end_token_id,
-    )
-    return on_first_rank(lambda: mine)
+    plan = [list(range(len(prompts)))] if prompts else []
+    if packing.is_apart:
+        lengths = [len(prompt) for prompt in prompts]
+        plan = plan_batches(lengths, max_new_tokens=max_new_tokens, packing=packing)
+    mine: dict[int, str] = {}
+    for places in plan:
+        texts = generate_batch(
+            model,
+            tokenizer,
+            [prompts[place] for place in places],
+            device=device,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            end_token_id=end_token_id,
+        )
+        mine |= dict(zip(places, texts, strict=True))
+    in_order = [mine[place] for place in range(len(prompts))]
+    return on_first_rank(lambda: in_order) if prompts else []
 
 
 @torch.no_grad()
@@ -64,6 +73,7 @@ def generate_answers(
     device: torch.device,
     max_new_tokens: int,
     end_token_id: int,
+    packing: Packing = Packing.PACKED,
 ) -> list[str]:
     """The text that greedy decoding generates after each prompt.
 
@@ -75,11 +85,13 @@ def generate_answers(
         prompts: N prompts as token ids.
         max_new_tokens: length limit in tokens.
         end_token_id: the token that ends an answer.
+        packing: as of `plan_batches`.
 
     Returns:
         N texts, the same on every rank.
     """
-    plan = plan_batches([len(prompt) for prompt in prompts], max_new_tokens=max_new_tokens)
+    lengths = [len(prompt) for prompt in prompts]
+    plan = plan_batches(lengths, max_new_tokens=max_new_tokens, packing=packing)
     generated: dict[int, str] = {}
     for first in range(0, len(plan), world_size()):
         place_of_mine = first + rank()
@@ -98,14 +110,22 @@ def generate_answers(
     return [generated[place] for place in range(len(prompts))]
 
 
-def plan_batches(lengths: Sequence[int], *, max_new_tokens: int) -> list[list[int]]:
-    """Divide prompts of these lengths over batches, like with like; returns their indices."""
+def plan_batches(
+    lengths: Sequence[int], *, max_new_tokens: int, packing: Packing = Packing.PACKED
+) -> list[list[int]]:
+    """Divide prompts of these lengths over batches, like with like; returns their indices.
+
+    What fills prompts up on the left would go through a recurrent state: where no two examples
+    share a sequence, a batch's prompts have one length; where each is computed alone, it has one.
+    """
     batches: list[list[int]] = []
+    most = 1 if packing is Packing.SINGLE else _MOST_PROMPTS
     for place in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         # The longest so far: in this order a batch's last prompt sets its width.
         width = lengths[place] + max_new_tokens
         full = batches and (len(batches[-1]) + 1) * width > _MOST_TOKENS
-        if not batches or full or len(batches[-1]) == _MOST_PROMPTS:
+        apart = packing.is_apart and batches and lengths[place] != lengths[batches[-1][-1]]
+        if not batches or full or apart or len(batches[-1]) == most:
             batches.append([])
         batches[-1].append(place)
     return batches

@@ -24,15 +24,18 @@ from lora_fsdp.base.fingerprints import fingerprint_base
 from lora_fsdp.base.folders import read_json_object
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.loading import load_tokenizer
+from lora_fsdp.compute.architectures import why_apart, windows_of
 from lora_fsdp.compute.fusing import Fusing
 from lora_fsdp.compute.packed_model import PackedModel
-from lora_fsdp.compute.packing_check import check_packing
 from lora_fsdp.data.encoding import EncodedExample, Encoder
+from lora_fsdp.data.packing import Packing
 from lora_fsdp.errors import AdapterVerificationError
 from lora_fsdp.evaluation.generation import LEAST_NEW_TOKENS, generate_answers, generate_texts
 from lora_fsdp.evaluation.metrics import model_outputs
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.evaluation.scoring import Scores, score_examples
+from lora_fsdp.placement.packing import choose_packing
+from lora_fsdp.sizing.packing import checked_packing
 from lora_fsdp.tasks import Example, Task, get_task
 from lora_fsdp.tasks.answers import ModelOutputs
 
@@ -41,7 +44,9 @@ TASK_FILE = "task.json"
 _SEQUENCE_TOKENS = {"cuda": 2048, "cpu": 512}
 
 
-def save_task(encoder: Encoder, folder: str | Path, *, max_new_tokens: int) -> None:
+def save_task(
+    encoder: Encoder, folder: str | Path, *, max_new_tokens: int, packing: Packing = Packing.PACKED
+) -> None:
     """Write how the adapter was prompted beside it, so that it can be asked the same way."""
     contents = {
         "task": encoder.task.name,
@@ -49,6 +54,7 @@ def save_task(encoder: Encoder, folder: str | Path, *, max_new_tokens: int) -> N
         "max_length": encoder.max_length,
         "chat_template": encoder.chat_template,
         "max_new_tokens": max_new_tokens,
+        "examples_share_sequences": not packing.is_apart,
     }
     write_json(Path(folder) / TASK_FILE, contents)
 
@@ -63,14 +69,16 @@ def _read_task(folder: Path) -> dict[str, Any]:
         raise AdapterVerificationError(
             f"{folder} holds no {TASK_FILE}: give the output folder of a finished run."
         )
-    # Adapters of 0.1.0 do not say how long their answers may be.
-    saved = {"max_new_tokens": LEAST_NEW_TOKENS, **read_json_object(folder, TASK_FILE)}
+    # Adapters of 0.1.0 do not say how long their answers may be; all of them were packed.
+    absent = {"max_new_tokens": LEAST_NEW_TOKENS, "examples_share_sequences": True}
+    saved = {**absent, **read_json_object(folder, TASK_FILE)}
     kinds = {
         "task": str,
         "options": dict,
         "max_length": int,
         "chat_template": bool,
         "max_new_tokens": int,
+        "examples_share_sequences": bool,
     }
     for key, kind in kinds.items():
         # A bool is an int to Python.
@@ -91,15 +99,27 @@ def _read_encoder(folder: Path, saved: dict[str, Any]) -> Encoder:
     )
 
 
-def _fastest(model: PeftModel, *, device: torch.device) -> PackedModel:
-    """Fuse the layers where they can be, and check the result on the live model."""
-    packed = PackedModel(model)
-    if base_model(model).config._attn_implementation == "sdpa":
+def _fastest(model: PeftModel, *, device: torch.device, longest: int, packs: bool) -> PackedModel:
+    """Fuse the layers where they can be, and check the result on the live model.
+
+    Args:
+        model: with its adapter, where it computes.
+        device: where that is.
+        longest: the longest example in tokens.
+        packs: whether examples shared sequences when it was trained.
+    """
+    packed, base = PackedModel(model), base_model(model)
+    packed.windows = windows_of(base, longest=longest)
+    reason = why_apart(base)
+    choice = choose_packing("auto" if packs else "never", why_apart=reason)
+    if choice.packing.is_apart:
+        packed.fusing = Fusing(reason=choice.reason)
+    elif base.config._attn_implementation == "sdpa":
         packed.fuse()
     else:
         packed.fusing = Fusing(reason="attention that is not SDPA")
     packed.shortened_last_layer = True
-    check_packing(packed, device=device)
+    checked_packing(packed, choice, device=device)
     return packed
 
 
@@ -152,7 +172,12 @@ class Predictor:
             check_base(proof, fingerprint_base(model), adapter=path, base=name)
         load_with_peft(adapter, model)
         encoder = _read_encoder(path, saved)
-        packed = _fastest(attach_saved(adapter, model).to(device), device=device)
+        packed = _fastest(
+            attach_saved(adapter, model).to(device),
+            device=device,
+            longest=encoder.max_length,
+            packs=saved["examples_share_sequences"],
+        )
         return cls(encoder.task, encoder, packed, device, saved["max_new_tokens"])
 
     def score(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> Scores:
@@ -200,4 +225,5 @@ class Predictor:
             device=self.device,
             max_new_tokens=limit,
             end_token_id=self.encoder.end_token_id,
+            packing=self.packed.packing,
         )

@@ -67,7 +67,7 @@ def score_sequences(
     for scoring in sequences:
         sequence = scoring.sequence.to(device, non_blocking=True)
         outputs = packed.label_outputs(sequence)
-        places = _answer_places(scoring.examples, counts=counts, most=most).to(device)
+        places = _answer_places(scoring, counts=counts, most=most).to(device)
         owner = places[sequence.label_answers]
         results[0].index_add_(0, owner, outputs.log_probs.float())
         results[1].index_add_(0, owner, (~outputs.is_most_likely).float())
@@ -88,7 +88,9 @@ def score_examples(
     max_tokens: int = 2048,
 ) -> Scores:
     """Score `examples` with an unsharded model in this process alone."""
-    sequences = ScoringSequences(examples, rank=0, world_size=1, max_tokens=max_tokens)
+    sequences = ScoringSequences(
+        examples, rank=0, world_size=1, max_tokens=max_tokens, packing=packed.packing
+    )
     return score_sequences(
         packed,
         (sequences[index] for index in range(len(sequences))),
@@ -97,8 +99,10 @@ def score_examples(
     )
 
 
-def _answer_places(examples: Sequence[int], *, counts: torch.Tensor, most: int) -> torch.Tensor:
+def _answer_places(scoring: ScoringSequence, *, counts: torch.Tensor, most: int) -> torch.Tensor:
     """Where a sequence's answers stand in the flat [N * A] result, in its order."""
-    chosen = torch.tensor(examples, dtype=torch.int64)
+    chosen = torch.tensor(scoring.examples, dtype=torch.int64)
+    if scoring.answers is not None:
+        return chosen * most + torch.tensor(scoring.answers, dtype=torch.int64)
     places = chosen[:, None] * most + torch.arange(most)
     return places[torch.arange(most) < counts[chosen][:, None]]

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lora_fsdp.data.packing import Packing
 from lora_fsdp.data.workload import Work
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.placement.layout import Layout
 from lora_fsdp.placement.memory import DeviceMemory, LargestSequence, device_memory, peak_allocated
+from lora_fsdp.placement.packing import PackingChoice
 from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.residency import (
     Residency,
@@ -44,6 +46,7 @@ class Placement:
         layout: how the base lies across ranks.
         residency: how many layers every rank keeps, and why.
         choice: the step, and why.
+        packing: whether examples share sequences.
         shares_prefix: whether sequences compute their prompts' common prefix once.
         sequence_length: longest packed sequence in tokens.
         largest: the largest sequence of a step.
@@ -55,6 +58,7 @@ class Placement:
     layout: Layout
     residency: Residency
     choice: StepChoice
+    packing: PackingChoice
     shares_prefix: bool
     sequence_length: int
     largest: LargestSequence
@@ -90,7 +94,7 @@ class Placement:
         lines = [
             f"  base      {self._base_in_words()}",
             f"  step      {self.step}: {self.choice.reason}",
-            f"  packing   up to {self.sequence_length} tokens a sequence",
+            f"  packing   {self._packing_in_words()}",
         ]
         if self.recomputing:
             lines.append(f"  backward  recomputes activations: {self.recomputing}")
@@ -103,6 +107,14 @@ class Placement:
                     f"  faster    on GPUs of {needed:.0f} GB, where every rank keeps the whole base"
                 )
         return "\n".join(lines)
+
+    def _packing_in_words(self) -> str:
+        if self.packing.packing is Packing.SINGLE:
+            return str(self.packing)
+        length = f"up to {self.sequence_length} tokens"
+        if self.packing.packing is Packing.BATCHED:
+            return f"{self.packing}, {length} a batch"
+        return f"{length} a sequence"
 
     def _base_in_words(self) -> str:
         kept, total, reason = self.layout.resident_layers, self.shape.layers, self.residency.reason
@@ -151,11 +163,42 @@ def _decide(shape: ModelShape, work: Work, hardware: Hardware, request: Request)
         layout=layout,
         residency=residency,
         choice=choose_step(shape, layout, hardware, request, seconds=seconds),
+        packing=request.packing_choice,
         shares_prefix=request.shares_prefix,
         sequence_length=length,
         largest=largest_sequence(work, length),
         recomputing=recomputing,
         free=hardware.free,
+    )
+
+
+def with_packing(
+    placement: Placement,
+    choice: PackingChoice,
+    shape: ModelShape,
+    work: Work,
+    hardware: Hardware,
+    request: Request,
+) -> Placement:
+    """A placement whose base lies already, with examples that turned out to need other sequences.
+
+    Args:
+        placement: of before.
+        choice: how examples are laid now: not packed.
+        shape, work, request: counted and asked for with that.
+        hardware: measured before.
+    """
+    layout = replace(placement.layout, captured=False, gathers_captured=False)
+    length = sequence_length(shape, layout, work, hardware, request)
+    return replace(
+        placement,
+        shape=shape,
+        layout=layout,
+        choice=choose_step(shape, layout, hardware, request, seconds=0.0),
+        packing=choice,
+        shares_prefix=False,
+        sequence_length=length,
+        largest=largest_sequence(work, length),
     )
 
 

@@ -10,6 +10,8 @@ from transformers import PretrainedConfig
 
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.dropout import dropout_settings
+from lora_fsdp.errors import ArgumentError
+from lora_fsdp.placement.packing import PackingChoice, choose_packing
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Request:
         step: `auto`, or the step that is asked for.
         resident_layers: `auto`, `all`, `none` or a number.
         share_prefix: `auto`, `always` or `never`.
+        packing: `auto`, `always` or `never`.
+        why_apart: why examples cannot share a sequence, going by the architecture; `None` = they
+            can.
         max_tokens_per_row: the longest packed sequence; `None` = by memory.
         gradient_checkpointing: recompute activations, asked for by the arguments.
         own_checkpointing: it is set how (`gradient_checkpointing_kwargs`).
@@ -35,6 +40,8 @@ class Request:
     step: str = "auto"
     resident_layers: str = "auto"
     share_prefix: str = "auto"
+    packing: str = "auto"
+    why_apart: str | None = None
     max_tokens_per_row: int | None = None
     gradient_checkpointing: bool = False
     own_checkpointing: bool = False
@@ -56,12 +63,15 @@ class Request:
         autocast: bool,
         config: PretrainedConfig,
         lora_dropout: bool,
+        why_apart: str | None = None,
     ) -> Request:
         """Of a run with these values of `FineTuningArguments`, and its model's config."""
         return cls(
             step=training["step"],
             resident_layers=training["resident_layers"],
             share_prefix=training["share_prefix"],
+            packing=training["packing"],
+            why_apart=why_apart,
             max_tokens_per_row=training["max_tokens_per_row"],
             gradient_checkpointing=bool(training["gradient_checkpointing"]),
             own_checkpointing=bool(training["gradient_checkpointing_kwargs"]),
@@ -75,11 +85,28 @@ class Request:
         )
 
     @property
+    def packing_choice(self) -> PackingChoice:
+        """Whether examples share a sequence, before the model is asked itself.
+
+        Raises:
+            ArgumentError: packing, or a shared prefix, was asked for and cannot be.
+        """
+        choice = choose_packing(self.packing, why_apart=self.why_apart)
+        if choice.packing.is_apart and self.share_prefix == "always":
+            raise ArgumentError(
+                f"--share_prefix always: each example has a sequence of its own ({choice.reason}), "
+                "and no prefix to share. Use --share_prefix auto."
+            )
+        return choice
+
+    @property
     def shares_prefix(self) -> bool:
         """Whether packed sequences compute their prompts' common prefix once.
 
         With dropout, LoRA's or the model's, examples would share the prefix's dropout masks.
         """
+        if self.packing_choice.packing.is_apart:
+            return False
         if self.share_prefix == "auto":
             return not (self.lora_dropout or self.model_dropout)
         return self.share_prefix == "always"
@@ -96,6 +123,8 @@ class Request:
         """Why the model's own layers are to compute; `None` = fused ones may."""
         if self.step in ("eager", "compiled"):
             return f"--step {self.step}"
+        if self.packing_choice.packing.is_apart:
+            return "each example has a sequence of its own"
         if self.autocast:
             return "mixed_precision in the accelerate YAML"
         if self.attention != "sdpa":

@@ -62,6 +62,8 @@ def why_not_captured(
         return "CUDA graphs need a GPU"
     if request.step in (Step.EAGER, Step.FUSED):
         return f"--step {request.step}"
+    if request.packing_choice.packing.is_apart:
+        return "sequences of one example differ in number and length"
     if not recomputed:
         return None
     if request.fsdp is not None and request.fsdp.activation_offload:

@@ -71,6 +71,9 @@ def make_plan(
         for candidate in candidates(question, gpu, count, price_per_hour=price_per_hour)
     ]
     notes = [shape.note] if shape.note else []
+    packing = question.request(chosen[0][0]).packing_choice
+    if packing.packing.is_apart:
+        notes.append(f"packing: {packing}")
     if any(count > _ONE_MACHINE for count, _ in chosen):
         notes.append(
             f"more than {_ONE_MACHINE} GPUs are several machines: memory holds for them, time does "

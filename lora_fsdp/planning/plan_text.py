@@ -37,6 +37,8 @@ def candidate_as_json(candidate: Candidate, plan: Plan) -> dict[str, Any]:
         "fits": candidate.fits,
         "spare": candidate.spare,
         "step": str(candidate.placement.step),
+        "packing": str(candidate.placement.packing.packing),
+        "why_not_packed": candidate.placement.packing.reason,
         "row_tokens": candidate.placement.largest.tokens,
         "max_tokens_per_row": candidate.placement.sequence_length,
         "bytes": {**asdict(candidate.memory), "total": candidate.memory.total},

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.loading import resolve_dtype
+from lora_fsdp.compute.architectures import why_apart
 from lora_fsdp.data.workload import Work
 from lora_fsdp.distributed.launch import read_fsdp_settings
 from lora_fsdp.distributed.launch_files import as_launched, read_launch
@@ -30,7 +31,7 @@ def question_of_recipe(
     model_args: ModelArguments,
     adapter: LoraConfig,
     training: Mapping[str, Any],
-    work: Callable[[int, bool], Work],
+    work: Callable[[int, Request], Work],
     yaml_for: Callable[[int], Path],
     shipped: Mapping[str, Path],
     is_open: bool,
@@ -41,7 +42,8 @@ def question_of_recipe(
         config, model_args: of the base.
         adapter: what is trained.
         training: values of `FineTuningArguments` by name.
-        work: what the run computes on so many ranks, with the prompts' common prefix shared or not.
+        work: what the run computes on so many ranks, with examples laid into sequences as that asks
+            for.
         yaml_for: the accelerate YAML for a number of GPUs.
         shipped, is_open: see `Question`.
 
@@ -49,6 +51,7 @@ def question_of_recipe(
         UnsupportedModelError, TargetModulesError: as `shape_of`.
     """
     skeleton = _skeleton(config, model_args)
+    apart = why_apart(skeleton)
 
     @cache
     def request(ranks: int) -> Request:
@@ -60,14 +63,16 @@ def question_of_recipe(
             autocast=mixed_precision or bool(training["bf16"] or training["fp16"]),
             config=skeleton.config,
             lora_dropout=bool(adapter.lora_dropout),
+            why_apart=apart,
         )
 
     asked = request(1)
+    packed = not asked.packing_choice.packing.is_apart
     return Question(
         model=model_args.model_name_or_path,
-        shape=shape_of(skeleton, adapter, stay=asked.why_not_fused),
+        shape=shape_of(skeleton, adapter, stay=asked.why_not_fused, packed=packed),
         request=request,
-        work=cache(lambda ranks: work(ranks, asked.shares_prefix)),
+        work=cache(lambda ranks: work(ranks, asked)),
         shipped={name: _read_yaml(file, 2)[0] for name, file in shipped.items()},
         dtype=str(skeleton.dtype).removeprefix("torch."),
         is_open=is_open,

@@ -30,13 +30,18 @@ from lora_fsdp.base.loading import LOADING_ERRORS
 from lora_fsdp.base.multimodal import auto_class, drop_towers
 from lora_fsdp.compute.decoder_layer import FusedLayer
 from lora_fsdp.compute.fusing import exchange_forwards, why_not_fused
+from lora_fsdp.compute.packed_model import keeps_logits, plain_logits
 from lora_fsdp.compute.patches import Patches
 from lora_fsdp.errors import UnsupportedModelError
 from lora_fsdp.placement.shape import ModelShape
 
 
 def shape_of(
-    skeleton: PreTrainedModel, adapter: LoraConfig, *, stay: str | None = None
+    skeleton: PreTrainedModel,
+    adapter: LoraConfig,
+    *,
+    stay: str | None = None,
+    packed: bool = True,
 ) -> ModelShape:
     """Count a model that has no numbers yet; `skeleton` gets the adapter and is of no further use.
 
@@ -45,6 +50,7 @@ def shape_of(
         adapter: what is trained.
         stay: why the model's own layers are to compute; `None` = fused ones do, where the model has
             their shape.
+        packed: whether examples share sequences.
 
     Raises:
         UnsupportedModelError: it has no list of decoder layers.
@@ -61,14 +67,22 @@ def shape_of(
     reasons = [stay] if stay is not None else [why_not_fused(layer) for layer in layers]
     unfused = next((reason for reason in reasons if reason is not None), "")
     drops = bool(adapter.lora_dropout or dropout_settings(skeleton.config))
-    return _counted(skeleton, model, layers, drops=drops, unfused=unfused)
+    return _counted(skeleton, model, layers, drops=drops, unfused=unfused, packed=packed)
 
 
 def _counted(
-    base: PreTrainedModel, model: PeftModel, layers: list[nn.Module], *, drops: bool, unfused: str
+    base: PreTrainedModel,
+    model: PeftModel,
+    layers: list[nn.Module],
+    *,
+    drops: bool,
+    unfused: str,
+    packed: bool,
 ) -> ModelShape:
     is_fused = not unfused
-    (per_token, per_pair), note = _saved_or_estimated(model, layers, is_fused=is_fused)
+    (per_token, per_pair), note = _saved_or_estimated(
+        model, layers, is_fused=is_fused, packed=packed
+    )
     widths = base.config.get_text_config()
     linears = [_linear_sizes(layer) for layer in layers]
     adapted: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
@@ -135,7 +149,7 @@ def build_on_meta(
 
 
 def _saved_or_estimated(
-    model: PeftModel, layers: list[nn.Module], *, is_fused: bool
+    model: PeftModel, layers: list[nn.Module], *, is_fused: bool, packed: bool
 ) -> tuple[tuple[int, int], str]:
     """Bytes kept a token and a pair of tokens, and a note if they could only be estimated."""
     base = base_model(model)
@@ -143,7 +157,7 @@ def _saved_or_estimated(
         if is_fused:
             fused = [FusedLayer(layer) for layer in layers]
             exchange_forwards(base.base_model, fused, patches=Patches())
-        return _saved(model), ""
+        return _saved(model, packed=packed), ""
     # Layers that look at numbers (experts that tokens are sent to) do not run without any.
     except (NotImplementedError, *LOADING_ERRORS) as error:
         config = base.config.get_text_config()
@@ -157,15 +171,15 @@ def _saved_or_estimated(
         )
 
 
-def _saved(model: PeftModel) -> tuple[int, int]:
+def _saved(model: PeftModel, *, packed: bool) -> tuple[int, int]:
     """The linear and the square part of what a forward keeps, from three lengths."""
     unit = 64
-    short, middle, long = (_saved_bytes(model, unit * times) for times in (1, 2, 3))
+    short, middle, long = (_saved_bytes(model, unit * times, packed=packed) for times in (1, 2, 3))
     pair = (long - 2 * middle + short) / (2 * unit**2)
     return round((middle - short) / unit - 3 * unit * pair), round(pair)
 
 
-def _saved_bytes(model: PeftModel, tokens: int) -> int:
+def _saved_bytes(model: PeftModel, tokens: int, *, packed: bool) -> int:
     """Bytes that autograd keeps of a forward over one sequence on the meta device."""
     own = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, torch.Tensor] = {}  # the tensors too, so that no storage is used again
@@ -176,15 +190,20 @@ def _saved_bytes(model: PeftModel, tokens: int) -> int:
         return tensor
 
     model.train()
-    dtype = base_model(model).dtype
+    base = base_model(model)
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     with saved_tensors_hooks(keep, lambda tensor: tensor), _AttentionByKernel():
-        model(
-            input_ids=torch.zeros(1, tokens, dtype=torch.int64, device="meta"),
-            attention_mask=torch.zeros(1, 1, tokens, tokens, dtype=dtype, device="meta"),
-            position_ids=torch.zeros(1, tokens, dtype=torch.int64, device="meta"),
-            use_cache=False,
-            logits_to_keep=1,
-        )
+        if packed:
+            model(
+                input_ids=ids,
+                attention_mask=torch.zeros(1, 1, tokens, tokens, dtype=base.dtype, device="meta"),
+                position_ids=torch.zeros(1, tokens, dtype=torch.int64, device="meta"),
+                use_cache=False,
+                logits_to_keep=1,
+            )
+        else:
+            one = {"logits_to_keep": 1} if keeps_logits(type(base)) else {}  # type: ignore[arg-type]
+            plain_logits(model, ids, **one)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

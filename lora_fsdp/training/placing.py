@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -17,17 +17,21 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase
+from lora_fsdp.compute.architectures import why_apart, windows_of
 from lora_fsdp.compute.packed_model import PackedModel
+from lora_fsdp.compute.packing_check import sample_of
+from lora_fsdp.data.packing import Packing, Tree
 from lora_fsdp.data.workload import NO_WORK, Work
 from lora_fsdp.distributed.captured_gathers import why_gathers_not_captured
 from lora_fsdp.distributed.sharding import check_placement, layers_to_shard, place_model
-from lora_fsdp.placement.decide import Placement, decide
+from lora_fsdp.placement.decide import Placement, decide, with_packing
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.shape import ModelShape
 from lora_fsdp.placement.step import Step
 from lora_fsdp.sizing.counting import shape_of
 from lora_fsdp.sizing.hardware import hardware_here
+from lora_fsdp.sizing.packing import checked_packing
 
 
 def place_for_training(
@@ -36,6 +40,7 @@ def place_for_training(
     request: Request,
     device: torch.device,
     work: Work,
+    longest: int,
     stored: StoredBase | None = None,
 ) -> tuple[Placement, PackedModel]:
     """Decide, then fuse the layers and put the model in place accordingly.
@@ -48,6 +53,7 @@ def place_for_training(
         model: base and adapter, in host memory; the base perhaps without its weights.
         request, work: what the run asks for, and will compute.
         device: where.
+        longest: the longest example in tokens.
         stored: where the base's weights are to be read from, if they have not been.
 
     Returns:
@@ -58,6 +64,7 @@ def place_for_training(
     hardware = hardware_here(device, base=base)
     placement = decide_for_run(model, work, hardware, request)
     packed = PackedModel(model)
+    packed.windows = windows_of(base, longest=longest)
     if placement.shape.is_fused:
         packed.fuse(layers, filled_copy=stored.filled_copy if stored else None)
         if not packed.fusing.is_fused:
@@ -79,7 +86,8 @@ def decide_for_run(
 
     `stay` says why the model's own layers are to compute, if that was found out.
     """
-    shape = count(model, stay=request.why_not_fused or stay)
+    packed = not request.packing_choice.packing.is_apart
+    shape = count(model, stay=request.why_not_fused or stay, packed=packed)
     placement = decide(shape, work, hardware, request)
     gathers_in_graphs = placement.step is Step.GRAPH and not placement.is_whole
     if gathers_in_graphs and hardware.free is not None:
@@ -87,6 +95,42 @@ def decide_for_run(
         tried = replace(hardware, why_gathers_not_captured=reason)
         placement = decide(shape, work, tried, request)
     return placement
+
+
+def check_examples_apart(
+    packed: PackedModel,
+    placement: Placement,
+    *,
+    request: Request,
+    device: torch.device,
+    trees: Sequence[Tree],
+    work: Callable[[Packing], Work],
+) -> Placement:
+    """Ask the placed model whether examples are computed as if each stood alone, and decide anew
+    how they are laid into sequences where they are not. A collective call.
+
+    Args:
+        packed, placement, request, device: of `place_for_training`.
+        trees: of all training examples.
+        work: what the run computes, packed or not.
+
+    Raises:
+        UnsupportedModelError: packing was asked for, and changes what the model computes; or that
+            is not finite.
+    """
+    largest = placement.largest
+    sample = sample_of(trees, tokens=max(largest.tokens, largest.scored))
+    choice = checked_packing(
+        packed, placement.packing, asked=request.packing, device=device, sample=sample
+    )
+    if choice == placement.packing:
+        return placement
+    asked = replace(request, why_apart=choice.reason)
+    shape = count(cast(PeftModel, packed.model), stay=asked.why_not_fused, packed=False)
+    hardware = hardware_here(device, base=packed.base)
+    if placement.free is not None:  # what the model takes by now was free before
+        hardware = replace(hardware, free=placement.free)
+    return with_packing(placement, choice, shape, work(choice.packing), hardware, asked)
 
 
 def check_can_be_placed(
@@ -114,8 +158,10 @@ def check_can_be_placed(
         autocast=args.mixed_precision != "no",
         config=skeleton.config,
         lora_dropout=bool(adapter.lora_dropout),
+        why_apart=why_apart(skeleton),
     )
-    shape = shape_of(skeleton, adapter, stay=request.why_not_fused)
+    packed = not request.packing_choice.packing.is_apart
+    shape = shape_of(skeleton, adapter, stay=request.why_not_fused, packed=packed)
     decide(shape, NO_WORK, hardware_here(args.device, base=skeleton), request)
 
 
@@ -131,17 +177,18 @@ def request_of_run(
         autocast=args.mixed_precision != "no",  # also where the accelerate YAML says so
         config=base.config,
         lora_dropout=has_dropout(model),
+        why_apart=why_apart(base),
     )
 
 
-def count(model: PeftModel, *, stay: str | None) -> ModelShape:
+def count(model: PeftModel, *, stay: str | None, packed: bool) -> ModelShape:
     """The sizes of a model, counted on a copy without numbers."""
     base = base_model(model)
     with torch.device("meta"):
         skeleton = type(base)._from_config(copy.deepcopy(base.config), dtype=base.dtype)
     skeleton.tie_weights()
     adapter = cast(LoraConfig, model.peft_config[str(model.active_adapter)])
-    return shape_of(skeleton, adapter, stay=stay)
+    return shape_of(skeleton, adapter, stay=stay, packed=packed)
 
 
 def _prepare_layers(packed: PackedModel, layers: Sequence[nn.Module], placement: Placement) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase, WholeBase
 from lora_fsdp.compute.architectures import check_architecture, check_token_ids
 from lora_fsdp.data.encoding import EncodedExample, Encoder
+from lora_fsdp.data.packing import Packing
 from lora_fsdp.data.schedule import Schedule
 from lora_fsdp.data.workload import Work, measure_work
 from lora_fsdp.errors import ArgumentError, UnsupportedModelError
@@ -47,6 +48,7 @@ class PreparedRun:
         request: what the run asks for of its placement.
         schedule: its optimizer steps.
         work: what training will compute on each rank.
+        work_as: the same with examples laid otherwise into sequences.
         facts: what a checkpoint says of the run.
     """
 
@@ -59,6 +61,7 @@ class PreparedRun:
     request: Request
     schedule: Schedule
     work: Work
+    work_as: Callable[[Packing], Work]
     facts: dict[str, Any]
 
     @property
@@ -100,8 +103,19 @@ def prepare_run(
     request = request_of_run(adapted, args, settings=settings)
     fingerprints = run_fingerprints(args, adapted, train=to_train, held_out=to_score, stored=stored)
     check_ranks_agree(fingerprints)
-    training, ranks, share_prefix = vars(args), args.world_size, request.shares_prefix
-    tree_of = objective.tree
+    packing = request.packing_choice.packing
+
+    def work_as(packing: Packing) -> Work:
+        return measure_work(
+            vars(args),
+            to_train,
+            to_score,
+            ranks=args.world_size,
+            share_prefix=request.shares_prefix and not packing.is_apart,
+            tree_of=objective.tree,
+            packing=packing,
+        )
+
     return PreparedRun(
         model=adapted,
         stored=stored,
@@ -110,10 +124,9 @@ def prepare_run(
         base_fingerprint=base_fingerprint,
         probes=build_probes(encoder, [*train, *held_out]),
         request=request,
-        schedule=Schedule.of(training, rows=len(to_train), ranks=ranks),
-        work=measure_work(
-            training, to_train, to_score, ranks=ranks, share_prefix=share_prefix, tree_of=tree_of
-        ),
+        schedule=Schedule.of(vars(args), rows=len(to_train), ranks=args.world_size),
+        work=work_as(packing),
+        work_as=work_as,
         facts=run_facts(args, adapted, fingerprints=fingerprints),
     )
 

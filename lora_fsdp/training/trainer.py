@@ -34,7 +34,6 @@ from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.streaming import StoredBase, WholeBase
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
-from lora_fsdp.compute.packing_check import check_packing, sample_of
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import (
     ScoringSequence,
@@ -60,7 +59,7 @@ from lora_fsdp.training.hooks import (
 )
 from lora_fsdp.training.logging.figures import RunFigures
 from lora_fsdp.training.logging.progress import RunProgress
-from lora_fsdp.training.placing import place_for_training
+from lora_fsdp.training.placing import check_examples_apart, place_for_training
 from lora_fsdp.training.prepared import (
     PreparedRun,
     fold_accumulation,
@@ -194,6 +193,7 @@ class LoraTrainer(Trainer):
             request=run.request,
             device=self.args.device,
             work=run.work,
+            longest=self.encoder.max_length,
             stored=run.stored,
         )
         layout = self.placement.layout
@@ -205,10 +205,7 @@ class LoraTrainer(Trainer):
         self.adapter = AdapterSet.of(self.model)
         self.adapter.broadcast()
         self.adapter.check_equal()
-        largest = self.placement.largest
-        trees = [self.objective.tree(example) for example in run.train]
-        sample = sample_of(trees, tokens=max(largest.tokens, largest.scored))
-        check_packing(self.packed, device=self.args.device, sample=sample)
+        self._check_examples_apart(run)
         release_gathered(self.model)
         self.step = self._step()
         self.packed.patches.set(
@@ -223,6 +220,23 @@ class LoraTrainer(Trainer):
             True,
             why="accelerate must not wrap the model in DDP: the steps sum the gradients",
         )
+
+    def _check_examples_apart(self, run: PreparedRun) -> None:
+        before = self.placement
+        self.placement = check_examples_apart(
+            self.packed,
+            before,
+            request=run.request,
+            device=self.args.device,
+            trees=[self.objective.tree(example) for example in run.train],
+            work=run.work_as,
+        )
+        packing = self.placement.packing.packing
+        if packing is not before.packing.packing:
+            self.share_prefix, self.work = self.placement.shares_prefix, run.work_as(packing)
+        # It was taken back with all that was changed for packed sequences.
+        if packing.is_apart and before.layout.recomputed and not self.args.gradient_checkpointing:
+            enable_checkpointing(self.packed, self.args, self.fsdp_settings)
 
     def _step(self) -> EagerStep:
         kind: Callable[..., EagerStep] = EagerStep
@@ -377,6 +391,7 @@ class LoraTrainer(Trainer):
             max_tokens=self.placement.sequence_length,
             tree_of=self.objective.tree,
             count_of=self.objective.count,
+            packing=self.packed.packing,
         )
         return self._loader(steps)
 
@@ -570,6 +585,7 @@ class LoraTrainer(Trainer):
                 rank=self.args.process_index,
                 world_size=self.args.world_size,
                 max_tokens=self.placement.sequence_length,
+                packing=self.packed.packing,
             )
         )
 

@@ -21,9 +21,10 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from lora_fsdp.compute.architectures import check_architecture
+from lora_fsdp.compute.architectures import check_architecture, why_apart, windows_of
+from lora_fsdp.compute.attention import Window
 from lora_fsdp.compute.packed_model import PackedModel
-from lora_fsdp.compute.packing_check import check_packing
+from lora_fsdp.compute.packing_check import check_packing, why_not_packed
 from lora_fsdp.data.packing import Tree, empty_sequence, pack_sequence
 from lora_fsdp.errors import UnsupportedModelError
 from tests.support.tiny import CONFIGS, adapted_model, tiny_model
@@ -54,6 +55,8 @@ def test_live_check_refuses_a_model_that_cannot_be_packed(fault):
     check_packing(PackedModel(model), device=torch.device("cpu"))
     forward = model.forward
     model.forward = lambda **inputs: forward(**fault(inputs))
+    reason = why_not_packed(PackedModel(model), device=torch.device("cpu"))
+    assert reason.startswith("LlamaForCausalLM computes packed examples (two short ones)")
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM computes packed examples"):
         check_packing(PackedModel(model), device=torch.device("cpu"))
 
@@ -198,20 +201,25 @@ class TestCacheTrap:
         assert torch.equal(PackedModel(model).label_log_probs(sequence), expected)
 
 
+def apart(model):
+    """Why it is not packed; it is not refused."""
+    check_architecture(model, longest=64)
+    return why_apart(model)
+
+
 class TestArchitectures:
     @pytest.mark.parametrize("kind", sorted(CONFIGS))
     def test_accepted(self, kind):
         check_architecture(tiny_model(kind), longest=512)
+        assert apart(tiny_model(kind)) is None
 
     def test_no_position_ids(self):
         bloom = model_from(BloomConfig(vocab_size=60, hidden_size=32, n_layer=1, n_head=2))
-        with pytest.raises(UnsupportedModelError, match="BloomForCausalLM takes no `position_ids`"):
-            check_architecture(bloom, longest=64)
+        assert apart(bloom) == "BloomForCausalLM takes no `position_ids`"
 
     def test_recurrent(self):
         sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
-        with pytest.raises(UnsupportedModelError, match=r"MambaForCausalLM.*choose"):
-            check_architecture(model_from(MambaConfig(**sizes)), longest=64)
+        assert apart(model_from(MambaConfig(**sizes)))
 
     def test_hybrid_by_layer_types(self):
         config = Qwen3NextConfig(
@@ -224,27 +232,23 @@ class TestArchitectures:
             shared_expert_intermediate_size=16,
             layer_types=["linear_attention", "full_attention"],
         )
-        with pytest.raises(UnsupportedModelError, match=r"linear_attention.*attention-only"):
-            check_architecture(model_from(config), longest=64)
+        assert apart(model_from(config)).endswith("mixes tokens by linear_attention")
 
     def test_hybrid_by_block_types(self):
         config = RecurrentGemmaConfig(
             **SIZES, num_key_value_heads=1, block_types=("recurrent", "attention"), lru_width=32
         )
-        with pytest.raises(UnsupportedModelError, match="RecurrentGemmaForCausalLM"):
-            check_architecture(model_from(config), longest=64)
+        assert apart(model_from(config)).startswith("RecurrentGemmaForCausalLM")
 
-    @pytest.mark.parametrize(("longest", "refused"), [(63, False), (64, False), (65, True)])
-    def test_window_against_the_longest_example(self, longest, refused):
+    @pytest.mark.parametrize(("longest", "windowed"), [(63, False), (64, False), (65, True)])
+    def test_window_against_the_longest_example(self, longest, windowed):
         model = model_from(MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=64))
-        if not refused:
-            check_architecture(model, longest=longest)
-            return
-        with pytest.raises(UnsupportedModelError, match=r"windows of 64 .*--max_length .* 64"):
-            check_architecture(model, longest=longest)
+        assert apart(model) is None
+        windows = windows_of(model, longest=longest)
+        assert windows == ({"sliding_attention": Window(64)} if windowed else {})
 
     def test_an_example_as_long_as_the_window_is_exact(self):
-        """The boundary case that the check lets through."""
+        """The boundary case without a window in the mask."""
         config = MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=8)
         model = model_from(config)
         ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12]])
@@ -258,7 +262,7 @@ class TestArchitectures:
 
     def test_no_window(self):
         config = MistralConfig(**SIZES, num_key_value_heads=1, sliding_window=None)
-        check_architecture(model_from(config), longest=100_000)
+        assert windows_of(model_from(config), longest=100_000) == {}
 
     def test_longer_than_the_learnt_positions(self):
         config = GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, n_positions=64)
@@ -276,6 +280,7 @@ class TestArchitectures:
         """Accepted, and packed examples have the log-probabilities that they have alone."""
         model = model_from(config)
         check_architecture(model, longest=64)
+        assert apart(model) is None
         trees = two_trees()
         packed = PackedModel(model).label_log_probs(pack_sequence(trees, share_prefix=True))
         alone = []
@@ -289,8 +294,7 @@ class TestArchitectures:
 
     def test_one_recurrent_layer_is_enough(self):
         config = GraniteMoeHybridConfig(**GRANITE, layer_types=["attention", "mamba"])
-        with pytest.raises(UnsupportedModelError, match="GraniteMoeHybridForCausalLM mixes tokens"):
-            check_architecture(model_from(config), longest=64)
+        assert apart(model_from(config)).startswith("GraniteMoeHybridForCausalLM mixes tokens")
 
     def test_refusal_is_about_the_class(self):
         assert issubclass(type(tiny_model()), PreTrainedModel)

@@ -6,15 +6,15 @@ Run: python -m pytest tests/compute/test_packing_check.py
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, GPTNeoConfig
+from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig
 
 from lora_fsdp import FineTuningArguments, LoraTrainer
 from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.compute.packing_check import check_packing, sample_of
-from lora_fsdp.data.packing import Tree
-from lora_fsdp.errors import UnsupportedModelError
-from tests.support.tiny import ToyTask, adapted_model, tiny_tokenizer, toy_table
+from lora_fsdp.data.packing import Packing, Tree
+from lora_fsdp.errors import ArgumentError, UnsupportedModelError
+from tests.support.tiny import ToyTask, adapted_model, tiny_model, tiny_tokenizer, toy_table
 
 CPU = torch.device("cpu")
 WINDOW = 64
@@ -57,7 +57,7 @@ def test_windows_that_count_along_the_sequence(tokens, fits):
     if fits:
         check_packing(packed, device=CPU, sample=sample)
         return
-    with pytest.raises(UnsupportedModelError, match=r"this run's in \d+ tokens.*--max_tokens_per"):
+    with pytest.raises(UnsupportedModelError, match=r"this run's in \d+ tokens.*--packing auto"):
         check_packing(packed, device=CPU, sample=sample)
 
 
@@ -89,24 +89,60 @@ def test_a_damaged_base_is_called_so(value):
         check_packing(PackedModel(model), device=CPU)
 
 
-@pytest.mark.parametrize("most", [None, WINDOW])
-def test_a_run_is_refused_before_its_first_step(tmp_path, most):
+def trainer_of(folder, model, **settings):
     task = ToyTask().bind(toy_table(40))
-    settings = {"per_device_train_batch_size": 16, "max_tokens_per_row": most}
+    return LoraTrainer(
+        model=model,
+        args=FineTuningArguments(
+            output_dir=str(folder), use_cpu=True, per_device_train_batch_size=16, **settings
+        ),
+        task=task,
+        processing_class=tiny_tokenizer(),
+        train_dataset=task.examples(toy_table(40)),
+        peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        max_length=WINDOW,
+    )
 
-    def trainer():
-        return LoraTrainer(
-            model=with_windows(),
-            args=FineTuningArguments(output_dir=str(tmp_path), use_cpu=True, **settings),
-            task=task,
-            processing_class=tiny_tokenizer(),
-            train_dataset=task.examples(toy_table(40)),
-            peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
-            max_length=WINDOW,
-        )
 
-    if most is not None:
-        assert trainer().placement.sequence_length == WINDOW
-        return
-    with pytest.raises(UnsupportedModelError, match="GPTNeoForCausalLM computes packed examples"):
-        trainer()
+def test_windows_of_a_model_s_own_making_are_known(tmp_path):
+    placement = trainer_of(tmp_path, with_windows()).placement
+    assert placement.packing.packing is Packing.BATCHED
+    assert "GPTNeoForCausalLM attends over windows" in str(placement)
+    with pytest.raises(ArgumentError, match=r"--packing always: GPTNeo.*Use --packing auto"):
+        trainer_of(tmp_path, with_windows(), packing="always")
+
+
+def with_factors_by_length():
+    """Its rotary factors are those of the longest example of a forward."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+        initializer_range=0.2,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8, "original_max_position_embeddings": 28,
+        },
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).requires_grad_(False)
+
+
+def test_what_the_live_check_finds_is_gone_by(tmp_path):
+    """Nothing in the settings says it: the run's examples do, packed and filled up alike."""
+    trainer = trainer_of(tmp_path, with_factors_by_length(), max_steps=2)
+    assert trainer.placement.packing.packing is trainer.packed.packing is Packing.SINGLE
+    assert not trainer.share_prefix
+    assert "one example a sequence, one by one (LlamaForCausalLM computes packed" in str(
+        trainer.placement
+    )
+    assert trainer.work.step_tokens > 16 * 20
+    trainer.train()
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM computes packed examples"):
+        trainer_of(tmp_path, with_factors_by_length(), packing="always")
+
+
+@pytest.mark.parametrize("asked", ["share_prefix", "step"])
+def test_what_needs_packed_sequences_is_refused_without(tmp_path, asked):
+    value = {"share_prefix": "always", "step": "fused"}[asked]
+    with pytest.raises(ArgumentError, match=rf"--{asked} {value}.*Use --{asked} auto"):
+        trainer_of(tmp_path, tiny_model(), packing="never", **{asked: value})

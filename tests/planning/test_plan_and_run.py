@@ -73,6 +73,7 @@ def run_of(file):
         {"max_steps": 5},
         {"num_train_epochs": 1.4, "gradient_accumulation_steps": 3},
         {"share_prefix": "never"},
+        {"packing": "never"},
         {"lora_dropout": 0.1},
         {"step": "eager"},
         {"gradient_checkpointing": True},

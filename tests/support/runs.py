@@ -13,7 +13,8 @@ from lora_fsdp.adapter.saved import adapter_state
 from lora_fsdp.base.loading import load_base
 from lora_fsdp.base.streaming import open_base
 from lora_fsdp.distributed.status import fsdp_status
-from tests.support.tiny import ToyTask, tiny_model, tiny_tokenizer, toy_table
+from tests.support.token_mixers import FAMILIES, WINDOWED, family_model
+from tests.support.tiny import CONFIGS, ToyTask, tiny_model, tiny_tokenizer, toy_table
 
 
 def toy_trainer(
@@ -48,8 +49,11 @@ def toy_trainer(
     table = task.bind(toy_table(rows))
     examples = table.examples(toy_table(rows))
     held_out = table.examples(toy_table(13, seed=9))
+    # Of `tiny_model`, a name means what it always meant.
+    families = {k: v for k, v in (FAMILIES | WINDOWED).items() if k not in CONFIGS}
     if base is None:
-        model: Any = tiny_model(kind, dtype=dtype)
+        make = family_model if kind in families else tiny_model
+        model: Any = make(kind).to(dtype)
     else:
         load = open_base if streamed else load_base
         model_args = ModelArguments(str(base), load_in_4bit=load_in_4bit)
@@ -64,7 +68,7 @@ def toy_trainer(
         eval_dataset=held_out,
         peft_config=LoraConfig(
             r=4,
-            target_modules="all-linear",
+            target_modules=families[kind][1] if kind in families else "all-linear",
             lora_dropout=dropout,
             init_lora_weights=init_lora_weights,
             task_type="CAUSAL_LM",
@@ -96,4 +100,5 @@ def toy_run(output_dir: str | Path, resume: str | bool | None = None, **options:
         "confusion": {s: m.to_numpy().sum() for s, m in trainer.confusion_matrices.items()},
         "best": trainer.state.best_model_checkpoint,
         "step": str(trainer.placement.step),
+        "packing": str(trainer.placement.packing.packing),
     }

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lora_fsdp.base.loading import resolve_dtype
+from lora_fsdp.compute.architectures import why_apart
 from lora_fsdp.data.workload import measure_work
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.fact import UnknownFactError
 from lora_fsdp.doctor.finding import Problem, Rules
 from lora_fsdp.doctor.numbers import impossible_numbers
-from lora_fsdp.errors import ModelError
+from lora_fsdp.errors import ArgumentError, ModelError
 from lora_fsdp.placement.decide import least_layout
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.placement.memory import DeviceMemory, device_memory
@@ -45,9 +46,12 @@ def least_device_memory(case: Case) -> DeviceMemory:
             autocast=arguments.mixed_precision != "no",
             config=skeleton.config,
             lora_dropout=bool(lora.lora_dropout),
+            why_apart=why_apart(skeleton),
         )
-        shape = shape_of(skeleton, lora, stay=request.why_not_fused)
-    except ModelError as error:  # other rules say what is wrong with the model
+        packing = request.packing_choice.packing
+        packed = not packing.is_apart
+        shape = shape_of(skeleton, lora, stay=request.why_not_fused, packed=packed)
+    except (ArgumentError, ModelError) as error:  # other rules say what is wrong
         raise UnknownFactError from error
     encoded, trained = case.encoded.value, len(case.sample.value.train)
     processes = case.launch.value.processes
@@ -57,6 +61,7 @@ def least_device_memory(case: Case) -> DeviceMemory:
         encoded[trained:],
         ranks=processes,
         share_prefix=request.shares_prefix,
+        packing=packing,
     )
     hardware = Hardware(ranks=processes, has_gpu=True, free=None)
     # As training does where memory is short.

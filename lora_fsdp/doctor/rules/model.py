@@ -6,11 +6,14 @@ from collections.abc import Iterator
 
 from lora_fsdp.base.fingerprints import base_parameters
 from lora_fsdp.base.model_weights import ModelWeights
-from lora_fsdp.compute.architectures import check_architecture, check_token_ids
+from lora_fsdp.compute.architectures import check_architecture, check_token_ids, why_apart
 from lora_fsdp.data.encoding import end_of_answer
 from lora_fsdp.doctor.case import Case
 from lora_fsdp.doctor.fact import UnknownFactError
 from lora_fsdp.doctor.finding import Problem, Rules
+from lora_fsdp.errors import ArgumentError
+from lora_fsdp.placement.packing import PackingChoice
+from lora_fsdp.placement.request import Request
 
 RULES = Rules()
 
@@ -84,12 +87,41 @@ def _pickles(case: Case) -> Iterator[Problem]:
 
 @RULES.error(
     "architecture",
-    "An architecture that cannot keep the examples of a packed sequence apart, or examples "
-    "longer than it can see.",
-    "Choose an attention-only model with rotary positions, or lower --max_length.",
+    "A model that reads in both directions, or examples longer than its positions.",
+    "Choose a causal model, or lower --max_length.",
 )
 def _architecture(case: Case) -> None:
     check_architecture(case.skeleton.value, longest=case.data_args.max_length)
+
+
+@RULES.error(
+    "packing-impossible",
+    "`--packing always` or `--share_prefix always`, with a model that cannot be packed.",
+    "Leave both at auto.",
+)
+def _packing_impossible(case: Case) -> None:
+    _asked_packing(case)
+
+
+@RULES.note(
+    "examples-apart",
+    "Each example gets a sequence of its own: recurrent layers, ALiBi, or `--packing never`.",
+    "Nothing to do; models that can be packed train faster.",
+)
+def _examples_apart(case: Case) -> Iterator[Problem]:
+    try:
+        choice = _asked_packing(case)
+    except ArgumentError as error:
+        raise UnknownFactError from error
+    if choice.packing.is_apart:
+        yield Problem(f"Examples are computed as {choice}.")
+
+
+def _asked_packing(case: Case) -> PackingChoice:
+    arguments = case.arguments.value
+    reason = why_apart(case.skeleton.value)
+    share = arguments.share_prefix
+    return Request(packing=arguments.packing, share_prefix=share, why_apart=reason).packing_choice
 
 
 @RULES.warning(

@@ -89,6 +89,7 @@ def _facts(trainer: LoraTrainer, data: TaskData) -> dict[str, Any]:
         "device": trainer.args.device.type,
         "examples_per_step": trainer.examples_per_step,
         "share_prefix": trainer.share_prefix,
+        "packing": str(trainer.placement.packing.packing),
     }
 
 

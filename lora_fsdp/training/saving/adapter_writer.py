@@ -75,7 +75,12 @@ class AdapterWriter:
         # PEFT's form with nothing filled in, which would take the place of a card with contents.
         (folder / "README.md").unlink(missing_ok=True)
         self.encoder.tokenizer.save_pretrained(folder)
-        save_task(self.encoder, folder, max_new_tokens=self.max_new_tokens)
+        save_task(
+            self.encoder,
+            folder,
+            max_new_tokens=self.max_new_tokens,
+            packing=self.packed.packing,
+        )
         proof = self._proof(folder, answers, goes_to=goes_to, trained=trained)
         write_json(folder / PROOF_FILE, proof.to_json())
         config = self.model.peft_config[str(self.model.active_adapter)]

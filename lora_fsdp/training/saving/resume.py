@@ -38,7 +38,13 @@ _OF_THE_OPTIMIZER = (
     "warmup_steps",
 )
 # A run may go on with other ones, but does not end where it would have.
-_CHANGE_THE_END = ("num_train_epochs", "max_steps", "share_prefix", "max_tokens_per_row")
+_CHANGE_THE_END = (
+    "num_train_epochs",
+    "max_steps",
+    "share_prefix",
+    "packing",
+    "max_tokens_per_row",
+)
 
 # Where the base lies, or who wrote the adapter: of no effect on training.
 _NOT_OF_THE_ADAPTER = {
@@ -113,7 +119,7 @@ def check_can_resume(
             "Give the values it was started with, or start anew in another --output_dir."
         )
     for name, value in facts["may_change"].items():
-        if value != saved["may_change"].get(name):
+        if value != saved["may_change"].get(name, value):  # older ones do not have all
             logger.warning(
                 "Resumed with %s %s (%s in the checkpoint): the run will not end as it would have.",
                 name,
