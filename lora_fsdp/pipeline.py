@@ -126,7 +126,7 @@ def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Co
     return compare(
         data.task,
         train=data.train,
-        held_out=trainer.eval_dataset or (),
+        held_out=trainer.held_out,
         untrained=untrained,
         tuned=tuned,
         written=generated_texts(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
@@ -189,7 +189,7 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     if data.dropped:
         say(f"  rows left out as unusable: {data.dropped}")
     say(f"  rows whose text was shortened to fit: {trainer.shortened}")
-    encoded = [*trainer.train_dataset, *(trainer.eval_dataset or [])]
+    encoded = [*trainer.train_dataset, *trainer.held_out]
     for warning in check_task_data(data, encoded).warnings:
         say(f"  warning: {visible(warning, lines=False)}")
     shared = "yes" if trainer.share_prefix else "no"
@@ -203,7 +203,7 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
 def _generate_freely(trainer: LoraTrainer) -> list[str]:
     """The text that the model generates freely for the first held-out rows."""
     args = trainer.args
-    chosen = trainer.eval_dataset[: args.generate_examples]  # type: ignore[index]
+    chosen = trainer.held_out[: args.generate_examples]
     texts = generate_texts(
         trainer.model,
         trainer.processing_class,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -140,3 +140,20 @@ class FineTuningArguments(TrainingArguments):
         if self.deepspeed:
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
         check_trackers(self.report_to)  # type: ignore[arg-type] # a list by now
+
+
+def from_training_arguments(args: TrainingArguments) -> FineTuningArguments:
+    """`FineTuningArguments` that say what `transformers.TrainingArguments` do, defaults included.
+
+    Raises:
+        ArgumentError: they are of a class with further settings, or one that is refused here.
+    """
+    values = {one.name: getattr(args, one.name) for one in fields(TrainingArguments) if one.init}
+    known = {one.name for one in fields(TrainingArguments)}
+    if more := [one.name for one in fields(args) if one.name not in known]:
+        named = ", ".join(more[:3]) + (", ..." if len(more) > 3 else "")
+        raise ArgumentError(
+            f"{type(args).__name__} has settings of another trainer ({named}): give "
+            "FineTuningArguments, or transformers.TrainingArguments."
+        )
+    return FineTuningArguments(**values)

@@ -29,6 +29,7 @@ OVERRIDES = {
     "get_train_dataloader",
     "log",
     "num_examples",
+    "predict",
     "save_model",
     "set_initial_training_values",
     "train",

@@ -68,7 +68,7 @@ def record_start(
     rows = pd.concat(
         [
             _rows(data, data.train, trainer.train_dataset, part=TRAINING),
-            _rows(data, data.held_out, trainer.eval_dataset or [], part=HELD_OUT),
+            _rows(data, data.held_out, trainer.held_out, part=HELD_OUT),
         ]
     )
     write_json(folder / DATA_HEALTH_FILE, data_health(rows, labels=data.task.answer_kind.labels))
@@ -129,7 +129,7 @@ def _asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
     `None` for conversations and for rows that bring their own choices: no one text stands for them.
     """
     examples = [*data.train, *data.held_out]
-    encoded = [*trainer.train_dataset, *(trainer.eval_dataset or [])]
+    encoded = [*trainer.train_dataset, *trainer.held_out]
     if not examples or any(one.prompt.turns or one.choices for one in examples):
         return None
     encoder, prompt = trainer.encoder, examples[0].prompt

@@ -37,7 +37,7 @@ class LoopState:
     stopped_early: bool
     total_loss: float
     step_last_logged: int
-    confusion_matrices: dict[int, pd.DataFrame]
+    confusion_matrices: dict[int | tuple[int, str], pd.DataFrame]
 
 
 @dataclass(frozen=True)
