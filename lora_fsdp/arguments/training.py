@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
+from lora_fsdp.arguments.optimizers import check_optimizer
 from lora_fsdp.arguments.option import option
 from lora_fsdp.arguments.trackers import check_trackers
 from lora_fsdp.arguments.trainer_settings import check_trainer_settings
@@ -139,6 +140,7 @@ class FineTuningArguments(TrainingArguments):
                 raise ArgumentError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}.")
         if self.deepspeed:
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
+        check_optimizer(self.optim, self.optim_args)
         check_trackers(self.report_to)  # type: ignore[arg-type] # a list by now
 
 

@@ -21,7 +21,7 @@ _EXAMPLES = "make examples in Task.build_prompt and Task.build_target, see docs/
 _PRECISION = "set --bf16, or mixed_precision in the accelerate YAML"
 _SAVING = "override save_model, or add a callback with on_save"
 _SHARDS = "set FSDP in the accelerate YAML"
-_SEARCH = "start a run for each trial, each with its own --output_dir"
+SEARCH = "start a run for each trial, each in its own --output_dir"
 _NOTHING = "remove it"
 _OPEN = (
     "give model=lora_fsdp.base.streaming.open_base(ModelArguments(path{}), device=args.device, "
@@ -50,10 +50,10 @@ UNUSED_METHODS = {
     "_save_scaler": _SAVING,
     "_set_signature_columns_if_needed": _EXAMPLES,
     "_sync_replicated_trainable_parameters": _SHARDS,
-    "_tune_save_checkpoint": _SEARCH,
+    "_tune_save_checkpoint": SEARCH,
     "_update_auto_batch_size": "set --max_tokens_per_row",
     "autocast_smart_context_manager": _PRECISION,
-    "call_model_init": _SEARCH,
+    "call_model_init": SEARCH,
     "compute_loss": _OBJECTIVE,
     "compute_loss_context_manager": _PRECISION,
     "create_optimizer_and_scheduler": "override create_optimizer and create_scheduler",
@@ -67,7 +67,7 @@ UNUSED_ATTRIBUTES = {
     "data_collator": f"lay examples out in Objective.tree; {_OBJECTIVE}",
     "label_names": _EXAMPLES,
     "label_smoother": _OBJECTIVE,
-    "model_init": _SEARCH,
+    "model_init": SEARCH,
     "neftune_noise_alpha": _NOTHING,
     "preprocess_logits_for_metrics": _METRICS,
 }
@@ -84,7 +84,7 @@ UNUSED_ARGUMENTS = {
     "eval_packing": _NOTHING,
     "formatting_func": _EXAMPLES,
     "max_seq_length": "it is called max_length here",
-    "model_init": _SEARCH,
+    "model_init": SEARCH,
     "model_init_kwargs": _OPEN.format(""),
     "optimizers": f"{_OPTIMIZER}, or override create_optimizer and create_scheduler",
     "packing": "remove it: sequences are always packed",

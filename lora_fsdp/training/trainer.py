@@ -16,6 +16,7 @@ from typing import Any, Never, cast
 
 import pandas as pd
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -64,6 +65,7 @@ from lora_fsdp.training.given import (
     given_tokenizer,
 )
 from lora_fsdp.training.hooks import (
+    SEARCH,
     assigned_by_default,
     refuse_unused_arguments,
     refuse_unused_assignments,
@@ -370,6 +372,17 @@ class LoraTrainer(Trainer):
                 None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval
             )
 
+    def hyperparameter_search(self, *arguments: Any, **options: Any) -> Never:
+        """Refused: every trial would need a base of its own, placed anew.
+
+        Raises:
+            ArgumentError: says what to use instead.
+        """
+        raise ArgumentError(
+            "LoraTrainer has no hyperparameter_search, since its base is placed once and has no "
+            f"model_init: {SEARCH}."
+        )
+
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: DataLoader[Any]
     ) -> tuple[int, int, int, int, int, int | None, int]:
@@ -428,6 +441,7 @@ class LoraTrainer(Trainer):
         """
         if not model.training:
             model.train()
+        cast(AcceleratedOptimizer, self.optimizer).train()  # schedule-free ones swap the weights
         loss = self.step(
             inputs.sequences, denominator=inputs.denominator, sizes_of_ranks=inputs.sizes_of_ranks
         )
@@ -452,6 +466,11 @@ class LoraTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         self.watchdogs.hold(optimizer)
         return optimizer
+
+    def _give_weights_that_answer(self) -> None:
+        """Have a schedule-free optimizer put its averaged weights, the result, into the adapter."""
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            self.optimizer.eval()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the run's figures beside the loss, unless a watchdog stops the run."""
@@ -479,6 +498,7 @@ class LoraTrainer(Trainer):
         Raises:
             CheckpointSaveError: they cannot be written; on every rank.
         """
+        self._give_weights_that_answer()
         self.checkpointer.save_final(Path(str(output_dir or self.args.output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -491,6 +511,7 @@ class LoraTrainer(Trainer):
         """
         with self.watchdogs.away("saving a checkpoint"):
             self.watchdogs.check_finite()
+            self._give_weights_that_answer()
             if self.hp_search_backend is None and trial is None:
                 self.store_flos()
             folder = Path(self._get_output_dir(trial=trial))
@@ -577,6 +598,7 @@ class LoraTrainer(Trainer):
         try:
             with self.watchdogs.away("the end of training"):
                 self.watchdogs.check_finite()
+                self._give_weights_that_answer()
                 return super()._finalize_training(trial, num_train_samples, start_time)
         finally:
             self.args.save_total_limit = limit
@@ -587,6 +609,7 @@ class LoraTrainer(Trainer):
         self, eval_dataset: Rows | str | None = None
     ) -> DataLoader[ScoringSequence]:
         """This rank's packed sequences of the held-out examples (or of others of the task)."""
+        self._give_weights_that_answer()
         examples = self._to_score(eval_dataset)
         if not examples:
             raise ArgumentError("There are no examples to evaluate: give an eval_dataset.")
@@ -657,6 +680,7 @@ class LoraTrainer(Trainer):
         Returns:
             the texts without the prompts; `Task.parse` finds the answers in them.
         """
+        self._give_weights_that_answer()
         return self.scorer.generate(self._to_score(examples))
 
     def evaluation_loop(

@@ -27,6 +27,7 @@ OVERRIDES = {
     "get_eval_dataloader",
     "get_test_dataloader",
     "get_train_dataloader",
+    "hyperparameter_search",
     "log",
     "num_examples",
     "predict",
