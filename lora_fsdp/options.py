@@ -6,10 +6,12 @@ import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from trl import TrlParser  # type: ignore[attr-defined]
 
+from lora_fsdp.arguments.option import check_is_text
 from lora_fsdp.errors import ArgumentError, LoraFsdpError
 from lora_fsdp.recipes import read_recipe
 
@@ -99,6 +101,12 @@ class OptionParser(TrlParser):
 
     def _with_recipe(self, arguments: Sequence[str], *, shares_recipe: bool) -> list[str]:
         """The arguments with those of their `--config` written out."""
+        for before, argument in pairwise(["", *arguments]):
+            name, equals, value = argument.partition("=")
+            if equals and name.startswith("--"):
+                check_is_text(name.lstrip("-"), value)
+            else:
+                check_is_text(before.lstrip("-"), argument)
         given = _separate_config(arguments)
         if "--config" in given:
             place = given.index("--config")

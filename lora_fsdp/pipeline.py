@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import set_seed
 
 from lora_fsdp.adapter.attach import lora_config
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
+from lora_fsdp.arguments.option import check_is_text
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import open_base
 from lora_fsdp.data.checking import check_task_data
@@ -35,7 +37,7 @@ from lora_fsdp.reporting.recording.record import record_start
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
 from lora_fsdp.training.logging.log_history import KeepLog
-from lora_fsdp.training.saving.atomic_folders import remove_leftovers
+from lora_fsdp.training.saving.atomic_folders import remove_leftovers, writing_into
 from lora_fsdp.training.saving.output_folder import (
     check_inputs_stay,
     check_kind,
@@ -76,7 +78,9 @@ def finetune(
     Called by every process of a launch. `task` stands in for `data_args.task`.
     """
     output_dir = claim_output_folder(training_args, inputs=_inputs(model_args, data_args))
-    try:
+    with ExitStack() as held:
+        held.callback(release_folder, output_dir)
+        held.enter_context(writing_into(output_dir))
         data = load_task_data(data_args, seed=training_args.seed, task=task)
         data = without_refused_rows(data_args, data, lambda: load_tokenizer(model_args))
         set_seed(training_args.seed)  # the adapter's first values
@@ -109,8 +113,6 @@ def finetune(
             _report(output_dir)
         trainer.accelerator.wait_for_everyone()
         return FineTuningResult(output_dir, comparison)
-    finally:
-        release_folder(output_dir)
 
 
 def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Comparison:
@@ -153,8 +155,15 @@ def claim_output_folder(arguments: FineTuningArguments, *, inputs: Sequence[Path
 
 
 def _inputs(model: ModelArguments, data: DataArguments) -> list[Path]:
-    names = (model.model_name_or_path, data.data_file, data.eval_file, data.task_file)
-    return [Path(name) for name in names if name]
+    given = {
+        "model_name_or_path": model.model_name_or_path,
+        "data_file": data.data_file,
+        "eval_file": data.eval_file,
+        "task_file": data.task_file,
+    }
+    for name, value in given.items():
+        check_is_text(name, value)
+    return [Path(value) for value in given.values() if value]
 
 
 def _claim(folder: Path, arguments: FineTuningArguments, inputs: Sequence[Path]) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from lora_fsdp.arguments.optimizers import check_optimizer
-from lora_fsdp.arguments.option import option
+from lora_fsdp.arguments.option import check_is_text, option
 from lora_fsdp.arguments.trackers import check_trackers
 from lora_fsdp.arguments.trainer_settings import check_trainer_settings
 from lora_fsdp.errors import ArgumentError
@@ -112,6 +112,8 @@ class FineTuningArguments(TrainingArguments):
         self._check()
 
     def _check(self) -> None:
+        for name in ("output_dir", "resume_from_checkpoint", "run_name"):
+            check_is_text(name, getattr(self, name))
         # `mixed_precision` also holds what the accelerate YAML says.
         if self.fp16 or self.mixed_precision == "fp16":
             raise ArgumentError(
