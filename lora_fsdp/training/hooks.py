@@ -7,12 +7,15 @@ is assigned, because the default would train without a word.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from lora_fsdp.errors import ArgumentError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 _OBJECTIVE = "give a loss as LoraTrainer(objective=...), see docs/architecture.md"
 _METRICS = "compute metrics in Task.compute_metrics, see docs/tasks.md"
@@ -157,3 +160,16 @@ def refuse_unused_assignments(trainer: Trainer, *, by_default: dict[str, Any]) -
             f"{type(trainer).__name__}.{name} was assigned, and a run would not use it: "
             f"LoraTrainer trains on packed sequences of a task's examples. Instead, {instead}."
         )
+
+
+def warn_of_unused_events(callbacks: Sequence[TrainerCallback], *, accumulation: int) -> None:
+    """Say that no callback hears of the parts of a step: accumulation is folded into it."""
+    for callback in callbacks:
+        overridden = type(callback).on_substep_end is not TrainerCallback.on_substep_end
+        if accumulation > 1 and overridden:
+            logger.warning(
+                "%s.on_substep_end is never called: the %d accumulated batches of a step are "
+                "packed together and computed as one. Use on_step_end.",
+                type(callback).__name__,
+                accumulation,
+            )

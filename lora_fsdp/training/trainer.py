@@ -70,6 +70,7 @@ from lora_fsdp.training.hooks import (
     refuse_unused_arguments,
     refuse_unused_assignments,
     refuse_unused_overrides,
+    warn_of_unused_events,
 )
 from lora_fsdp.training.logging.figures import RunFigures
 from lora_fsdp.training.logging.progress import RunProgress
@@ -356,6 +357,10 @@ class LoraTrainer(Trainer):
             WatchdogError: a step was not finite, or the ranks drifted apart.
         """
         refuse_unused_assignments(self, by_default=self._by_default)
+        warn_of_unused_events(
+            self.callback_handler.callbacks,
+            accumulation=self.checkpointer.facts["launch"]["gradient_accumulation_steps"],
+        )
         end_with_launcher()
         folder = Path(str(self.args.output_dir))
         for part in (self.watchdogs, self.edges):  # last: they see what other callbacks decide
