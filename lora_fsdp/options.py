@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from trl import TrlParser  # type: ignore[attr-defined]
 
+from lora_fsdp.arguments.option import check_is_text
+from lora_fsdp.arguments.peers import about_unknown
 from lora_fsdp.errors import ArgumentError, LoraFsdpError
 from lora_fsdp.recipes import read_recipe
 
@@ -99,6 +101,12 @@ class OptionParser(TrlParser):
 
     def _with_recipe(self, arguments: Sequence[str], *, shares_recipe: bool) -> list[str]:
         """The arguments with those of their `--config` written out."""
+        for before, argument in pairwise(["", *arguments]):
+            name, equals, value = argument.partition("=")
+            if equals and name.startswith("--"):
+                check_is_text(name.lstrip("-"), value)
+            else:
+                check_is_text(before.lstrip("-"), argument)
         given = _separate_config(arguments)
         if "--config" in given:
             place = given.index("--config")
@@ -117,12 +125,11 @@ class OptionParser(TrlParser):
 
 
 def unknown_options(unknown: Sequence[str], known: Sequence[str]) -> str:
-    """The message for options that do not exist, with the nearest that do."""
+    """The message for options that do not exist, with the names of those that do what they mean."""
     hints = []
     for option in [text.partition("=")[0] for text in unknown if text.startswith("--")]:
-        name = option.lstrip("-").replace("-", "_")
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hints.append(f"{option} (did you mean --{nearest[0]}?)" if nearest else option)
+        about = about_unknown(option.lstrip("-"), known)
+        hints.append(f"{option} ({about})" if about else option)
     return f"Unknown option or recipe key: {', '.join(hints) or ' '.join(unknown)}. See --help."
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import set_seed
 from lora_fsdp.adapter.attach import lora_config
 from lora_fsdp.adapter.targets import targets_in_words
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
+from lora_fsdp.arguments.option import check_is_text
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import open_base
 from lora_fsdp.data.checking import check_task_data
@@ -36,7 +38,7 @@ from lora_fsdp.reporting.recording.record import record_start
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
 from lora_fsdp.training.logging.log_history import KeepLog
-from lora_fsdp.training.saving.atomic_folders import remove_leftovers
+from lora_fsdp.training.saving.atomic_folders import remove_leftovers, writing_into
 from lora_fsdp.training.saving.output_folder import (
     check_inputs_stay,
     check_kind,
@@ -79,7 +81,9 @@ def finetune(
     Called by every process of a launch. `task` stands in for `data_args.task`.
     """
     output_dir = claim_output_folder(training_args, inputs=_inputs(model_args, data_args))
-    try:
+    with ExitStack() as held:
+        held.callback(release_folder, output_dir)
+        held.enter_context(writing_into(output_dir))
         data = load_task_data(data_args, seed=training_args.seed, task=task)
         data = without_refused_rows(data_args, data, lambda: load_tokenizer(model_args))
         set_seed(training_args.seed)  # the adapter's first values
@@ -112,8 +116,6 @@ def finetune(
             _report(output_dir)
         trainer.accelerator.wait_for_everyone()
         return FineTuningResult(output_dir, comparison, data.task)
-    finally:
-        release_folder(output_dir)
 
 
 def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Comparison:
@@ -129,7 +131,7 @@ def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Co
     return compare(
         data.task,
         train=data.train,
-        held_out=trainer.eval_dataset or (),
+        held_out=trainer.held_out,
         untrained=untrained,
         tuned=tuned,
         written=generated_texts(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
@@ -156,8 +158,15 @@ def claim_output_folder(arguments: FineTuningArguments, *, inputs: Sequence[Path
 
 
 def _inputs(model: ModelArguments, data: DataArguments) -> list[Path]:
-    names = (model.model_name_or_path, data.data_file, data.eval_file, data.task_file)
-    return [Path(name) for name in names if name]
+    given = {
+        "model_name_or_path": model.model_name_or_path,
+        "data_file": data.data_file,
+        "eval_file": data.eval_file,
+        "task_file": data.task_file,
+    }
+    for name, value in given.items():
+        check_is_text(name, value)
+    return [Path(value) for value in given.values() if value]
 
 
 def _claim(folder: Path, arguments: FineTuningArguments, inputs: Sequence[Path]) -> None:
@@ -192,7 +201,7 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     if data.dropped:
         say(f"  rows left out as unusable: {data.dropped}")
     say(f"  rows whose text was shortened to fit: {trainer.shortened}")
-    encoded = [*trainer.train_dataset, *(trainer.eval_dataset or [])]
+    encoded = [*trainer.train_dataset, *trainer.held_out]
     for warning in check_task_data(data, encoded).warnings:
         say(f"  warning: {visible(warning, lines=False)}")
     shared = "yes" if trainer.share_prefix else "no"
@@ -207,7 +216,7 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
 def _generate_freely(trainer: LoraTrainer) -> list[str]:
     """The text that the model generates freely for the first held-out rows."""
     args = trainer.args
-    chosen = trainer.eval_dataset[: args.generate_examples]  # type: ignore[index]
+    chosen = trainer.held_out[: args.generate_examples]
     texts = generate_texts(
         trainer.model,
         trainer.processing_class,

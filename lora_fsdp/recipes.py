@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from lora_fsdp.errors import ArgumentError, did_you_mean
+from lora_fsdp.arguments.peers import about_unknown
+from lora_fsdp.errors import ArgumentError
 
 #: Far above any real recipe. References make a small file a huge one, so they count in full.
 _LARGEST_BYTES = 1_000_000
@@ -43,10 +44,9 @@ def read_recipe(
     _refuse_endless(contents, file)
     for key in contents:
         if key not in options and not others_allowed:
-            raise ArgumentError(
-                f"Unknown option or recipe key: {str(key)[:80]!r}."
-                f"{did_you_mean(str(key), options)} See --help."
-            )
+            about = about_unknown(str(key)[:80], options)
+            named = f"{str(key)[:80]!r} ({about})" if about else repr(str(key)[:80])
+            raise ArgumentError(f"Unknown option or recipe key: {named}. See --help.")
     return [
         part
         for key, value in contents.items()

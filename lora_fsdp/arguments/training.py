@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
 from transformers import TrainingArguments
 
-from lora_fsdp.arguments.option import option
+from lora_fsdp.arguments.optimizers import check_optimizer
+from lora_fsdp.arguments.option import check_is_text, option
 from lora_fsdp.arguments.trackers import check_trackers
 from lora_fsdp.arguments.trainer_settings import check_trainer_settings
 from lora_fsdp.errors import ArgumentError
@@ -119,6 +120,8 @@ class FineTuningArguments(TrainingArguments):
         self._check()
 
     def _check(self) -> None:
+        for name in ("output_dir", "resume_from_checkpoint", "run_name"):
+            check_is_text(name, getattr(self, name))
         # `mixed_precision` also holds what the accelerate YAML says.
         if self.fp16 or self.mixed_precision == "fp16":
             raise ArgumentError(
@@ -147,4 +150,22 @@ class FineTuningArguments(TrainingArguments):
                 raise ArgumentError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}.")
         if self.deepspeed:
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
+        check_optimizer(self.optim, self.optim_args)
         check_trackers(self.report_to)  # type: ignore[arg-type] # a list by now
+
+
+def from_training_arguments(args: TrainingArguments) -> FineTuningArguments:
+    """`FineTuningArguments` that say what `transformers.TrainingArguments` do, defaults included.
+
+    Raises:
+        ArgumentError: they are of a class with further settings, or one that is refused here.
+    """
+    values = {one.name: getattr(args, one.name) for one in fields(TrainingArguments) if one.init}
+    known = {one.name for one in fields(TrainingArguments)}
+    if more := [one.name for one in fields(args) if one.name not in known]:
+        named = ", ".join(more[:3]) + (", ..." if len(more) > 3 else "")
+        raise ArgumentError(
+            f"{type(args).__name__} has settings of another trainer ({named}): give "
+            "FineTuningArguments, or transformers.TrainingArguments."
+        )
+    return FineTuningArguments(**values)

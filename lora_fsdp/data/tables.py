@@ -90,6 +90,33 @@ def read_table(
     return table
 
 
+def dataset_table(rows: Any, *, name: str) -> pd.DataFrame:
+    """The table of a `datasets.Dataset` or of a list of rows, its cells as `read_table` has them.
+
+    Args:
+        rows: a dataset in memory, or dicts.
+        name: of the argument that it was given as, for messages.
+
+    Raises:
+        NoRowsError: it has none.
+        MalformedRowError: a cell cannot be a Python value, or a row is no dict.
+    """
+    if not isinstance(rows, Sequence):
+        table = _dataset_rows(rows, name)
+    else:
+        strange = next(
+            (place for place, row in enumerate(rows) if not isinstance(row, Mapping)), None
+        )
+        if strange is not None:
+            kind = type(rows[strange]).__name__
+            raise MalformedRowError(f"{name}, row {strange + 1} is a {kind} and not a dict.")
+        table = _as_written(rows)
+    if len(table) == 0:
+        raise NoRowsError(f"{name} holds no rows.")
+    table.index = pd.RangeIndex(1, len(table) + 1, name="row")
+    return table
+
+
 def sample_rows(
     table: pd.DataFrame, *, max_rows: int | None, head: int | None, seed: int
 ) -> pd.DataFrame:
@@ -193,7 +220,7 @@ def _read_parquet(source: Path) -> pd.DataFrame:
     return _typed_table(table, source)
 
 
-def _typed_table(table: pa.Table, source: Path) -> pd.DataFrame:
+def _typed_table(table: pa.Table, source: Path | str) -> pd.DataFrame:
     names = table.column_names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise MalformedRowError(f"{source} has {', '.join(map(repr, twice))} more than once.")
@@ -223,6 +250,11 @@ def _read_saved_dataset(folder: Path) -> pd.DataFrame:
             )
         logger.info("%s holds the splits %s: reading train.", folder, ", ".join(splits))
         saved = saved["train"]
-    schema = saved.features.arrow_schema
-    table = saved.with_format("arrow")[:]
-    return _typed_table(table.replace_schema_metadata(schema.metadata), folder)
+    return _dataset_rows(saved, folder)
+
+
+def _dataset_rows(dataset: Any, source: Path | str) -> pd.DataFrame:
+    """The rows of a `datasets.Dataset`, with the names of its classes."""
+    schema = dataset.features.arrow_schema
+    table = dataset.with_format("arrow")[:]
+    return _typed_table(table.replace_schema_metadata(schema.metadata), source)

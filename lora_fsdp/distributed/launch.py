@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import torch
 import yaml
 from accelerate.commands.to_fsdp2 import convert_config_to_fsdp2
@@ -143,15 +144,27 @@ def check_not_left_alone() -> None:
     """Refuse to be the only process of a launch that was asked for several.
 
     accelerate starts one process, with the address at which several would meet, where its type of
-    launch has no way to start them.
+    launch has no way to start them. An address that the launcher itself was started with (a
+    cluster's shell exports one) says nothing.
 
     Raises:
         FsdpDroppedError: this process is the only one.
     """
     launched = "ACCELERATE_DYNAMO_BACKEND" in os.environ
     joined = any(name in os.environ for name in ("WORLD_SIZE", "RANK", *_OF_MPI))
-    if launched and "MASTER_ADDR" in os.environ and not joined:
+    if launched and not joined and "MASTER_ADDR" in os.environ and not _meeting_is_exported():
         raise processes_dropped(asked="Several")
+
+
+def _meeting_is_exported() -> bool:
+    """Whether the launcher was started with the address and port that this process has."""
+    try:
+        exported = psutil.Process(os.getppid()).environ()
+    except psutil.Error:  # it is gone, or another user's
+        return False
+    return all(
+        os.environ.get(name) == exported.get(name) for name in ("MASTER_ADDR", "MASTER_PORT")
+    )
 
 
 def processes_dropped(*, asked: str) -> FsdpDroppedError:

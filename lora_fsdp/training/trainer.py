@@ -5,22 +5,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Never, cast
 
 import pandas as pd
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -28,11 +29,10 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
 from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.arguments import FineTuningArguments
-from lora_fsdp.base.streaming import StoredBase, WholeBase
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import (
@@ -49,13 +49,27 @@ from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
 from lora_fsdp.evaluation.scoring import Scores
 from lora_fsdp.ranks import on_first_rank
-from lora_fsdp.tasks import Example, Task
+from lora_fsdp.tasks import Task
 from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.training.checks import check_arguments
+from lora_fsdp.training.given import (
+    Base,
+    Rows,
+    by_name,
+    examples_of,
+    given_arguments,
+    given_base,
+    given_callbacks,
+    given_data,
+    given_tokenizer,
+)
 from lora_fsdp.training.hooks import (
+    SEARCH,
     assigned_by_default,
+    refuse_unused_arguments,
     refuse_unused_assignments,
     refuse_unused_overrides,
+    warn_of_unused_events,
 )
 from lora_fsdp.training.logging.figures import RunFigures
 from lora_fsdp.training.logging.progress import RunProgress
@@ -90,28 +104,34 @@ class LoraTrainer(Trainer):
     `RunFigures` (logging), `RunScorer` (evaluation), a step, and the adapters.
 
     Args:
-        model: a causal LM (with `peft_config`), loaded or yet to be read (`open_base`), or a PEFT
-            model whose adapter is to be trained.
-        args: see `FineTuningArguments`.
-        task: what is learnt; bound to its table (`Task.bind`).
-        train_dataset: examples with targets (`Task.examples`), the same on every rank.
-        eval_dataset: held-out examples.
-        processing_class: the tokenizer.
+        model: a causal LM (with `peft_config`), loaded, yet to be read (`open_base`), or its folder
+            or name on the Hub; or a PEFT model whose adapter is to be trained.
+        args: see `FineTuningArguments`; plain `TrainingArguments` keep their own defaults.
+        task: what is learnt, or its name; to examples, bound to their table (`Task.bind`).
+        train_dataset: examples with targets (`Task.examples`), or the rows that `task` makes them
+            of (a `datasets.Dataset`, or dicts); the same on every rank.
+        eval_dataset: held-out examples or rows, or several such datasets by name.
+        processing_class: the tokenizer; by default the model's.
         peft_config: the adapter to attach.
         max_length: longest example in tokens; longer ones have their text shortened.
         chat_template: put prompts through the tokenizer's chat template.
         objective: what is minimised; `None` = supervised learning of the targets.
         callbacks: further callbacks.
+        optimizer_cls_and_kwargs: the optimizer's class and its arguments, instead of `args.optim`.
+        positional, unused: other arguments of `transformers.Trainer` and `trl.SFTTrainer`, each
+            refused with what to use instead.
 
     Attributes:
         adapter: the run's adapters (`AdapterSet`).
         placement: how the run computes.
-        confusion_matrices: of every evaluation by the optimizer step it was made at, counts of true
-            by predicted label (loggers take single numbers only); only of tasks whose kind of
-            answer has one.
+        confusion_matrices: of every evaluation by the optimizer step it was made at (and the
+            metrics' prefix, if that is not "eval"), counts of true by predicted label (loggers take
+            single numbers only); only of tasks whose kind of answer has one.
+        held_out: all held-out examples, of every dataset.
         max_new_tokens: of the longest text that is generated.
 
     Raises:
+        ArgumentError: an argument is refused.
         LaunchError: the ranks did not get what the accelerate YAML asked for.
     """
 
@@ -121,49 +141,57 @@ class LoraTrainer(Trainer):
     objective: Objective
     processing_class: PreTrainedTokenizerBase
     train_dataset: list[EncodedExample]
-    eval_dataset: list[EncodedExample] | None
+    eval_dataset: list[EncodedExample] | dict[str, list[EncodedExample]] | None
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel | StoredBase | WholeBase,
-        args: FineTuningArguments,
-        *,
-        task: Task,
-        processing_class: PreTrainedTokenizerBase,
-        train_dataset: Sequence[Example] = (),
-        eval_dataset: Sequence[Example] = (),
+        model: Base | str | None = None,
+        args: TrainingArguments | None = None,
+        *positional: Never,
+        task: Task | str = "",
+        processing_class: PreTrainedTokenizerBase | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | Mapping[str, Rows] | None = None,
         peft_config: LoraConfig | None = None,
         max_length: int = 512,
         chat_template: bool = False,
         objective: Objective | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        **unused: Never,
     ) -> None:
+        refuse_unused_arguments(positional, unused, known=_ARGUMENTS)
+        own_args = given_arguments(args)
         self.fsdp_settings = read_fsdp_settings()
-        check_arguments(args, self.fsdp_settings, max_length=max_length)
+        check_arguments(own_args, self.fsdp_settings, max_length=max_length)
         self.objective = objective or Supervised()
+        data = given_data(task, train=train_dataset, held_out=eval_dataset)
+        tokenizer = given_tokenizer(processing_class, model)
         self.encoder = Encoder(
-            processing_class, task=task, max_length=max_length, chat_template=chat_template
+            tokenizer, task=data.task, max_length=max_length, chat_template=chat_template
         )
         run = prepare_run(
-            model,
-            args,
+            given_base(model, peft_config=peft_config, device=own_args.device),
+            own_args,
             settings=self.fsdp_settings,
             objective=self.objective,
             encoder=self.encoder,
-            train=train_dataset,
-            held_out=eval_dataset,
+            train=data.train,
+            held_out=data.held_out,
             peft_config=peft_config,
         )
-        self.task, self.max_new_tokens = task, longest_answer(args, run.train)
+        self.task, self.max_new_tokens = data.task, longest_answer(own_args, run.train)
         self.shortened, self.share_prefix = run.shortened, run.request.shares_prefix
         self.request, self.schedule, self.work = run.request, run.schedule, run.work
+        self.held_out = run.held_out
         super().__init__(
             model=run.model,
-            args=fold_accumulation(args),
+            args=fold_accumulation(own_args),
             train_dataset=run.train,
-            eval_dataset=run.held_out or None,
-            processing_class=processing_class,
-            callbacks=callbacks,
+            eval_dataset=by_name(run.held_out, data.names) or None,
+            processing_class=tokenizer,
+            callbacks=given_callbacks(callbacks),
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self._by_default = assigned_by_default(self)
         self._place(run)
@@ -255,7 +283,7 @@ class LoraTrainer(Trainer):
         )
 
     def _add_parts(self, run: PreparedRun) -> None:
-        self.confusion_matrices: dict[int, pd.DataFrame] = {}
+        self.confusion_matrices: dict[int | tuple[int, str], pd.DataFrame] = {}
         self.scorer = RunScorer(
             model=self.model,
             packed=self.packed,
@@ -302,6 +330,9 @@ class LoraTrainer(Trainer):
             "--max_tokens_per_row": str(self.placement.sequence_length),
         }
         facts = run.facts | {"may_change": run.facts["may_change"] | chosen}
+        if self.optimizer_cls_and_kwargs is not None:
+            own = {"optimizer_cls_and_kwargs": str(self.optimizer_cls_and_kwargs)}
+            facts["must_stay"] = facts["must_stay"] | own
         writer = AdapterWriter(
             model=self.model,
             args=self.args,
@@ -340,6 +371,10 @@ class LoraTrainer(Trainer):
             WatchdogError: a step was not finite, or the ranks drifted apart.
         """
         refuse_unused_assignments(self, by_default=self._by_default)
+        warn_of_unused_events(
+            self.callback_handler.callbacks,
+            accumulation=self.checkpointer.facts["launch"]["gradient_accumulation_steps"],
+        )
         end_with_launcher()
         folder = Path(str(self.args.output_dir))
         for part in (self.watchdogs, self.edges):  # last: they see what other callbacks decide
@@ -355,6 +390,17 @@ class LoraTrainer(Trainer):
             return super().train(
                 None if checkpoint is None else str(checkpoint), trial, ignore_keys_for_eval
             )
+
+    def hyperparameter_search(self, *arguments: Any, **options: Any) -> Never:
+        """Refused: every trial would need a base of its own, placed anew.
+
+        Raises:
+            ArgumentError: says what to use instead.
+        """
+        raise ArgumentError(
+            "LoraTrainer has no hyperparameter_search, since its base is placed once and has no "
+            f"model_init: {SEARCH}."
+        )
 
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: DataLoader[Any]
@@ -415,6 +461,7 @@ class LoraTrainer(Trainer):
         """
         if not model.training:
             model.train()
+        cast(AcceleratedOptimizer, self.optimizer).train()  # schedule-free ones swap the weights
         loss = self.step(
             inputs.sequences, denominator=inputs.denominator, sizes_of_ranks=inputs.sizes_of_ranks
         )
@@ -439,6 +486,11 @@ class LoraTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         self.watchdogs.hold(optimizer)
         return optimizer
+
+    def _give_weights_that_answer(self) -> None:
+        """Have a schedule-free optimizer put its averaged weights, the result, into the adapter."""
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            self.optimizer.eval()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the run's figures beside the loss, unless a watchdog stops the run."""
@@ -466,6 +518,7 @@ class LoraTrainer(Trainer):
         Raises:
             CheckpointSaveError: they cannot be written; on every rank.
         """
+        self._give_weights_that_answer()
         self.checkpointer.save_final(Path(str(output_dir or self.args.output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -478,6 +531,7 @@ class LoraTrainer(Trainer):
         """
         with self.watchdogs.away("saving a checkpoint"):
             self.watchdogs.check_finite()
+            self._give_weights_that_answer()
             if self.hp_search_backend is None and trial is None:
                 self.store_flos()
             folder = Path(self._get_output_dir(trial=trial))
@@ -564,6 +618,7 @@ class LoraTrainer(Trainer):
         try:
             with self.watchdogs.away("the end of training"):
                 self.watchdogs.check_finite()
+                self._give_weights_that_answer()
                 return super()._finalize_training(trial, num_train_samples, start_time)
         finally:
             self.args.save_total_limit = limit
@@ -571,12 +626,11 @@ class LoraTrainer(Trainer):
     # ---- evaluation -----------------------------------------------------------------------------
 
     def get_eval_dataloader(
-        self, eval_dataset: Sequence[Example] | Sequence[EncodedExample] | None = None
+        self, eval_dataset: Rows | str | None = None
     ) -> DataLoader[ScoringSequence]:
         """This rank's packed sequences of the held-out examples (or of others of the task)."""
-        examples = self.eval_dataset
-        if eval_dataset is not None:
-            examples = self.encoder.encode(eval_dataset)
+        self._give_weights_that_answer()
+        examples = self._to_score(eval_dataset)
         if not examples:
             raise ArgumentError("There are no examples to evaluate: give an eval_dataset.")
         return self._loader(
@@ -589,7 +643,21 @@ class LoraTrainer(Trainer):
             )
         )
 
-    def get_test_dataloader(self, test_dataset: Sequence[Example]) -> DataLoader[ScoringSequence]:
+    def _to_score(self, chosen: Rows | str | None) -> list[EncodedExample]:
+        """The held-out examples, those of one dataset by its name, or others of the task."""
+        held_out = self.eval_dataset
+        if isinstance(chosen, str) or (chosen is None and isinstance(held_out, dict)):
+            named = held_out if isinstance(held_out, dict) else {}
+            if chosen not in named:
+                raise ArgumentError(
+                    f"eval_dataset has no dataset {chosen!r}: name one of {', '.join(named)}."
+                )
+            return named[chosen]
+        if chosen is None:
+            return cast(list[EncodedExample], held_out or [])
+        return self.encoder.encode(examples_of(chosen, task=self.task, name="The dataset"))
+
+    def get_test_dataloader(self, test_dataset: Rows) -> DataLoader[ScoringSequence]:
         """As `get_eval_dataloader`, for other examples of the task."""
         return self.get_eval_dataloader(test_dataset)
 
@@ -603,7 +671,17 @@ class LoraTrainer(Trainer):
         with self.watchdogs.away("evaluation"):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def score(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> Scores:
+    def predict(
+        self,
+        test_dataset: Rows,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """The Trainer's, which may rightly take long: the answers' scores, and their metrics."""
+        with self.watchdogs.away("prediction"):
+            return super().predict(cast(Any, test_dataset), ignore_keys, metric_key_prefix)
+
+    def score(self, examples: Rows) -> Scores:
         """Scores of every answer to `examples`; a collective call, the same on every rank.
 
         Args:
@@ -611,21 +689,20 @@ class LoraTrainer(Trainer):
         """
         return self.scorer.score(self.get_eval_dataloader(examples))
 
-    def outputs(
-        self, examples: Sequence[Example] | Sequence[EncodedExample] | None = None
-    ) -> ModelOutputs:
+    def outputs(self, examples: Rows | None = None) -> ModelOutputs:
         """What the answers to `examples` (by default the held-out ones) are read from: `score`,
         and what `write` generates where the task's kind of answer asks for it.
         """
         return self.scorer.outputs(self.get_eval_dataloader(examples))
 
-    def write(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> list[str]:
+    def write(self, examples: Rows) -> list[str]:
         """The text that greedy decoding generates after each prompt; as `score`, on all ranks.
 
         Returns:
             the texts without the prompts; `Task.parse` finds the answers in them.
         """
-        return self.scorer.generate(self.encoder.encode(examples))
+        self._give_weights_that_answer()
+        return self.scorer.generate(self._to_score(examples))
 
     def evaluation_loop(
         self,
@@ -653,7 +730,9 @@ class LoraTrainer(Trainer):
         metrics = evaluation_metrics(self.task, examples, outputs)
         matrix = confusion_matrix(self.task, examples, outputs)
         if matrix is not None:
-            self.confusion_matrices[self.state.global_step] = matrix
+            step = self.state.global_step
+            place = step if metric_key_prefix == "eval" else (step, metric_key_prefix)
+            self.confusion_matrices[place] = matrix
         labels = [-1 if example.label is None else example.label for example in examples]
         return EvalLoopOutput(
             predictions=outputs.log_likelihoods,
@@ -672,3 +751,6 @@ class LoraTrainer(Trainer):
             multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
+
+
+_ARGUMENTS = tuple(inspect.signature(LoraTrainer).parameters)

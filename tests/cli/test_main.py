@@ -147,7 +147,7 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            ("rwos: 3", "Did you mean 'rows'?"),
+            ("rwos: 3", "did you mean --rows?"),
             ("- a list", "must hold options"),
             ("a: b: c", "is no valid YAML"),
             ("", "must hold options"),

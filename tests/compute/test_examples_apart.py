@@ -17,8 +17,8 @@ from tests.compute.test_packed_gradients import (
     relative_error,
     take_gradients,
 )
-from tests.support.token_mixers import FAMILIES, WINDOWED, adapted_family
 from tests.support.tiny import adapted_model, randomise_adapter
+from tests.support.token_mixers import FAMILIES, WINDOWED, adapted_family
 
 CPU = torch.device("cpu")
 #: Of whose layers a mask keeps examples apart.

@@ -19,8 +19,8 @@ from tests.compute.test_packed_gradients import (
     relative_error,
     take_gradients,
 )
-from tests.support.token_mixers import WINDOWED, adapted_family
 from tests.support.runs import toy_trainer
+from tests.support.token_mixers import WINDOWED, adapted_family
 
 CPU = torch.device("cpu")
 

@@ -119,6 +119,30 @@ def test_a_script_of_ones_own_under_accelerate_launch(tmp_path, words, changes, 
     assert done.stdout.startswith(said), done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--num_processes", "1", "--cpu"], "runs"),
+        (["--num_processes", "2", "--cpu"], "refused: Several processes were asked for"),
+    ],
+)
+def test_an_address_exported_by_the_shell_is_no_request(tmp_path, words, said):
+    """A cluster's login shell exports where processes would meet."""
+    script = tmp_path / "mine.py"
+    script.write_text(SCRIPT)
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("FSDP_", "ACCELERATE_"))}
+    exported = {"MASTER_ADDR": "node17.cluster", "MASTER_PORT": "23456"}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *words, str(script)],
+        env={**keep, **exported, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stdout.startswith(said), done.stdout + done.stderr
+
+
 def test_fp8_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(LaunchError, match="mixed_precision: fp8"):

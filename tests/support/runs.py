@@ -13,8 +13,8 @@ from lora_fsdp.adapter.saved import adapter_state
 from lora_fsdp.base.loading import load_base
 from lora_fsdp.base.streaming import open_base
 from lora_fsdp.distributed.status import fsdp_status
-from tests.support.token_mixers import FAMILIES, WINDOWED, family_model
 from tests.support.tiny import CONFIGS, ToyTask, tiny_model, tiny_tokenizer, toy_table
+from tests.support.token_mixers import FAMILIES, WINDOWED, family_model
 
 
 def toy_trainer(

@@ -12,10 +12,10 @@ from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.adapter.verification import verify_adapter_folder
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.tasks import register_task, registry
-from tests.support.token_mixers import family_model
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_run, toy_trainer
 from tests.support.tiny import ToyTask, tiny_tokenizer
+from tests.support.token_mixers import family_model
 
 FSDP = launch_environment("fsdp2_cpu.yaml")
 

@@ -36,7 +36,7 @@ def asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
         first = examples[0].prompt
         prompt, choices = Prompt(first.before, _marked(TEXT_PLACEHOLDER, names), first.after), ()
     labels = data.task.answer_kind.labels
-    encoded = [*trainer.train_dataset, *(trainer.eval_dataset or [])]
+    encoded = [*trainer.train_dataset, *trainer.held_out]
     return {
         "prompt": _pieces(encoder.render(prompt), names),
         # Of a task whose instruction says something else in every row, one is shown of many.

@@ -69,7 +69,7 @@ def record_start(
     rows = pd.concat(
         [
             _rows(data, data.train, trainer.train_dataset, part=TRAINING),
-            _rows(data, data.held_out, trainer.eval_dataset or [], part=HELD_OUT),
+            _rows(data, data.held_out, trainer.held_out, part=HELD_OUT),
         ]
     )
     write_json(folder / DATA_HEALTH_FILE, data_health(rows, labels=data.task.answer_kind.labels))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lora_fsdp.evaluation.outputs import LOG_FILE
+
+logger = logging.getLogger(__name__)
 
 
 class KeepLog(TrainerCallback):
@@ -26,6 +30,8 @@ class KeepLog(TrainerCallback):
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / LOG_FILE
         self.first_step = 0
+        # Lines that the disk had no room for, to be written with the next; the last may be cut off.
+        self._waiting = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -42,10 +48,22 @@ class KeepLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add the newest line."""
-        if state.is_world_process_zero and self.path.is_file():
-            entry = {**state.log_history[-1], "time": round(time.time(), 3)}
+        if not (state.is_world_process_zero and self.path.is_file()):
+            return
+        entry = {**state.log_history[-1], "time": round(time.time(), 3)}
+        first, self._waiting = not self._waiting, self._waiting + _line(entry)
+        size = self.path.stat().st_size
+        try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(entry))
+                file.write(self._waiting)
+            self._waiting = ""
+        except OSError as error:  # no reason to lose what has been trained
+            os.truncate(self.path, size)
+            if first:
+                logger.warning(
+                    "%s cannot be written (%s); training goes on. Make room before the next "
+                    "checkpoint, which the run ends without.", self.path, error.strerror,
+                )  # fmt: skip
 
 
 def _line(entry: dict[str, Any]) -> str:

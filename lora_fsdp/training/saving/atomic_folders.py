@@ -95,9 +95,28 @@ def read_marker(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(f"its marker {MARKER} cannot be read ({error})") from error
     if digest != _digest_marker(marker):
         raise DamagedCheckpointError(f"its marker {MARKER} is not as it was written")
-    if marker["format"] != _FORMAT:
-        raise DamagedCheckpointError(f"its format is {marker['format']}, this version's {_FORMAT}")
+    if marker.get("format") != _FORMAT:
+        form = str(marker.get("format"))[:40]
+        raise DamagedCheckpointError(f"its format is {form}, this version's {_FORMAT}")
+    if not _has_our_form(marker):
+        raise DamagedCheckpointError(f"its marker {MARKER} has another form than a run writes")
     return marker
+
+
+def _has_our_form(marker: Mapping[str, Any]) -> bool:
+    """Whether there are facts, and for each file its size and digest."""
+    files = marker.get("files")
+    return (
+        isinstance(marker.get("facts"), dict)
+        and isinstance(files, dict)
+        and "\0" not in "".join(files)
+        and all(
+            isinstance(one, dict)
+            and isinstance(one.get("bytes"), int)
+            and isinstance(one.get("sha256"), str)
+            for one in files.values()
+        )
+    )
 
 
 def check_whole(folder: Path, *, hashes: bool = True) -> dict[str, Any]:
@@ -264,8 +283,39 @@ def _clear_message(folder: Path) -> Iterator[None]:
         from_system = isinstance(error, OSError | SafetensorError) or "(os error" in str(error)
         if isinstance(error, LoraFsdpError) or not from_system:
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = _reason(error)
         raise CheckpointSaveError(
             f"{folder} cannot be written ({reason}): what was saved before is as it was. Make room "
             "or choose another --output_dir, then continue with --resume_from_checkpoint true."
         ) from error
+
+
+# What the system says of a write that it cannot carry out, whatever file it is of.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Say in one sentence that a file of a run cannot be written, whichever it is.
+
+    Raises:
+        CheckpointSaveError: the disk is full, a quota is, or it has become read-only.
+    """
+    try:
+        yield
+    except Exception as error:
+        codes = "|".join(map(str, _NO_ROOM))
+        no_room = re.search(rf"\(os error ({codes})\)", str(error)) is not None
+        if isinstance(error, LoraFsdpError) or not (
+            no_room or (isinstance(error, OSError) and error.errno in _NO_ROOM)
+        ):
+            raise
+        raise CheckpointSaveError(
+            f"{folder} cannot be written to ({_reason(error)}): whole checkpoints are as they "
+            "were. Make room or choose another --output_dir; a run that has a checkpoint continues "
+            "with --resume_from_checkpoint true."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

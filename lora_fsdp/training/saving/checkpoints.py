@@ -22,9 +22,13 @@ def list_checkpoints(run_folder: Path) -> list[Path]:
 def find_damage(checkpoint: Path, *, hashes: bool = True) -> str | None:
     """What is wrong with a checkpoint, as the end of a sentence about it; `None` if it is whole."""
     try:
-        check_whole(checkpoint, hashes=hashes)
+        facts = check_whole(checkpoint, hashes=hashes)["facts"]
     except DamagedCheckpointError as error:
         return str(error)
+    launch = facts.get("launch")
+    whole = isinstance(launch, dict) and all(isinstance(n, int) for n in launch.values())
+    if not whole or not all(isinstance(facts.get(k), dict) for k in ("must_stay", "may_change")):
+        return "its marker says nothing of the run"
     return None
 
 

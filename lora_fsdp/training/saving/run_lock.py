@@ -22,7 +22,7 @@ from lora_fsdp.errors import OutputFolderError, OutputFolderInUseError
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = ".lock"
+LOCK_FILE = ".lora-fsdp.lock"
 WAIT_SECONDS = 60.0
 
 # Folders that this process holds; holding one again is no conflict.
@@ -95,14 +95,12 @@ def run_lock(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[No
 
 
 def _try_lock(file: Path) -> IO[str] | None:
-    """The open and locked file; `None` if another process has it."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        opened = file.open("a")
-    except OSError as error:
-        raise OutputFolderError(
-            f"{file.parent} cannot be written to ({error.strerror}): choose another --output_dir."
-        ) from error
+    """The open and locked file; `None` if another process has it.
+
+    Raises:
+        OutputFolderError: the folder cannot be written to, or holds something else by that name.
+    """
+    opened = _open_own(file)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -112,14 +110,49 @@ def _try_lock(file: Path) -> IO[str] | None:
         logger.warning("%s cannot be locked (%s).", file.parent, error.strerror)
         return opened
     # The holder removes the file when it is done: what was waited for may not be there any more.
-    if file.exists() and os.path.samestat(file.stat(), os.fstat(opened.fileno())):
+    if not file.exists() or not os.path.samestat(file.stat(), os.fstat(opened.fileno())):
+        opened.close()
+        return None
+    since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    try:
         opened.truncate(0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": since}, opened)
         opened.flush()
-        return opened
-    opened.close()
-    return None
+    except OSError as error:  # a full disk
+        file.unlink()
+        with suppress(OSError):  # which would write what is left once more
+            opened.close()
+        raise _not_writable(file.parent, error) from error
+    return opened
+
+
+def _open_own(file: Path) -> IO[str]:
+    """The lock file, made if there is none; never a file that somebody else has made."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.is_symlink() or (file.is_file() and file.stat().st_size and not _is_ours(file)):
+            raise OutputFolderError(
+                f"{file} is not a lock that a run has left: move it away, or choose another "
+                "--output_dir."
+            )
+        return file.open("a", encoding="utf-8")
+    except OutputFolderError:
+        raise
+    except OSError as error:
+        raise _not_writable(file.parent, error) from error
+
+
+def _is_ours(file: Path) -> bool:
+    begin = '{"pid": '
+    found = file.read_text(encoding="utf-8", errors="replace")[: len(begin)]
+    return begin.startswith(found)  # one that is just being written may be cut off
+
+
+def _not_writable(folder: Path, error: OSError) -> OutputFolderError:
+    return OutputFolderError(
+        f"{folder} cannot be written to ({error.strerror}): make room, or choose another "
+        "--output_dir."
+    )
 
 
 def _holder(file: Path) -> str:

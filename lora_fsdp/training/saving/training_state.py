@@ -13,6 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import set_seed
 
+from lora_fsdp.errors import DamagedCheckpointError
 from lora_fsdp.ranks import from_every_rank
 from lora_fsdp.training.saving.state_file import read_state, write_state
 
@@ -37,7 +38,7 @@ class LoopState:
     stopped_early: bool
     total_loss: float
     step_last_logged: int
-    confusion_matrices: dict[int, pd.DataFrame]
+    confusion_matrices: dict[int | tuple[int, str], pd.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -95,12 +96,17 @@ class TrainingState:
             DamagedCheckpointError: the file cannot be read.
         """
         contents = read_state(folder / STATE_FILE)
-        matrices = {
-            step: pd.DataFrame(matrix["data"], matrix["index"], matrix["columns"])
-            for step, matrix in contents["loop"]["confusion_matrices"].items()
-        }
-        loop = LoopState(**contents["loop"] | {"confusion_matrices": matrices})
-        return cls(contents["optimizer"], contents["scheduler"], contents["ranks"], loop)
+        try:
+            matrices = {
+                step: pd.DataFrame(matrix["data"], matrix["index"], matrix["columns"])
+                for step, matrix in contents["loop"]["confusion_matrices"].items()
+            }
+            loop = LoopState(**contents["loop"] | {"confusion_matrices": matrices})
+            return cls(contents["optimizer"], contents["scheduler"], contents["ranks"], loop)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise DamagedCheckpointError(
+                f"{folder / STATE_FILE} does not hold a run's state: {error}"
+            ) from error
 
     def is_finished(self, max_steps: int) -> bool:
         """Whether no step is left of a run of `max_steps`."""

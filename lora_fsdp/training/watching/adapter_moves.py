@@ -27,7 +27,9 @@ class AdapterMoves(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Check once."""
-        if kwargs["optimizer"].param_groups[0]["lr"] > 0:
+        group = kwargs["optimizer"].param_groups[0]
+        # Schedule-free optimizers say here what they made of it: RAdam begins with steps of 0.
+        if group.get("scheduled_lr", group["lr"]) > 0:
             if not self.checked:
                 self.adapters.check_moved()
                 self.checked = True
