@@ -19,6 +19,7 @@ from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArgument
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import open_base
 from lora_fsdp.data.checking import check_task_data
+from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.rows import TaskData, load_task_data, without_refused_rows
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
@@ -77,7 +78,8 @@ def finetune(
     """
     output_dir = claim_output_folder(training_args, inputs=_inputs(model_args, data_args))
     try:
-        data = load_task_data(data_args, seed=training_args.seed, task=task)
+        choosing = training_args.chooses_checkpoint
+        data = load_task_data(data_args, seed=training_args.seed, task=task, choosing=choosing)
         data = without_refused_rows(data_args, data, lambda: load_tokenizer(model_args))
         set_seed(training_args.seed)  # the adapter's first values
         adapter = lora_config(lora_args, revision=model_args.model_revision)
@@ -89,6 +91,7 @@ def finetune(
             processing_class=load_tokenizer(model_args),
             train_dataset=data.train,
             eval_dataset=data.held_out,
+            test_dataset=data.test,
             peft_config=adapter,
             max_length=data_args.max_length,
             chat_template=data_args.chat_template,
@@ -114,22 +117,23 @@ def finetune(
 
 
 def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Comparison:
+    reported = trainer.test_dataset or trainer.eval_dataset or []
     with trainer.model.disable_adapter():
-        untrained = trainer.outputs()
-        base_texts = _generate_freely(trainer)
+        untrained = trainer.outputs(reported)
+        base_texts = _generate_freely(trainer, reported)
     trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
     if trainer.is_world_process_zero():
         try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)
-    tuned = trainer.outputs()
-    tuned_texts = _generate_freely(trainer)
+    tuned = trainer.outputs(reported)
+    tuned_texts = _generate_freely(trainer, reported)
     return compare(
         data.task,
         train=data.train,
-        held_out=trainer.eval_dataset or (),
+        held_out=reported,
         untrained=untrained,
         tuned=tuned,
-        written=generated_texts(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
+        written=generated_texts(data.task, data.reported, base=base_texts, tuned=tuned_texts),
         facts=_facts(trainer, data, trained.metrics, first_step=log.first_step),
     )
 
@@ -153,7 +157,8 @@ def claim_output_folder(arguments: FineTuningArguments, *, inputs: Sequence[Path
 
 
 def _inputs(model: ModelArguments, data: DataArguments) -> list[Path]:
-    names = (model.model_name_or_path, data.data_file, data.eval_file, data.task_file)
+    files = (data.data_file, data.eval_file, data.test_file, data.task_file)
+    names = (model.model_name_or_path, *files)
     return [Path(name) for name in names if name]
 
 
@@ -184,26 +189,31 @@ def _remove_earlier_run(folder: Path, arguments: FineTuningArguments) -> None:
 def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     """Say what is about to happen, before it costs anything."""
     answers = data.task.answer_kind.announcement(max_new_tokens=trainer.max_new_tokens)
-    say(f"Task {data.task.name}: {len(data.train)} training rows, {len(data.held_out)} held out")
+    test = f", {len(data.test)} for the test" if data.test else ""
+    rows = f"{len(data.train)} training rows, {len(data.held_out)} held out{test}"
+    say(f"Task {data.task.name}: {rows}")
+    for line in data.splits:
+        say(f"  {visible(line, lines=False)}")
     say(f"  answers: {visible(answers, lines=False)}")
     if data.dropped:
         say(f"  rows left out as unusable: {data.dropped}")
     say(f"  rows whose text was shortened to fit: {trainer.shortened}")
-    encoded = [*trainer.train_dataset, *(trainer.eval_dataset or [])]
+    encoded = [*trainer.train_dataset, *(trainer.eval_dataset or []), *trainer.test_dataset]
     for warning in check_task_data(data, encoded).warnings:
         say(f"  warning: {visible(warning, lines=False)}")
     shared = "yes" if trainer.share_prefix else "no"
     say(f"  prompts' common prefix computed once a packed sequence: {shared}")
     say(str(status))
     say(str(trainer.placement))
-    untrained = f"Scoring the untrained model on {len(data.held_out)} held-out rows, then training."
-    say(untrained, flush=True)
+    which = "test" if data.test else "held-out"
+    what = f"Scoring the untrained model on {len(data.reported)} {which} rows, then training."
+    say(what, flush=True)
 
 
-def _generate_freely(trainer: LoraTrainer) -> list[str]:
-    """The text that the model generates freely for the first held-out rows."""
+def _generate_freely(trainer: LoraTrainer, examples: Sequence[EncodedExample]) -> list[str]:
+    """The text that the model generates freely for the first of `examples`."""
     args = trainer.args
-    chosen = trainer.eval_dataset[: args.generate_examples]  # type: ignore[index]
+    chosen = examples[: args.generate_examples]
     texts = generate_texts(
         trainer.model,
         trainer.processing_class,
@@ -238,7 +248,9 @@ def _facts(
         "task": data.task.name,
         "labels": list(data.task.answer_kind.labels),
         "training_rows": len(data.train),
-        "held_out_rows": len(data.held_out),
+        "held_out_rows": len(data.reported),
+        "validation_rows": len(data.held_out) if data.test else None,
+        "chosen_among": _chosen_among(trainer) if not data.test else None,
         "rows_left_out": data.dropped,
         "rows_shortened": trainer.shortened,
         "processes": trainer.args.world_size,
@@ -253,6 +265,14 @@ def _facts(
         },
     }
     return facts | _predicted_and_measured(trainer, trained["train_runtime"])
+
+
+def _chosen_among(trainer: LoraTrainer) -> int | None:
+    """Among how many checkpoints the reported one is the best, if it was chosen."""
+    if not trainer.args.chooses_checkpoint:
+        return None
+    metric = str(trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
+    return sum(f"eval_{metric}" in entry for entry in trainer.state.log_history)
 
 
 def _predicted_and_measured(trainer: LoraTrainer, seconds: float) -> dict[str, Any]:

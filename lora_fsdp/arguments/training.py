@@ -110,6 +110,11 @@ class FineTuningArguments(TrainingArguments):
         super().__post_init__()
         self._check()
 
+    @property
+    def chooses_checkpoint(self) -> bool:
+        """Whether the held-out rows decide which checkpoint is kept."""
+        return bool(self.load_best_model_at_end)
+
     def _check(self) -> None:
         # `mixed_precision` also holds what the accelerate YAML says.
         if self.fp16 or self.mixed_precision == "fp16":

@@ -93,7 +93,12 @@ class Comparison:
 
     def verdict(self) -> str:
         """Whether tuning beats everything else, in the report's words, with its interval."""
-        table = score_table(self.metrics, self.predictions, primary=self.primary_metric)
+        table = score_table(
+            self.metrics,
+            self.predictions,
+            primary=self.primary_metric,
+            chosen_among=self.facts.get("chosen_among"),
+        )
         return f"{table['verdict']['headline']} {table['verdict']['detail']}"
 
 

@@ -68,6 +68,7 @@ def score_table(
     *,
     primary: str,
     rows: int | None = None,
+    chosen_among: int | None = None,
 ) -> dict[str, Any]:
     """Every system's scores, the differences to the tuned model, and a verdict; JSON-ready.
 
@@ -76,6 +77,7 @@ def score_table(
         predictions: the answers row by row, as in `Comparison`; no intervals without them.
         primary: the metric that decides.
         rows: how many rows were held out, where there are no predictions.
+        chosen_among: of how many checkpoints the tuned model is the best on these very rows.
     """
     shown = shown_metrics(metrics[TUNED], primary=primary)
     if predictions is not None:
@@ -99,6 +101,7 @@ def score_table(
     }
     table = {
         "rows": rows,
+        "chosen_among": chosen_among,
         "primary_metric": primary,
         "labels_without_rows": _labels_without_rows(predictions),
         "metrics": shown,
@@ -249,7 +252,18 @@ def _detail(table: dict[str, Any], margin: Mapping[str, Any], *, tuned: float) -
     return (
         f"{metric[:1].upper()}{metric[1:]} {score_text(tuned)} against "
         f"{score_text(tuned - margin['value'])}{held_out}: {signed_text(margin['value'])}"
-        f"{interval}.{few}{unmeasured}"
+        f"{interval}.{few}{_chosen(table)}{unmeasured}"
+    )
+
+
+def _chosen(table: Mapping[str, Any]) -> str:
+    """That the reported rows chose the checkpoint: the best of several is too good on them."""
+    count = table["chosen_among"]
+    if count is None or count < 2:
+        return ""
+    return (
+        f" The tuned model was chosen among {count} checkpoints on these rows, which makes its "
+        "score too high: keep rows for a test (--test_size)."
     )
 
 

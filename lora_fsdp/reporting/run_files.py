@@ -89,6 +89,7 @@ class RunFiles:
             self.predictions,
             primary=str(self.metrics["primary_metric"]),
             rows=self.metrics.get("held_out_rows"),
+            chosen_among=self.metrics.get("chosen_among"),
         )
 
     @property

@@ -97,6 +97,7 @@ class LoraTrainer(Trainer):
         task: what is learnt; bound to its table (`Task.bind`).
         train_dataset: examples with targets (`Task.examples`), the same on every rank.
         eval_dataset: held-out examples.
+        test_dataset: further ones, which no evaluation while training sees.
         processing_class: the tokenizer.
         peft_config: the adapter to attach.
         max_length: longest example in tokens; longer ones have their text shortened.
@@ -133,6 +134,7 @@ class LoraTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase,
         train_dataset: Sequence[Example] = (),
         eval_dataset: Sequence[Example] = (),
+        test_dataset: Sequence[Example] = (),
         peft_config: LoraConfig | None = None,
         max_length: int = 512,
         chat_template: bool = False,
@@ -154,7 +156,9 @@ class LoraTrainer(Trainer):
             train=train_dataset,
             held_out=eval_dataset,
             peft_config=peft_config,
+            test=test_dataset,
         )
+        self.test_dataset = run.test
         self.task, self.max_new_tokens = task, longest_answer(args, run.train)
         self.shortened, self.share_prefix = run.shortened, run.request.shares_prefix
         self.request, self.schedule, self.work = run.request, run.schedule, run.work

@@ -58,7 +58,7 @@ def record_start(
             {group: _not_default(*given) for group, given in arguments.items()}
         ),
         **_facts(trainer, data),
-        "prompt": _sample_prompt(trainer, data.held_out),
+        "prompt": _sample_prompt(trainer, data.reported),
         "asking": _asking(trainer, data),
         "data_sha256": _digests(asked["data"]),
         TRAINED_ON: sorted(set(row_digests(data.train))),
@@ -68,7 +68,7 @@ def record_start(
     rows = pd.concat(
         [
             _rows(data, data.train, trainer.train_dataset, part=TRAINING),
-            _rows(data, data.held_out, trainer.eval_dataset or [], part=HELD_OUT),
+            _rows(data, data.scored, _scored(trainer), part=HELD_OUT),
         ]
     )
     write_json(folder / DATA_HEALTH_FILE, data_health(rows, labels=data.task.answer_kind.labels))
@@ -82,7 +82,9 @@ def _facts(trainer: LoraTrainer, data: TaskData) -> dict[str, Any]:
         "answers": kind.announcement(max_new_tokens=trainer.max_new_tokens),
         "primary_metric": data.task.primary_metric,
         "training_rows": len(data.train),
-        "held_out_rows": len(data.held_out),
+        "held_out_rows": len(data.reported),
+        "validation_rows": len(data.held_out) if data.test else None,
+        "splits": list(data.splits),
         "rows_left_out": data.dropped,
         "processes": trainer.args.world_size,
         "device": trainer.args.device.type,
@@ -104,6 +106,10 @@ def _rows(
             "shortened": pd.Series([one.shortened for one in encoded], dtype=bool),
         }
     )
+
+
+def _scored(trainer: LoraTrainer) -> list[EncodedExample]:
+    return [*(trainer.eval_dataset or []), *trainer.test_dataset]
 
 
 def _sample_prompt(trainer: LoraTrainer, held_out: Sequence[Example]) -> dict[str, Any] | None:
@@ -128,8 +134,8 @@ def _asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
 
     `None` for conversations and for rows that bring their own choices: no one text stands for them.
     """
-    examples = [*data.train, *data.held_out]
-    encoded = [*trainer.train_dataset, *(trainer.eval_dataset or [])]
+    examples = [*data.train, *data.scored]
+    encoded = [*trainer.train_dataset, *_scored(trainer)]
     if not examples or any(one.prompt.turns or one.choices for one in examples):
         return None
     encoder, prompt = trainer.encoder, examples[0].prompt
@@ -150,7 +156,8 @@ def _asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
 
 def _digests(arguments: Any) -> dict[str, str]:
     """SHA-256 of the files that the rows came from."""
-    named = {"data_file": arguments.data_file, "eval_file": arguments.eval_file}
+    options = ("data_file", "eval_file", "test_file")
+    named = {option: getattr(arguments, option) for option in options}
     return {
         option: sha256_of_file(Path(name))
         for option, name in named.items()
