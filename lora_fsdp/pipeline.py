@@ -26,6 +26,7 @@ from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
 from lora_fsdp.evaluation.comparison import Comparison, compare, generated_texts
 from lora_fsdp.evaluation.generation import generate_texts
+from lora_fsdp.evaluation.untrained import AS_TRAINED
 from lora_fsdp.placement.gpus import known_gpu
 from lora_fsdp.planning.predicted import predicted
 from lora_fsdp.printing import say, visible
@@ -36,6 +37,7 @@ from lora_fsdp.reporting.recording.record import record_start
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
 from lora_fsdp.training.logging.log_history import KeepLog
+from lora_fsdp.training.rivals import rows_to_probe, score_untrained
 from lora_fsdp.training.saving.atomic_folders import remove_leftovers
 from lora_fsdp.training.saving.output_folder import (
     check_inputs_stay,
@@ -118,8 +120,8 @@ def finetune(
 
 def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Comparison:
     reported = trainer.test_dataset or trainer.eval_dataset or []
+    untrained = score_untrained(trainer, reported)
     with trainer.model.disable_adapter():
-        untrained = trainer.outputs(reported)
         base_texts = _generate_freely(trainer, reported)
     trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
@@ -131,10 +133,15 @@ def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Co
         data.task,
         train=data.train,
         held_out=reported,
-        untrained=untrained,
+        untrained=untrained.ways[AS_TRAINED],
+        ways=untrained.ways,
+        rivals=untrained.answers,
         tuned=tuned,
         written=generated_texts(data.task, data.reported, base=base_texts, tuned=tuned_texts),
-        facts=_facts(trainer, data, trained.metrics, first_step=log.first_step),
+        facts={
+            **_facts(trainer, data, trained.metrics, first_step=log.first_step),
+            **untrained.facts,
+        },
     )
 
 
@@ -206,8 +213,10 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     say(str(status))
     say(str(trainer.placement))
     which = "test" if data.test else "held-out"
-    what = f"Scoring the untrained model on {len(data.reported)} {which} rows, then training."
-    say(what, flush=True)
+    what = f"Scoring the untrained model on {len(data.reported)} {which} rows"
+    probed = len(rows_to_probe(trainer))
+    also = f" and {probed} training rows (--probe_rows)" if probed else ""
+    say(f"{what}{also}, then training.", flush=True)
 
 
 def _generate_freely(trainer: LoraTrainer, examples: Sequence[EncodedExample]) -> list[str]:

@@ -92,16 +92,23 @@ def tfidf_out_of_fold(
     return probabilities
 
 
-def choose_regression(features: Any, labels: Sequence[str], *, seed: int = 0) -> Any:
+def choose_regression(
+    features: Any,
+    labels: Sequence[str],
+    *,
+    strengths: Sequence[float] = _STRENGTHS,
+    seed: int = 0,
+) -> Any:
     """A logistic regression, fitted on all rows.
 
     Its C and its class weights are those with the best macro-F1 in three folds of the rows; of many
-    rows, or many labels, a seeded sample is divided. Where there are too few rows for that, C is 10
-    and rare labels weigh more.
+    rows, or many labels, a seeded sample is divided. Where there are too few rows for that, C is
+    the middle one and rare labels weigh more.
 
     Args:
         features: [N, F], dense or sparse.
         labels: N labels, of which two differ at least.
+        strengths: the values of C to choose from; where nothing can be chosen, the middle one.
         seed: of sample, folds and solver.
     """
     given = np.array(labels, dtype=object)
@@ -109,10 +116,10 @@ def choose_regression(features: Any, labels: Sequence[str], *, seed: int = 0) ->
     most = min(len(given), _MOST_CHOOSING // count)
     fit = partial(_fitted, seed=seed)
     if most < _LEAST_ROWS_A_LABEL * count:
-        return fit(features, given, 10.0, "balanced")
+        return fit(features, given, strengths[len(strengths) // 2], "balanced")
     sample = np.random.default_rng(seed).permutation(len(given))[:most]
     chosen = max(
-        product(_STRENGTHS, (None, "balanced")),
+        product(strengths, (None, "balanced")),
         key=lambda one: _cross_validated(features[sample], given[sample], *one, seed=seed),
     )
     return fit(features, given, *chosen)
