@@ -22,12 +22,14 @@ from lora_fsdp.arguments.option import check_is_text
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import open_base
 from lora_fsdp.data.checking import check_task_data
+from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.rows import TaskData, load_task_data, without_refused_rows
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
 from lora_fsdp.evaluation.comparison import Comparison, compare, generated_texts
 from lora_fsdp.evaluation.generation import generate_texts
+from lora_fsdp.evaluation.untrained import AS_TRAINED
 from lora_fsdp.placement.gpus import known_gpu
 from lora_fsdp.planning.predicted import predicted
 from lora_fsdp.printing import say, visible
@@ -38,6 +40,7 @@ from lora_fsdp.reporting.recording.record import record_start
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.tasks import Task
 from lora_fsdp.training.logging.log_history import KeepLog
+from lora_fsdp.training.rivals import rows_to_probe, score_untrained
 from lora_fsdp.training.saving.atomic_folders import remove_leftovers, writing_into
 from lora_fsdp.training.saving.output_folder import (
     check_inputs_stay,
@@ -84,7 +87,8 @@ def finetune(
     with ExitStack() as held:
         held.callback(release_folder, output_dir)
         held.enter_context(writing_into(output_dir))
-        data = load_task_data(data_args, seed=training_args.seed, task=task)
+        choosing = training_args.chooses_checkpoint
+        data = load_task_data(data_args, seed=training_args.seed, task=task, choosing=choosing)
         data = without_refused_rows(data_args, data, lambda: load_tokenizer(model_args))
         set_seed(training_args.seed)  # the adapter's first values
         adapter = lora_config(lora_args, revision=model_args.model_revision)
@@ -96,6 +100,7 @@ def finetune(
             processing_class=load_tokenizer(model_args),
             train_dataset=data.train,
             eval_dataset=data.held_out,
+            test_dataset=data.test,
             peft_config=adapter,
             max_length=data_args.max_length,
             chat_template=data_args.chat_template,
@@ -119,23 +124,29 @@ def finetune(
 
 
 def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Comparison:
+    reported = trainer.test_dataset or trainer.held_out
+    untrained = score_untrained(trainer, reported)
     with trainer.model.disable_adapter():
-        untrained = trainer.outputs()
-        base_texts = _generate_freely(trainer)
+        base_texts = _generate_freely(trainer, reported)
     trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
     if trainer.is_world_process_zero():
         try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)
-    tuned = trainer.outputs()
-    tuned_texts = _generate_freely(trainer)
+    tuned = trainer.outputs(reported)
+    tuned_texts = _generate_freely(trainer, reported)
     return compare(
         data.task,
         train=data.train,
-        held_out=trainer.held_out,
-        untrained=untrained,
+        held_out=reported,
+        untrained=untrained.ways[AS_TRAINED],
+        ways=untrained.ways,
+        rivals=untrained.answers,
         tuned=tuned,
-        written=generated_texts(data.task, data.held_out, base=base_texts, tuned=tuned_texts),
-        facts=_facts(trainer, data, trained.metrics, first_step=log.first_step),
+        written=generated_texts(data.task, data.reported, base=base_texts, tuned=tuned_texts),
+        facts={
+            **_facts(trainer, data, trained.metrics, first_step=log.first_step),
+            **untrained.facts,
+        },
     )
 
 
@@ -162,6 +173,7 @@ def _inputs(model: ModelArguments, data: DataArguments) -> list[Path]:
         "model_name_or_path": model.model_name_or_path,
         "data_file": data.data_file,
         "eval_file": data.eval_file,
+        "test_file": data.test_file,
         "task_file": data.task_file,
     }
     for name, value in given.items():
@@ -196,12 +208,16 @@ def _remove_earlier_run(folder: Path, arguments: FineTuningArguments) -> None:
 def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     """Say what is about to happen, before it costs anything."""
     answers = data.task.answer_kind.announcement(max_new_tokens=trainer.max_new_tokens)
-    say(f"Task {data.task.name}: {len(data.train)} training rows, {len(data.held_out)} held out")
+    test = f", {len(data.test)} for the test" if data.test else ""
+    rows = f"{len(data.train)} training rows, {len(data.held_out)} held out{test}"
+    say(f"Task {data.task.name}: {rows}")
+    for line in data.splits:
+        say(f"  {visible(line, lines=False)}")
     say(f"  answers: {visible(answers, lines=False)}")
     if data.dropped:
         say(f"  rows left out as unusable: {data.dropped}")
     say(f"  rows whose text was shortened to fit: {trainer.shortened}")
-    encoded = [*trainer.train_dataset, *trainer.held_out]
+    encoded = [*trainer.train_dataset, *trainer.held_out, *trainer.test_dataset]
     for warning in check_task_data(data, encoded).warnings:
         say(f"  warning: {visible(warning, lines=False)}")
     shared = "yes" if trainer.share_prefix else "no"
@@ -209,14 +225,17 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     say(f"  {targets_in_words(trainer.model)}")
     say(str(status))
     say(str(trainer.placement))
-    untrained = f"Scoring the untrained model on {len(data.held_out)} held-out rows, then training."
-    say(untrained, flush=True)
+    which = "test" if data.test else "held-out"
+    what = f"Scoring the untrained model on {len(data.reported)} {which} rows"
+    probed = len(rows_to_probe(trainer))
+    also = f" and {probed} training rows (--probe_rows)" if probed else ""
+    say(f"{what}{also}, then training.", flush=True)
 
 
-def _generate_freely(trainer: LoraTrainer) -> list[str]:
-    """The text that the model generates freely for the first held-out rows."""
+def _generate_freely(trainer: LoraTrainer, examples: Sequence[EncodedExample]) -> list[str]:
+    """The text that the model generates freely for the first of `examples`."""
     args = trainer.args
-    chosen = trainer.held_out[: args.generate_examples]
+    chosen = examples[: args.generate_examples]
     texts = generate_texts(
         trainer.model,
         trainer.processing_class,
@@ -252,7 +271,9 @@ def _facts(
         "task": data.task.name,
         "labels": list(data.task.answer_kind.labels),
         "training_rows": len(data.train),
-        "held_out_rows": len(data.held_out),
+        "held_out_rows": len(data.reported),
+        "validation_rows": len(data.held_out) if data.test else None,
+        "chosen_among": _chosen_among(trainer) if not data.test else None,
         "rows_left_out": data.dropped,
         "rows_shortened": trainer.shortened,
         "processes": trainer.args.world_size,
@@ -267,6 +288,14 @@ def _facts(
         },
     }
     return facts | _predicted_and_measured(trainer, trained["train_runtime"])
+
+
+def _chosen_among(trainer: LoraTrainer) -> int | None:
+    """Among how many checkpoints the reported one is the best, if it was chosen."""
+    if not trainer.args.chooses_checkpoint:
+        return None
+    metric = str(trainer.args.metric_for_best_model or "loss").removeprefix("eval_")
+    return sum(f"eval_{metric}" in entry for entry in trainer.state.log_history)
 
 
 def _predicted_and_measured(trainer: LoraTrainer, seconds: float) -> dict[str, Any]:

@@ -22,6 +22,14 @@ class DataArguments:
         None, "CSV, TSV, JSONL, Parquet, or a folder saved by `datasets`."
     )
     eval_file: str | None = option(None, "Held-out rows; without it they are split off data_file.")
+    test_file: str | None = option(
+        None, "Rows that are scored before and after training and decide nothing."
+    )
+    split_column: str | None = option(
+        None,
+        "Column that says of each row: train, validation or test. Found when not given; "
+        "none = no column, split at random.",
+    )
     encoding: str | None = option(None, "Text encoding of the files; detected when not given.")
     delimiter: str | None = option(
         None, "Character between the cells of CSV and TSV (';', tab); found when not given."
@@ -40,6 +48,11 @@ class DataArguments:
     head: int | None = option(None, "Use the first rows of the file, as the article does.")
     eval_size: float = option(
         0.1, "Held-out share of the rows (below 1), or their number (1 and above)."
+    )
+    test_size: float | None = option(
+        None,
+        "Share of the rows that decide nothing (below 1), or their number. Not given: half of "
+        "the held-out rows where the best checkpoint is chosen by them, else none. 0 = none.",
     )
     max_length: int = option(
         512, "Longest example in tokens; longer ones have their text shortened."

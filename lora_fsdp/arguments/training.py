@@ -101,6 +101,11 @@ class FineTuningArguments(TrainingArguments):
     generate_examples: int = option(
         0, "Let base and adapter generate text freely for so many held-out rows."
     )
+    probe_rows: int = option(
+        2000,
+        "Training rows that the frozen probe reads before training, one forward each; it is a "
+        "rival in the report. 0 = no probe.",
+    )
     max_new_tokens: int | None = option(
         None,
         "Longest answer that is generated, in tokens. Not given: the longest training "
@@ -118,6 +123,11 @@ class FineTuningArguments(TrainingArguments):
             self.resume_from_checkpoint = choice  # type: ignore[assignment]
         super().__post_init__()
         self._check()
+
+    @property
+    def chooses_checkpoint(self) -> bool:
+        """Whether the held-out rows decide which checkpoint is kept."""
+        return bool(self.load_best_model_at_end)
 
     def _check(self) -> None:
         for name in ("output_dir", "resume_from_checkpoint", "run_name"):
@@ -145,7 +155,7 @@ class FineTuningArguments(TrainingArguments):
             raise ArgumentError(f"--max_hours must be more than 0, not {self.max_hours}.")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ArgumentError(f"--max_new_tokens must be 1 or more, not {self.max_new_tokens}.")
-        for name in ("stall_seconds", "drift_check_steps", "flat_loss_steps"):
+        for name in ("stall_seconds", "drift_check_steps", "flat_loss_steps", "probe_rows"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}.")
         if self.deepspeed:

@@ -63,12 +63,14 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
             raise NoRowsError(f"{path}: the chat template takes no row.")
     encoded = predictor.encoder.encode(examples)
     outputs = predictor.outputs(encoded)
+    trained_on = _trained_on(Path(adapter.adapter), examples)
     found: dict[str, Any] = {
         "adapter": adapter.adapter,
         "data_file": path,
         "rows": len(examples),
         "rows_left_out": dropped,
-        "rows_trained_on": _trained_on(Path(adapter.adapter), examples),
+        "rows_trained_on": None if trained_on is None else len(trained_on),
+        "first_row_trained_on": trained_on[0].row if trained_on else None,
         "rows_shortened": sum(example.shortened for example in encoded),
         "labels_without_rows": labels_without_rows(task, examples),
         "metrics": evaluation_metrics(task, encoded, outputs),
@@ -83,20 +85,22 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
     return 0
 
 
-def _trained_on(adapter: Path, examples: Sequence[Example]) -> int | None:
-    """How many of the examples the adapter was trained on; `None` if its folder does not say."""
-    from lora_fsdp.data.checking import row_digests
+def _trained_on(adapter: Path, examples: Sequence[Example]) -> list[Example] | None:
+    """The examples that the adapter was trained on; `None` if its folder does not say."""
+    from lora_fsdp.data.checking import known_again
     from lora_fsdp.reporting.run_files import RECORD_FILE, TRAINED_ON
 
+    # A checkpoint's run keeps its record in the folder above.
+    is_checkpoint = adapter.absolute().name.startswith("checkpoint-")
+    folder = adapter.absolute().parent if is_checkpoint else adapter
     try:
-        record = json.loads((adapter / RECORD_FILE).read_text(encoding="utf-8"))
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # a copy without it, or a damaged one
         return None
     known = record.get(TRAINED_ON) if isinstance(record, dict) else None
     if not isinstance(known, list):
         return None
-    digests = {one for one in known if isinstance(one, str)}
-    return sum(digest in digests for digest in row_digests(examples))
+    return known_again(examples, {one for one in known if isinstance(one, str)})
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -104,8 +108,9 @@ def _print(found: dict[str, Any]) -> None:
     write(f"{found['rows']} rows{left_out}, {found['rows_shortened']} shortened")
     if found["rows_trained_on"]:
         write(
-            f"warning: {found['rows_trained_on']} of {found['rows']} rows were trained on: these "
-            "metrics do not say how the adapter does on new rows"
+            f"warning: {found['rows_trained_on']} of {found['rows']} rows were trained on, the "
+            f"first is row {found['first_row_trained_on']}: these metrics do not say how the "
+            "adapter does on new rows"
         )
     if absent := found["labels_without_rows"]:
         write(f"labels without a row, of which nothing is measured: {', '.join(absent)}")

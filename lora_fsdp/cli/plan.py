@@ -166,12 +166,14 @@ def _work(
     from lora_fsdp.data.encoding import Encoder
     from lora_fsdp.data.rows import load_task_data, without_refused_rows
 
-    data = load_task_data(data_args, seed=training["seed"])
+    data = load_task_data(
+        data_args, seed=training["seed"], choosing=bool(training["load_best_model_at_end"])
+    )
     tokenizer = load_tokenizer(model_args)
     data = without_refused_rows(data_args, data, lambda: tokenizer)
     length, chat = data_args.max_length, data_args.chat_template
     encoder = Encoder(tokenizer, task=data.task, max_length=length, chat_template=chat)
-    train, held_out = encoder.encode(data.train), encoder.encode(data.held_out)
+    train, held_out = encoder.encode(data.train), encoder.encode(data.scored)
     return lambda ranks, request: measure_work(
         training,
         train,

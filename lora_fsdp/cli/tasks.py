@@ -103,7 +103,7 @@ def check(options: CheckOptions, data_args: DataArguments) -> int:
     if encoder is not None:
         tokenizer = encoder.tokenizer
         data = without_refused_rows(data_args, data, lambda: tokenizer)
-    examples = [*data.train, *data.held_out]
+    examples = [*data.train, *data.scored]
     encoded = None if encoder is None else encoder.encode(examples)
     found = check_task_data(data, encoded)
     tokens_of: Sequence[EncodedExample | None] = encoded or [None] * len(examples)
@@ -181,7 +181,10 @@ def _print_counts(found: TaskCheck, encoded: list[EncodedExample] | None) -> Non
     if found.balance:
         rows = [(label, *map(str, counts)) for label, counts in found.balance.items()]
         write(table_text(("label", "training", "held out"), rows))
-    write(f"{found.training_rows} training rows, {found.held_out_rows} held out")
+    test = f", {found.test_rows} for the test" if found.test_rows else ""
+    write(f"{found.training_rows} training rows, {found.held_out_rows} held out{test}")
+    for line in found.splits:
+        write(f"  {line}")
     write(f"{found.left_out} rows left out as unusable")
     write(f"{found.repeated} rows whose text occurs more than once (kept on one side of the split)")
     if encoded is None:

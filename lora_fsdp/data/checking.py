@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _FEW_ROWS = 10
 _SKEWED = 20
+_SHOWN = 60  # characters of a row
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,10 @@ class TaskCheck:
 
     Attributes:
         task: the task, bound to its table.
-        training_rows, held_out_rows, left_out: numbers of rows.
-        balance: for each label its training and its held-out rows; empty without a label set.
+        training_rows, held_out_rows, test_rows, left_out: numbers of rows.
+        splits: where these come from, a line each.
+        balance: for each label its training rows and those that are reported; empty without a
+            label set.
         repeated: rows whose text occurs in another row as well.
         contradicting: texts that occur with more than one answer.
         shortened: rows whose text does not fit; `None` without a tokenizer.
@@ -35,7 +38,9 @@ class TaskCheck:
     task: Task
     training_rows: int
     held_out_rows: int
+    test_rows: int
     left_out: int
+    splits: Sequence[str]
     balance: Mapping[str, tuple[int, int]]
     repeated: int
     contradicting: int
@@ -55,7 +60,7 @@ def check_task_data(data: TaskData, encoded: Sequence[EncodedExample] | None) ->
         data: what `load_task_data` found.
         encoded: its examples as tokens, if there is a tokenizer.
     """
-    examples = [*data.train, *data.held_out]
+    examples = [*data.train, *data.scored]
     answers: dict[str, list[str]] = {}
     for example in examples:
         answers.setdefault(_asked(example), []).append(example.target or "")
@@ -66,18 +71,45 @@ def check_task_data(data: TaskData, encoded: Sequence[EncodedExample] | None) ->
         task=data.task,
         training_rows=len(data.train),
         held_out_rows=len(data.held_out),
+        test_rows=len(data.test),
         left_out=data.dropped,
+        splits=data.splits,
         balance=balance,
         repeated=sum(len(targets) for targets in answers.values() if len(targets) > 1),
         contradicting=contradicting,
         shortened=shortened,
-        concerns=_concerns(balance, contradicting, shortened, rows=len(examples)),
+        concerns=_leak(data) | _concerns(balance, contradicting, shortened, rows=len(examples)),
     )
 
 
 def row_digests(examples: Sequence[Example]) -> list[str]:
     """For each example a digest of what it asks, by which it is known again without its text."""
     return [hashlib.sha256(_asked(one).encode()).hexdigest()[:16] for one in examples]
+
+
+def known_again(examples: Sequence[Example], digests: Collection[str]) -> list[Example]:
+    """Those of `examples` whose digest is one of `digests`."""
+    found = zip(examples, row_digests(examples), strict=True)
+    return [example for example, digest in found if digest in digests]
+
+
+def named_row(example: Example) -> str:
+    """A row by its number and how its text begins, for a sentence."""
+    text = " ".join(example.prompt.content.split())
+    begin = text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+    return f"row {example.row}: {begin!r}"
+
+
+def _leak(data: TaskData) -> dict[str, str]:
+    """Rows that are scored and were trained on: of one's own splits, since ours keep them apart."""
+    leaked = known_again(data.scored, set(row_digests(data.train)))
+    if not leaked:
+        return {}
+    return {
+        "held-out-trained-on": f"{len(leaked)} of {len(data.scored)} held-out rows are trained on "
+        f"as well, so that their scores say nothing of new rows; the first is "
+        f"{named_row(leaked[0])}."
+    }
 
 
 def _asked(example: Example) -> str:
@@ -91,7 +123,7 @@ def _balance(data: TaskData) -> dict[str, tuple[int, int]]:
     def counts(examples: Sequence[Example]) -> Counter[str]:
         return Counter(kind.answer_of(example) for example in examples)
 
-    train, held_out = counts(data.train), counts(data.held_out)
+    train, held_out = counts(data.train), counts(data.reported)
     return {label: (train[label], held_out[label]) for label in kind.labels}
 
 

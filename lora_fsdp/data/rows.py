@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -12,9 +13,18 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_fsdp.arguments import DataArguments
 from lora_fsdp.data.encoding import Encoder
-from lora_fsdp.data.splits import split_table
+from lora_fsdp.data.splits import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    Parts,
+    complete_parts,
+    divide_by_column,
+    files_by_split,
+    find_split_column,
+)
 from lora_fsdp.data.tables import read_table, sample_rows
-from lora_fsdp.errors import ArgumentError, NoRowsError
+from lora_fsdp.errors import ArgumentError, MalformedRowError, NoRowsError, SplitError
 from lora_fsdp.tasks import Example, Task, get_task
 from lora_fsdp.tasks.files import import_task_file
 
@@ -25,38 +35,71 @@ _TASK_OPTIONS = ("instruction", "text_column", "label_column", "labels")
 
 @dataclass(frozen=True)
 class TaskData:
-    """A bound task with its examples; `dropped` rows were left out as unusable."""
+    """A bound task with its examples.
+
+    Attributes:
+        task: bound to its table.
+        train: examples to train on.
+        held_out: those that are evaluated while training.
+        dropped: how many rows were left out as unusable.
+        test: those that are scored before and after training and decide nothing; empty = the
+            held-out ones are also what is reported.
+        splits: where the parts come from, a line each.
+    """
 
     task: Task
     train: list[Example]
     held_out: list[Example]
     dropped: int
+    test: list[Example] = field(default_factory=list)
+    splits: tuple[str, ...] = ()
+
+    @property
+    def reported(self) -> list[Example]:
+        """What the report is about."""
+        return self.test or self.held_out
+
+    @property
+    def scored(self) -> list[Example]:
+        """All that are not trained on."""
+        return [*self.held_out, *self.test]
 
 
-def load_task_data(arguments: DataArguments, *, seed: int, task: Task | None = None) -> TaskData:
+def load_task_data(
+    arguments: DataArguments, *, seed: int, task: Task | None = None, choosing: bool = False
+) -> TaskData:
     """Read, sample, check and split the rows.
 
     Args:
         arguments: where the rows are and how to take them.
         seed: of the sample and of the split.
         task: stands in for the task that the arguments name.
+        choosing: whether something, such as the best checkpoint, is chosen by the held-out rows.
     """
     import_task_file(arguments.task_file)
     task = _choose_task(arguments, task)
-    table = _training_table(arguments, task)
-    table = sample_rows(table, max_rows=arguments.max_rows, head=arguments.head, seed=seed)
+    parts = _named_parts(arguments, task)
+    whole = parts.train
+    table = sample_rows(whole, max_rows=arguments.max_rows, head=arguments.head, seed=seed)
     table, dropped = _without_bad_rows(arguments, task, table)
     task = task.bind(table)
-    if arguments.eval_file is not None:
-        held_out = _read(arguments, arguments.eval_file)
-    else:
-        own = task.load("test") if arguments.data_file is None else None
-        table, held_out = (table, own) if own is not None else _split(arguments, task, table, seed)
-    held_out, dropped_there = _without_bad_rows(arguments, task, held_out)
-    evaluated = task.bind(held_out, for_training=False)
-    return TaskData(
-        task, task.examples(table), evaluated.examples(held_out), dropped + dropped_there
+    parts = _divided(arguments, task, replace(parts, train=table), whole=whole)
+    parts = complete_parts(
+        parts,
+        columns=task.split_columns(),
+        eval_size=arguments.eval_size,
+        test_size=arguments.test_size,
+        choosing=choosing,
+        seed=seed,
     )
+    scored = []
+    for part in (parts.validation, parts.test):
+        examples, dropped_there = _scored_examples(arguments, task, part)
+        dropped += dropped_there
+        scored.append(examples)
+    for line in parts.said:
+        logger.info("Rows: %s.", line)
+    return TaskData(task, task.examples(parts.train), scored[0], dropped, scored[1], parts.said)
 
 
 def without_refused_rows(
@@ -79,12 +122,17 @@ def without_refused_rows(
     encoder = Encoder(tokenizer(), task=data.task, chat_template=True)
     train = [one for one in data.train if encoder.refusal(one) is None]
     held_out = [one for one in data.held_out if encoder.refusal(one) is None]
-    refused = len(data.train) + len(data.held_out) - len(train) - len(held_out)
+    test = [one for one in data.test if encoder.refusal(one) is None]
+    before = len(data.train) + len(data.scored)
+    refused = before - len(train) - len(held_out) - len(test)
     if data.train and not train:
         raise NoRowsError(f"The chat template takes no row: {encoder.refusal(data.train[0])}")
     if refused:
         logger.warning("Left out %d rows that the chat template refuses.", refused)
-    return TaskData(data.task, train, held_out, data.dropped + refused)
+    if data.test and not test:
+        raise NoRowsError(f"The chat template takes no test row: {encoder.refusal(data.test[0])}")
+    dropped = data.dropped + refused
+    return replace(data, train=train, held_out=held_out, test=test, dropped=dropped)
 
 
 def _choose_task(arguments: DataArguments, task: Task | None) -> Task:
@@ -113,19 +161,97 @@ def _choose_task(arguments: DataArguments, task: Task | None) -> Task:
     return task
 
 
-def _training_table(arguments: DataArguments, task: Task) -> pd.DataFrame:
-    if arguments.data_file is not None:
-        return _read(arguments, arguments.data_file)
-    own = task.load("train")
-    if own is None:
-        raise ArgumentError(f"Task {task.name!r} brings no data of its own: set --data_file.")
-    if arguments.delimiter is not None and arguments.eval_file is None:
-        raise ArgumentError(f"--delimiter is of --data_file; task {task.name!r} brings its own.")
-    return own
+def _named_parts(arguments: DataArguments, task: Task) -> Parts:
+    """What is named as files: rows to train on, and perhaps others."""
+    named = {VALIDATION: arguments.eval_file, TEST: arguments.test_file}
+    files = {split: [Path(name)] for split, name in named.items() if name is not None}
+    said = [f"{split} rows are those of {file}" for split, [file] in files.items()]
+    if arguments.data_file is None:
+        own = task.load(TRAIN)
+        if own is None:
+            raise ArgumentError(f"Task {task.name!r} brings no data of its own: set --data_file.")
+        if arguments.delimiter is not None and not files:
+            raise ArgumentError(
+                f"--delimiter is of --data_file; task {task.name!r} brings its own rows."
+            )
+        train, test = own, None if files else task.load(TEST)
+    else:
+        there = files_by_split(Path(arguments.data_file))
+        files_of_train = there.pop(TRAIN, [Path(arguments.data_file)])
+        if there:
+            said += [_said_of_folder(arguments, split, split in files) for split in there]
+            files = there | files
+        train, test = _read(arguments, files_of_train), None
+    if TEST in files:
+        test = _read(arguments, files[TEST])
+    validation = _read(arguments, files[VALIDATION]) if VALIDATION in files else None
+    return Parts(train, validation, test, tuple(said))
 
 
-def _read(arguments: DataArguments, file: str) -> pd.DataFrame:
-    return read_table(file, encoding=arguments.encoding, delimiter=arguments.delimiter)
+def _said_of_folder(arguments: DataArguments, split: str, is_named: bool) -> str:
+    """That a folder has rows of a split, and whether they are used."""
+    if is_named:
+        return f"the {split} rows of {arguments.data_file} are not used: another file is named"
+    return f"{split} rows are those of the folder {arguments.data_file}"
+
+
+def _read(arguments: DataArguments, files: Sequence[Path]) -> pd.DataFrame:
+    """One table, or several of the same columns one after the other."""
+    tables = [
+        read_table(file, encoding=arguments.encoding, delimiter=arguments.delimiter)
+        for file in files
+    ]
+    if len(tables) == 1:
+        return tables[0]
+    for file, table in zip(files, tables, strict=True):
+        if list(table.columns) != list(tables[0].columns):
+            raise MalformedRowError(
+                f"{file} has the columns {', '.join(map(repr, table.columns))}, and {files[0]} "
+                f"{', '.join(map(repr, tables[0].columns))}: files of one split need the same."
+            )
+    joined = pd.concat(tables, ignore_index=True)
+    joined.index = pd.RangeIndex(1, len(joined) + 1, name="row")
+    return joined
+
+
+def _divided(arguments: DataArguments, task: Task, parts: Parts, *, whole: pd.DataFrame) -> Parts:
+    """What a column of the training table says of its rows, if there is such a column."""
+    column = arguments.split_column
+    if column == "none":
+        return parts
+    if column is None:
+        column = find_split_column(whole, besides=_used_columns(task))
+    if column is None:
+        return parts
+    divided = divide_by_column(parts.train, column, whole=whole)
+    for split, option in ((VALIDATION, "--eval_file"), (TEST, "--test_file")):
+        if getattr(divided, split) is not None and getattr(parts, split) is not None:
+            raise SplitError(
+                f"Column {column!r} says of rows that they are of the split {split!r}, and so does "
+                f"another file: leave out {option}, or the column with --split_column none."
+            )
+    return replace(
+        divided,
+        validation=parts.validation if divided.validation is None else divided.validation,
+        test=parts.test if divided.test is None else divided.test,
+        said=(*parts.said, *divided.said),
+    )
+
+
+def _used_columns(task: Task) -> list[str | None]:
+    """The columns that a task reads, as far as its options and splits name them."""
+    named = [value for name, value in task.options().items() if name.endswith("_column")]
+    return [*task.split_columns(), *named]
+
+
+def _scored_examples(
+    arguments: DataArguments, task: Task, table: pd.DataFrame | None
+) -> tuple[list[Example], int]:
+    """Examples of rows that are not trained on, and how many were left out."""
+    if table is None:
+        return [], 0
+    kept, dropped = _without_bad_rows(arguments, task, table)
+    return task.bind(kept, for_training=False).examples(kept), dropped
 
 
 def _without_bad_rows(
@@ -137,16 +263,3 @@ def _without_bad_rows(
     if dropped:
         logger.warning("Left out %d of %d rows without text or label.", dropped, len(table))
     return kept, dropped
-
-
-def _split(
-    arguments: DataArguments, task: Task, table: pd.DataFrame, seed: int
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    text_column, label_column = task.split_columns()
-    return split_table(
-        table,
-        text_column=text_column,
-        label_column=label_column,
-        test_size=arguments.eval_size,
-        seed=seed,
-    )

@@ -1,4 +1,6 @@
-"""Splitting a table into training and test rows: seeded, stratified, no text on both sides.
+"""Training, validation and test rows: as the user has divided them, or split here.
+
+A split is seeded and stratified, with no text on both sides.
 
 scikit-learn has no splitter for this: `StratifiedShuffleSplit` knows no groups and refuses labels
 with a single row, `GroupShuffleSplit` knows no labels, `StratifiedGroupKFold` makes equal folds.
@@ -6,11 +8,30 @@ with a single row, `GroupShuffleSplit` knows no labels, `StratifiedGroupKFold` m
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
 from lora_fsdp.errors import ArgumentError, ColumnNotFoundError, SplitError
 from lora_fsdp.tasks.cells import cell_text, label_text
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+# As `datasets` takes file names (`datasets.data_files.SPLIT_KEYWORDS`), and one more.
+SPLIT_NAMES = {
+    TRAIN: ("train", "training"),
+    VALIDATION: ("validation", "valid", "val", "dev", "development"),
+    TEST: ("test", "testing", "eval", "evaluation"),
+}
+# Fewer rows give no verdict.
+LEAST_TEST_ROWS = 30
+# What `save_to_disk` writes into a folder of splits, and into that of one.
+_DICT_FILE, _DATASET_FILE = "dataset_dict.json", "state.json"
+_NO_TABLES = (".md", ".py", ".yaml", ".yml", ".toml", ".lock", "")
 
 
 def split_table(
@@ -110,3 +131,205 @@ def _test_groups(groups: np.ndarray, labels: np.ndarray, *, wanted: int, seed: i
     if missing > 0 and len(rest) > 1 and (not chosen or rest.min() < 2 * missing):
         chosen.append(rest.idxmin())
     return chosen
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Tables by what they are for; `None` = not given.
+
+    Attributes:
+        train: to train on.
+        validation: to evaluate on while training.
+        test: for the report alone.
+        said: where they come from, a line each.
+    """
+
+    train: pd.DataFrame
+    validation: pd.DataFrame | None = None
+    test: pd.DataFrame | None = None
+    said: tuple[str, ...] = ()
+
+
+def split_of(value: object) -> str | None:
+    """ "train", "validation" or "test" by one of the names that `datasets` and the Hub know."""
+    name = label_text(value).casefold()
+    return next((split for split, names in SPLIT_NAMES.items() if name in names), None)
+
+
+def find_split_column(table: pd.DataFrame, *, besides: Sequence[str | None]) -> str | None:
+    """The column that plainly says which split each row is of, or `None`.
+
+    Every cell must name a split, and the table must have rows to train on and others.
+
+    Args:
+        table: the rows.
+        besides: columns that say something else, such as the label.
+    """
+    for name in table.columns:
+        if name not in besides and all(isinstance(cell, str) for cell in table[name]):
+            splits = set(map(split_of, table[name]))
+            if None not in splits and TRAIN in splits and len(splits) > 1:
+                return str(name)
+    return None
+
+
+def divide_by_column(table: pd.DataFrame, column: str, *, whole: pd.DataFrame) -> Parts:
+    """The rows by what `column` says of them.
+
+    Args:
+        table: the rows that are used.
+        column: its name.
+        whole: the table that they are of.
+
+    Raises:
+        ColumnNotFoundError: there is no such column.
+        SplitError: a cell names no split, or there are no rows to train on, or of a split of the
+            whole table none is used.
+    """
+    if column not in table.columns:
+        there = ", ".join(map(repr, table.columns))
+        raise ColumnNotFoundError(f"No column {column!r} for --split_column; there are {there}.")
+    found = pd.Series(list(map(split_of, table[column])), table.index, dtype=object)
+    for number, cell in table[column][found.isna()].head(1).items():
+        known = ", ".join(names[0] for names in SPLIT_NAMES.values())
+        raise SplitError(
+            f"Row {number}: column {column!r} holds {cell_text(cell)[:80]!r}, which names no "
+            f"split. Write one of {known}, or name another --split_column (none = no column)."
+        )
+    parts = {split: table[found == split] for split in SPLIT_NAMES}
+    given = set(map(split_of, whole[column]))
+    for split in SPLIT_NAMES:
+        if split in given and parts[split].empty:
+            raise SplitError(
+                f"None of the {len(table)} rows that are used is of the split {split!r}, which "
+                f"column {column!r} of the whole table has: take more rows (--max_rows, --head)."
+            )
+    if parts[TRAIN].empty:
+        raise SplitError(f"Column {column!r} says of no row that it is to train on ('train').")
+    counts = ", ".join(f"{len(part)} {split}" for split, part in parts.items() if len(part))
+    return Parts(
+        parts[TRAIN],
+        parts[VALIDATION] if len(parts[VALIDATION]) else None,
+        parts[TEST] if len(parts[TEST]) else None,
+        said=(f"column {column!r} divides the rows: {counts}",),
+    )
+
+
+def complete_parts(
+    parts: Parts,
+    *,
+    columns: tuple[str | None, str | None],
+    eval_size: float,
+    test_size: float | None,
+    choosing: bool,
+    seed: int,
+) -> Parts:
+    """`parts` with held-out rows, and with rows for a test where something is chosen.
+
+    What the user has divided is never divided again. Where nothing is chosen by the held-out rows,
+    one set of them is enough, be it called validation or test.
+
+    Args:
+        parts: what was named.
+        columns: by which to split (`Task.split_columns`).
+        eval_size, test_size: shares of the rows, or their numbers; `None` = a test only if it is
+            needed, 0 = none.
+        choosing: whether something, such as the best checkpoint, is chosen by the held-out rows.
+        seed: of the splits.
+
+    Returns:
+        Parts with `validation`; `test` is `None` where `validation` is also what is reported.
+
+    Raises:
+        ArgumentError: a test is named twice.
+        SplitError: as `split_table`.
+    """
+    text_column, label_column = columns
+
+    def split(table: pd.DataFrame, size: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+        return split_table(
+            table, text_column=text_column, label_column=label_column, test_size=size, seed=seed
+        )
+
+    train, validation, test, said = parts.train, parts.validation, parts.test, list(parts.said)
+    rows, is_own = len(train), validation is not None
+    if test is not None and test_size:
+        raise ArgumentError(
+            f"--test_size {test_size:g} would split off a test, but test rows are named already: "
+            "leave it out."
+        )
+    if validation is None and test is not None and not choosing:
+        said.append(f"the {len(test)} test rows are the only ones held out: nothing is chosen")
+        return Parts(train, test, None, tuple(said))
+    if validation is None:
+        train, validation = split(train, eval_size)
+        said.append(f"{len(validation)} of {rows} rows are held out at random (seed {seed})")
+    if test_size:
+        train, test = split(train, _test_rows(rows, test_size))
+        said.append(f"{len(test)} of {rows} rows are kept for the test (seed {seed})")
+    elif test is None and test_size is None and choosing and not is_own:
+        halves = _halves(validation, split)
+        if halves is not None:
+            validation, test = halves
+            said.append(
+                f"the checkpoint is chosen on {len(validation)} of them, and {len(test)} are kept "
+                "for the test (--test_size 0 = choose and report on the same rows)"
+            )
+    return Parts(train, validation, test, tuple(said))
+
+
+def _halves(
+    table: pd.DataFrame,
+    split: Callable[[pd.DataFrame, float], tuple[pd.DataFrame, pd.DataFrame]],
+) -> tuple[pd.DataFrame, pd.DataFrame] | None:
+    """Two halves, each enough for a verdict, or `None`."""
+    if len(table) < 2 * LEAST_TEST_ROWS:
+        return None
+    try:
+        halves = split(table, 0.5)
+    except SplitError:  # all of one text
+        return None
+    return halves if min(map(len, halves)) >= LEAST_TEST_ROWS else None
+
+
+def files_by_split(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder whose names say which split they are of; {} if it is no such folder.
+
+    A `DatasetDict` that was saved (a folder a split), or the layout of a dataset on the Hub
+    (`train.csv` and `test.csv`, `data/train-00000-of-00001.parquet`, `train/part.jsonl`).
+
+    Source: https://huggingface.co/docs/datasets/repository_structure
+    """
+    if (folder / _DICT_FILE).is_file():
+        return _saved_splits(folder)
+    if not folder.is_dir() or (folder / _DATASET_FILE).is_file():
+        return {}
+    from datasets.data_files import EmptyDatasetError, get_data_patterns, resolve_pattern
+
+    base = str(folder.absolute())
+    try:
+        patterns = get_data_patterns(base)
+    except EmptyDatasetError:
+        return {}
+    files: dict[str, list[Path]] = {}
+    for name, globs in patterns.items():
+        found: set[Path] = set()
+        for glob in globs:  # each may find nothing; one of them does not
+            with suppress(FileNotFoundError):
+                found |= {Path(str(file)) for file in resolve_pattern(glob, base)}
+        tables = sorted(file for file in found if file.suffix.lower() not in _NO_TABLES)
+        split = split_of(name)
+        if tables and split is not None and "**" not in globs:
+            files[split] = [*files.get(split, []), *tables]
+    return files if TRAIN in files else {}
+
+
+def _saved_splits(folder: Path) -> dict[str, list[Path]]:
+    try:
+        names = json.loads((folder / _DICT_FILE).read_text(encoding="utf-8"))["splits"]
+        splits = {name: split_of(name) for name in names}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}  # what is wrong with it, reading it says
+    if TRAIN not in splits.values():
+        return {}
+    return {split: [folder / name] for name, split in splits.items() if split is not None}

@@ -161,7 +161,8 @@ class Case:
         """All rows, as examples of the task."""
         if (seed := int(self.training.get("seed", 42))) < 0:
             raise UnknownFactError  # the rule over the training's numbers says so
-        return load_task_data(self.data_args, seed=seed, task=self.task)
+        choosing = bool(self.training.get("load_best_model_at_end", False))
+        return load_task_data(self.data_args, seed=seed, task=self.task, choosing=choosing)
 
     @fact
     def encoder(self) -> Encoder:
@@ -178,13 +179,14 @@ class Case:
         """The rows that are tokenised: all, or evenly spread ones of a long table."""
         rows = without_refused_rows(self.data_args, self.rows.value, lambda: self.tokenizer.value)
         held_out = _spread(rows.held_out, LOOKED_AT // 5)
-        return replace(rows, train=_spread(rows.train, LOOKED_AT), held_out=held_out)
+        test = _spread(rows.test, LOOKED_AT // 5)
+        return replace(rows, train=_spread(rows.train, LOOKED_AT), held_out=held_out, test=test)
 
     @fact
     def encoded(self) -> list[EncodedExample]:
         """The sample as tokens, training rows first."""
         sample = self.sample.value
-        return self.encoder.value.encode([*sample.train, *sample.held_out])
+        return self.encoder.value.encode([*sample.train, *sample.scored])
 
     @fact
     def task_check(self) -> TaskCheck:

@@ -31,8 +31,10 @@ from lora_fsdp.evaluation.outputs import (
     write_json,
     write_text,
 )
-from lora_fsdp.evaluation.verdict import BASELINE, score_table
+from lora_fsdp.evaluation.untrained import AS_TRAINED, best_way
+from lora_fsdp.evaluation.verdict import BASELINE, score_table, untrained_note, ways_of
 from lora_fsdp.printing import visible
+from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.tasks.answers.kind import SCORE_BY, WEIGHT_BY
@@ -84,7 +86,7 @@ class Comparison:
         rows = [PredictionRow(*values) for values in sample[fields].itertuples(index=False)]
         parts = [
             f"Held-out rows: {len(self.predictions)}",
-            format_metrics_table(self.metrics, keys),
+            "\n".join([format_metrics_table(self.metrics, keys), *untrained_note(self.facts)]),
             format_predictions_table(rows),
             *map(format_generated, self.written),
             self.verdict(),
@@ -93,7 +95,13 @@ class Comparison:
 
     def verdict(self) -> str:
         """Whether tuning beats everything else, in the report's words, with its interval."""
-        table = score_table(self.metrics, self.predictions, primary=self.primary_metric)
+        table = score_table(
+            self.metrics,
+            self.predictions,
+            primary=self.primary_metric,
+            chosen_among=self.facts.get("chosen_among"),
+            untrained_ways=ways_of(self.facts),
+        )
         return f"{table['verdict']['headline']} {table['verdict']['detail']}"
 
 
@@ -106,6 +114,8 @@ def compare(
     tuned: ModelOutputs,
     facts: Mapping[str, Any],
     written: Sequence[Mapping[str, Any]] = (),
+    ways: Mapping[str, ModelOutputs] | None = None,
+    rivals: Mapping[str, Sequence[str]] | None = None,
 ) -> Comparison:
     """Metrics of all systems on the held-out examples.
 
@@ -114,14 +124,23 @@ def compare(
         untrained, tuned: what the model gives for `held_out`, without and with the adapter.
         facts: further entries of `metrics.json`.
         written: see `generated_texts`.
+        ways: other readings of what the model gives without the adapter (`ways_of_reading`); the
+            best stands for it, with the loss of `untrained`.
+        rivals: answers of further systems to `held_out`, by their name.
     """
     kind, tested = task.answer_kind, [encoded.example for encoded in held_out]
-    baselines = _baselines(task, train, tested)
+    baselines = {**on_first_rank(lambda: _baselines(task, train, tested)), **(rivals or {})}
+    as_asked = evaluation_metrics(task, held_out, untrained)
+    way, by_way = best_way(task, held_out, ways or {AS_TRAINED: untrained})
+    untrained = (ways or {}).get(way, untrained)
     chance, truth = kind.chance(tested), answers_of(task, tested)
     metrics = {
         **{name: task.compute_metrics(truth, answers) for name, answers in baselines.items()},
         **({CHANCE: chance} if chance else {}),
-        UNTRAINED: evaluation_metrics(task, held_out, untrained),
+        UNTRAINED: {
+            **evaluation_metrics(task, held_out, untrained),
+            **{name: as_asked[name] for name in ("loss",) if name in as_asked},
+        },
         TUNED: evaluation_metrics(task, held_out, tuned),
     }
     predictions = {
@@ -133,6 +152,7 @@ def compare(
         "answer_kind": kind.name,
         "report_sections": list(kind.report_sections),
         "labels_without_held_out_rows": labels_without_rows(task, tested),
+        "untrained": {"way": way, "by_way": by_way},
     }
     return Comparison(
         metrics,

@@ -21,6 +21,8 @@ from lora_fsdp.printing import visible
 
 # The systems of a comparison beside the baselines, as they are called in `metrics.json` and tables.
 UNTRAINED, TUNED, CHANCE = "untrained", "tuned", "chance"
+# A baseline that the base itself gives.
+PROBE = "frozen probe"
 # Metrics that end a table, and those of a closed set that its confusion matrix shows better.
 _SHOWN_LAST = ("accuracy", "macro_f1", "exact_match", "loss")
 _NOT_SHOWN = ("weighted_f1", "precision/", "recall/", "f1/")

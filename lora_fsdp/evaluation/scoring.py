@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,6 +12,9 @@ from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences
 from lora_fsdp.ranks import sum_over_ranks
+
+if TYPE_CHECKING:
+    from lora_fsdp.evaluation.probing import MeanStates
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,13 @@ class Scores:
             infinity for the answers that an example has fewer than others.
         is_greedy: [N, A] bool, whether greedy decoding from the prompt generates exactly this
             answer (each of its tokens is the most likely one given those before it).
+        end_log_likelihoods: [N, A] float32, the part of `log_likelihoods` that is the end token's;
+            0 where there is no answer.
     """
 
     log_likelihoods: torch.Tensor
     is_greedy: torch.Tensor
+    end_log_likelihoods: torch.Tensor | None = None
 
     @property
     def best(self) -> list[int]:
@@ -46,6 +53,7 @@ def score_sequences(
     answers: Sequence[int],
     device: torch.device,
     after_sequence: Callable[[], None] | None = None,
+    states: MeanStates | None = None,
 ) -> Scores:
     """Score this rank's `sequences` and join the ranks' results.
 
@@ -57,13 +65,14 @@ def score_sequences(
         answers: [N] how many answers each example has.
         device: where sequences are computed.
         after_sequence: called after each.
+        states: takes the hidden states of each.
     """
     counts = torch.tensor(answers, dtype=torch.int64)
     count, most = len(answers), max(answers, default=0)
     was_training = packed.model.training
     packed.model.eval()
-    # One tensor for both results, so that the ranks join them in one all-reduce.
-    results = torch.zeros(2, count * most, dtype=torch.float32, device=device)
+    # One tensor for all results, so that the ranks join them in one all-reduce.
+    results = torch.zeros(3, count * most, dtype=torch.float32, device=device)
     for scoring in sequences:
         sequence = scoring.sequence.to(device, non_blocking=True)
         outputs = packed.label_outputs(sequence)
@@ -71,13 +80,19 @@ def score_sequences(
         owner = places[sequence.label_answers]
         results[0].index_add_(0, owner, outputs.log_probs.float())
         results[1].index_add_(0, owner, (~outputs.is_most_likely).float())
+        ends = _last_of_each(sequence.label_answers)
+        results[2].index_add_(0, owner[ends], outputs.log_probs[ends].float())
+        if states is not None:
+            states.add(sequence, scoring.examples)
         if after_sequence is not None:
             after_sequence()
     sum_over_ranks(results)
     packed.model.train(was_training)
-    likelihoods, misses = results.cpu().view(2, count, most)
+    likelihoods, misses, ends_of_answers = results.cpu().view(3, count, most)
     absent = torch.arange(most) >= counts[:, None]
-    return Scores(likelihoods.masked_fill(absent, -torch.inf), (misses == 0) & ~absent)
+    return Scores(
+        likelihoods.masked_fill(absent, -torch.inf), (misses == 0) & ~absent, ends_of_answers
+    )
 
 
 def score_examples(
@@ -97,6 +112,13 @@ def score_examples(
         answers=[len(answers) for answers in sequences.answers],
         device=device,
     )
+
+
+def _last_of_each(answers: torch.Tensor) -> torch.Tensor:
+    """[L] bool, whether a label token is the last of its answer, by which answer each is of."""
+    is_last = torch.ones_like(answers, dtype=torch.bool)
+    is_last[:-1] = answers[:-1] != answers[1:]
+    return is_last
 
 
 def _answer_places(scoring: ScoringSequence, *, counts: torch.Tensor, most: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from lora_fsdp.evaluation.intervals import (
     PairedBootstrap,
     wilson_interval,
 )
-from lora_fsdp.evaluation.outputs import CHANCE, TUNED, UNTRAINED, shown_metrics
+from lora_fsdp.evaluation.outputs import CHANCE, PROBE, TUNED, UNTRAINED, shown_metrics
 from lora_fsdp.tasks.answers.kind import MAJORITY, PROBABILITY_OF, SCORE_BY, TFIDF, WEIGHT_BY
 
 # Below these, resampling says nothing and no verdict is given.
@@ -38,6 +38,7 @@ NAMES = {
     UNTRAINED: "untrained model",
     TFIDF: "TF-IDF + logistic regression",
     MAJORITY: "majority label",
+    PROBE: "frozen probe (regression on the untrained model's states)",
     CHANCE: "guess among the choices",
     "token_f1": "F1 of words",
     "field_f1": "F1 of fields",
@@ -68,6 +69,8 @@ def score_table(
     *,
     primary: str,
     rows: int | None = None,
+    chosen_among: int | None = None,
+    untrained_ways: int = 1,
 ) -> dict[str, Any]:
     """Every system's scores, the differences to the tuned model, and a verdict; JSON-ready.
 
@@ -76,6 +79,8 @@ def score_table(
         predictions: the answers row by row, as in `Comparison`; no intervals without them.
         primary: the metric that decides.
         rows: how many rows were held out, where there are no predictions.
+        untrained_ways: in how many ways the untrained model was asked, of which this is the best.
+        chosen_among: of how many checkpoints the tuned model is the best on these very rows.
     """
     shown = shown_metrics(metrics[TUNED], primary=primary)
     if predictions is not None:
@@ -93,12 +98,15 @@ def score_table(
         for system, values in metrics.items()
     ]
     rivals = [system for system in metrics if system != TUNED and primary in metrics[system]]
+    compared = len(rivals) + untrained_ways - 1
     differences = {
-        system: _difference(metrics, bootstrap, system=system, metric=primary, of=len(rivals))
+        system: _difference(metrics, bootstrap, system=system, metric=primary, of=compared)
         for system in rivals
     }
     table = {
         "rows": rows,
+        "chosen_among": chosen_among,
+        "compared": compared,
         "primary_metric": primary,
         "labels_without_rows": _labels_without_rows(predictions),
         "metrics": shown,
@@ -233,7 +241,7 @@ def _detail(table: dict[str, Any], margin: Mapping[str, Any], *, tuned: float) -
     interval = " (no interval: whether that is chance is not known)"
     if margin["low"] is not None:
         bounds = f"{signed_text(margin['low'])} to {signed_text(margin['high'])}"
-        count = len(table["differences"])
+        count = table["compared"]
         together = f" for {count} rivals together" if count > 1 else ""
         interval = f" ({100 * CONFIDENCE:.0f} % interval{together} {bounds})"
     few = ""
@@ -249,7 +257,34 @@ def _detail(table: dict[str, Any], margin: Mapping[str, Any], *, tuned: float) -
     return (
         f"{metric[:1].upper()}{metric[1:]} {score_text(tuned)} against "
         f"{score_text(tuned - margin['value'])}{held_out}: {signed_text(margin['value'])}"
-        f"{interval}.{few}{unmeasured}"
+        f"{interval}.{few}{_chosen(table)}{unmeasured}"
+    )
+
+
+def ways_of(facts: Mapping[str, Any]) -> int:
+    """In how many ways the untrained model was asked, by what `metrics.json` says."""
+    return max(1, len((facts.get("untrained") or {}).get("by_way") or {}))
+
+
+def untrained_note(facts: Mapping[str, Any]) -> list[str]:
+    """Which way of asking the untrained model is shown, and how much a probe has read."""
+    lines = []
+    if (count := ways_of(facts)) > 1:
+        way = facts["untrained"]["way"]
+        lines.append(f"The untrained model is read {way}: the best of {count} ways on these rows.")
+    if rows := facts.get("probe_rows"):
+        lines.append(f"The frozen probe has learnt from {rows:,} training rows.")
+    return lines
+
+
+def _chosen(table: Mapping[str, Any]) -> str:
+    """That the reported rows chose the checkpoint: the best of several is too good on them."""
+    count = table["chosen_among"]
+    if count is None or count < 2:
+        return ""
+    return (
+        f" The tuned model was chosen among {count} checkpoints on these rows, which makes its "
+        "score too high: keep rows for a test (--test_size)."
     )
 
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lora_fsdp.errors import DamagedRunError, RunNotFoundError
 from lora_fsdp.evaluation.outputs import LOG_FILE
-from lora_fsdp.evaluation.verdict import columns_after, score_table
+from lora_fsdp.evaluation.verdict import columns_after, score_table, ways_of
 from lora_fsdp.tasks.answers.kind import CHOICES, PROBABILITY_OF, SCORE_BY, WEIGHT_BY, Section
 
 RECORD_FILE = "run_record.json"
@@ -89,6 +89,8 @@ class RunFiles:
             self.predictions,
             primary=str(self.metrics["primary_metric"]),
             rows=self.metrics.get("held_out_rows"),
+            chosen_among=self.metrics.get("chosen_among"),
+            untrained_ways=ways_of(self.metrics),
         )
 
     @property

@@ -42,7 +42,7 @@ class PreparedRun:
     Attributes:
         model: the base with its adapter, not yet where it stays.
         stored: where the base's weights are, if the model has not got them yet.
-        train, held_out: the examples as tokens.
+        train, held_out, test: the examples as tokens.
         base_fingerprint: of the base before the adapter was attached.
         probes: fixed questions for the saved adapter's proof.
         request: what the run asks for of its placement.
@@ -56,6 +56,7 @@ class PreparedRun:
     stored: StoredBase | None
     train: list[EncodedExample]
     held_out: list[EncodedExample]
+    test: list[EncodedExample]
     base_fingerprint: BaseFingerprint
     probes: list[Probe]
     request: Request
@@ -67,7 +68,7 @@ class PreparedRun:
     @property
     def shortened(self) -> int:
         """How many examples had their text shortened."""
-        return sum(example.shortened for example in (*self.train, *self.held_out))
+        return sum(example.shortened for example in (*self.train, *self.held_out, *self.test))
 
 
 def prepare_run(
@@ -80,6 +81,7 @@ def prepare_run(
     train: Sequence[Example],
     held_out: Sequence[Example],
     peft_config: LoraConfig | None,
+    test: Sequence[Example] = (),
 ) -> PreparedRun:
     """Tokenise, attach the adapter, and compare the ranks: a collective call.
 
@@ -90,7 +92,7 @@ def prepare_run(
     given = [peft_config] if peft_config is not None else _adapters_of(model)
     for config in given:
         check_settings(config)
-    to_train, to_score = encoder.encode(train), encoder.encode(held_out)
+    to_train, to_score = encoder.encode(train), encoder.encode([*held_out, *test])
     check_targets(to_train)
     if (base := _empty(model)) is not None:
         check_token_ids(base, [*to_train, *to_score], encoder.tokenizer)
@@ -120,7 +122,8 @@ def prepare_run(
         model=adapted,
         stored=stored,
         train=to_train,
-        held_out=to_score,
+        held_out=to_score[: len(held_out)],
+        test=to_score[len(held_out) :],
         base_fingerprint=base_fingerprint,
         probes=build_probes(encoder, [*train, *held_out]),
         request=request,

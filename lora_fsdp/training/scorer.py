@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
@@ -17,7 +18,9 @@ from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.evaluation.generation import generate_answers
 from lora_fsdp.evaluation.metrics import model_outputs
+from lora_fsdp.evaluation.probing import MeanStates
 from lora_fsdp.evaluation.scoring import Scores, score_sequences
+from lora_fsdp.evaluation.untrained import ways_of_reading
 from lora_fsdp.tasks.answers import ModelOutputs
 
 
@@ -46,6 +49,7 @@ class RunScorer:
         sequences: DataLoader[ScoringSequence],
         *,
         after_sequence: Callable[[], None] | None = None,
+        states: MeanStates | None = None,
     ) -> Scores:
         """Scores of every answer; `after_sequence` is called after each of them."""
         answers = cast(ScoringSequences, sequences.dataset).answers
@@ -56,6 +60,7 @@ class RunScorer:
                 answers=[len(one) for one in answers],
                 device=self.device,
                 after_sequence=after_sequence,
+                states=states,
             )
         release_gathered(self.model)
         return scores
@@ -85,3 +90,37 @@ class RunScorer:
         scores = self.score(sequences, after_sequence=after_sequence)
         texts = self.generate(examples) if self.encoder.kind.generates_text else ()
         return model_outputs(examples, scores, texts=texts)
+
+    def untrained(
+        self, sequences: DataLoader[ScoringSequence], *, skip: int | None = None
+    ) -> tuple[dict[str, ModelOutputs], np.ndarray | None]:
+        """The outputs without the adapter, in each way of reading them (`ways_of_reading`).
+
+        Args:
+            sequences: as for `outputs`.
+            skip: tokens that the probe leaves out of each prompt; `None` = no probe.
+
+        Returns:
+            the ways, and [N, H] features of the same forwards, if the model shows its states.
+        """
+        examples = cast(ScoringSequences, sequences.dataset).examples
+        with self.model.disable_adapter():
+            scores, features = self._with_features(sequences, skip=skip)
+            texts = self.generate(examples) if self.encoder.kind.generates_text else ()
+        outputs = model_outputs(examples, scores, texts=texts)
+        return ways_of_reading(self.encoder.task, outputs, scores), features
+
+    def features(self, sequences: DataLoader[ScoringSequence], *, skip: int) -> np.ndarray | None:
+        """[N, H] features of the examples' prompts without the adapter."""
+        with self.model.disable_adapter():
+            return self._with_features(sequences, skip=skip)[1]
+
+    def _with_features(
+        self, sequences: DataLoader[ScoringSequence], *, skip: int | None
+    ) -> tuple[Scores, np.ndarray | None]:
+        if skip is None:
+            return self.score(sequences), None
+        count = len(cast(ScoringSequences, sequences.dataset).examples)
+        with MeanStates(self.packed, count, skip) as states:
+            scores = self.score(sequences, states=states)
+        return scores, states.features(device=self.device)

@@ -111,6 +111,7 @@ class LoraTrainer(Trainer):
         train_dataset: examples with targets (`Task.examples`), or the rows that `task` makes them
             of (a `datasets.Dataset`, or dicts); the same on every rank.
         eval_dataset: held-out examples or rows, or several such datasets by name.
+        test_dataset: further ones, which no evaluation while training sees.
         processing_class: the tokenizer; by default the model's.
         peft_config: the adapter to attach.
         max_length: longest example in tokens; longer ones have their text shortened.
@@ -152,6 +153,7 @@ class LoraTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         train_dataset: Rows | None = None,
         eval_dataset: Rows | Mapping[str, Rows] | None = None,
+        test_dataset: Rows | None = None,
         peft_config: LoraConfig | None = None,
         max_length: int = 512,
         chat_template: bool = False,
@@ -179,7 +181,9 @@ class LoraTrainer(Trainer):
             train=data.train,
             held_out=data.held_out,
             peft_config=peft_config,
+            test=examples_of(test_dataset, task=data.task, name="test_dataset"),
         )
+        self.test_dataset = run.test
         self.task, self.max_new_tokens = data.task, longest_answer(own_args, run.train)
         self.shortened, self.share_prefix = run.shortened, run.request.shares_prefix
         self.request, self.schedule, self.work = run.request, run.schedule, run.work

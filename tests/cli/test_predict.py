@@ -390,6 +390,8 @@ class TestEvaluateAndCompare:
         assert trained > 0
         said = " ".join(out.split())
         assert f"warning: {trained} of {len(rows)} rows were trained on" in said
+        first = rows.index[~rows["text"].isin(held_out)][0] + 1
+        assert f"the first is row {first}:" in said
         copy = tmp_path / "adapter"
         shutil.copytree(adapter, copy)
         (copy / "run_record.json").unlink()

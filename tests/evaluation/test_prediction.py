@@ -73,9 +73,8 @@ def run(model_folder, output, table, *, task="classification", task_object=None,
             output_dir=str(output),
             num_train_epochs=2,
             learning_rate=1e-2,
-            save_strategy="no",
             disable_tqdm=True,
-            **options,
+            **{"save_strategy": "no", **options},
         ),
         task=task_object,
     )
@@ -186,3 +185,42 @@ def test_free_text_task_is_measured_by_its_own_metric(model_folder, tmp_path):
         assert metrics["metrics"][system]["same_length"] == same.mean()
     assert metrics["metrics"]["tuned"]["same_length"] > 0
     assert metrics["primary_metric"] == "same_length"
+
+
+class TestSplits:
+    """A run with rows for a test: chosen on some, reported on others."""
+
+    CHOOSES = {  # noqa: RUF012
+        "save_strategy": "epoch",
+        "eval_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "macro_f1",
+    }
+
+    def test_the_test_is_what_is_reported(self, model_folder, tmp_path):
+        data = {**OPTIONS, "test_size": 0.25}
+        table = toy_table(60)
+        done = run(model_folder, tmp_path / "run", table, data=data, **self.CHOOSES)
+        metrics = json.loads((done.output_dir / "metrics.json").read_text())
+        assert (metrics["training_rows"], metrics["validation_rows"]) == (37, 8)
+        assert metrics["held_out_rows"] == len(done.comparison.predictions) == 15
+        assert metrics["chosen_among"] is None
+        log = (done.output_dir / "log_history.jsonl").read_text().splitlines()
+        evaluated = [json.loads(line) for line in log if "eval_macro_f1" in line]
+        assert len(evaluated) == 2
+        tuned = metrics["metrics"]["tuned"]
+        assert all(one["eval_loss"] != pytest.approx(tuned["loss"]) for one in evaluated)
+        tested = set(done.comparison.predictions["text"])
+        predictor = Predictor.from_adapter(done.output_dir)
+        examples = predictor.task.examples(table)
+        chosen = [one for one in examples if one.prompt.content in tested]
+        outputs = predictor.outputs(predictor.encoder.encode(chosen))
+        kind = predictor.task.answer_kind
+        assert kind.answers(chosen, outputs) == list(done.comparison.predictions["tuned"])
+
+    def test_without_one_the_verdict_says_on_which_rows_it_was_chosen(self, model_folder, tmp_path):
+        done = run(model_folder, tmp_path / "run", toy_table(60), data=OPTIONS, **self.CHOOSES)
+        sentence = "chosen among 2 checkpoints on these rows"
+        assert sentence in str(done.comparison)
+        assert sentence in (done.output_dir / "report.html").read_text()
+        assert sentence in (done.output_dir / "README.md").read_text()

@@ -89,7 +89,7 @@ def _without_rows(case: Case) -> Iterator[Problem]:
     "Raise --eval_size, or give --eval_file.",
 )
 def _few_held_out(case: Case) -> Iterator[Problem]:
-    rows = len(case.rows.value.held_out)
+    rows = len(case.rows.value.reported)
     if 0 < rows < _FEW_HELD_OUT:
         points = min(50, round(98 / math.sqrt(rows)))  # 1.96 * sqrt(0.25 / rows)
         yield Problem(
@@ -105,7 +105,7 @@ def _few_held_out(case: Case) -> Iterator[Problem]:
 )
 def _dropped(case: Case) -> Iterator[Problem]:
     if dropped := case.rows.value.dropped:
-        kept = len(case.rows.value.train) + len(case.rows.value.held_out)
+        kept = len(case.rows.value.train) + len(case.rows.value.scored)
         yield Problem(f"{dropped} of {dropped + kept} rows are dropped as unusable.")
 
 
@@ -131,6 +131,11 @@ _concern(
     "few-rows-of-a-label",
     "A label with fewer than 10 training rows.",
     "Add rows, or join rare labels.",
+)
+_concern(
+    "held-out-trained-on",
+    "Rows that are held out by the user's own splits, and trained on as well.",
+    "Take them out of one of the two, or let the rows be split (--split_column none).",
 )
 _concern(
     "label-not-held-out",

@@ -23,7 +23,7 @@ def asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
 
     Every second piece of the prompt, from the second on, is the name of what a row has there.
     """
-    examples = [*data.train, *data.held_out]
+    examples = [*data.train, *data.scored]
     if not examples:
         return None
     encoder, names = trainer.encoder, list[str]()
@@ -36,7 +36,7 @@ def asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
         first = examples[0].prompt
         prompt, choices = Prompt(first.before, _marked(TEXT_PLACEHOLDER, names), first.after), ()
     labels = data.task.answer_kind.labels
-    encoded = [*trainer.train_dataset, *trainer.held_out]
+    encoded = [*trainer.train_dataset, *trainer.held_out, *trainer.test_dataset]
     return {
         "prompt": _pieces(encoder.render(prompt), names),
         # Of a task whose instruction says something else in every row, one is shown of many.

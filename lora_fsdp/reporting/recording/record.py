@@ -59,7 +59,7 @@ def record_start(
             {group: _not_default(*given) for group, given in arguments.items()}
         ),
         **_facts(trainer, data),
-        "prompt": _sample_prompt(trainer, data.held_out),
+        "prompt": _sample_prompt(trainer, data.reported),
         "asking": asking(trainer, data),
         "data_sha256": _digests(asked["data"]),
         TRAINED_ON: sorted(set(row_digests(data.train))),
@@ -69,7 +69,7 @@ def record_start(
     rows = pd.concat(
         [
             _rows(data, data.train, trainer.train_dataset, part=TRAINING),
-            _rows(data, data.held_out, trainer.held_out, part=HELD_OUT),
+            _rows(data, data.scored, _scored(trainer), part=HELD_OUT),
         ]
     )
     write_json(folder / DATA_HEALTH_FILE, data_health(rows, labels=data.task.answer_kind.labels))
@@ -83,7 +83,9 @@ def _facts(trainer: LoraTrainer, data: TaskData) -> dict[str, Any]:
         "answers": kind.announcement(max_new_tokens=trainer.max_new_tokens),
         "primary_metric": data.task.primary_metric,
         "training_rows": len(data.train),
-        "held_out_rows": len(data.held_out),
+        "held_out_rows": len(data.reported),
+        "validation_rows": len(data.held_out) if data.test else None,
+        "splits": list(data.splits),
         "rows_left_out": data.dropped,
         "processes": trainer.args.world_size,
         "device": trainer.args.device.type,
@@ -108,6 +110,10 @@ def _rows(
     )
 
 
+def _scored(trainer: LoraTrainer) -> list[EncodedExample]:
+    return [*trainer.held_out, *trainer.test_dataset]
+
+
 def _sample_prompt(trainer: LoraTrainer, held_out: Sequence[Example]) -> dict[str, Any] | None:
     """A prompt as the model sees it, for the snippet that asks the adapter."""
     if not held_out:
@@ -127,7 +133,8 @@ def _sample_prompt(trainer: LoraTrainer, held_out: Sequence[Example]) -> dict[st
 
 def _digests(arguments: Any) -> dict[str, str]:
     """SHA-256 of the files that the rows came from."""
-    named = {"data_file": arguments.data_file, "eval_file": arguments.eval_file}
+    options = ("data_file", "eval_file", "test_file")
+    named = {option: getattr(arguments, option) for option in options}
     return {
         option: sha256_of_file(Path(name))
         for option, name in named.items()

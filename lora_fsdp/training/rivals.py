@@ -1,0 +1,65 @@
+"""What a run scores before it trains: the untrained model, and the frozen probe's features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.evaluation.metrics import answers_of
+from lora_fsdp.evaluation.outputs import PROBE
+from lora_fsdp.evaluation.probing import probe_answers, shared_tokens
+from lora_fsdp.ranks import on_first_rank
+from lora_fsdp.tasks.answers import ModelOutputs
+from lora_fsdp.tasks.answers.kind import TFIDF
+from lora_fsdp.training.trainer import LoraTrainer
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """What the base alone gives for the reported rows.
+
+    Attributes:
+        ways: its outputs, read in each way that fits.
+        answers: those of further rivals, by their name.
+        facts: about them, for `metrics.json`.
+    """
+
+    ways: Mapping[str, ModelOutputs]
+    answers: Mapping[str, Sequence[str]]
+    facts: Mapping[str, Any]
+
+
+def score_untrained(trainer: LoraTrainer, reported: Sequence[EncodedExample]) -> Untrained:
+    """Score the base on the reported rows, and read its states of them and of training rows.
+
+    A collective call.
+    """
+    learnt = rows_to_probe(trainer)
+    skip = shared_tokens([*learnt, *reported]) if learnt else None
+    ways, tested = trainer.scorer.untrained(trainer.get_eval_dataloader(reported), skip=skip)
+    if tested is None or skip is None:
+        return Untrained(ways, {}, {})
+    # Their answers are not scored: one token of each is asked for, since a forward needs a label.
+    prompts = [
+        replace(one, candidate_ids=(), target_ids=one.target_ids[:1], label=None) for one in learnt
+    ]
+    features = trainer.scorer.features(trainer.get_eval_dataloader(prompts), skip=skip)
+    if features is None:
+        return Untrained(ways, {}, {})
+    labels = answers_of(trainer.task, [one.example for one in learnt])
+    answers = on_first_rank(lambda: probe_answers(features, labels, tested))
+    return Untrained(ways, {PROBE: answers}, {"probe_rows": len(learnt)})
+
+
+def rows_to_probe(trainer: LoraTrainer) -> list[EncodedExample]:
+    """Training rows that the probe learns from, a seeded sample; none where it does not fit."""
+    rows, most = trainer.train_dataset, trainer.args.probe_rows
+    # Where a classic regression fits, so does one on the model's states.
+    if TFIDF not in trainer.task.answer_kind.rivals or most == 0:
+        return []
+    order = np.random.default_rng(trainer.args.seed).permutation(len(rows))
+    return [rows[place] for place in sorted(order[:most].tolist())]
