@@ -92,6 +92,8 @@ def finetune(
             peft_config=adapter,
             max_length=data_args.max_length,
             chat_template=data_args.chat_template,
+            chat_template_kwargs=data_args.template_kwargs(),
+            thinking=data_args.thinking,
             callbacks=[log, WriteCards(output_dir)],
         )
         status = fsdp_status(trainer.model)
@@ -186,6 +188,8 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     answers = data.task.answer_kind.announcement(max_new_tokens=trainer.max_new_tokens)
     say(f"Task {data.task.name}: {len(data.train)} training rows, {len(data.held_out)} held out")
     say(f"  answers: {visible(answers, lines=False)}")
+    if (chat := trainer.encoder.chat) is not None and chat.announcement:
+        say(f"  answers stand {visible(chat.announcement, lines=False)}")
     if data.dropped:
         say(f"  rows left out as unusable: {data.dropped}")
     say(f"  rows whose text was shortened to fit: {trainer.shortened}")

@@ -45,7 +45,24 @@ class DataArguments:
         512, "Longest example in tokens; longer ones have their text shortened."
     )
     chat_template: bool = option(False, "Put the prompt through the tokenizer's chat template.")
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."
+    )
+    thinking: Literal["auto", "empty", "none", "own"] = option(
+        "auto",
+        "Where an answer stands in a chat template with a thinking block: empty = after an empty "
+        "block, none = right after the prompt, own = behind the reasoning that each answer brings; "
+        "auto = empty where there is a block, else none.",
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.task_options, str):
             self.task_options = parse_json_object("task_options", self.task_options)
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = parse_json_object(
+                "chat_template_kwargs", self.chat_template_kwargs
+            )
+
+    def template_kwargs(self) -> dict[str, Any]:
+        """What `chat_template_kwargs` hands to the chat template."""
+        return dict(self.chat_template_kwargs or {})  # type: ignore[arg-type]

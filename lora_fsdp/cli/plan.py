@@ -161,14 +161,12 @@ def _work(
             "--tokens_per_example."
         )
     from lora_fsdp.base.loading import load_tokenizer
-    from lora_fsdp.data.encoding import Encoder
-    from lora_fsdp.data.rows import load_task_data, without_refused_rows
+    from lora_fsdp.data.rows import encoder_of, load_task_data, without_refused_rows
 
     data = load_task_data(data_args, seed=training["seed"])
     tokenizer = load_tokenizer(model_args)
     data = without_refused_rows(data_args, data, lambda: tokenizer)
-    length, chat = data_args.max_length, data_args.chat_template
-    encoder = Encoder(tokenizer, task=data.task, max_length=length, chat_template=chat)
+    encoder = encoder_of(data_args, tokenizer, task=data.task)
     train, held_out = encoder.encode(data.train), encoder.encode(data.held_out)
     return lambda ranks, share_prefix: measure_work(
         training, train, held_out, ranks=ranks, share_prefix=share_prefix

@@ -59,6 +59,24 @@ def load_task_data(arguments: DataArguments, *, seed: int, task: Task | None = N
     )
 
 
+def encoder_of(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, task: Task
+) -> Encoder:
+    """The encoder that the arguments describe.
+
+    Raises:
+        ArgumentError, UnsafeFileError: the tokenizer's chat template does not allow what they ask.
+    """
+    return Encoder(
+        tokenizer,
+        task=task,
+        max_length=arguments.max_length,
+        chat_template=arguments.chat_template,
+        chat_template_kwargs=arguments.template_kwargs(),
+        thinking=arguments.thinking,
+    )
+
+
 def without_refused_rows(
     arguments: DataArguments,
     data: TaskData,
@@ -76,7 +94,7 @@ def without_refused_rows(
     """
     if arguments.on_bad_rows != "drop" or not arguments.chat_template:
         return data
-    encoder = Encoder(tokenizer(), task=data.task, chat_template=True)
+    encoder = encoder_of(arguments, tokenizer(), task=data.task)
     train = [one for one in data.train if encoder.refusal(one) is None]
     held_out = [one for one in data.held_out if encoder.refusal(one) is None]
     refused = len(data.train) + len(data.held_out) - len(train) - len(held_out)

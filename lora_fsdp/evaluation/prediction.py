@@ -48,6 +48,8 @@ def save_task(encoder: Encoder, folder: str | Path, *, max_new_tokens: int) -> N
         "options": encoder.task.options(),
         "max_length": encoder.max_length,
         "chat_template": encoder.chat_template,
+        "chat_template_kwargs": {} if encoder.chat is None else encoder.chat.arguments,
+        "thinking": "auto" if encoder.chat is None else encoder.chat.thinking,
         "max_new_tokens": max_new_tokens,
     }
     write_json(Path(folder) / TASK_FILE, contents)
@@ -64,12 +66,18 @@ def _read_task(folder: Path) -> dict[str, Any]:
             f"{folder} holds no {TASK_FILE}: give the output folder of a finished run."
         )
     # Adapters of 0.1.0 do not say how long their answers may be.
-    saved = {"max_new_tokens": LEAST_NEW_TOKENS, **read_json_object(folder, TASK_FILE)}
+    # Of a chat template they know no arguments, and their answers follow the prompt at once.
+    saved = read_json_object(folder, TASK_FILE)
+    thinking = "none" if saved.get("chat_template") is True else "auto"
+    former = {"max_new_tokens": LEAST_NEW_TOKENS, "chat_template_kwargs": {}, "thinking": thinking}
+    saved = {**former, **saved}
     kinds = {
         "task": str,
         "options": dict,
         "max_length": int,
         "chat_template": bool,
+        "chat_template_kwargs": dict,
+        "thinking": str,
         "max_new_tokens": int,
     }
     for key, kind in kinds.items():
@@ -88,6 +96,8 @@ def _read_encoder(folder: Path, saved: dict[str, Any]) -> Encoder:
         task=get_task(saved["task"], saved["options"]),
         max_length=saved["max_length"],
         chat_template=saved["chat_template"],
+        chat_template_kwargs=saved["chat_template_kwargs"],
+        thinking=saved["thinking"],
     )
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -101,6 +101,8 @@ class LoraTrainer(Trainer):
         peft_config: the adapter to attach.
         max_length: longest example in tokens; longer ones have their text shortened.
         chat_template: put prompts through the tokenizer's chat template.
+        chat_template_kwargs: further arguments of that template.
+        thinking: where an answer stands in a template with a thinking block (`ChatTemplate`).
         objective: what is minimised; `None` = supervised learning of the targets.
         callbacks: further callbacks.
 
@@ -136,6 +138,8 @@ class LoraTrainer(Trainer):
         peft_config: LoraConfig | None = None,
         max_length: int = 512,
         chat_template: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        thinking: str = "auto",
         objective: Objective | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -143,7 +147,12 @@ class LoraTrainer(Trainer):
         check_arguments(args, self.fsdp_settings, max_length=max_length)
         self.objective = objective or Supervised()
         self.encoder = Encoder(
-            processing_class, task=task, max_length=max_length, chat_template=chat_template
+            processing_class,
+            task=task,
+            max_length=max_length,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            thinking=thinking,
         )
         run = prepare_run(
             model,
