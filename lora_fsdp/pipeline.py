@@ -19,6 +19,7 @@ from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArgument
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import open_base
 from lora_fsdp.data.checking import check_task_data
+from lora_fsdp.data.formats.several import input_paths
 from lora_fsdp.data.rows import TaskData, load_task_data, without_refused_rows
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
@@ -156,7 +157,7 @@ def claim_output_folder(arguments: FineTuningArguments, *, inputs: Sequence[Path
 
 def _inputs(model: ModelArguments, data: DataArguments) -> list[Path]:
     names = (model.model_name_or_path, data.data_file, data.eval_file, data.task_file)
-    return [Path(name) for name in names if name]
+    return [path for name in names if name for path in input_paths(name)]
 
 
 def _claim(folder: Path, arguments: FineTuningArguments, inputs: Sequence[Path]) -> None:

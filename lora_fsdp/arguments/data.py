@@ -19,13 +19,16 @@ class DataArguments:
     task: str = option("", "Name of a registered task.")
     task_file: str | None = option(None, "Python file to import first; it registers the task.")
     data_file: str | None = option(
-        None, "CSV, TSV, JSONL, Parquet, or a folder saved by `datasets`."
+        None,
+        "Table: .csv, .tsv, .jsonl, .json, .parquet, .xlsx (text files also packed), a pattern or "
+        "a folder of such files, or a dataset's name on the Hub.",
     )
     eval_file: str | None = option(None, "Held-out rows; without it they are split off data_file.")
     encoding: str | None = option(None, "Text encoding of the files; detected when not given.")
     delimiter: str | None = option(
         None, "Character between the cells of CSV and TSV (';', tab); found when not given."
     )
+    sheet: str | None = option(None, "Sheet of a workbook (.xlsx) with several.")
     instruction: str | None = option(None, "Overrides the task's instruction.")
     text_column: str | None = option(None, "Column with the text.")
     label_column: str | None = option(None, "Column with the label, or the right answer.")

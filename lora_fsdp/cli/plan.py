@@ -67,7 +67,9 @@ def plan(options: PlanOptions, launch: LaunchOptions, arguments: Sequence[str]) 
     from lora_fsdp.arguments import FineTuningArguments
 
     classes = (ModelArguments, LoraArguments, DataArguments, FineTuningArguments)
-    model, lora, data, training = OptionParser(classes).parse_values(arguments)
+    model, lora, data, training = OptionParser(classes, positional="data_file").parse_values(
+        arguments
+    )
     model_args, data_args = ModelArguments(**model), DataArguments(**data)
     required(
         model_args.model_name_or_path,
@@ -228,5 +230,6 @@ COMMANDS = (
         ),
         options=(PlanOptions, LaunchOptions, ModelArguments, LoraArguments, DataArguments),
         run=plan,
+        positional="data_file",
     ),
 )

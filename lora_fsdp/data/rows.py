@@ -143,7 +143,13 @@ def _training_table(arguments: DataArguments, task: Task) -> pd.DataFrame:
 
 
 def _read(arguments: DataArguments, file: str) -> pd.DataFrame:
-    return read_table(file, encoding=arguments.encoding, delimiter=arguments.delimiter)
+    return read_table(
+        file,
+        encoding=arguments.encoding,
+        delimiter=arguments.delimiter,
+        sheet=arguments.sheet,
+        nested=True,
+    )
 
 
 def _without_bad_rows(
