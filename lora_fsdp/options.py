@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from itertools import pairwise
@@ -26,6 +28,7 @@ class OptionParser(TrlParser):
         prog: the command's name in its help.
         description: what the command does, in the help above the options.
         epilog: examples, in the help below them.
+        positional: the option whose value may stand without its name, anywhere.
     """
 
     def __init__(
@@ -35,7 +38,11 @@ class OptionParser(TrlParser):
         prog: str | None = None,
         description: str | None = None,
         epilog: str | None = None,
+        positional: str | None = None,
     ) -> None:
+        self.positional = positional
+        # Several files are one table.
+        self.positional_is_file = positional == "data_file"
         super().__init__(
             list(classes),  # type: ignore[arg-type]
             prog=prog,
@@ -107,7 +114,7 @@ class OptionParser(TrlParser):
                 check_is_text(name.lstrip("-"), value)
             else:
                 check_is_text(before.lstrip("-"), argument)
-        given = _separate_config(arguments)
+        given = self._with_names(_separate_config(arguments))
         if "--config" in given:
             place = given.index("--config")
             if place == len(given) - 1:
@@ -115,13 +122,129 @@ class OptionParser(TrlParser):
             known = self.option_names()
             recipe = read_recipe(given[place + 1], options=known, others_allowed=shares_recipe)
             # Before the command line's own, which come later and so win.
-            given = recipe + given[:place] + given[place + 2 :]
+            given = self._with_names(recipe, is_recipe=True) + given[:place] + given[place + 2 :]
         return given
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse has it, but a switch takes no word that is no truth value for its own."""
+        return super().parse_known_args(
+            None if args is None else self._disentangled(args), namespace
+        )
+
+    # ---- values that stand without their option's name -------------------------------------------
+
+    def _with_names(self, arguments: Sequence[str], *, is_recipe: bool = False) -> list[str]:
+        """`arguments` with the name before each value that stands alone.
+
+        Raises:
+            ArgumentError: several stand alone where one is meant, or beside the option itself.
+        """
+        named, alone = self._sorted_out(arguments)
+        if self.positional is None or not alone:
+            return list(arguments)
+        option = f"--{self.positional}"
+        if any(word.partition("=")[0] == option for word in named):
+            if not (is_recipe and self.positional_is_file):
+                raise ArgumentError(
+                    f"{' and '.join(map(repr, alone))} and {option} are both given: keep one."
+                )
+            alone = [_value_of(option, named), *alone]  # a list in a recipe
+        action = self._option_string_actions[option]
+        if action.nargs in ("+", "*"):
+            return [*named, option, *alone]
+        if self.positional_is_file:
+            return [*named, f"{option}={os.pathsep.join(alone)}"]
+        if len(alone) > 1:
+            raise ArgumentError(
+                f"{' and '.join(map(repr, alone))} stand without an option, and one value is "
+                f"meant ({self.positional}). See --help."
+            )
+        return [*named, f"{option}={alone[0]}"]
+
+    def _disentangled(self, arguments: Sequence[str]) -> list[str]:
+        """Switches written out, and a file's name behind an option's list moved to the front."""
+        found: list[str] = []
+        files: list[str] = []
+        words = list(arguments)
+        while words:
+            word = words.pop(0)
+            found.append(word)
+            action = self._option_string_actions.get(word)
+            if action is None:
+                continue
+            taken = _values_of(action, words, files=True)
+            if action.nargs == "?" and not taken:
+                found[-1] = f"{word}=true"  # or argparse would take the next word for its value
+            found += taken
+            del words[: len(taken)]
+            while action.nargs in ("+", "*") and words and not _is_option(words[0]):
+                files.append(words.pop(0))
+        return [*files, *found]
+
+    def _sorted_out(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Options with their values, and the values that stand alone.
+
+        With an unknown option nothing stands alone: which words are its values nobody knows.
+        """
+        named: list[str] = []
+        alone: list[str] = []
+        words = list(arguments)
+        while words:
+            word = words.pop(0)
+            if not _is_option(word):
+                alone.append(word)
+                continue
+            name, equals, _ = word.partition("=")
+            action = self._option_string_actions.get(name)
+            if action is None and name != "--config":
+                return [*arguments], []
+            if equals or (action is not None and action.nargs == 0):
+                named.append(word)
+                continue
+            taken = _values_of(action, words, files=self.positional_is_file)
+            named += [word, *taken]
+            del words[: len(taken)]
+        return named, alone
 
     def option_names(self) -> list[str]:
         """All options, without their dashes."""
         classes: Iterable[Any] = self.dataclass_types
         return [field.name for cls in classes for field in fields(cls)] + ["config"]
+
+
+#: What upstream takes for a truth value.
+_TRUTH = {"true", "false", "yes", "no", "t", "f", "y", "n", "1", "0"}
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and len(word) > 1 and not word[1].isdigit() and word[1] != "."
+
+
+def _values_of(action: argparse.Action | None, words: Sequence[str], *, files: bool) -> list[str]:
+    """The words after an option that are its values."""
+    nargs = None if action is None else action.nargs
+    if nargs == "?":
+        return [word for word in words[:1] if word.lower() in _TRUTH]
+    if nargs not in ("+", "*"):
+        return list(words[:1])
+    values = list(itertools.takewhile(lambda word: not _is_option(word), words))
+    # The file's name behind a list of labels: no label is called so.
+    while files and len(values) > 1 and _is_file(values[-1]):
+        values.pop()
+    return values
+
+
+def _is_file(word: str) -> bool:
+    return "." in word and os.path.isfile(word)
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str:
+    for place, word in enumerate(arguments):
+        if word == option:
+            return arguments[place + 1]
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return ""
 
 
 def unknown_options(unknown: Sequence[str], known: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import open_base
 from lora_fsdp.data.checking import check_task_data
 from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.data.formats.several import input_paths
 from lora_fsdp.data.rows import TaskData, load_task_data, without_refused_rows
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
@@ -104,6 +105,8 @@ def finetune(
             peft_config=adapter,
             max_length=data_args.max_length,
             chat_template=data_args.chat_template,
+            chat_template_kwargs=data_args.template_kwargs(),
+            thinking=data_args.thinking,
             callbacks=[log, WriteCards(output_dir)],
         )
         status = fsdp_status(trainer.model)
@@ -178,7 +181,7 @@ def _inputs(model: ModelArguments, data: DataArguments) -> list[Path]:
     }
     for name, value in given.items():
         check_is_text(name, value)
-    return [Path(value) for value in given.values() if value]
+    return [path for value in given.values() if value for path in input_paths(value)]
 
 
 def _claim(folder: Path, arguments: FineTuningArguments, inputs: Sequence[Path]) -> None:
@@ -214,6 +217,8 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     for line in data.splits:
         say(f"  {visible(line, lines=False)}")
     say(f"  answers: {visible(answers, lines=False)}")
+    if (chat := trainer.encoder.chat) is not None and chat.announcement:
+        say(f"  answers stand {visible(chat.announcement, lines=False)}")
     if data.dropped:
         say(f"  rows left out as unusable: {data.dropped}")
     say(f"  rows whose text was shortened to fit: {trainer.shortened}")

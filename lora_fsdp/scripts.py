@@ -41,7 +41,8 @@ def parse_arguments(*, task: str, arguments: Sequence[str] | None = None) -> Run
             recipe that cannot be read.
     """
     configure_output()
-    parser = OptionParser((ModelArguments, LoraArguments, DataArguments, FineTuningArguments))
+    classes = (ModelArguments, LoraArguments, DataArguments, FineTuningArguments)
+    parser = OptionParser(classes, positional="data_file")
     parser.set_defaults(task=task)
     model, lora, data, training = parser.parse(sys.argv[1:] if arguments is None else arguments)
     return RunArguments(model_args=model, lora_args=lora, data_args=data, training_args=training)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -213,7 +213,7 @@ def _check_tokenizer(
     try:
         of_base = load_tokenizer(arguments)
         tokenizer = load_tokenizer(ModelArguments(str(adapter.path.absolute()))) if own else of_base
-        chat = own and _uses_chat_template(adapter.path)
+        chat, chat_arguments = _chat_template_of(adapter.path) if own else (False, {})
     except LoraFsdpError as error:
         yield from (Check(name, "failed", str(error)) for name in names)
         return
@@ -222,7 +222,7 @@ def _check_tokenizer(
         yield Check(names[1], "not possible", _NO_PROOF)
         return
     try:
-        now = end_of_answer(tokenizer, chat_template=chat)
+        now = end_of_answer(tokenizer, chat_template=chat, chat_template_kwargs=chat_arguments)
     except LoraFsdpError as error:
         yield Check(names[1], "failed", str(error))
         return
@@ -248,10 +248,13 @@ def _compare_tokenizers(
     return Check("tokenizer", "passed", f"{len(tokenizer)} tokens, the same ids as the base's")
 
 
-def _uses_chat_template(folder: Path) -> bool:
+def _chat_template_of(folder: Path) -> tuple[bool, dict[str, Any]]:
+    """Whether the adapter was asked by a chat template, and with which arguments."""
     if not (folder / "task.json").is_file():
-        return False
-    return read_json_object(folder, "task.json").get("chat_template") is True
+        return False, {}
+    saved = read_json_object(folder, "task.json")
+    arguments = saved.get("chat_template_kwargs")
+    return saved.get("chat_template") is True, arguments if isinstance(arguments, dict) else {}
 
 
 def _check_answers(

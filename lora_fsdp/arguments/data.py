@@ -19,7 +19,9 @@ class DataArguments:
     task: str = option("", "Name of a registered task.")
     task_file: str | None = option(None, "Python file to import first; it registers the task.")
     data_file: str | None = option(
-        None, "CSV, TSV, JSONL, Parquet, or a folder saved by `datasets`."
+        None,
+        "Table: .csv, .tsv, .jsonl, .json, .parquet, .xlsx (text files also packed), a pattern or "
+        "a folder of such files, or a dataset's name on the Hub.",
     )
     eval_file: str | None = option(None, "Held-out rows; without it they are split off data_file.")
     test_file: str | None = option(
@@ -34,6 +36,7 @@ class DataArguments:
     delimiter: str | None = option(
         None, "Character between the cells of CSV and TSV (';', tab); found when not given."
     )
+    sheet: str | None = option(None, "Sheet of a workbook (.xlsx) with several.")
     instruction: str | None = option(None, "Overrides the task's instruction.")
     text_column: str | None = option(None, "Column with the text.")
     label_column: str | None = option(None, "Column with the label, or the right answer.")
@@ -58,7 +61,24 @@ class DataArguments:
         512, "Longest example in tokens; longer ones have their text shortened."
     )
     chat_template: bool = option(False, "Put the prompt through the tokenizer's chat template.")
+    chat_template_kwargs: dict[str, Any] | str | None = option(
+        None, "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."
+    )
+    thinking: Literal["auto", "empty", "none", "own"] = option(
+        "auto",
+        "Where an answer stands in a chat template with a thinking block: empty = after an empty "
+        "block, none = right after the prompt, own = behind the reasoning that each answer brings; "
+        "auto = empty where there is a block, else none.",
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.task_options, str):
             self.task_options = parse_json_object("task_options", self.task_options)
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = parse_json_object(
+                "chat_template_kwargs", self.chat_template_kwargs
+            )
+
+    def template_kwargs(self) -> dict[str, Any]:
+        """What `chat_template_kwargs` hands to the chat template."""
+        return dict(self.chat_template_kwargs or {})  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ class Command:
         examples: command lines to learn from; `lora-fsdp` is put before each.
         options: dataclasses whose fields are its options.
         run: gets one object of each class and returns the exit code.
-        positional: the option that may be given without its name, as the first argument.
+        positional: the option that may be given without its name, anywhere.
         shares_recipe: its `--config` may be a recipe of `train`, whose other keys do not concern
             it.
     """
@@ -46,16 +46,14 @@ class Command:
             prog=f"lora-fsdp {self.name}",
             description=textwrap.fill(self.summary, shutil.get_terminal_size().columns - 2),
             epilog=f"examples:\n{shown}",
+            positional=self.positional,
         )
         parser.usage = f"lora-fsdp {self.name}{first} [options]"
         return parser
 
     def __call__(self, arguments: Sequence[str]) -> int:
         """Parse `arguments` and run."""
-        arguments = list(arguments)
-        if self.positional and arguments and not arguments[0].startswith("-"):
-            arguments.insert(0, f"--{self.positional}")
-        parsed = self.parser().parse(arguments, shares_recipe=self.shares_recipe)
+        parsed = self.parser().parse(list(arguments), shares_recipe=self.shares_recipe)
         return self.run(*parsed)
 
 

@@ -57,7 +57,9 @@ def doctor(options: DoctorOptions, launch: LaunchOptions, arguments: Sequence[st
     from lora_fsdp.doctor import Machine, Severity, diagnose
 
     classes = (ModelArguments, LoraArguments, DataArguments, FineTuningArguments)
-    model, lora, data, training = OptionParser(classes).parse_values(arguments)
+    model, lora, data, training = OptionParser(classes, positional="data_file").parse_values(
+        arguments
+    )
     machine = Machine.here(output_dir=Path(training["output_dir"]))
     config, processes = launched_config(launch, gpus=len(machine.gpus))
     with _quietly():
@@ -140,5 +142,6 @@ COMMANDS = (
         ),
         options=(DoctorOptions, LaunchOptions, ModelArguments, LoraArguments, DataArguments),
         run=doctor,
+        positional="data_file",
     ),
 )

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 class EvaluateOptions:
     """Which rows."""
 
-    data_file: str | None = option(None, "CSV, TSV, JSONL, Parquet, or a folder of `datasets`.")
+    data_file: str | None = option(
+        None, "Table with texts and answers, in any form that train takes."
+    )
     label_column: str | None = option(None, "Column with the label, if not the training table's.")
     encoding: str | None = option(None, "Text encoding of the file; detected when not given.")
     delimiter: str | None = option(
         None, "Character between the cells of CSV and TSV (';', tab); found when not given."
     )
+    sheet: str | None = option(None, "Sheet of a workbook (.xlsx) with several.")
     on_bad_rows: Literal["error", "drop"] = option(
         "error", "Rows without text or with an unknown label: stop, or drop and count."
     )
@@ -42,7 +45,13 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
     path = required(options.data_file, "DATA_FILE", "a table with texts and their answers")
     from lora_fsdp.data.tables import read_table, sample_rows
 
-    table = read_table(path, encoding=options.encoding, delimiter=options.delimiter)
+    table = read_table(
+        path,
+        encoding=options.encoding,
+        delimiter=options.delimiter,
+        sheet=options.sheet,
+        nested=True,
+    )
     table = sample_rows(table, max_rows=options.max_rows, head=options.head, seed=options.seed)
     predictor = load_predictor(adapter, label_column=options.label_column)
     from lora_fsdp.evaluation.metrics import (

@@ -69,7 +69,9 @@ def plan(options: PlanOptions, launch: LaunchOptions, arguments: Sequence[str]) 
     from lora_fsdp.arguments import FineTuningArguments
 
     classes = (ModelArguments, LoraArguments, DataArguments, FineTuningArguments)
-    model, lora, data, training = OptionParser(classes).parse_values(arguments)
+    model, lora, data, training = OptionParser(classes, positional="data_file").parse_values(
+        arguments
+    )
     model_args, data_args = ModelArguments(**model), DataArguments(**data)
     required(
         model_args.model_name_or_path,
@@ -163,16 +165,14 @@ def _work(
             "--tokens_per_example."
         )
     from lora_fsdp.base.loading import load_tokenizer
-    from lora_fsdp.data.encoding import Encoder
-    from lora_fsdp.data.rows import load_task_data, without_refused_rows
+    from lora_fsdp.data.rows import encoder_of, load_task_data, without_refused_rows
 
     data = load_task_data(
         data_args, seed=training["seed"], choosing=bool(training["load_best_model_at_end"])
     )
     tokenizer = load_tokenizer(model_args)
     data = without_refused_rows(data_args, data, lambda: tokenizer)
-    length, chat = data_args.max_length, data_args.chat_template
-    encoder = Encoder(tokenizer, task=data.task, max_length=length, chat_template=chat)
+    encoder = encoder_of(data_args, tokenizer, task=data.task)
     train, held_out = encoder.encode(data.train), encoder.encode(data.scored)
     return lambda ranks, request: measure_work(
         training,
@@ -247,5 +247,6 @@ COMMANDS = (
         ),
         options=(PlanOptions, LaunchOptions, ModelArguments, LoraArguments, DataArguments),
         run=plan,
+        positional="data_file",
     ),
 )

@@ -22,13 +22,20 @@ _ROWS_NAMED = 5
 class PredictOptions:
     """What to answer, and where the answers go."""
 
-    data_file: str | None = option(None, "Table to answer: .csv, .tsv, .jsonl, .ndjson, .parquet.")
-    output: str | None = option(None, "File to write, of the same format; must not exist yet.")
+    data_file: str | None = option(
+        None,
+        "Table to answer: .csv, .tsv, .jsonl, .xlsx, .parquet, or .txt with one text a line (text "
+        "files also packed).",
+    )
+    output: str | None = option(
+        None, "File to write, of the same format (of .txt: .csv); must not exist yet."
+    )
     text: str | None = option(None, "Answer this one text instead.")
     encoding: str | None = option(None, "Text encoding of the table; UTF-8 when not given.")
     delimiter: str | None = option(
         None, "Character between the cells of CSV and TSV (';', tab); found when not given."
     )
+    sheet: str | None = option(None, "Sheet of a workbook (.xlsx) with several.")
     chunk_rows: int = option(256, "Rows answered and written at a time; lost by a kill.")
     column_prefix: str = option("", "Put before the new columns' names, if they are taken.")
     overwrite: bool = option(False, "Replace an output, finished or not.")
@@ -64,7 +71,10 @@ def _table(options: PredictOptions, adapter: AdapterOptions) -> int:
     from lora_fsdp.data.streams import open_stream
 
     stream = open_stream(
-        str(options.data_file), encoding=options.encoding, delimiter=options.delimiter
+        str(options.data_file),
+        encoding=options.encoding,
+        delimiter=options.delimiter,
+        sheet=options.sheet,
     )
     from lora_fsdp.evaluation.file_prediction import predict_file
 

@@ -128,15 +128,10 @@ def _encoder(options: CheckOptions, data_args: DataArguments, data: TaskData) ->
         return None
     from lora_fsdp.arguments import ModelArguments
     from lora_fsdp.base.loading import load_tokenizer
-    from lora_fsdp.data.encoding import Encoder
+    from lora_fsdp.data.rows import encoder_of
 
     model = ModelArguments(model_name_or_path=options.model_name_or_path)
-    return Encoder(
-        load_tokenizer(model),
-        task=data.task,
-        max_length=data_args.max_length,
-        chat_template=data_args.chat_template,
-    )
+    return encoder_of(data_args, load_tokenizer(model), task=data.task)
 
 
 def _row_facts(example: Example, tokens: EncodedExample | None) -> dict[str, Any]:

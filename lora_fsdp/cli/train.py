@@ -193,7 +193,7 @@ COMMANDS = (
         name="train",
         summary="Train an adapter, on the GPUs there are or as a rehearsal on the CPU.",
         examples=(
-            "train --task sentiment --data_file tweets.csv \\\n"
+            "train tweets.csv --task sentiment \\\n"
             "      --model_name_or_path ./models/SmolLM2-135M-Instruct --output_dir runs/mine",
             "train --config recipe.yaml --learning_rate 1e-3",
             "train --accelerate_config fsdp2 --num_processes 4 --config recipe.yaml",
@@ -201,5 +201,6 @@ COMMANDS = (
         ),
         options=(LaunchOptions, ModelArguments, LoraArguments, DataArguments),
         run=train,
+        positional="data_file",
     ),
 )

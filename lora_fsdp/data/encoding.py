@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lora_fsdp.data.chat.template import MARKER, ChatTemplate
 from lora_fsdp.data.control_tokens import ControlTokens, tokenize, tokenize_as_text
 from lora_fsdp.errors import (
     ArgumentError,
@@ -19,9 +21,6 @@ from lora_fsdp.errors import (
     UnknownLabelError,
 )
 from lora_fsdp.tasks import Example, Prompt, Task
-
-# Stands in for a text or an answer to find where it comes to stand in a chat template.
-_MARKER = "qjxtextqjx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +70,16 @@ class Encoder:
         task: gives the kind of answer, and so the texts that are scored.
         max_length: longest prompt + longest answer + end token, in tokens.
         chat_template: put the prompt through the tokenizer's chat template, as a user's message.
+        chat_template_kwargs: further arguments of that template (`{"enable_thinking": false}`).
+        thinking: where an answer stands in a template that has a place for reasoning
+            (`ChatTemplate`).
+
+    Attributes:
+        chat: how the chat template is rendered; `None` without.
+
+    Raises:
+        ArgumentError: the tokenizer has no end token, or its chat template does not allow this.
+        UnsafeFileError: the chat template takes more time or memory than any needs.
     """
 
     def __init__(
@@ -80,12 +89,17 @@ class Encoder:
         task: Task,
         max_length: int = 512,
         chat_template: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        thinking: str = "auto",
     ) -> None:
         end_of_answer(tokenizer, chat_template=False)  # that there is one
-        if chat_template and not tokenizer.chat_template:
+        self.chat: ChatTemplate | None = None
+        if chat_template:
+            self.chat = ChatTemplate(tokenizer, arguments=chat_template_kwargs, thinking=thinking)
+        elif chat_template_kwargs or thinking != "auto":
             raise ArgumentError(
-                f"The tokenizer {tokenizer.name_or_path!r} has no chat template: leave out "
-                "--chat_template, or use the chat model's own tokenizer."
+                "--chat_template_kwargs and --thinking are for chat templates: set "
+                "--chat_template true, or leave them out."
             )
         self.tokenizer = tokenizer
         self.task = task
@@ -127,6 +141,8 @@ class Encoder:
     def _rendered(self, example: Example) -> str:
         prompt = example.prompt
         try:
+            if self.chat is not None and example.target is not None:
+                self.chat.answer(example)
             rendered = self.render(prompt)
             self._frame(prompt.before, prompt.after, tuple(role for role, _ in prompt.turns))
         except ArgumentError as error:
@@ -141,7 +157,7 @@ class Encoder:
 
     def render(self, prompt: Prompt) -> str:
         """The prompt as the model sees it."""
-        if not self.chat_template:
+        if self.chat is None:
             if prompt.turns:
                 raise ArgumentError(
                     f"Task {self.task.name!r} gives conversations, which a chat template lays out: "
@@ -150,11 +166,13 @@ class Encoder:
             return str(prompt)
         turns = [{"role": role, "content": content} for role, content in prompt.turns]
         turns.append({"role": "user", "content": prompt.message})
-        return _render_chat(self.tokenizer, turns, add_generation_prompt=True)
+        return self.chat.render(turns)
 
     def _encode_one(self, example: Example, prompt_ids: list[int]) -> EncodedExample:
-        after = example.prompt.after
-        target_ids = [] if example.target is None else self._answer_ids(after, example.target)
+        after, target = example.prompt.after, example.target
+        if target is not None and self.chat is not None:
+            target = self.chat.answer(example)
+        target_ids = [] if target is None else self._answer_ids(after, target)
         candidates = self._candidate_ids(example)
         longest = max((len(ids) for ids in (target_ids, *candidates)), default=0)
         shortened = len(prompt_ids) + longest > self.max_length
@@ -231,13 +249,22 @@ class Encoder:
         return [*self._continuation_ids(after, target), self.end_token_id]
 
     def _tokenize_continuation(self, after: str, target: str) -> tuple[int, ...]:
-        if self.chat_template:  # the template ends a turn; the answer starts a new one
-            return tuple(tokenize_as_text(self.tokenizer, [target.strip()])[0])
+        if self.chat is not None:  # the template ends a turn; the answer starts a new one
+            return self._tokenize_turn(target.strip(), marks=self.chat.marks_of(target))
         texts = [after, after + target, target]
         anchor, joined, alone = tokenize_as_text(self.tokenizer, texts)
         if joined[: len(anchor)] == anchor:
             return tuple(joined[len(anchor) :])
         return tuple(alone)
+
+    def _tokenize_turn(self, target: str, *, marks: Sequence[str]) -> tuple[int, ...]:
+        """An answer's ids, in which the marks of its own thinking block are the model's tokens."""
+        ids: list[int] = []
+        for mark in marks:
+            text, found, target = target.partition(mark)
+            ids += tokenize_as_text(self.tokenizer, [text])[0] if text else []
+            ids += tokenize(self.tokenizer, [found])[0]
+        return (*ids, *(tokenize_as_text(self.tokenizer, [target])[0] if target else ()))
 
     def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return [[*self.leading_ids, *ids] for ids in tokenize(self.tokenizer, texts)]
@@ -277,7 +304,7 @@ class Encoder:
 
     @cached_property
     def _controls(self) -> ControlTokens:
-        template = str(self.tokenizer.chat_template) if self.chat_template else ""
+        template = "" if self.chat is None else self.chat.source
         return ControlTokens(self.tokenizer, template=template)
 
     def frame(self, before: str, after: str) -> tuple[str, str]:
@@ -299,8 +326,8 @@ class Encoder:
         """
         frames = [before, after]
         if self.chat_template:
-            turns = tuple((role, _MARKER) for role in roles)
-            frames = self.render(Prompt(before, _MARKER, after, turns=turns)).split(_MARKER)
+            turns = tuple((role, MARKER) for role in roles)
+            frames = self.render(Prompt(before, MARKER, after, turns=turns)).split(MARKER)
         if len(frames) != len(roles) + 2:
             raise ArgumentError(
                 f"The chat template of the tokenizer {self.tokenizer.name_or_path!r} drops or "
@@ -312,10 +339,18 @@ class Encoder:
     @cached_property
     def end_token_id(self) -> int:
         """The token that ends an answer: the chat template's end of turn, else the end of text."""
-        return end_of_answer(self.tokenizer, chat_template=self.chat_template)
+        arguments = None if self.chat is None else self.chat.arguments
+        return end_of_answer(
+            self.tokenizer, chat_template=self.chat_template, chat_template_kwargs=arguments
+        )
 
 
-def end_of_answer(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) -> int:
+def end_of_answer(
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat_template: bool,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> int:
     """The token that ends an answer: the chat template's end of turn, else the end of text.
 
     Raises:
@@ -328,26 +363,7 @@ def end_of_answer(tokenizer: PreTrainedTokenizerBase, *, chat_template: bool) ->
         )
     if not chat_template or not tokenizer.chat_template:
         return int(tokenizer.eos_token_id)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARKER}]
-    rendered = _render_chat(tokenizer, turns, add_generation_prompt=False)
-    tail = tokenizer(rendered.rpartition(_MARKER)[2], add_special_tokens=False)["input_ids"]
+    behind = ChatTemplate(tokenizer, arguments=chat_template_kwargs).end_of_answer()
+    tail = tokenizer(behind, add_special_tokens=False)["input_ids"]
     known = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return next((token for token in tail if token in known), int(tokenizer.eos_token_id))
-
-
-def _render_chat(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: list[dict[str, str]],
-    *,
-    add_generation_prompt: bool,
-) -> str:
-    try:
-        rendered = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=add_generation_prompt, tokenize=False
-        )
-    except Exception as error:  # a template is a program, and may raise anything
-        raise ArgumentError(
-            f"The chat template of the tokenizer {tokenizer.name_or_path!r} cannot be rendered: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    return str(rendered)

@@ -102,6 +102,24 @@ def load_task_data(
     return TaskData(task, task.examples(parts.train), scored[0], dropped, scored[1], parts.said)
 
 
+def encoder_of(
+    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, task: Task
+) -> Encoder:
+    """The encoder that the arguments describe.
+
+    Raises:
+        ArgumentError, UnsafeFileError: the tokenizer's chat template does not allow what they ask.
+    """
+    return Encoder(
+        tokenizer,
+        task=task,
+        max_length=arguments.max_length,
+        chat_template=arguments.chat_template,
+        chat_template_kwargs=arguments.template_kwargs(),
+        thinking=arguments.thinking,
+    )
+
+
 def without_refused_rows(
     arguments: DataArguments,
     data: TaskData,
@@ -119,7 +137,7 @@ def without_refused_rows(
     """
     if arguments.on_bad_rows != "drop" or not arguments.chat_template:
         return data
-    encoder = Encoder(tokenizer(), task=data.task, chat_template=True)
+    encoder = encoder_of(arguments, tokenizer(), task=data.task)
     train = [one for one in data.train if encoder.refusal(one) is None]
     held_out = [one for one in data.held_out if encoder.refusal(one) is None]
     test = [one for one in data.test if encoder.refusal(one) is None]
@@ -164,7 +182,9 @@ def _choose_task(arguments: DataArguments, task: Task | None) -> Task:
 def _named_parts(arguments: DataArguments, task: Task) -> Parts:
     """What is named as files: rows to train on, and perhaps others."""
     named = {VALIDATION: arguments.eval_file, TEST: arguments.test_file}
-    files = {split: [Path(name)] for split, name in named.items() if name is not None}
+    files: dict[str, Sequence[str | Path]] = {
+        split: [name] for split, name in named.items() if name is not None
+    }
     said = [f"{split} rows are those of {file}" for split, [file] in files.items()]
     if arguments.data_file is None:
         own = task.load(TRAIN)
@@ -177,7 +197,7 @@ def _named_parts(arguments: DataArguments, task: Task) -> Parts:
         train, test = own, None if files else task.load(TEST)
     else:
         there = files_by_split(Path(arguments.data_file))
-        files_of_train = there.pop(TRAIN, [Path(arguments.data_file)])
+        files_of_train = there.pop(TRAIN, [arguments.data_file])
         if there:
             said += [_said_of_folder(arguments, split, split in files) for split in there]
             files = there | files
@@ -195,10 +215,16 @@ def _said_of_folder(arguments: DataArguments, split: str, is_named: bool) -> str
     return f"{split} rows are those of the folder {arguments.data_file}"
 
 
-def _read(arguments: DataArguments, files: Sequence[Path]) -> pd.DataFrame:
+def _read(arguments: DataArguments, files: Sequence[str | Path]) -> pd.DataFrame:
     """One table, or several of the same columns one after the other."""
     tables = [
-        read_table(file, encoding=arguments.encoding, delimiter=arguments.delimiter)
+        read_table(
+            file,
+            encoding=arguments.encoding,
+            delimiter=arguments.delimiter,
+            sheet=arguments.sheet,
+            nested=True,
+        )
         for file in files
     ]
     if len(tables) == 1:

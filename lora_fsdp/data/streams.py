@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,15 +20,32 @@ from typing import Any, BinaryIO, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lora_fsdp.data.records import (
+from lora_fsdp.data.formats.compressed import TableFile, table_file
+from lora_fsdp.data.formats.labelling import refuse_token_labels
+from lora_fsdp.data.formats.nested import with_paths
+from lora_fsdp.data.formats.records import (
     delimited_records,
     json_records,
     not_found,
+    text_lines,
     wrong_encoding,
 )
-from lora_fsdp.data.separators import SEPARATORS, checked_delimiter, find_separator
-from lora_fsdp.data.typed_cells import typed_columns
-from lora_fsdp.errors import TableEncodingError, UnsupportedTableError
+from lora_fsdp.data.formats.separators import (
+    SEPARATORS,
+    TEXT_LINES,
+    checked_delimiter,
+    find_separator,
+)
+from lora_fsdp.data.formats.spreadsheets import (
+    SPREADSHEETS,
+    refuse_other_spreadsheet,
+    sheet_rows,
+    write_sheet,
+)
+from lora_fsdp.data.formats.typed_cells import typed_columns
+from lora_fsdp.errors import ArgumentError, TableEncodingError, UnsupportedTableError
+
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -58,9 +75,16 @@ class TableStream(ABC):
 
     separator: str = ""
 
-    def __init__(self, path: Path, *, encoding: str | None = None) -> None:
-        self.path = path
+    def __init__(self, file: TableFile, *, encoding: str | None = None) -> None:
+        self.file = file
+        self.path = file.path
         self.encoding = encoding or "utf-8-sig"
+
+    @property
+    def output_suffix(self) -> str:
+        """How the name of an output ends: it is packed as the input is, but for archives."""
+        packing = "" if self.file.packing == ".zip" else self.file.packing
+        return f"{self.file.suffix}{packing}"
 
     @abstractmethod
     def chunks(self, size: int) -> Iterator[Chunk]:
@@ -76,12 +100,15 @@ class TableStream(ABC):
 
     def join(self, parts: Iterable[Path], path: Path) -> None:
         """Write the files of `write` as one."""
-        with path.open("wb") as joined:
-            for number, part in enumerate(parts):
-                with part.open("rb") as file:
-                    if number:
-                        self._skip_header(file)
-                    shutil.copyfileobj(file, joined)
+        self.file.write(self._bytes_of(parts), path)
+
+    def _bytes_of(self, parts: Iterable[Path]) -> Iterator[bytes]:
+        for number, part in enumerate(parts):
+            with part.open("rb") as file:
+                if number:
+                    self._skip_header(file)
+                while read := file.read(_CHUNK):
+                    yield read
 
     def _skip_header(self, file: BinaryIO) -> None:  # noqa: B027 (most formats have none)
         """Read past what only the first part keeps."""
@@ -91,14 +118,16 @@ class DelimitedStream(TableStream):
     """CSV and TSV. Cells are text to the letter."""
 
     def __init__(
-        self, path: Path, *, delimiter: str | None = None, encoding: str | None = None
+        self, file: TableFile, *, delimiter: str | None = None, encoding: str | None = None
     ) -> None:
-        super().__init__(path, encoding=encoding)
-        with _open_text(path, self.encoding, newline="") as file:
-            self.separator = find_separator(file, source=path, delimiter=delimiter)
+        super().__init__(file, encoding=encoding)
+        with _open_text(file, self.encoding, newline="") as lines:
+            self.separator = find_separator(
+                lines, source=file.path, suffix=file.suffix, delimiter=delimiter
+            )
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        with _open_text(self.path, self.encoding, newline="") as file:
+        with _open_text(self.file, self.encoding, newline="") as file:
             rows = delimited_records(file, source=self.path, separator=self.separator)
             header = next(rows)
             for first, chunk in _batches(rows, size):
@@ -120,17 +149,50 @@ class DelimitedStream(TableStream):
         next(csv.reader(lines, delimiter=self.separator))
 
 
+class TextLinesStream(TableStream):
+    """One text a line, the column "text" of a CSV file that is written."""
+
+    separator = ","
+
+    @property
+    def output_suffix(self) -> str:
+        """A table, which a file of texts is not."""
+        return ".csv"
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        with _open_text(self.file, self.encoding, newline="") as file:
+            for first, chunk in _batches(text_lines(file), size):
+                yield Chunk(first, chunk, ["text"])
+
+    def records(self, chunk: Chunk) -> list[dict[str, Any]]:
+        return [{"text": text} for text in chunk.rows]
+
+    def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow([*chunk.columns, *added])
+            for text, further in zip(chunk.rows, _records(added, len(chunk)), strict=True):
+                writer.writerow([text, *("" if v is None else v for v in further.values())])
+
+    def join(self, parts: Iterable[Path], path: Path) -> None:
+        with path.open("wb") as joined:
+            joined.writelines(self._bytes_of(parts))
+
+    def _skip_header(self, file: BinaryIO) -> None:
+        file.readline()
+
+
 class JsonLinesStream(TableStream):
     """JSON Lines. Each line stays as it is written, with further keys at its end."""
 
     def chunks(self, size: int) -> Iterator[Chunk]:
-        with _open_text(self.path, self.encoding, newline="\n") as file:
+        with _open_text(self.file, self.encoding, newline="\n") as file:
             for first, chunk in _batches(json_records(file, source=self.path), size):
                 keys = dict.fromkeys(key for _, row in chunk for key in row)
                 yield Chunk(first, chunk, list(keys))
 
     def records(self, chunk: Chunk) -> list[dict[str, Any]]:
-        return [{name: row.get(name) for name in chunk.columns} for _, row in chunk.rows]
+        return [with_paths({n: row.get(n) for n in chunk.columns}) for _, row in chunk.rows]
 
     def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
         with path.open("w", encoding="utf-8", newline="\n") as file:
@@ -163,7 +225,8 @@ class ParquetStream(TableStream):
 
     def records(self, chunk: Chunk) -> list[dict[str, Any]]:
         columns = typed_columns(chunk.rows)
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        rows = zip(*columns.values(), strict=True)
+        return [with_paths(dict(zip(columns, row, strict=True))) for row in rows]
 
     def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
         table = chunk.rows
@@ -186,53 +249,106 @@ class ParquetStream(TableStream):
                 writer.close()
 
 
+class SpreadsheetStream(TableStream):
+    """A workbook's sheet. Cells keep their values; the output has no formats of their own."""
+
+    def __init__(self, file: TableFile, *, sheet: str | None = None) -> None:
+        super().__init__(file)
+        self._columns, self._rows = sheet_rows(file.path, sheet=sheet)
+
+    def chunks(self, size: int) -> Iterator[Chunk]:
+        for first, chunk in _batches(iter(self._rows), size):
+            yield Chunk(first, chunk, self._columns)
+
+    def records(self, chunk: Chunk) -> list[dict[str, Any]]:
+        return [dict(row) for row in chunk.rows]
+
+    def write(self, chunk: Chunk, added: Mapping[str, Sequence[Any]], path: Path) -> None:
+        rows = zip(chunk.rows, _records(added, len(chunk)), strict=True)
+        columns = [*chunk.columns, *added]
+        write_sheet(columns, ([*row.values(), *new.values()] for row, new in rows), path)
+
+    def join(self, parts: Iterable[Path], path: Path) -> None:
+        columns: list[str] = []
+        rows: list[Sequence[Any]] = []
+        for part in parts:
+            columns, found = sheet_rows(part)
+            rows += [list(row.values()) for row in found]
+        write_sheet(columns, rows, path)
+
+
 # The new columns that hold texts and not probabilities.
 _TEXT_COLUMNS = ("predicted_label", "predicted_choice", "choice_probabilities", "predicted_text")
 
 
 def open_stream(
-    path: str | Path, *, encoding: str | None = None, delimiter: str | None = None
+    path: str | Path,
+    *,
+    encoding: str | None = None,
+    delimiter: str | None = None,
+    sheet: str | None = None,
 ) -> TableStream:
-    """The table in `path`, by its suffix: .csv, .tsv, .jsonl, .ndjson, .parquet.
+    """The table in `path`, by its suffix: .csv, .tsv, .jsonl, .ndjson, .parquet, .xlsx, .txt.
+
+    Text files may be packed (.gz, .bz2, .xz, .zip of one table).
 
     Args:
         path: the file.
-        encoding: of a text file; `None` = UTF-8. Unlike in `read_table` nothing is guessed, since
-            only a part of the file is seen at a time.
+        encoding: of a text file; `None` = UTF-8, or UTF-16 where the file's mark says so. Unlike in
+            `read_table` nothing is guessed, since only a part of the file is seen at a time.
         delimiter: between the cells of CSV or TSV; `None` = what `find_separator` finds.
+        sheet: of a workbook with several.
 
     Raises:
-        ArgumentError: `delimiter` is no single character, or the file has no separators.
+        ArgumentError: `delimiter` is no single character, or the file has no separators; `sheet`
+            is none of the workbook's, or is needed.
         DataFileNotFoundError, UnsupportedTableError, TableEncodingError: the file is missing, of
             another format, or the encoding does not exist.
     """
     source = Path(path)
-    suffix = source.suffix.lower()
     if not source.is_file():
         raise not_found(source)
-    checked_delimiter(delimiter, source)
+    file = table_file(source)
+    checked_delimiter(delimiter, source, suffix=file.suffix)
     try:
         codecs.lookup(encoding or "utf-8")
     except LookupError as error:
         raise TableEncodingError(f"{source}: there is no encoding {encoding!r}.") from error
-    if suffix in SEPARATORS:
-        return DelimitedStream(source, delimiter=delimiter, encoding=encoding)
-    if suffix in (".jsonl", ".ndjson"):
-        return JsonLinesStream(source, encoding=encoding)
-    if suffix == ".parquet":
-        return ParquetStream(source)
+    if sheet is not None and file.suffix not in SPREADSHEETS:
+        raise ArgumentError(f"--sheet {sheet!r} is for workbooks (.xlsx), and {source} is none.")
+    encoding = encoding or _encoding_of_mark(file)
+    if file.suffix in (*SEPARATORS, TEXT_LINES):
+        stream = DelimitedStream(file, delimiter=delimiter, encoding=encoding)
+        return stream if stream.separator else TextLinesStream(file, encoding=encoding)
+    if file.suffix in (".jsonl", ".ndjson"):
+        return JsonLinesStream(file, encoding=encoding)
+    if file.suffix == ".parquet" and not file.packing:
+        return ParquetStream(file)
+    if file.suffix in SPREADSHEETS and not file.packing:
+        return SpreadsheetStream(file, sheet=sheet)
+    refuse_token_labels(source, file.suffix)
+    refuse_other_spreadsheet(source, file.suffix)
     raise UnsupportedTableError(
-        f"{source} cannot be read in chunks: use .csv, .tsv, .jsonl, .ndjson or .parquet."
+        f"{source} cannot be read in chunks: use .csv, .tsv, .txt, .jsonl, .ndjson (also .gz, "
+        ".zip), .xlsx or .parquet."
     )
 
 
+def _encoding_of_mark(file: TableFile) -> str | None:
+    """UTF-16, which Excel's "Unicode text" is in, if the file's first bytes say so."""
+    if file.suffix not in (*SEPARATORS, TEXT_LINES, ".jsonl", ".ndjson"):
+        return None
+    with file.open() as opened:
+        return "utf-16" if opened.read(2) in (b"\xff\xfe", b"\xfe\xff") else None
+
+
 @contextmanager
-def _open_text(path: Path, encoding: str, *, newline: str) -> Iterator[TextIO]:
+def _open_text(file: TableFile, encoding: str, *, newline: str) -> Iterator[TextIO]:
     try:
-        with path.open(encoding=encoding, newline=newline) as file:
-            yield file
+        with file.open() as raw:
+            yield io.TextIOWrapper(raw, encoding=encoding, newline=newline)
     except UnicodeDecodeError as error:
-        raise wrong_encoding(path, encoding, error) from error
+        raise wrong_encoding(file.path, encoding, error) from error
 
 
 def _batches(rows: Iterator[Any], size: int) -> Iterator[tuple[int, list[Any]]]:

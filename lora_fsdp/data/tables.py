@@ -14,17 +14,31 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lora_fsdp.data.records import (
+from lora_fsdp.data.formats.compressed import TableFile, table_file
+from lora_fsdp.data.formats.labelling import plain_rows, refuse_token_labels
+from lora_fsdp.data.formats.nested import with_nested_columns
+from lora_fsdp.data.formats.records import (
     HALF_SURROGATE,
     checked_record,
     delimited_records,
     json_records,
     load_json,
-    not_found,
+    text_lines,
     wrong_encoding,
 )
-from lora_fsdp.data.separators import SEPARATORS, checked_delimiter, find_separator
-from lora_fsdp.data.typed_cells import typed_columns
+from lora_fsdp.data.formats.separators import (
+    SEPARATORS,
+    TEXT_LINES,
+    checked_delimiter,
+    find_separator,
+)
+from lora_fsdp.data.formats.several import hub_name, load_from_hub, table_paths
+from lora_fsdp.data.formats.spreadsheets import (
+    SPREADSHEETS,
+    refuse_other_spreadsheet,
+    sheet_rows,
+)
+from lora_fsdp.data.formats.typed_cells import typed_columns
 from lora_fsdp.errors import (
     ArgumentError,
     MalformedRowError,
@@ -36,7 +50,8 @@ from lora_fsdp.errors import (
 logger = logging.getLogger(__name__)
 
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_SUPPORTED = ", ".join([*SEPARATORS, *_JSON_SUFFIXES, ".parquet", "a folder of save_to_disk"])
+_SUFFIXES = (*SEPARATORS, *_JSON_SUFFIXES, ".parquet", *SPREADSHEETS)
+_SUPPORTED = f"{', '.join([*_SUFFIXES, TEXT_LINES])} (also .gz, .zip), a folder of save_to_disk"
 
 # What text files are in when they are not Unicode. Left to choose among all 99 encodings it knows,
 # charset-normalizer takes the few accents of a mostly ASCII file for Baltic DOS.
@@ -44,20 +59,31 @@ _LEGACY_ENCODINGS = ["cp1252", "cp1251", "gb18030", "big5", "cp932", "cp949"]
 
 
 def read_table(
-    path: str | Path, *, encoding: str | None = None, delimiter: str | None = None
+    path: str | Path,
+    *,
+    encoding: str | None = None,
+    delimiter: str | None = None,
+    sheet: str | None = None,
+    nested: bool = False,
 ) -> pd.DataFrame:
-    """Reads a table from CSV, TSV, JSON (lines or a list), Parquet or a `datasets` folder.
+    """Reads a table from CSV, TSV, JSON (lines or a list), Parquet, .xlsx or a `datasets` folder.
 
     Cells of CSV and TSV are text to the letter ("NA", "null", "007"); an empty cell is "". Those of
     other formats keep their own type, whatever stands beside them: a whole number is an `int` also
-    in a column with missing values, and a decimal of JSON is written again as it was. Of a saved
-    `DatasetDict` the split "train" is taken; name the split's own folder for another.
+    in a column with missing values, and a decimal of JSON is written again as it was. What a
+    labelling tool exported becomes a table of texts and labels (`plain_rows`). Of a saved
+    `DatasetDict`, and of a folder whose files are called so, the split "train" is taken; name
+    another split's own file.
 
     Args:
-        path: the file or folder.
+        path: a file, also packed (.gz, .bz2, .xz, .zip of one table); a pattern (`data/*.csv`),
+            several paths with `os.pathsep` between them, or a folder, whose files must have the
+            same columns; or the name of a dataset on the Hub.
         encoding: of a text file, by Python's name for it; `None` = UTF-8, or, where the file is
             not, what charset-normalizer makes of it, which is logged.
         delimiter: between the cells of CSV or TSV; `None` = what `find_separator` finds.
+        sheet: of a workbook with several.
+        nested: the entries of cells that are objects are columns as well (`review.body`).
 
     Returns:
         The rows, with the index "row" counting from 1 (data rows, not lines of the file).
@@ -66,28 +92,61 @@ def read_table(
         DataFileNotFoundError, UnsupportedTableError, TableEncodingError, MalformedRowError,
         NoRowsError: the file is missing, of another format, not in the encoding, not well-formed
             at a line, or holds no rows.
-        ArgumentError: `delimiter` is no single character, or the file has no separators.
+        ArgumentError: `delimiter` is no single character, or the file has no separators; `sheet`
+            is none of the workbook's, or is needed.
+        DownloadError: a dataset could not be had from the Hub.
     """
-    source = Path(path)
-    suffix = source.suffix.lower()
-    if not source.exists():
-        raise not_found(source)
-    checked_delimiter(delimiter, source)
-    if source.is_dir():
-        table = _read_saved_dataset(source)
-    elif suffix in SEPARATORS:
-        text = _read_text(source, encoding)
-        table = _parse_delimited(text, source=source, delimiter=delimiter)
-    elif suffix in _JSON_SUFFIXES:
-        table = _parse_json(_read_text(source, encoding), source)
-    elif suffix == ".parquet":
-        table = _read_parquet(source)
+    if match := hub_name(path, _SUFFIXES):
+        table = _dataset_rows(load_from_hub(match), match[1])
     else:
-        raise UnsupportedTableError(f"{source} is no table that can be read: use {_SUPPORTED}.")
+        files = table_paths(path, _SUFFIXES)
+        read = [
+            _read_one(file, encoding=encoding, delimiter=delimiter, sheet=sheet) for file in files
+        ]
+        table = _joined(read, files)
     if len(table) == 0:
-        raise NoRowsError(f"{source} holds no rows.")
+        raise NoRowsError(f"{path} holds no rows.")
     table.index = pd.RangeIndex(1, len(table) + 1, name="row")
-    return table
+    return with_nested_columns(table) if nested else table
+
+
+def _joined(tables: Sequence[pd.DataFrame], files: Sequence[Path]) -> pd.DataFrame:
+    """Several tables of the same columns as one."""
+    if len(tables) == 1:
+        return tables[0]
+    for file, table in zip(files, tables, strict=True):
+        if set(table.columns) != set(tables[0].columns):
+            raise MalformedRowError(
+                f"{file} has the columns {', '.join(map(repr, table.columns))}, and {files[0]} "
+                f"{', '.join(map(repr, tables[0].columns))}: files that are read as one table need "
+                "the same."
+            )
+    logger.info("%d files are read as one table, from %s to %s.", len(files), files[0], files[-1])
+    return pd.concat([table[list(tables[0].columns)] for table in tables], ignore_index=True)
+
+
+def _read_one(
+    source: Path, *, encoding: str | None, delimiter: str | None, sheet: str | None
+) -> pd.DataFrame:
+    file = TableFile(source, "") if source.is_dir() else table_file(source)
+    suffix = file.suffix
+    checked_delimiter(delimiter, source, suffix=suffix)
+    if sheet is not None and suffix not in SPREADSHEETS:
+        raise ArgumentError(f"--sheet {sheet!r} is for workbooks (.xlsx), and {source} is none.")
+    if source.is_dir():
+        return _read_saved_dataset(source)
+    if suffix in (*SEPARATORS, TEXT_LINES):
+        return _parse_delimited(_read_text(file, encoding), file=file, delimiter=delimiter)
+    if suffix in _JSON_SUFFIXES:
+        return _parse_json(_read_text(file, encoding), source)
+    if suffix == ".parquet":
+        return _read_parquet(file)
+    if suffix in SPREADSHEETS and not file.packing:
+        names, rows = sheet_rows(source, sheet=sheet)
+        return pd.DataFrame(rows, columns=names, dtype=object)
+    refuse_token_labels(source, suffix)
+    refuse_other_spreadsheet(source, suffix)
+    raise UnsupportedTableError(f"{source} is no table that can be read: use {_SUPPORTED}.")
 
 
 def dataset_table(rows: Any, *, name: str) -> pd.DataFrame:
@@ -138,8 +197,8 @@ def sample_rows(
     return table.iloc[np.sort(chosen)]
 
 
-def _read_text(source: Path, encoding: str | None) -> str:
-    raw = source.read_bytes()
+def _read_text(file: TableFile, encoding: str | None) -> str:
+    source, raw = file.path, file.read()
     try:
         text = raw.decode(encoding or "utf-8")
     except UnicodeDecodeError as error:
@@ -184,10 +243,15 @@ def _decode_legacy(raw: bytes, *, source: Path, failure: UnicodeDecodeError) -> 
     return text
 
 
-def _parse_delimited(text: str, *, source: Path, delimiter: str | None) -> pd.DataFrame:
-    lines = io.StringIO(text, newline="")
-    separator = find_separator(lines, source=source, delimiter=delimiter)
+def _parse_delimited(text: str, *, file: TableFile, delimiter: str | None) -> pd.DataFrame:
+    source, lines = file.path, io.StringIO(text, newline="")
+    separator = find_separator(lines, source=source, suffix=file.suffix, delimiter=delimiter)
     lines.seek(0)
+    if not separator:
+        texts = list(text_lines(lines))
+        logger.info("%s is read as one text a line (%d); a table needs --delimiter.",
+                    source, len(texts))  # fmt: skip
+        return pd.DataFrame({"text": texts}, dtype="str")
     header, *rows = delimited_records(lines, source=source, separator=separator)
     names = [name.strip() or f"Unnamed: {place}" for place, name in enumerate(header)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -201,9 +265,10 @@ def _parse_json(text: str, source: Path) -> pd.DataFrame:
     """Records of JSON Lines, or of one list of records."""
     if text.lstrip().startswith("["):
         values = enumerate(load_json(text, source=source, first_line=1), start=1)
-        return _as_written([checked_record(v, f"{source}, record {n}") for n, v in values])
-    # Not splitlines: U+2028 and its like may stand inside JSON strings.
-    return _as_written([record for _, record in json_records(text.split("\n"), source=source)])
+        rows = [checked_record(v, f"{source}, record {n}") for n, v in values]
+    else:  # not splitlines: U+2028 and its like may stand inside JSON strings
+        rows = [record for _, record in json_records(text.split("\n"), source=source)]
+    return _as_written(plain_rows(rows, source))
 
 
 def _as_written(rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]) -> pd.DataFrame:
@@ -211,10 +276,11 @@ def _as_written(rows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]])
     return pd.DataFrame(rows, dtype=object)
 
 
-def _read_parquet(source: Path) -> pd.DataFrame:
+def _read_parquet(file: TableFile) -> pd.DataFrame:
+    source: Path = file.path
     try:
-        with pq.ParquetFile(source) as file:
-            table = file.read()
+        with pq.ParquetFile(io.BytesIO(file.read()) if file.packing else source) as parquet:
+            table = parquet.read()
     except (OSError, ValueError, pa.ArrowException) as error:  # ArrowInvalid is a ValueError
         raise UnsupportedTableError(f"{source} is not a Parquet file: {error}") from error
     return _typed_table(table, source)
@@ -225,9 +291,14 @@ def _typed_table(table: pa.Table, source: Path | str) -> pd.DataFrame:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise MalformedRowError(f"{source} has {', '.join(map(repr, twice))} more than once.")
     try:
-        return _as_written(typed_columns(table))
+        columns = typed_columns(table)
     except (OverflowError, ValueError) as error:  # a date after the year 9999, text not UTF-8
         raise MalformedRowError(f"{source} holds a cell that Python cannot: {error}.") from error
+    if any(name.endswith(".responses.status") for name in columns):  # Argilla's
+        rows = zip(*columns.values(), strict=True)
+        records = [dict(zip(columns, row, strict=True)) for row in rows]
+        return _as_written(plain_rows(records, Path(source)))
+    return _as_written(columns)
 
 
 def _read_saved_dataset(folder: Path) -> pd.DataFrame:

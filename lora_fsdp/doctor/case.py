@@ -18,7 +18,7 @@ from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.stored_weights import BaseWeights, base_folder, base_skeleton
 from lora_fsdp.data.checking import TaskCheck, check_task_data
 from lora_fsdp.data.encoding import EncodedExample, Encoder
-from lora_fsdp.data.rows import TaskData, load_task_data, without_refused_rows
+from lora_fsdp.data.rows import TaskData, encoder_of, load_task_data, without_refused_rows
 from lora_fsdp.distributed.launch import fsdp_requested, read_fsdp_settings, read_plugin
 from lora_fsdp.distributed.launch_files import Launch, as_launched, read_launch, read_launch_yaml
 from lora_fsdp.doctor.fact import UnknownFactError, fact
@@ -167,12 +167,7 @@ class Case:
     @fact
     def encoder(self) -> Encoder:
         """What turns examples into tokens."""
-        return Encoder(
-            self.tokenizer.value,
-            task=self.rows.value.task,
-            max_length=self.data_args.max_length,
-            chat_template=self.data_args.chat_template,
-        )
+        return encoder_of(self.data_args, self.tokenizer.value, task=self.rows.value.task)
 
     @fact
     def sample(self) -> TaskData:

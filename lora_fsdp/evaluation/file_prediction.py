@@ -79,7 +79,7 @@ def predict_file(
     target = Path(output)
     if chunk_rows < 1:
         raise ArgumentError(f"--chunk_rows {chunk_rows}: give a number of rows from 1.")
-    _refuse_other_format(stream.path, target)
+    _refuse_other_format(stream, target)
     folder = target.with_name(f"{target.name}.partial")
     job = {
         "input": sha256_of_file(stream.path),
@@ -221,11 +221,12 @@ def _answers(
     return {f"{prefix}{name}": values for name, values in spread.items()}
 
 
-def _refuse_other_format(source: Path, target: Path) -> None:
-    if source.suffix.lower() != target.suffix.lower():
+def _refuse_other_format(stream: TableStream, target: Path) -> None:
+    source, suffix = stream.path, stream.output_suffix
+    if not target.name.lower().endswith(suffix):
         raise ArgumentError(
-            f"{target} is no {source.suffix} file: the output has the input's format, so that its "
-            f"rows stay what they are; name it *{source.suffix}."
+            f"{target} is no {suffix} file: the output has the input's format, so that its rows "
+            f"stay what they are; name it *{suffix}."
         )
     if target.exists() and target.samefile(source):
         raise OutputFileError(f"{target} is the input: name another --output.")

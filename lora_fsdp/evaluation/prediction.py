@@ -53,6 +53,8 @@ def save_task(
         "options": encoder.task.options(),
         "max_length": encoder.max_length,
         "chat_template": encoder.chat_template,
+        "chat_template_kwargs": {} if encoder.chat is None else encoder.chat.arguments,
+        "thinking": "auto" if encoder.chat is None else encoder.chat.thinking,
         "max_new_tokens": max_new_tokens,
         "examples_share_sequences": not packing.is_apart,
     }
@@ -69,14 +71,23 @@ def _read_task(folder: Path) -> dict[str, Any]:
         raise AdapterVerificationError(
             f"{folder} holds no {TASK_FILE}: give the output folder of a finished run."
         )
-    # Adapters of 0.1.0 do not say how long their answers may be; all of them were packed.
-    absent = {"max_new_tokens": LEAST_NEW_TOKENS, "examples_share_sequences": True}
-    saved = {**absent, **read_json_object(folder, TASK_FILE)}
+    # Adapters of 0.1.0 do not say how long their answers may be; all of them were packed. Of a chat
+    # template they know no arguments, and their answers follow the prompt at once.
+    saved = read_json_object(folder, TASK_FILE)
+    former = {
+        "max_new_tokens": LEAST_NEW_TOKENS,
+        "examples_share_sequences": True,
+        "chat_template_kwargs": {},
+        "thinking": "none" if saved.get("chat_template") is True else "auto",
+    }
+    saved = {**former, **saved}
     kinds = {
         "task": str,
         "options": dict,
         "max_length": int,
         "chat_template": bool,
+        "chat_template_kwargs": dict,
+        "thinking": str,
         "max_new_tokens": int,
         "examples_share_sequences": bool,
     }
@@ -96,6 +107,8 @@ def _read_encoder(folder: Path, saved: dict[str, Any]) -> Encoder:
         task=get_task(saved["task"], saved["options"]),
         max_length=saved["max_length"],
         chat_template=saved["chat_template"],
+        chat_template_kwargs=saved["chat_template_kwargs"],
+        thinking=saved["thinking"],
     )
 
 

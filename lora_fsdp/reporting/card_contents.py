@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ def data_name(run: RunFiles) -> str:
     """Name of the table, without where it lies."""
     arguments = (run.record or {}).get("arguments") or {}
     name = (arguments.get("data") or {}).get("data_file")
-    return Path(str(name)).name if name else "the task's own rows"
+    names = [Path(one).name for one in str(name).split(os.pathsep)] if name else []
+    return ", ".join(names) or "the task's own rows"
 
 
 def _data(run: RunFiles) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from lora_fsdp.tasks.cells import cell_text, cell_value
 from lora_fsdp.tasks.example import TEXT_PLACEHOLDER, Prompt
 from lora_fsdp.tasks.generation import GenerationTask
 from lora_fsdp.tasks.registry import register_task
+from lora_fsdp.tasks.thinking import without_reasoning
 
 _ROLES = ("system", "user", "assistant")
 # Who speaks, as ShareGPT's form and its relatives call them.
@@ -108,6 +109,14 @@ class ChatTask(GenerationTask):
     def build_target(self, row: Mapping[str, Any]) -> str:
         """The assistant's last message."""
         return self._messages(row)[-1][1].strip()
+
+    def parse(self, text: str) -> str | None:
+        """The answer behind the reasoning, where there is any."""
+        return without_reasoning(text).strip() or None
+
+    def score_answer(self, answer: str, references: Sequence[str]) -> dict[str, float]:
+        """Of the answers alone: two ways of thinking to the same answer are equally right."""
+        return super().score_answer(answer, [without_reasoning(right) for right in references])
 
     def _messages(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
         """(role, content) of every message; a plain text is a user's; empty if malformed."""

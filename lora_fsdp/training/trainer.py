@@ -116,6 +116,8 @@ class LoraTrainer(Trainer):
         peft_config: the adapter to attach.
         max_length: longest example in tokens; longer ones have their text shortened.
         chat_template: put prompts through the tokenizer's chat template.
+        chat_template_kwargs: further arguments of that template.
+        thinking: where an answer stands in a template with a thinking block (`ChatTemplate`).
         objective: what is minimised; `None` = supervised learning of the targets.
         callbacks: further callbacks.
         optimizer_cls_and_kwargs: the optimizer's class and its arguments, instead of `args.optim`.
@@ -157,6 +159,8 @@ class LoraTrainer(Trainer):
         peft_config: LoraConfig | None = None,
         max_length: int = 512,
         chat_template: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        thinking: str = "auto",
         objective: Objective | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
@@ -170,7 +174,12 @@ class LoraTrainer(Trainer):
         data = given_data(task, train=train_dataset, held_out=eval_dataset)
         tokenizer = given_tokenizer(processing_class, model)
         self.encoder = Encoder(
-            tokenizer, task=data.task, max_length=max_length, chat_template=chat_template
+            tokenizer,
+            task=data.task,
+            max_length=max_length,
+            chat_template=chat_template,
+            chat_template_kwargs=chat_template_kwargs,
+            thinking=thinking,
         )
         run = prepare_run(
             given_base(model, peft_config=peft_config, device=own_args.device),

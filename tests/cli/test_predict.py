@@ -331,7 +331,9 @@ class TestWrongInput:
             ("in.jsonl", b'["a"]\n', "JSON object"),
             ("in.jsonl", b'{"text": "\\ud83d"}\n', "surrogate"),
             ("in.parquet", b"no", "not a Parquet file"),
-            ("in.xlsx", b"no", "use .csv"),
+            ("in.xlsx", b"no", "is no .xlsx workbook"),
+            ("in.ods", b"no", "save it as .xlsx or as CSV"),
+            ("in.docx", b"no", "use .csv"),
         ],
     )
     def test_table(self, capsys, adapter, tmp_path, name, contents, words):

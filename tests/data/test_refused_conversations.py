@@ -86,9 +86,9 @@ def test_no_row_is_left(tmp_path: Path) -> None:
 def test_template_that_takes_nothing_is_no_row_s_fault(tmp_path: Path, drop: bool) -> None:
     arguments, data = loaded(tmp_path, systems={2}, drop=drop)
     tokenizer = chat_tokenizer(NEVER)
-    encoder = Encoder(tokenizer, task=data.task, chat_template=True)
 
     def refuse() -> None:
+        encoder = Encoder(tokenizer, task=data.task, chat_template=True)
         encoder.encode(without_refused_rows(arguments, data, lambda: tokenizer).train)
 
     with pytest.raises(ArgumentError, match="cannot be rendered"):

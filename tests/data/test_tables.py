@@ -202,10 +202,13 @@ def test_saved_dataset_dict(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 
 
 def test_unsupported_files_and_folders(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedTableError, match=r"data\.xlsx.*\.csv, \.tsv, \.jsonl.*parquet"):
-        read_table(write(tmp_path / "data.xlsx", "x"))
-    with pytest.raises(UnsupportedTableError, match=r"save_to_disk.*\.csv"):
-        read_table(tmp_path)
+    with pytest.raises(
+        UnsupportedTableError, match=r"data\.docx.*\.csv, \.tsv, .*\.jsonl.*parquet"
+    ):
+        read_table(write(tmp_path / "data.docx", "x"))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UnsupportedTableError, match=r"no table \(\.csv.*save_to_disk"):
+        read_table(tmp_path / "folder")
 
 
 def test_missing_file_suggests_its_neighbour(

@@ -257,6 +257,22 @@ def _plug_ins(campaign: Campaign, random_: random.Random, work: Path) -> str:
     return ", ".join(point.value for point in points)
 
 
+def _templates(campaign: Campaign, random_: random.Random, work: Path) -> str:
+    """A chat template that an adapter brings, in a prompt of one turn and of several."""
+    from lora_fsdp.data.encoding import Encoder
+    from lora_fsdp.tasks import Example, Prompt
+    from tests.data.chat_templates import tokenizer_with
+    from tests.fuzz.hostile_templates import hostile_template
+    from tests.support.tiny import ToyTask
+
+    tokenizer = tokenizer_with(hostile_template(random_))
+    encoder = Encoder(tokenizer, task=ToyTask(), max_length=700, chat_template=True)
+    turns = (("user", "a"), ("assistant", "b"))
+    for prompt in (Prompt("", "late", ""), Prompt("", "late", "", turns=turns)):
+        encoder.encode([Example(1, prompt, " positive")])
+    return "template"
+
+
 KINDS: dict[str, Callable[[Campaign, random.Random, Path], str]] = {
     "tables": _tables,
     "texts": _texts,
@@ -265,10 +281,11 @@ KINDS: dict[str, Callable[[Campaign, random.Random, Path], str]] = {
     "recipes": _recipes,
     "launches": _launches,
     "plug-ins": _plug_ins,
+    "templates": _templates,
 }
 #: How often each is drawn.
 WEIGHTS = {"tables": 6, "texts": 3, "folders": 8, "resumed": 2, "recipes": 4, "launches": 2,
-           "plug-ins": 1}  # fmt: skip
+           "plug-ins": 1, "templates": 2}  # fmt: skip
 
 
 def run_campaign(home: Path, *, inputs: int, seed: int, only: str | None = None) -> list[Outcome]:

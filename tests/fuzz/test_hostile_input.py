@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import re
+import resource
 import sys
+import time
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import pytest
 from lora_fsdp import FineTuningArguments, get_task, list_tasks
 from lora_fsdp.base.folders import contained_file
 from lora_fsdp.base.loading import load_base, load_tokenizer
+from lora_fsdp.data.chat.template import ChatTemplate
 from lora_fsdp.data.encoding import end_of_answer
 from lora_fsdp.data.tables import read_table
 from lora_fsdp.distributed.launch import read_fsdp_settings
@@ -28,6 +31,7 @@ from lora_fsdp.errors import (
     BrokenTaskError,
     Fsdp1ConfigError,
     FsdpSettingError,
+    LoraFsdpError,
     MalformedRowError,
     ModelError,
     TableEncodingError,
@@ -38,7 +42,9 @@ from lora_fsdp.errors import (
 from lora_fsdp.evaluation.comparison import write_predictions
 from lora_fsdp.recipes import read_recipe
 from lora_fsdp.scripts import parse_arguments
-from lora_fsdp.tasks import registry
+from lora_fsdp.tasks import Example, Prompt, registry
+from tests.data.chat_templates import PLAIN, TEMPLATES, encoder_with, tokenizer_with
+from tests.fuzz import hostile_templates
 from tests.fuzz.campaign import FAILED, KINDS, run_campaign, summary
 from tests.fuzz.hostile_settings import BILLION_LAUGHS
 from tests.support.adapters import edit_json, save_base
@@ -297,6 +303,38 @@ class TestFiles:
         tokenizer.chat_template = template
         with pytest.raises(ArgumentError, match="chat template"):
             end_of_answer(tokenizer, chat_template=True)
+
+    @pytest.mark.parametrize("name", hostile_templates.ENDLESS)
+    def test_chat_template_that_does_not_end(self, name):
+        """Refused in a sentence, wherever a conversation reaches it."""
+        began = time.monotonic()
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(UnsafeFileError, match=r"not rendered: it .*no chat template needs"):
+            end_of_answer(tokenizer_with(hostile_templates.ENDLESS[name]), chat_template=True)
+        assert time.monotonic() - began < 15
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 700_000  # KiB
+
+    def test_chat_template_that_waits_for_a_row(self):
+        """It is no row's fault: with `--on_bad_rows drop` each would take as long."""
+        bomb = "{% if 'zzz' in messages[0].content %}{{ 'x' * 10**9 }}{% endif %}"
+        encoder = encoder_with(bomb + PLAIN, get_task("chat"))
+        with pytest.raises(UnsafeFileError, match="no chat template needs"):
+            encoder.refusal(Example(1, Prompt("", "zzz", ""), "a"))
+
+    @pytest.mark.parametrize("template", hostile_templates.OTHER)
+    def test_chat_template_that_fails_otherwise(self, template):
+        said = ""
+        try:
+            end_of_answer(tokenizer_with(template), chat_template=True)
+        except LoraFsdpError as error:
+            said = str(error)
+        assert len(said) < 500
+
+    def test_long_conversations_are_within_the_limits(self):
+        turns = [{"role": ("user", "assistant")[n % 2], "content": "so it is " * 300}
+                 for n in range(1001)]  # fmt: skip
+        chat = ChatTemplate(tokenizer_with(TEMPLATES["qwen3"]))
+        assert len(chat.render(turns)) > 2_700_000
 
     def test_no_end_token(self):
         tokenizer = tiny_tokenizer()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_fsdp.data.separators import without_sep_line
+from lora_fsdp.data.formats.separators import without_sep_line
 from lora_fsdp.errors import (
     DataFileNotFoundError,
     MalformedRowError,
@@ -58,6 +58,13 @@ def delimited_records(lines: Iterable[str], *, source: Path, separator: str) -> 
         csv.field_size_limit(former_limit)
     if not fields:
         raise NoRowsError(f"{source} is empty.")
+
+
+def text_lines(lines: Iterable[str]) -> Iterator[str]:
+    """The texts of a file with one text a line, without those that are empty."""
+    for line in lines:
+        if text := line.rstrip("\r\n"):
+            yield text
 
 
 def json_records(lines: Iterable[str], *, source: Path) -> Iterator[tuple[str, dict[str, Any]]]:

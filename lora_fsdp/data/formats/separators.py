@@ -13,14 +13,16 @@ from lora_fsdp.errors import ArgumentError, MalformedRowError
 
 logger = logging.getLogger(__name__)
 
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
+SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t", ".psv": "|"}
+#: One text a line; a table only where a separator is named or written into it.
+TEXT_LINES = ".txt"
 _OTHERS = (";", "\t", "|", ",")
 _ROWS_LOOKED_AT = 100
 # Excel's first line, for its own use.
 _SEP_LINE = re.compile(r'"?sep=([^\r\n"])"?[\r\n]*', flags=re.IGNORECASE)
 
 
-def checked_delimiter(delimiter: str | None, source: Path) -> str | None:
+def checked_delimiter(delimiter: str | None, source: Path, *, suffix: str) -> str | None:
     """`--delimiter` as one character; `tab` and `\\t` are the tabulator.
 
     Raises:
@@ -28,10 +30,10 @@ def checked_delimiter(delimiter: str | None, source: Path) -> str | None:
     """
     if delimiter is None:
         return None
-    if source.is_dir() or source.suffix.lower() not in SEPARATORS:
+    if source.is_dir() or suffix not in (*SEPARATORS, TEXT_LINES):
         raise ArgumentError(
-            f"--delimiter {delimiter!r} is for .csv and .tsv, and {source} is neither: leave "
-            "it out."
+            f"--delimiter {delimiter!r} is for {', '.join(SEPARATORS)} and {TEXT_LINES}, and "
+            f"{source} is none of them: leave it out."
         )
     separator = "\t" if delimiter in ("tab", "\\t") else delimiter
     if len(separator) != 1 or separator in '"\r\n\0':
@@ -41,8 +43,12 @@ def checked_delimiter(delimiter: str | None, source: Path) -> str | None:
     return separator
 
 
-def find_separator(lines: Iterable[str], *, source: Path, delimiter: str | None) -> str:
+def find_separator(
+    lines: Iterable[str], *, source: Path, suffix: str, delimiter: str | None
+) -> str:
     """The separator of a file: `delimiter`, Excel's `sep=` line, the suffix's, or another.
+
+    A file of texts (.txt) has none, which is "", unless it is named or written into the file.
 
     Another one is looked for where the suffix's does not occur in the header: it must divide the
     first hundred rows into as many fields as the header.
@@ -51,13 +57,15 @@ def find_separator(lines: Iterable[str], *, source: Path, delimiter: str | None)
         ArgumentError: `delimiter` is none.
         MalformedRowError: more than one character would fit.
     """
-    if given := checked_delimiter(delimiter, source):
+    if given := checked_delimiter(delimiter, source, suffix=suffix):
         return given
-    usual = SEPARATORS[source.suffix.lower()]
     lines = iter(lines)
     first = next(lines, "")
     if line := _SEP_LINE.fullmatch(first):
         return line[1]
+    if suffix == TEXT_LINES:
+        return ""
+    usual = SEPARATORS[suffix]
     sample = [first, *itertools.islice(lines, 10 * _ROWS_LOOKED_AT)]
     if _fields(sample, usual, rows=1) != 1:
         return usual
