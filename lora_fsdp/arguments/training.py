@@ -137,6 +137,11 @@ class FineTuningArguments(TrainingArguments):
         for name in ("stall_seconds", "drift_check_steps", "flat_loss_steps"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}.")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ArgumentError(
+                "--label_smoothing_factor must be from 0 to less than 1, not "
+                f"{self.label_smoothing_factor}."
+            )
         if self.deepspeed:
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
         check_trackers(self.report_to)  # type: ignore[arg-type] # a list by now

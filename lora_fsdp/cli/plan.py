@@ -163,6 +163,7 @@ def _work(
     from lora_fsdp.base.loading import load_tokenizer
     from lora_fsdp.data.encoding import Encoder
     from lora_fsdp.data.rows import load_task_data, without_refused_rows
+    from lora_fsdp.training.step.objectives.choice import objective_of
 
     data = load_task_data(data_args, seed=training["seed"])
     tokenizer = load_tokenizer(model_args)
@@ -170,8 +171,10 @@ def _work(
     length, chat = data_args.max_length, data_args.chat_template
     encoder = Encoder(tokenizer, task=data.task, max_length=length, chat_template=chat)
     train, held_out = encoder.encode(data.train), encoder.encode(data.held_out)
+    smoothing = float(training["label_smoothing_factor"] or 0.0)
+    tree_of = objective_of(data.task, smoothing=smoothing).tree
     return lambda ranks, share_prefix: measure_work(
-        training, train, held_out, ranks=ranks, share_prefix=share_prefix
+        training, train, held_out, ranks=ranks, share_prefix=share_prefix, tree_of=tree_of
     )
 
 

@@ -17,6 +17,7 @@ from lora_fsdp.data.tables import read_table, sample_rows
 from lora_fsdp.errors import ArgumentError, NoRowsError
 from lora_fsdp.tasks import Example, Task, get_task
 from lora_fsdp.tasks.files import import_task_file
+from lora_fsdp.tasks.weights import bad_weights, check_weights, weighted
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ def load_task_data(arguments: DataArguments, *, seed: int, task: Task | None = N
     table = _training_table(arguments, task)
     table = sample_rows(table, max_rows=arguments.max_rows, head=arguments.head, seed=seed)
     table, dropped = _without_bad_rows(arguments, task, table)
+    table, without_weight = _without_bad_weights(arguments, table)
+    dropped += without_weight
     task = task.bind(table)
     if arguments.eval_file is not None:
         held_out = _read(arguments, arguments.eval_file)
@@ -54,9 +57,17 @@ def load_task_data(arguments: DataArguments, *, seed: int, task: Task | None = N
         table, held_out = (table, own) if own is not None else _split(arguments, task, table, seed)
     held_out, dropped_there = _without_bad_rows(arguments, task, held_out)
     evaluated = task.bind(held_out, for_training=False)
-    return TaskData(
-        task, task.examples(table), evaluated.examples(held_out), dropped + dropped_there
+    train = weighted(
+        task,
+        task.examples(table),
+        table,
+        column=arguments.weight_column,
+        classes=arguments.class_weights,
     )
+    if weightless := len(table) - len(train):
+        logger.warning("Left out %d training rows that weigh 0.", weightless)
+    left_out = dropped + dropped_there + weightless
+    return TaskData(task, train, evaluated.examples(held_out), left_out)
 
 
 def without_refused_rows(
@@ -137,6 +148,20 @@ def _without_bad_rows(
     if dropped:
         logger.warning("Left out %d of %d rows without text or label.", dropped, len(table))
     return kept, dropped
+
+
+def _without_bad_weights(arguments: DataArguments, table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """The table without rows that have no weight, or an error that names them."""
+    column = arguments.weight_column
+    if column is None:
+        return table, 0
+    if arguments.on_bad_rows != "drop":
+        check_weights(table, column)
+        return table, 0
+    bad = bad_weights(table, column)
+    if len(bad):
+        logger.warning("Left out %d of %d rows without a weight.", len(bad), len(table))
+    return table[~table.index.isin(bad.index)], len(bad)
 
 
 def _split(

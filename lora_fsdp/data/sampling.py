@@ -25,7 +25,7 @@ from lora_fsdp.data.packing import (
 
 def target_tree(example: EncodedExample) -> Tree:
     """The prompt and its one right answer, as supervised learning trains on them."""
-    return Tree(example.prompt_ids, [example.target_ids])
+    return Tree(example.prompt_ids, [example.target_ids], [1.0])
 
 
 def target_tokens(example: EncodedExample) -> float:

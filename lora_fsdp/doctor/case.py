@@ -25,6 +25,8 @@ from lora_fsdp.doctor.fact import UnknownFactError, fact
 from lora_fsdp.doctor.machine import Machine
 from lora_fsdp.errors import ArgumentError, Fsdp1ConfigError
 from lora_fsdp.tasks import Task
+from lora_fsdp.training.step.objectives.choice import objective_of
+from lora_fsdp.training.step.objectives.objective import Objective
 
 T = TypeVar("T")
 
@@ -162,6 +164,12 @@ class Case:
         if (seed := int(self.training.get("seed", 42))) < 0:
             raise UnknownFactError  # the rule over the training's numbers says so
         return load_task_data(self.data_args, seed=seed, task=self.task)
+
+    @fact
+    def objective(self) -> Objective:
+        """What is minimised."""
+        smoothing = float(self.arguments.value.label_smoothing_factor)
+        return objective_of(self.rows.value.task, smoothing=smoothing)
 
     @fact
     def encoder(self) -> Encoder:

@@ -76,8 +76,8 @@ from lora_fsdp.training.saving.training_state import LoopState, TrainingState
 from lora_fsdp.training.scorer import RunScorer
 from lora_fsdp.training.step.captured import CapturedStep
 from lora_fsdp.training.step.eager import EagerStep
+from lora_fsdp.training.step.objectives.choice import objective_of
 from lora_fsdp.training.step.objectives.objective import Objective
-from lora_fsdp.training.step.objectives.supervised import Supervised
 from lora_fsdp.training.watching.adapter_moves import AdapterMoves
 from lora_fsdp.training.watching.watchdogs import Watchdogs
 
@@ -101,7 +101,8 @@ class LoraTrainer(Trainer):
         peft_config: the adapter to attach.
         max_length: longest example in tokens; longer ones have their text shortened.
         chat_template: put prompts through the tokenizer's chat template.
-        objective: what is minimised; `None` = supervised learning of the targets.
+        objective: what is minimised; `None` = what the task's kind of answer is trained with,
+            supervised learning of the targets if it does not say otherwise.
         callbacks: further callbacks.
 
     Attributes:
@@ -141,7 +142,7 @@ class LoraTrainer(Trainer):
     ) -> None:
         self.fsdp_settings = read_fsdp_settings()
         check_arguments(args, self.fsdp_settings, max_length=max_length)
-        self.objective = objective or Supervised()
+        self.objective = _objective(objective, args, task)
         self.encoder = Encoder(
             processing_class, task=task, max_length=max_length, chat_template=chat_template
         )
@@ -656,3 +657,15 @@ class LoraTrainer(Trainer):
             multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
+
+
+def _objective(given: Objective | None, args: FineTuningArguments, task: Task) -> Objective:
+    smoothing = float(args.label_smoothing_factor)
+    if given is None:
+        return objective_of(task, smoothing=smoothing)
+    if smoothing:
+        raise ArgumentError(
+            f"--label_smoothing_factor is of the task's own objective, and {type(given).__name__} "
+            "was given in its place: remove one of them."
+        )
+    return given

@@ -57,6 +57,7 @@ def least_device_memory(case: Case) -> DeviceMemory:
         encoded[trained:],
         ranks=processes,
         share_prefix=request.shares_prefix,
+        tree_of=case.objective.value.tree,
     )
     hardware = Hardware(ranks=processes, has_gpu=True, free=None)
     # As training does where memory is short.

@@ -81,6 +81,8 @@ class AnswerKind(ABC):
         rivals: the classic baselines that fit, `MAJORITY` and `TFIDF`.
         report_sections: the report's sections about answers that fit.
         answer_column: the column with the answer in the output of `lora-fsdp predict`.
+        objective: what is minimised, by its name in `training/step/objectives/choice.py`.
+        needs_reference: whether an answer is read from the frozen base's log-likelihoods as well.
     """
 
     name: ClassVar[str]
@@ -90,10 +92,20 @@ class AnswerKind(ABC):
     rivals: ClassVar[Sequence[str]] = ()
     report_sections: ClassVar[Sequence[Section]] = (Section.CHOICES,)
     answer_column: ClassVar[str] = "predicted_answer"
+    objective: ClassVar[str] = "supervised"
+    needs_reference: ClassVar[bool] = False
 
     @abstractmethod
     def candidates(self, example: Example) -> Sequence[str]:
         """The texts that are scored after the prompt; none = the target alone."""
+
+    def contexts(self, example: Example) -> Sequence[str]:
+        """What stands before each candidate as given, the same for all rows; none = nothing."""
+        return ()
+
+    def objective_settings(self) -> dict[str, float]:
+        """What the objective is made with, by the names of its arguments."""
+        return {}
 
     @abstractmethod
     def answers(self, examples: Sequence[Example], outputs: ModelOutputs) -> Sequence[str | None]:
