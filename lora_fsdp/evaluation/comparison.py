@@ -116,17 +116,25 @@ def compare(
         written: see `generated_texts`.
     """
     kind, tested = task.answer_kind, [encoded.example for encoded in held_out]
-    baselines = _baselines(task, train, tested)
+    classic = kind.classic(train, tested)
+    baselines: dict[str, Sequence[str | None]] = {
+        **_baselines(task, train, tested),
+        **{name: kind.answers(tested, outputs) for name, outputs in classic.items()},
+    }
     chance, truth = kind.chance(tested), answers_of(task, tested)
     metrics = {
-        **{name: task.compute_metrics(truth, answers) for name, answers in baselines.items()},
+        **{
+            name: (kind.metrics_of_outputs(tested, classic[name]) if name in classic else {})
+            | task.compute_metrics(truth, answers)
+            for name, answers in baselines.items()
+        },
         **({CHANCE: chance} if chance else {}),
         UNTRAINED: evaluation_metrics(task, held_out, untrained),
         TUNED: evaluation_metrics(task, held_out, tuned),
     }
     predictions = {
         **_columns(task, tested, untrained=untrained, tuned=tuned),
-        **_row_scores(task, tested, {UNTRAINED: untrained, TUNED: tuned}, metrics),
+        **_row_scores(task, tested, {**classic, UNTRAINED: untrained, TUNED: tuned}, metrics),
         **{f"{BASELINE}{name}": answers for name, answers in baselines.items()},
     }
     found = {

@@ -48,6 +48,12 @@ NAMES = {
     "whole_object": "whole object",
     "weighted_f1": "weighted F1",
     "accuracy_normalised": "accuracy by token",
+    "average": "training rows' average",
+    "quadratic_kappa": "quadratic kappa",
+    "mean_absolute_error": "mean absolute error",
+    "root_mean_squared_error": "RMSE",
+    "spearman": "Spearman's rank correlation",
+    "ranked_probability_score": "ranked probability score",
 }
 
 

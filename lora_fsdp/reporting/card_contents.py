@@ -59,6 +59,7 @@ def card_contents(
         "prompt": f"{asking['before']}{{text}}{asking['after']}" if asking else None,
         "versions": _versions(record.get("environment") or {}),
         "sample_text": SAMPLE_TEXT,
+        "text_column": ((run.task or {}).get("options") or {}).get("text_column") or "text",
     }
     return contents | _asking(asking, trust_remote_code=bool(model.get("trust_remote_code")))
 
@@ -74,6 +75,7 @@ def _asking(asking: dict[str, Any], *, trust_remote_code: bool) -> dict[str, Any
             str(label): [int(token) for token in ids]
             for label, ids in (asking.get("answers") or {}).items()
         },
+        "reading": str(asking.get("reading") or ""),
         "end_token_id": int(asking.get("end_token_id", 0)),
         "max_length": int(asking.get("max_length", 0)),
         "max_new_tokens": _NEW_TOKENS,

@@ -26,6 +26,7 @@ from lora_fsdp.reporting.sections.answers import (
     generated_section,
     labels_section,
 )
+from lora_fsdp.reporting.sections.numbers import numbers_section
 from lora_fsdp.reporting.sections.progress import (
     curves,
     not_finite,
@@ -51,6 +52,7 @@ _SECTIONS: dict[Section, Callable[[pd.DataFrame], dict[str, Any]]] = {
     Section.ANSWERS: labels_section,
     Section.CHOICES: choices_section,
     Section.FREE_TEXT: free_text_section,
+    Section.SCORES: numbers_section,
 }
 _FSDP_PARTS = ("ranks", "groups", "base_parameters", "base_dtype", "adapter_dtype", "settings")
 

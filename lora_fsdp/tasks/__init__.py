@@ -12,6 +12,7 @@ from lora_fsdp.tasks.inference import InferenceTask
 from lora_fsdp.tasks.intent import IntentTask
 from lora_fsdp.tasks.multiple_choice import MultipleChoiceTask
 from lora_fsdp.tasks.question_answering import QuestionAnsweringTask
+from lora_fsdp.tasks.rating import RatingTask
 from lora_fsdp.tasks.registry import TaskInfo, get_task, list_tasks, register_task
 from lora_fsdp.tasks.sentiment import SentimentTask
 from lora_fsdp.tasks.summarisation import SummarisationTask
@@ -30,6 +31,7 @@ __all__ = [
     "MultipleChoiceTask",
     "Prompt",
     "QuestionAnsweringTask",
+    "RatingTask",
     "SentimentTask",
     "SummarisationTask",
     "Task",

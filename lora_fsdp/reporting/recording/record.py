@@ -134,8 +134,10 @@ def _asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
         return None
     encoder, prompt = trainer.encoder, examples[0].prompt
     before, after = encoder.frame(prompt.before, prompt.after)
-    labels = data.task.answer_kind.labels
-    answers = dict(zip(labels, encoded[0].candidate_ids, strict=True)) if labels else None
+    kind = data.task.answer_kind
+    answers = None
+    if kind.labels and not kind.reading:
+        answers = dict(zip(kind.labels, encoded[0].candidate_ids, strict=True))
     return {
         "before": before,
         "after": after,
@@ -143,6 +145,7 @@ def _asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
         "frames": len({(one.prompt.before, one.prompt.after) for one in examples}),
         "leading_ids": encoder.leading_ids,
         "answers": answers,
+        "reading": kind.reading,
         "end_token_id": encoder.end_token_id,
         "max_length": encoder.max_length,
     }

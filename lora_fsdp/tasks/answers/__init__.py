@@ -3,6 +3,15 @@
 from lora_fsdp.tasks.answers.closed_set import ClosedSet
 from lora_fsdp.tasks.answers.free_text import FreeText
 from lora_fsdp.tasks.answers.kind import AnswerKind, ModelOutputs, Section
+from lora_fsdp.tasks.answers.ordered import OrderedScores
 from lora_fsdp.tasks.answers.own_choices import OwnChoices
 
-__all__ = ["AnswerKind", "ClosedSet", "FreeText", "ModelOutputs", "OwnChoices", "Section"]
+__all__ = [
+    "AnswerKind",
+    "ClosedSet",
+    "FreeText",
+    "ModelOutputs",
+    "OrderedScores",
+    "OwnChoices",
+    "Section",
+]
