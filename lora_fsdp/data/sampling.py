@@ -163,7 +163,7 @@ class ScoringSequences(Dataset[ScoringSequence]):
         self.examples = examples
         self.answers = [example.scored_ids for example in examples]
         trees = [
-            Tree(example.prompt_ids, answers)
+            Tree(example.prompt_ids, answers, given=example.given)
             for example, answers in zip(examples, self.answers, strict=True)
         ]
         packs = plan_packs(trees, max_tokens=max_tokens, share_prefix=True)

@@ -10,6 +10,7 @@ from lora_fsdp.tasks.extraction import ExtractionTask
 from lora_fsdp.tasks.generation import GenerationTask
 from lora_fsdp.tasks.inference import InferenceTask
 from lora_fsdp.tasks.intent import IntentTask
+from lora_fsdp.tasks.multilabel import MultilabelTask
 from lora_fsdp.tasks.multiple_choice import MultipleChoiceTask
 from lora_fsdp.tasks.question_answering import QuestionAnsweringTask
 from lora_fsdp.tasks.rating import RatingTask
@@ -28,6 +29,7 @@ __all__ = [
     "GenerationTask",
     "InferenceTask",
     "IntentTask",
+    "MultilabelTask",
     "MultipleChoiceTask",
     "Prompt",
     "QuestionAnsweringTask",

@@ -69,8 +69,30 @@ def in_part_right(shares: Callable[[pd.Series], Sequence[float]]) -> Callable[..
     return loss
 
 
+TOPICS = ("crew", "luggage", "price")
+
+
+def topics_of(number: int) -> str:
+    there = [topic for place, topic in enumerate(TOPICS) if number >> place & 1]
+    return ";".join(there) or "none"
+
+
 SCORES = ("1", "2.5", "3", "10")
 CASES = {
+    "multilabel": Case(
+        "multilabel",
+        {"instruction": "Say it:", "labels": list(TOPICS)},
+        lambda table: table.assign(labels=[topics_of(number % 8) for number in range(24)]),
+        lambda cells: f"Instruction: Say it:\nInput: {cells.text}\n",
+        lambda cells: [(f"{topic}:", answer) for topic in TOPICS for answer in (" yes", " no")],
+        in_part_right(
+            lambda cells: [
+                float((topic in cells.labels) == (answer == "yes"))
+                for topic in TOPICS
+                for answer in ("yes", "no")
+            ]
+        ),
+    ),
     "rating": Case(
         "rating",
         {"instruction": "Say it:", "labels": ["10", "2.50", "1", "3"]},

@@ -5,6 +5,7 @@ from lora_fsdp.tasks.answers.free_text import FreeText
 from lora_fsdp.tasks.answers.kind import AnswerKind, ModelOutputs, Section
 from lora_fsdp.tasks.answers.ordered import OrderedScores
 from lora_fsdp.tasks.answers.own_choices import OwnChoices
+from lora_fsdp.tasks.answers.several_labels import SeveralLabels
 
 __all__ = [
     "AnswerKind",
@@ -14,4 +15,5 @@ __all__ = [
     "OrderedScores",
     "OwnChoices",
     "Section",
+    "SeveralLabels",
 ]
