@@ -16,6 +16,7 @@ from lora_fsdp.tasks.question_answering import QuestionAnsweringTask
 from lora_fsdp.tasks.rating import RatingTask
 from lora_fsdp.tasks.registry import TaskInfo, get_task, list_tasks, register_task
 from lora_fsdp.tasks.sentiment import SentimentTask
+from lora_fsdp.tasks.soft_classification import SoftClassificationTask
 from lora_fsdp.tasks.summarisation import SummarisationTask
 from lora_fsdp.tasks.topic import TopicTask
 
@@ -35,6 +36,7 @@ __all__ = [
     "QuestionAnsweringTask",
     "RatingTask",
     "SentimentTask",
+    "SoftClassificationTask",
     "SummarisationTask",
     "Task",
     "TaskInfo",

@@ -77,8 +77,25 @@ def topics_of(number: int) -> str:
     return ";".join(there) or "none"
 
 
+VOTES = ("calm", "angry", "amused")
+
+
+def votes_of(number: int) -> list[int]:
+    return [number % 3, 1 + number % 2, number % 5]
+
+
 SCORES = ("1", "2.5", "3", "10")
 CASES = {
+    "soft_classification": Case(
+        "soft_classification",
+        {"instruction": "Say it:", "votes": True, "share_columns": list(VOTES)},
+        lambda table: table.assign(
+            **{name: [votes_of(n)[k] for n in range(24)] for k, name in enumerate(VOTES)}
+        ),
+        in_instruction,
+        lambda cells: [("", f" {name}") for name in VOTES],
+        in_part_right(lambda cells: [cells[name] / sum(cells[list(VOTES)]) for name in VOTES]),
+    ),
     "multilabel": Case(
         "multilabel",
         {"instruction": "Say it:", "labels": list(TOPICS)},

@@ -28,6 +28,7 @@ class Section(StrEnum):
     ANSWERS = "answers"  # confusions, label by label; needs a `probability/<label>` column for each
     CHOICES = "choices"  # confident mistakes and calibration, of any answer with a probability
     FREE_TEXT = "free_text"  # which targets the model generates exactly
+    SHARES = "shares"  # distributions beside the rows' own
     SEVERAL = "several"  # labels that may apply at once, each by itself
     SCORES = "numbers"  # how far off answers that are numbers are
 
