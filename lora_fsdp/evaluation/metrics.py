@@ -14,15 +14,23 @@ from lora_fsdp.tasks.answers import ModelOutputs
 
 
 def model_outputs(
-    examples: Sequence[EncodedExample], scores: Scores, *, texts: Sequence[str] = ()
+    examples: Sequence[EncodedExample],
+    scores: Scores,
+    *,
+    texts: Sequence[str] = (),
+    reference: Scores | None = None,
 ) -> ModelOutputs:
-    """Scores of N examples, and what was generated for them, as a kind of answer takes them."""
+    """Scores of N examples, and what was generated for them, as a kind of answer takes them.
+
+    `reference` are the frozen base's scores, where the kind of answer needs them.
+    """
+    base = None if reference is None else reference.log_likelihoods.numpy()
     tokens = np.zeros(tuple(scores.log_likelihoods.shape), dtype=np.int64)
     for place, example in enumerate(examples):
         lengths = [len(ids) for ids in example.scored_ids]
         tokens[place, : len(lengths)] = lengths
         tokens[place, : len(example.given)] -= np.array(example.given, dtype=np.int64)
-    return ModelOutputs(scores.log_likelihoods.numpy(), tokens, texts)
+    return ModelOutputs(scores.log_likelihoods.numpy(), tokens, texts, base)
 
 
 def evaluation_metrics(

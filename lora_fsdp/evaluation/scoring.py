@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import EncodedExample
@@ -78,6 +81,20 @@ def score_sequences(
     likelihoods, misses = results.cpu().view(2, count, most)
     absent = torch.arange(most) >= counts[:, None]
     return Scores(likelihoods.masked_fill(absent, -torch.inf), (misses == 0) & ~absent)
+
+
+@contextmanager
+def base_alone(model: PeftModel) -> Iterator[None]:
+    """The model without its adapter, also where that is switched off already.
+
+    PEFT's `disable_adapter` would switch it on at its end.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if all(layer.disable_adapters for layer in layers):
+        yield
+        return
+    with model.disable_adapter():
+        yield
 
 
 def score_examples(

@@ -12,6 +12,7 @@ from lora_fsdp.tasks.inference import InferenceTask
 from lora_fsdp.tasks.intent import IntentTask
 from lora_fsdp.tasks.multilabel import MultilabelTask
 from lora_fsdp.tasks.multiple_choice import MultipleChoiceTask
+from lora_fsdp.tasks.preference import PreferenceTask
 from lora_fsdp.tasks.question_answering import QuestionAnsweringTask
 from lora_fsdp.tasks.rating import RatingTask
 from lora_fsdp.tasks.registry import TaskInfo, get_task, list_tasks, register_task
@@ -32,6 +33,7 @@ __all__ = [
     "IntentTask",
     "MultilabelTask",
     "MultipleChoiceTask",
+    "PreferenceTask",
     "Prompt",
     "QuestionAnsweringTask",
     "RatingTask",

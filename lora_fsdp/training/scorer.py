@@ -17,7 +17,7 @@ from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.evaluation.generation import generate_answers
 from lora_fsdp.evaluation.metrics import model_outputs
-from lora_fsdp.evaluation.scoring import Scores, score_sequences
+from lora_fsdp.evaluation.scoring import Scores, base_alone, score_sequences
 from lora_fsdp.tasks.answers import ModelOutputs
 
 
@@ -82,5 +82,9 @@ class RunScorer:
         """Scores, and generated texts where the kind of answer asks for them."""
         examples = cast(ScoringSequences, sequences.dataset).examples
         scores = self.score(sequences, after_sequence=after_sequence)
-        texts = self.generate(examples) if self.encoder.kind.generates_text else ()
-        return model_outputs(examples, scores, texts=texts)
+        kind, reference = self.encoder.kind, None
+        if kind.needs_reference:
+            with base_alone(self.model):
+                reference = self.score(sequences)
+        texts = self.generate(examples) if kind.generates_text else ()
+        return model_outputs(examples, scores, texts=texts, reference=reference)

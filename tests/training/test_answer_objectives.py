@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.nn import functional
 
 from lora_fsdp import FineTuningArguments, LoraTrainer
 from lora_fsdp.adapter.ownership import trainable_parameters
@@ -84,8 +85,27 @@ def votes_of(number: int) -> list[int]:
     return [number % 3, 1 + number % 2, number % 5]
 
 
+BETA, ANSWERS = 0.3, (" good crew", " late again", " lost my bag", " thanks for help")
+
+
+def preferred(cells, scores, reference, lengths):
+    gains = scores - reference
+    return -functional.logsigmoid(BETA * (gains[0] - gains[1])), 1.0
+
+
 SCORES = ("1", "2.5", "3", "10")
 CASES = {
+    "preference": Case(
+        "preference",
+        {"beta": BETA, "text_column": "text"},
+        lambda table: table.assign(
+            chosen=[ANSWERS[number % 4] for number in range(24)],
+            rejected=[ANSWERS[(number + 1 + number % 3) % 4] for number in range(24)],
+        ),
+        lambda cells: cells.text,
+        lambda cells: [("", cells.chosen), ("", cells.rejected)],
+        preferred,
+    ),
     "soft_classification": Case(
         "soft_classification",
         {"instruction": "Say it:", "votes": True, "share_columns": list(VOTES)},

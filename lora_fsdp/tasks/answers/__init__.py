@@ -6,6 +6,7 @@ from lora_fsdp.tasks.answers.free_text import FreeText
 from lora_fsdp.tasks.answers.kind import AnswerKind, ModelOutputs, Section
 from lora_fsdp.tasks.answers.ordered import OrderedScores
 from lora_fsdp.tasks.answers.own_choices import OwnChoices
+from lora_fsdp.tasks.answers.pairs import Pairs
 from lora_fsdp.tasks.answers.several_labels import SeveralLabels
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "ModelOutputs",
     "OrderedScores",
     "OwnChoices",
+    "Pairs",
     "Section",
     "SeveralLabels",
 ]

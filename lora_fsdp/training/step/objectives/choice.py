@@ -7,10 +7,14 @@ from collections.abc import Callable
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.tasks import Task
 from lora_fsdp.training.step.objectives.objective import Objective
+from lora_fsdp.training.step.objectives.preference import Preference
 from lora_fsdp.training.step.objectives.supervised import Supervised
 
 #: By the name that a kind of answer has for it (`AnswerKind.objective`).
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"supervised": Supervised}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "preference": Preference,
+    "supervised": Supervised,
+}
 
 
 def objective_of(task: Task, *, smoothing: float) -> Objective:
