@@ -52,6 +52,7 @@ NAMES = {
     "brier_score": "Brier score",
     "kl_divergence": "KL divergence",
     "reward_margin": "reward margin",
+    "r2": "R²",
     "micro_f1": "micro-F1",
     "micro_f1_at_thresholds": "micro-F1, chosen thresholds",
     "macro_f1_at_thresholds": "macro-F1, chosen thresholds",

@@ -16,6 +16,7 @@ from lora_fsdp.tasks.preference import PreferenceTask
 from lora_fsdp.tasks.question_answering import QuestionAnsweringTask
 from lora_fsdp.tasks.rating import RatingTask
 from lora_fsdp.tasks.registry import TaskInfo, get_task, list_tasks, register_task
+from lora_fsdp.tasks.regression import RegressionTask
 from lora_fsdp.tasks.sentiment import SentimentTask
 from lora_fsdp.tasks.soft_classification import SoftClassificationTask
 from lora_fsdp.tasks.summarisation import SummarisationTask
@@ -37,6 +38,7 @@ __all__ = [
     "Prompt",
     "QuestionAnsweringTask",
     "RatingTask",
+    "RegressionTask",
     "SentimentTask",
     "SoftClassificationTask",
     "SummarisationTask",

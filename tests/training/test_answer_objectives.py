@@ -95,6 +95,18 @@ def preferred(cells, scores, reference, lengths):
 
 SCORES = ("1", "2.5", "3", "10")
 CASES = {
+    "regression": Case(
+        "regression",
+        {"instruction": "Say it:", "centres": [0, 1, 2.5, 10]},
+        lambda table: table.assign(value=[-1 + number / 2 for number in range(24)]),
+        in_instruction,
+        lambda cells: [("", f" {centre}") for centre in ("0", "1", "2.5", "10")],
+        in_part_right(
+            lambda cells: np.array(
+                [np.interp(cells.value, [0, 1, 2.5, 10], one) for one in np.eye(4)]
+            ).astype(np.float32)
+        ),
+    ),
     "preference": Case(
         "preference",
         {"beta": BETA, "text_column": "text"},

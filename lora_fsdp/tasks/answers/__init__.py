@@ -4,6 +4,7 @@ from lora_fsdp.tasks.answers.closed_set import ClosedSet
 from lora_fsdp.tasks.answers.distribution import Distribution
 from lora_fsdp.tasks.answers.free_text import FreeText
 from lora_fsdp.tasks.answers.kind import AnswerKind, ModelOutputs, Section
+from lora_fsdp.tasks.answers.numbers import Numbers
 from lora_fsdp.tasks.answers.ordered import OrderedScores
 from lora_fsdp.tasks.answers.own_choices import OwnChoices
 from lora_fsdp.tasks.answers.pairs import Pairs
@@ -15,6 +16,7 @@ __all__ = [
     "Distribution",
     "FreeText",
     "ModelOutputs",
+    "Numbers",
     "OrderedScores",
     "OwnChoices",
     "Pairs",
