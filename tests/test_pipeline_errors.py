@@ -300,7 +300,7 @@ class TestArguments:
         ("options", "message"),
         [
             ({"fp16": True}, "fp16 is not supported"),
-            ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor"),
+            ({"label_smoothing_factor": 1.5}, "--label_smoothing_factor"),
             ({"neftune_noise_alpha": 5.0}, "--neftune_noise_alpha"),
             ({"torch_compile": True}, "--torch_compile"),
             ({"auto_find_batch_size": True}, "--auto_find_batch_size"),

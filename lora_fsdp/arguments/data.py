@@ -44,6 +44,15 @@ class DataArguments:
     task_options: dict[str, Any] | str | None = option(
         None, 'Further options of the task, as JSON: \'{"choices_column": "options"}\'.'
     )
+    weight_column: str | None = option(
+        None, "Column with a number from 0: how much a training row counts in the loss."
+    )
+    class_weights: list[str] | None = option(
+        None,
+        "How much the training rows of a label count in the loss: label=weight for each "
+        "(negative=1 positive=2; a label that is not named weighs 1), or balanced = inversely to "
+        "how many rows the label has. Multiplies with --weight_column.",
+    )
     on_bad_rows: Literal["error", "drop"] = option(
         "error", "Rows without text or with an unknown label: stop, or drop and count."
     )

@@ -35,7 +35,6 @@ REFUSED = {
     "include_for_metrics": _TASKS_METRICS,
     "include_num_input_tokens_seen": _PACKED,
     "label_names": "has no effect: a task names its label column (--label_column)",
-    "label_smoothing_factor": _PACKED,
     "length_column_name": _PACKED,
     "liger_kernel_config": _LAYERS,
     "neftune_noise_alpha": _PACKED,

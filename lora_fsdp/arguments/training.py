@@ -158,6 +158,11 @@ class FineTuningArguments(TrainingArguments):
         for name in ("stall_seconds", "drift_check_steps", "flat_loss_steps", "probe_rows"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}.")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ArgumentError(
+                "--label_smoothing_factor must be from 0 to less than 1, not "
+                f"{self.label_smoothing_factor}."
+            )
         if self.deepspeed:
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
         check_optimizer(self.optim, self.optim_args)

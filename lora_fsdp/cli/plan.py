@@ -166,6 +166,7 @@ def _work(
         )
     from lora_fsdp.base.loading import load_tokenizer
     from lora_fsdp.data.rows import encoder_of, load_task_data, without_refused_rows
+    from lora_fsdp.training.step.objectives.choice import objective_of
 
     data = load_task_data(
         data_args, seed=training["seed"], choosing=bool(training["load_best_model_at_end"])
@@ -174,6 +175,8 @@ def _work(
     data = without_refused_rows(data_args, data, lambda: tokenizer)
     encoder = encoder_of(data_args, tokenizer, task=data.task)
     train, held_out = encoder.encode(data.train), encoder.encode(data.scored)
+    smoothing = float(training["label_smoothing_factor"] or 0.0)
+    tree_of = objective_of(data.task, smoothing=smoothing).tree
     return lambda ranks, request: measure_work(
         training,
         train,
@@ -181,6 +184,7 @@ def _work(
         ranks=ranks,
         share_prefix=request.shares_prefix,
         packing=request.packing_choice.packing,
+        tree_of=tree_of,
     )
 
 

@@ -197,7 +197,8 @@ def _mean_difference(
             alone = _alone(packed, tree, device=device)
             if not alone.isfinite().all():
                 raise _not_finite(packed)
-            differences.append(log_probs[owners == answer] - alone)
+            given = tree.given[0] if tree.given else 0
+            differences.append(log_probs[owners == answer] - alone[given:])
         answer += len(tree.answers)
     return torch.cat(differences).abs().mean().item()
 

@@ -30,11 +30,15 @@ class EncodedExample:
     Attributes:
         row: its row number, for messages.
         prompt_ids: the prompt, with the tokenizer's leading special token if it has one.
-        target_ids: the answer and the end token; empty if the example has no target.
+        target_ids: the answer and the end token; empty if the example has no target. Where more
+            than one candidate may be right, those that are in part, one after the other.
         candidate_ids: every text of `AnswerKind.candidates`, each with the end token.
         label: index of the target among the candidates, or `None`.
         shortened: whether the text was cut to fit.
         example: what was encoded.
+        given: how many tokens at the beginning of each candidate are given and not scored; empty =
+            none (`AnswerKind.contexts`).
+        shares: how right each candidate is (`Example.shares`); empty = the target alone.
     """
 
     row: int
@@ -44,6 +48,8 @@ class EncodedExample:
     label: int | None
     shortened: bool
     example: Example
+    given: tuple[int, ...] = ()
+    shares: tuple[float, ...] = ()
 
     @property
     def scored_ids(self) -> Sequence[list[int]]:
@@ -107,7 +113,7 @@ class Encoder:
         self.max_length = max_length
         self.chat_template = chat_template
         self._continuation_ids = lru_cache(maxsize=4096)(self._tokenize_continuation)
-        self._label_ids = lru_cache(maxsize=256)(self._encode_labels)
+        self._shared_ids = lru_cache(maxsize=256)(self._encode_shared)
         self._frame = lru_cache(maxsize=4096)(self._build_frame)
 
     def encode(
@@ -173,23 +179,43 @@ class Encoder:
         if target is not None and self.chat is not None:
             target = self.chat.answer(example)
         target_ids = [] if target is None else self._answer_ids(after, target)
-        candidates = self._candidate_ids(example)
-        longest = max((len(ids) for ids in (target_ids, *candidates)), default=0)
+        candidates, given = self._candidate_ids(example)
+        label = candidates.index(target_ids) if target_ids in candidates else None
+        if example.shares:
+            target_ids = self._in_part_right(example, candidates)
+        scored = candidates if example.shares else (target_ids, *candidates)
+        longest = max(map(len, scored), default=0)
         shortened = len(prompt_ids) + longest > self.max_length
         if shortened:
             prompt_ids = self._shorten(example, budget=self.max_length - longest)
         if not prompt_ids:
             raise EmptyTextError(f"Row {example.row}: the prompt has no tokens; give it a text.")
-        if candidates and target_ids and target_ids not in candidates:
+        if candidates and target_ids and label is None and not example.shares:
             answers = list(self.kind.candidates(example))
             raise UnknownLabelError(
                 f"Row {example.row}: the target {example.target!r} is none of the possible answers "
                 f"{answers}: build_target must give one of them to the letter."
             )
-        label = candidates.index(target_ids) if target_ids in candidates else None
         return EncodedExample(
-            example.row, prompt_ids, target_ids, candidates, label, shortened, example
+            example.row,
+            prompt_ids,
+            target_ids,
+            candidates,
+            label,
+            shortened,
+            example,
+            given=given,
+            shares=example.shares,
         )
+
+    def _in_part_right(self, example: Example, candidates: Sequence[list[int]]) -> list[int]:
+        if len(example.shares) != len(candidates):
+            raise MalformedRowError(
+                f"Row {example.row} has {len(example.shares)} shares, and {len(candidates)} "
+                "possible answers: build_shares must give one for each of them."
+            )
+        shared = zip(candidates, example.shares, strict=True)
+        return [token for ids, share in shared if share > 0 for token in ids]
 
     def _shorten(self, example: Example, *, budget: int) -> list[int]:
         """Ids of the prompt with the longest head of its text that fits `budget` tokens."""
@@ -216,10 +242,12 @@ class Encoder:
             )
         return ids
 
-    def _candidate_ids(self, example: Example) -> tuple[list[int], ...]:
+    def _candidate_ids(self, example: Example) -> tuple[tuple[list[int], ...], tuple[int, ...]]:
+        """Every candidate with what is given before it, and how many tokens that has."""
         texts, after = tuple(self.kind.candidates(example)), example.prompt.after
-        if labels := tuple(self.kind.labels):  # the same for all rows: encoded and checked once
-            return self._label_ids(after, texts, labels)
+        labels, contexts = tuple(self.kind.labels), tuple(self.kind.contexts(example))
+        if labels or contexts:  # the same for all rows: encoded and checked once
+            return self._shared_ids(after, texts, contexts, labels)
         # One may begin like another: the end token tells them apart.
         ids = [self._answer_ids(after, text) for text in texts]
         for place, own in enumerate(ids):
@@ -228,11 +256,21 @@ class Encoder:
                     f"Row {example.row}: to this tokenizer the choices {texts[first].strip()!r} "
                     f"and {texts[place].strip()!r} are the same; change one of them."
                 )
-        return tuple(ids)
+        return tuple(ids), ()
 
-    def _encode_labels(
-        self, after: str, texts: tuple[str, ...], labels: tuple[str, ...]
-    ) -> tuple[list[int], ...]:
+    def _encode_shared(
+        self,
+        after: str,
+        texts: tuple[str, ...],
+        contexts: tuple[str, ...],
+        labels: tuple[str, ...],
+    ) -> tuple[tuple[list[int], ...], tuple[int, ...]]:
+        if contexts:
+            branches = [
+                self._branch_ids(after, context, text)
+                for context, text in zip(contexts, texts, strict=True)
+            ]
+            return tuple(ids for ids, _ in branches), tuple(given for _, given in branches)
         candidates = [self._answer_ids(after, text) for text in texts]
         first_with: dict[tuple[int, ...], str] = {}
         for label, ids in zip(labels, candidates, strict=True):
@@ -243,7 +281,13 @@ class Encoder:
                     f"Labels {first!r} and {label!r}: to this tokenizer both are {ids[:-1]}; "
                     "rename one of them."
                 )
-        return tuple(candidates)
+        return tuple(candidates), ()
+
+    def _branch_ids(self, after: str, context: str, text: str) -> tuple[list[int], int]:
+        """A context and a text that continues it, and how many of the tokens are the context's."""
+        given = self._continuation_ids(after, context)
+        anchor = context.strip() if self.chat_template else f"{after}{context}"
+        return [*given, *self._continued(anchor, text), self.end_token_id], len(given)
 
     def _answer_ids(self, after: str, target: str) -> list[int]:
         return [*self._continuation_ids(after, target), self.end_token_id]
@@ -251,7 +295,11 @@ class Encoder:
     def _tokenize_continuation(self, after: str, target: str) -> tuple[int, ...]:
         if self.chat is not None:  # the template ends a turn; the answer starts a new one
             return self._tokenize_turn(target.strip(), marks=self.chat.marks_of(target))
-        texts = [after, after + target, target]
+        return self._continued(after, target)
+
+    def _continued(self, before: str, text: str) -> tuple[int, ...]:
+        """Ids of `text` as it continues `before`."""
+        texts = [before, before + text, text]
         anchor, joined, alone = tokenize_as_text(self.tokenizer, texts)
         if joined[: len(anchor)] == anchor:
             return tuple(joined[len(anchor) :])

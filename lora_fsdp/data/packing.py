@@ -62,11 +62,19 @@ class Tree:
         prompt_ids: the prompt.
         answers: each with a token at least.
         targets: a number for each answer, whose meaning is the objective's; empty = 0.
+        given: how many tokens at the beginning of each answer are given and not label tokens, fewer
+            than it has; empty = none.
     """
 
     prompt_ids: list[int]
     answers: Sequence[list[int]]
     targets: Sequence[float] = ()
+    given: Sequence[int] = ()
+
+    @property
+    def labels(self) -> int:
+        """Its label tokens."""
+        return sum(map(len, self.answers)) - sum(self.given)
 
     def __len__(self) -> int:
         """Tokens of this example alone in a sequence (an answer's last token is no input)."""
@@ -232,7 +240,7 @@ class Pack:
         """Of the sequence that `lay` makes."""
         return SequenceSize(
             tokens=self.shared + sum(len(tree) - self.shared for tree in self.trees),
-            labels=sum(len(answer) for tree in self.trees for answer in tree.answers),
+            labels=sum(tree.labels for tree in self.trees),
             is_one_sequence=len(self.trees) == 1 and len(self.trees[0].answers) <= 1,
         )
 
@@ -262,9 +270,11 @@ class Batch:
     def apart(self) -> tuple[SequenceSize, ...]:
         """The sizes of its sequences."""
         sizes = [
-            SequenceSize(len(tree.prompt_ids) + len(answer[:-1]), len(answer), True)
+            SequenceSize(len(tree.prompt_ids) + len(answer[:-1]), len(answer) - given, True)
             for tree in self.trees
-            for answer in tree.answers
+            for answer, given in zip(
+                tree.answers, tree.given or [0] * len(tree.answers), strict=True
+            )
         ]
         return tuple(sizes + [SequenceSize(1, 0, True)] * (self.at_least - len(sizes)))
 
@@ -289,16 +299,17 @@ class Batch:
         for example, tree in enumerate(self.trees):
             length = len(tree.prompt_ids)
             weights = tree.targets or [0.0] * len(tree.answers)
-            for number, (answer, target) in enumerate(
-                zip(tree.answers, weights, strict=True), start=1
-            ):
+            given = tree.given or [0] * len(tree.answers)
+            branches = zip(tree.answers, weights, given, strict=True)
+            for number, (answer, target, unlabelled) in enumerate(branches, start=1):
                 start, ids = next(places), [*tree.prompt_ids, *answer[:-1]]
                 of_answer = [0] * length + [number] * (len(ids) - length)
                 tokens[:, start : start + len(ids)] = torch.tensor(
                     [ids, range(len(ids)), [example + 1] * len(ids), of_answer]
                 )
                 first = start + length - 1
-                labels += [(first + at, token, len(examples)) for at, token in enumerate(answer)]
+                own = [(first + at, token, len(examples)) for at, token in enumerate(answer)]
+                labels += own[unlabelled:]
                 examples.append(example)
                 targets.append(target)
         return PackedSequence(
@@ -332,12 +343,15 @@ class _SequenceBuilder:
         whole_prompt_shared = len(tree.prompt_ids) == shared
         prompt_end = (shared if whole_prompt_shared else len(self._tokens[0])) - 1
         targets = tree.targets or [0.0] * len(tree.answers)
-        for number, (ids, target) in enumerate(zip(tree.answers, targets, strict=True), start=1):
+        given = tree.given or [0] * len(tree.answers)
+        branches = zip(tree.answers, targets, given, strict=True)
+        for number, (ids, target, unlabelled) in enumerate(branches, start=1):
             first = len(self._tokens[0])
             self._lay(ids[:-1], start=len(tree.prompt_ids), example=example, answer=number)
             positions = [prompt_end, *range(first, len(self._tokens[0]))][: len(ids)]
             owner = len(self._examples)
-            self._labels += [(at, token, owner) for at, token in zip(positions, ids, strict=True)]
+            labels = list(zip(positions, ids, strict=True))[unlabelled:]
+            self._labels += [(at, token, owner) for at, token in labels]
             self._examples.append(example - 1)
             self._targets.append(target)
 

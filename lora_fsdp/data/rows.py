@@ -27,6 +27,7 @@ from lora_fsdp.data.tables import read_table, sample_rows
 from lora_fsdp.errors import ArgumentError, MalformedRowError, NoRowsError, SplitError
 from lora_fsdp.tasks import Example, Task, get_task
 from lora_fsdp.tasks.files import import_task_file
+from lora_fsdp.tasks.weights import bad_weights, check_weights, weighted
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ def load_task_data(
     whole = parts.train
     table = sample_rows(whole, max_rows=arguments.max_rows, head=arguments.head, seed=seed)
     table, dropped = _without_bad_rows(arguments, task, table)
+    table, without_weight = _without_bad_weights(arguments, table)
+    dropped += without_weight
     task = task.bind(table)
     parts = _divided(arguments, task, replace(parts, train=table), whole=whole)
     parts = complete_parts(
@@ -99,7 +102,16 @@ def load_task_data(
         scored.append(examples)
     for line in parts.said:
         logger.info("Rows: %s.", line)
-    return TaskData(task, task.examples(parts.train), scored[0], dropped, scored[1], parts.said)
+    train = weighted(
+        task,
+        task.examples(parts.train),
+        parts.train,
+        column=arguments.weight_column,
+        classes=arguments.class_weights,
+    )
+    if weightless := len(parts.train) - len(train):
+        logger.warning("Left out %d training rows that weigh 0.", weightless)
+    return TaskData(task, train, scored[0], dropped + weightless, scored[1], parts.said)
 
 
 def encoder_of(
@@ -289,3 +301,17 @@ def _without_bad_rows(
     if dropped:
         logger.warning("Left out %d of %d rows without text or label.", dropped, len(table))
     return kept, dropped
+
+
+def _without_bad_weights(arguments: DataArguments, table: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """The table without rows that have no weight, or an error that names them."""
+    column = arguments.weight_column
+    if column is None:
+        return table, 0
+    if arguments.on_bad_rows != "drop":
+        check_weights(table, column)
+        return table, 0
+    bad = bad_weights(table, column)
+    if len(bad):
+        logger.warning("Left out %d of %d rows without a weight.", len(bad), len(table))
+    return table[~table.index.isin(bad.index)], len(bad)

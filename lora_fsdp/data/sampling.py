@@ -30,7 +30,7 @@ from lora_fsdp.data.packing import (
 
 def target_tree(example: EncodedExample) -> Tree:
     """The prompt and its one right answer, as supervised learning trains on them."""
-    return Tree(example.prompt_ids, [example.target_ids])
+    return Tree(example.prompt_ids, [example.target_ids], [1.0])
 
 
 def target_tokens(example: EncodedExample) -> float:
@@ -205,11 +205,16 @@ class ScoringSequences(Dataset[ScoringSequence]):
         if packing.is_apart:
             counts = [len(answers) for answers in self.answers]
             self._asked = [(i, a) for i, count in enumerate(counts) for a in range(count)]
-            trees = [Tree(examples[i].prompt_ids, [self.answers[i][a]]) for i, a in self._asked]
+            trees = [
+                Tree(
+                    examples[i].prompt_ids, [self.answers[i][a]], given=examples[i].given[a : a + 1]
+                )
+                for i, a in self._asked
+            ]
             packs = plan_batches(trees, max_tokens=max_tokens, packing=packing)
         else:
             trees = [
-                Tree(example.prompt_ids, answers)
+                Tree(example.prompt_ids, answers, given=example.given)
                 for example, answers in zip(examples, self.answers, strict=True)
             ]
             packs = plan_packs(trees, max_tokens=max_tokens, share_prefix=True)

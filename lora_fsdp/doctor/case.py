@@ -25,6 +25,8 @@ from lora_fsdp.doctor.fact import UnknownFactError, fact
 from lora_fsdp.doctor.machine import Machine
 from lora_fsdp.errors import ArgumentError, Fsdp1ConfigError
 from lora_fsdp.tasks import Task
+from lora_fsdp.training.step.objectives.choice import objective_of
+from lora_fsdp.training.step.objectives.objective import Objective
 
 T = TypeVar("T")
 
@@ -163,6 +165,12 @@ class Case:
             raise UnknownFactError  # the rule over the training's numbers says so
         choosing = bool(self.training.get("load_best_model_at_end", False))
         return load_task_data(self.data_args, seed=seed, task=self.task, choosing=choosing)
+
+    @fact
+    def objective(self) -> Objective:
+        """What is minimised."""
+        smoothing = float(self.arguments.value.label_smoothing_factor)
+        return objective_of(self.rows.value.task, smoothing=smoothing)
 
     @fact
     def encoder(self) -> Encoder:

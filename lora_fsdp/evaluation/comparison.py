@@ -129,13 +129,22 @@ def compare(
         rivals: answers of further systems to `held_out`, by their name.
     """
     kind, tested = task.answer_kind, [encoded.example for encoded in held_out]
-    baselines = {**on_first_rank(lambda: _baselines(task, train, tested)), **(rivals or {})}
+    classic = on_first_rank(lambda: kind.classic(train, tested))
+    baselines = {
+        **on_first_rank(lambda: _baselines(task, train, tested)),
+        **{name: kind.answers(tested, outputs) for name, outputs in classic.items()},
+        **(rivals or {}),
+    }
     as_asked = evaluation_metrics(task, held_out, untrained)
     way, by_way = best_way(task, held_out, ways or {AS_TRAINED: untrained})
     untrained = (ways or {}).get(way, untrained)
     chance, truth = kind.chance(tested), answers_of(task, tested)
     metrics = {
-        **{name: task.compute_metrics(truth, answers) for name, answers in baselines.items()},
+        **{
+            name: (kind.metrics_of_outputs(tested, classic[name]) if name in classic else {})
+            | task.compute_metrics(truth, answers)
+            for name, answers in baselines.items()
+        },
         **({CHANCE: chance} if chance else {}),
         UNTRAINED: {
             **evaluation_metrics(task, held_out, untrained),
@@ -145,7 +154,7 @@ def compare(
     }
     predictions = {
         **_columns(task, tested, untrained=untrained, tuned=tuned),
-        **_row_scores(task, tested, {UNTRAINED: untrained, TUNED: tuned}, metrics),
+        **_row_scores(task, tested, {**classic, UNTRAINED: untrained, TUNED: tuned}, metrics),
         **{f"{BASELINE}{name}": answers for name, answers in baselines.items()},
     }
     found = {

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import torch
 
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.evaluation.scoring import Scores
@@ -15,14 +14,23 @@ from lora_fsdp.tasks.answers import ModelOutputs
 
 
 def model_outputs(
-    examples: Sequence[EncodedExample], scores: Scores, *, texts: Sequence[str] = ()
+    examples: Sequence[EncodedExample],
+    scores: Scores,
+    *,
+    texts: Sequence[str] = (),
+    reference: Scores | None = None,
 ) -> ModelOutputs:
-    """Scores of N examples, and what was generated for them, as a kind of answer takes them."""
+    """Scores of N examples, and what was generated for them, as a kind of answer takes them.
+
+    `reference` are the frozen base's scores, where the kind of answer needs them.
+    """
+    base = None if reference is None else reference.log_likelihoods.numpy()
     tokens = np.zeros(tuple(scores.log_likelihoods.shape), dtype=np.int64)
     for place, example in enumerate(examples):
         lengths = [len(ids) for ids in example.scored_ids]
         tokens[place, : len(lengths)] = lengths
-    return ModelOutputs(scores.log_likelihoods.numpy(), tokens, texts)
+        tokens[place, : len(example.given)] -= np.array(example.given, dtype=np.int64)
+    return ModelOutputs(scores.log_likelihoods.numpy(), tokens, texts, base)
 
 
 def evaluation_metrics(
@@ -39,16 +47,26 @@ def evaluation_metrics(
     known = [place for place, example in enumerate(examples) if example.target_ids]
     if not known:
         return {}
-    # Where the target alone is scored, it is the first and only one.
-    targets = [examples[place].label or 0 for place in known]
-    likelihood = torch.from_numpy(outputs.log_likelihoods)[known, targets].double().sum().item()
-    metrics = {"loss": -likelihood / sum(len(examples[place].target_ids) for place in known)}
+    metrics = {"loss": _loss([examples[place] for place in known], outputs.of(known))}
     kind = task.answer_kind
     if kind.generates_text and not outputs.texts:
         return metrics
     sources, outputs = [examples[place].example for place in known], outputs.of(known)
     metrics |= kind.metrics_of_outputs(sources, outputs)
     return metrics | task.measure(sources, kind.answers(sources, outputs))
+
+
+def _loss(examples: Sequence[EncodedExample], outputs: ModelOutputs) -> float:
+    """Per label token of the right answers, each by its share."""
+    shares = np.zeros(outputs.tokens.shape)
+    for place, example in enumerate(examples):
+        if example.shares:
+            shares[place, : len(example.shares)] = example.shares
+        else:  # where the target alone is scored, it is the first and only one
+            shares[place, example.label or 0] = 1.0
+    counted = shares > 0
+    likelihood = (shares[counted] * outputs.log_likelihoods[counted].astype(np.float64)).sum()
+    return float(-likelihood / (shares * outputs.tokens).sum())
 
 
 def confusion_matrix(

@@ -33,7 +33,7 @@ from lora_fsdp.errors import AdapterVerificationError
 from lora_fsdp.evaluation.generation import LEAST_NEW_TOKENS, generate_answers, generate_texts
 from lora_fsdp.evaluation.metrics import model_outputs
 from lora_fsdp.evaluation.outputs import write_json
-from lora_fsdp.evaluation.scoring import Scores, score_examples
+from lora_fsdp.evaluation.scoring import Scores, base_alone, score_examples
 from lora_fsdp.placement.packing import choose_packing
 from lora_fsdp.sizing.packing import checked_packing
 from lora_fsdp.tasks import Example, Task, get_task
@@ -209,7 +209,11 @@ class Predictor:
         kind, encoded = self.task.answer_kind, self.encoder.encode(examples)
         texts = self.write(encoded) if kind.generates_text else ()
         if any(ids for one in encoded for ids in one.scored_ids):
-            return model_outputs(encoded, self.score(encoded), texts=texts)
+            scores, reference = self.score(encoded), None
+            if kind.needs_reference:
+                with base_alone(self.model):
+                    reference = self.score(encoded)
+            return model_outputs(encoded, scores, texts=texts, reference=reference)
         nothing = np.zeros((len(encoded), len(kind.labels)))
         return ModelOutputs(nothing, nothing, texts)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import EncodedExample
@@ -93,6 +96,20 @@ def score_sequences(
     return Scores(
         likelihoods.masked_fill(absent, -torch.inf), (misses == 0) & ~absent, ends_of_answers
     )
+
+
+@contextmanager
+def base_alone(model: PeftModel) -> Iterator[None]:
+    """The model without its adapter, also where that is switched off already.
+
+    PEFT's `disable_adapter` would switch it on at its end.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if all(layer.disable_adapters for layer in layers):
+        yield
+        return
+    with model.disable_adapter():
+        yield
 
 
 def score_examples(

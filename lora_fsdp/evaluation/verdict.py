@@ -49,6 +49,21 @@ NAMES = {
     "whole_object": "whole object",
     "weighted_f1": "weighted F1",
     "accuracy_normalised": "accuracy by token",
+    "overlap": "overlap of shares",
+    "brier_score": "Brier score",
+    "kl_divergence": "KL divergence",
+    "reward_margin": "reward margin",
+    "r2": "R²",
+    "micro_f1": "micro-F1",
+    "micro_f1_at_thresholds": "micro-F1, chosen thresholds",
+    "macro_f1_at_thresholds": "macro-F1, chosen thresholds",
+    "subset_accuracy": "all labels right",
+    "average": "training rows' average",
+    "quadratic_kappa": "quadratic kappa",
+    "mean_absolute_error": "mean absolute error",
+    "root_mean_squared_error": "RMSE",
+    "spearman": "Spearman's rank correlation",
+    "ranked_probability_score": "ranked probability score",
 }
 
 

@@ -70,6 +70,7 @@ def _asking(asking: dict[str, Any], *, trust_remote_code: bool) -> dict[str, Any
     choices = [[str(piece) for piece in choice] for choice in asking.get("choices") or []]
     return {
         "takes_one_text": names == ["text"] and not choices,
+        "row": _sample_row(asking.get("row")),
         "values": {name: _sample(name) for name in names},
         "pieces": _source(pieces),
         "choices": [", ".join(_source(choice)) for choice in choices],
@@ -80,6 +81,7 @@ def _asking(asking: dict[str, Any], *, trust_remote_code: bool) -> dict[str, Any
             str(label): [int(token) for token in ids]
             for label, ids in (asking.get("answers") or {}).items()
         },
+        "reading": str(asking.get("reading") or ""),
         "end_token_id": int(asking.get("end_token_id", 0)),
         "max_length": int(asking.get("max_length", 0)),
         "max_new_tokens": _NEW_TOKENS,
@@ -104,6 +106,17 @@ def _source(pieces: list[str]) -> list[str]:
 
 def _sample(name: str) -> str:
     return SAMPLE_TEXT if name == "text" else f"a {name.replace('_', ' ').strip()}"
+
+
+def _sample_row(row: Any) -> Any:
+    """A row of the task's, with samples in the place of the names in braces."""
+    if isinstance(row, dict):
+        return {str(column): _sample_row(cell) for column, cell in row.items()}
+    if isinstance(row, list):
+        return [_sample_row(cell) for cell in row]
+    if isinstance(row, str) and row.startswith("{") and row.endswith("}"):
+        return _sample(row[1:-1])
+    return row
 
 
 def base_facts(adapter: dict[str, Any]) -> dict[str, Any]:

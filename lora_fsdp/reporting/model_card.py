@@ -62,12 +62,10 @@ def write_model_card(
 
 def _card_text(run: RunFiles, *, adapter: dict[str, Any], step: int | None, measured: bool) -> str:
     contents = card_contents(run, adapter=adapter, step=step, with_scores=measured)
-    snippet = (
-        "snippet_labels.py.jinja"
-        if contents["answers"] or contents["choices"]
-        else "snippet_text.py.jinja"
-    )
-    contents["snippet"] = template_of(snippet).render(**contents)
+    snippet = "labels" if contents["answers"] or contents["choices"] else "text"
+    if contents["reading"]:
+        snippet = "kind"
+    contents["snippet"] = template_of(f"snippet_{snippet}.py.jinja").render(**contents)
     body = template_of("model_card.md.jinja").render(**contents)
     return f"---\n{card_header(contents, data_name=data_name(run))}\n---\n\n{body}\n"
 

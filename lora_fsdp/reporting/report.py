@@ -26,12 +26,15 @@ from lora_fsdp.reporting.sections.answers import (
     generated_section,
     labels_section,
 )
+from lora_fsdp.reporting.sections.numbers import numbers_section
 from lora_fsdp.reporting.sections.progress import (
     curves,
     not_finite,
     plan_against_measured,
     progress,
 )
+from lora_fsdp.reporting.sections.several import several_section
+from lora_fsdp.reporting.sections.shares import shares_section
 from lora_fsdp.reporting.sections.usage import base_of, usage
 from lora_fsdp.reporting.texts import one_line, setting_text
 from lora_fsdp.tasks.answers import Section
@@ -51,6 +54,9 @@ _SECTIONS: dict[Section, Callable[[pd.DataFrame], dict[str, Any]]] = {
     Section.ANSWERS: labels_section,
     Section.CHOICES: choices_section,
     Section.FREE_TEXT: free_text_section,
+    Section.SCORES: numbers_section,
+    Section.SEVERAL: several_section,
+    Section.SHARES: shares_section,
 }
 _FSDP_PARTS = ("ranks", "groups", "base_parameters", "base_dtype", "adapter_dtype", "settings")
 

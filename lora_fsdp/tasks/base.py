@@ -148,6 +148,10 @@ class Task:
         """All right answers of a free-text row, if there may be more than its target."""
         return ()
 
+    def build_shares(self, row: Mapping[str, Any]) -> tuple[float, ...]:
+        """How right each candidate is, where more than the target may be; none otherwise."""
+        return ()
+
     def target_of(self, label: str) -> str:
         """The target text that stands for `label` (closed label sets only)."""
         return f" {label}"
@@ -161,6 +165,7 @@ class Task:
                 target=self.build_target(row) if with_targets else None,
                 choices=self.checked_choices(int(number), row),
                 references=self.build_references(row) if with_targets else (),
+                shares=self.build_shares(row) if with_targets else (),
             )
             for number, row in zip(table.index, records(table), strict=True)
         ]

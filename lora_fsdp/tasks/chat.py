@@ -123,7 +123,7 @@ class ChatTask(GenerationTask):
         cell = cell_value(row[self.text_column])
         if isinstance(cell, str):
             return [("user", cell)]
-        found = [_message(one) for one in cell] if isinstance(cell, list) else []
+        found = [message_of(one) for one in cell] if isinstance(cell, list) else []
         messages = [message for message in found if message is not None]
         if len(messages) < len(found):
             return []
@@ -139,7 +139,7 @@ def _is_sharegpt(cell: object) -> bool:
     )
 
 
-def _message(message: object) -> tuple[str, str] | None:
+def message_of(message: object) -> tuple[str, str] | None:
     """(role, content) of one message in either form; `None` if it is neither."""
     if not isinstance(message, dict):
         return None

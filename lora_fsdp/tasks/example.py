@@ -58,6 +58,9 @@ class Example:
         choices: the targets among which this row's answer is, if they are its own and not those of
             the task's label set; empty otherwise.
         references: further right answers of a free-text row, for its metrics.
+        shares: how right each of the kind of answer's candidates is, from 0 to 1, where more than
+            one may be; empty = the target alone.
+        weight: how much the row counts in the training loss, beside the others.
     """
 
     row: int
@@ -65,3 +68,5 @@ class Example:
     target: str | None
     choices: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    shares: tuple[float, ...] = ()
+    weight: float = 1.0

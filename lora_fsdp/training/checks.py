@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from peft import PeftModel
@@ -43,10 +44,15 @@ def check_checkpointing(args: FineTuningArguments, settings: FsdpSettings | None
 
 
 def check_targets(examples: Sequence[EncodedExample]) -> None:
-    """Refuse training examples without an answer."""
+    """Refuse training examples without an answer, or with a weight that counts nothing."""
     for example in examples:
         if not example.target_ids:
             raise ArgumentError(f"Row {example.row} has no target: it cannot be trained on.")
+        weight = example.example.weight
+        if not (math.isfinite(weight) and weight > 0):
+            raise ArgumentError(
+                f"Row {example.row} has the weight {weight}: leave it out, or give it one above 0."
+            )
 
 
 def check_reference(objective: Objective, model: PeftModel) -> None:

@@ -52,7 +52,12 @@ def _digest_examples(examples: Sequence[EncodedExample]) -> str:
     # Examples share their candidates: each set once.
     candidates = {id(example.candidate_ids): example.candidate_ids for example in examples}
     tokens = [(example.prompt_ids, example.target_ids) for example in examples]
-    return _digest([tokens, list(candidates.values())])
+    counted = [
+        (place, example.example.weight, example.shares, example.given)
+        for place, example in enumerate(examples)
+        if example.shares or example.given or example.example.weight != 1
+    ]
+    return _digest([tokens, list(candidates.values()), *([counted] if counted else [])])
 
 
 def _digest_base(model: PeftModel, stored: StoredBase | None) -> str:

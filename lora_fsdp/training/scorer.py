@@ -19,7 +19,7 @@ from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.evaluation.generation import generate_answers
 from lora_fsdp.evaluation.metrics import model_outputs
 from lora_fsdp.evaluation.probing import MeanStates
-from lora_fsdp.evaluation.scoring import Scores, score_sequences
+from lora_fsdp.evaluation.scoring import Scores, base_alone, score_sequences
 from lora_fsdp.evaluation.untrained import ways_of_reading
 from lora_fsdp.tasks.answers import ModelOutputs
 
@@ -88,8 +88,12 @@ class RunScorer:
         """Scores, and generated texts where the kind of answer asks for them."""
         examples = cast(ScoringSequences, sequences.dataset).examples
         scores = self.score(sequences, after_sequence=after_sequence)
-        texts = self.generate(examples) if self.encoder.kind.generates_text else ()
-        return model_outputs(examples, scores, texts=texts)
+        kind, reference = self.encoder.kind, None
+        if kind.needs_reference:
+            with base_alone(self.model):
+                reference = self.score(sequences)
+        texts = self.generate(examples) if kind.generates_text else ()
+        return model_outputs(examples, scores, texts=texts, reference=reference)
 
     def untrained(
         self, sequences: DataLoader[ScoringSequence], *, skip: int | None = None
@@ -107,7 +111,8 @@ class RunScorer:
         with self.model.disable_adapter():
             scores, features = self._with_features(sequences, skip=skip)
             texts = self.generate(examples) if self.encoder.kind.generates_text else ()
-        outputs = model_outputs(examples, scores, texts=texts)
+        reference = scores if self.encoder.kind.needs_reference else None
+        outputs = model_outputs(examples, scores, texts=texts, reference=reference)
         return ways_of_reading(self.encoder.task, outputs, scores), features
 
     def features(self, sequences: DataLoader[ScoringSequence], *, skip: int) -> np.ndarray | None:

@@ -89,8 +89,8 @@ from lora_fsdp.training.saving.training_state import LoopState, TrainingState
 from lora_fsdp.training.scorer import RunScorer
 from lora_fsdp.training.step.captured import CapturedStep
 from lora_fsdp.training.step.eager import EagerStep
+from lora_fsdp.training.step.objectives.choice import objective_of
 from lora_fsdp.training.step.objectives.objective import Objective
-from lora_fsdp.training.step.objectives.supervised import Supervised
 from lora_fsdp.training.watching.adapter_moves import AdapterMoves
 from lora_fsdp.training.watching.watchdogs import Watchdogs
 
@@ -118,7 +118,8 @@ class LoraTrainer(Trainer):
         chat_template: put prompts through the tokenizer's chat template.
         chat_template_kwargs: further arguments of that template.
         thinking: where an answer stands in a template with a thinking block (`ChatTemplate`).
-        objective: what is minimised; `None` = supervised learning of the targets.
+        objective: what is minimised; `None` = what the task's kind of answer is trained with,
+            supervised learning of the targets if it does not say otherwise.
         callbacks: further callbacks.
         optimizer_cls_and_kwargs: the optimizer's class and its arguments, instead of `args.optim`.
         positional, unused: other arguments of `transformers.Trainer` and `trl.SFTTrainer`, each
@@ -170,8 +171,8 @@ class LoraTrainer(Trainer):
         own_args = given_arguments(args)
         self.fsdp_settings = read_fsdp_settings()
         check_arguments(own_args, self.fsdp_settings, max_length=max_length)
-        self.objective = objective or Supervised()
         data = given_data(task, train=train_dataset, held_out=eval_dataset)
+        self.objective = _objective(objective, own_args, data.task)
         tokenizer = given_tokenizer(processing_class, model)
         self.encoder = Encoder(
             tokenizer,
@@ -764,6 +765,18 @@ class LoraTrainer(Trainer):
             multiprocessing_context=getattr(self.args, "dataloader_multiprocessing_context", None),
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
         )
+
+
+def _objective(given: Objective | None, args: FineTuningArguments, task: Task) -> Objective:
+    smoothing = float(args.label_smoothing_factor)
+    if given is None:
+        return objective_of(task, smoothing=smoothing)
+    if smoothing:
+        raise ArgumentError(
+            f"--label_smoothing_factor is of the task's own objective, and {type(given).__name__} "
+            "was given in its place: remove one of them."
+        )
+    return given
 
 
 _ARGUMENTS = tuple(inspect.signature(LoraTrainer).parameters)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from lora_fsdp.doctor import RULES, Machine, Severity
 from lora_fsdp.doctor.rules.memory import checkpoints_on_disk
-from lora_fsdp.tasks import Prompt, Task
+from lora_fsdp.tasks import GenerationTask, Prompt, Task
 from lora_fsdp.training.saving.run_lock import LOCK_FILE
 from tests.support.adapters import edit_json
 from tests.support.examined import A100, GB, RTX4090, T4, ExaminedRun, machine
@@ -205,6 +205,9 @@ BROKEN = [
     ("checkpointing-twice",
      change(training={"gradient_checkpointing": True},
             fsdp={"fsdp_activation_checkpointing": True}), "fsdp_activation_checkpointing"),
+    ("nothing-to-smooth",
+     change(training={"label_smoothing_factor": 0.1}, task=GenerationTask(label_column="label")),
+     "free text"),
     ("rows-too-short", change(training={"max_tokens_per_row": 100}), "--max_tokens_per_row 100"),
     ("quantized-optimizer", change(training={"optim": "paged_adamw_8bit"}), "paged_adamw_8bit"),
     ("nan-filter", change(training={"logging_nan_inf_filter": True}), "--logging_nan_inf_filter"),

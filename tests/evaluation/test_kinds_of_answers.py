@@ -187,7 +187,7 @@ def test_a_kind_of_its_own(
     ]
     assert report["choices"]["rows"] == 12
     assert "mean_absolute_error" in report["scores"]["metrics"]
-    assert "mean_absolute_error" in (run / "report.html").read_text()
+    assert "mean absolute error" in (run / "report.html").read_text()
 
     asked = tmp_path / "asked.csv"
     answers[["text"]].to_csv(asked, index=False)

@@ -62,6 +62,7 @@ def least_device_memory(case: Case) -> DeviceMemory:
         ranks=processes,
         share_prefix=request.shares_prefix,
         packing=packing,
+        tree_of=case.objective.value.tree,
     )
     hardware = Hardware(ranks=processes, has_gpu=True, free=None)
     # As training does where memory is short.

@@ -72,6 +72,16 @@ def _numbers(case: Case) -> Iterator[Problem]:
 
 
 @RULES.error(
+    "nothing-to-smooth",
+    "`--label_smoothing_factor` on free text: there is no label set to divide it among.",
+    "Leave --label_smoothing_factor out.",
+)
+def _nothing_to_smooth(case: Case) -> Iterator[Problem]:
+    if (error := case.objective.error) is not None:
+        yield Problem(str(error))
+
+
+@RULES.error(
     "checkpointing-twice",
     "`--gradient_checkpointing` and `fsdp_activation_checkpointing` together.",
     "Keep one of the two.",

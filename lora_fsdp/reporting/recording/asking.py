@@ -35,7 +35,8 @@ def asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
     else:
         first = examples[0].prompt
         prompt, choices = Prompt(first.before, _marked(TEXT_PLACEHOLDER, names), first.after), ()
-    labels = data.task.answer_kind.labels
+    kind = data.task.answer_kind
+    labels = () if kind.reading else kind.labels
     encoded = [*trainer.train_dataset, *trainer.held_out, *trainer.test_dataset]
     return {
         "prompt": _pieces(encoder.render(prompt), names),
@@ -43,6 +44,8 @@ def asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
         "frames": len({(one.prompt.before, one.prompt.after) for one in examples}),
         "leading_ids": encoder.leading_ids,
         "answers": dict(zip(labels, encoded[0].candidate_ids, strict=True)) if labels else None,
+        "reading": kind.reading,
+        "row": data.task.placeholder_row(),
         "choices": [_pieces(_as_answered(choice, encoder), names) for choice in choices],
         "after": "" if encoder.chat_template else prompt.after,
         "end_token_id": encoder.end_token_id,

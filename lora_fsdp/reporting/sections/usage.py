@@ -44,6 +44,20 @@ for best, probabilities in zip(scores.best, scores.probabilities.tolist(), stric
 """
 
 
+_PREDICT_KIND = """\
+import pandas as pd
+
+from lora_fsdp.evaluation.prediction import Predictor
+
+predictor = Predictor.from_adapter({folder!r})
+table = pd.DataFrame({{{column!r}: [{text!r}]}})
+examples = predictor.task.examples(table, with_targets=False)
+kind = predictor.task.answer_kind
+answers = pd.DataFrame(kind.predicted_columns(examples, predictor.outputs(examples)))
+print(answers.iloc[0].to_string())
+"""
+
+
 def usage(run: RunFiles) -> dict[str, Any]:
     """Snippets and commands as text; `None` for what this run has nothing to offer for."""
     return {"load": _load(run), "predict": _predict(run), "serve": _serve(run)} | _resume(run)
@@ -74,13 +88,17 @@ def _literal(text: str) -> str:
 def _predict(run: RunFiles) -> str | None:
     options = (run.task or {}).get("options") or {}
     prompt = (run.record or {}).get("prompt")
-    if run.adapter is None or not options.get("labels") or not options.get("text_column"):
+    reading = ((run.record or {}).get("asking") or {}).get("reading")
+    if run.adapter is None or not options.get("text_column"):
+        return None
+    if not options.get("labels") and not reading:
         return None
     # A row of one text is no row of a task that asks about more columns.
     if {name for name in options if name.endswith("_column")} - {"text_column", "label_column"}:
         return None
     text = "A text to classify." if prompt is None else prompt["text"]
-    return _PREDICT.format(folder=str(run.folder), column=options["text_column"], text=text)
+    snippet = _PREDICT_KIND if reading else _PREDICT
+    return snippet.format(folder=str(run.folder), column=options["text_column"], text=text)
 
 
 def _serve(run: RunFiles) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 
@@ -32,8 +32,8 @@ class ClosedSet(AnswerKind):
 
     name = "closed_set"
     description = "one of a closed set, the likeliest"
-    rivals = (MAJORITY, TFIDF)
-    report_sections = (Section.ANSWERS,)
+    rivals: ClassVar[Sequence[str]] = (MAJORITY, TFIDF)
+    report_sections: ClassVar[Sequence[Section]] = (Section.ANSWERS,)
     answer_column = "predicted_label"
 
     def __init__(self, labels: Sequence[str], target_of: Callable[[str], str]) -> None:

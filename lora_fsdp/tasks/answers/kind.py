@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -28,6 +28,9 @@ class Section(StrEnum):
     ANSWERS = "answers"  # confusions, label by label; needs a `probability/<label>` column for each
     CHOICES = "choices"  # confident mistakes and calibration, of any answer with a probability
     FREE_TEXT = "free_text"  # which targets the model generates exactly
+    SHARES = "shares"  # distributions beside the rows' own
+    SEVERAL = "several"  # labels that may apply at once, each by itself
+    SCORES = "numbers"  # how far off answers that are numbers are
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +42,13 @@ class ModelOutputs:
             end token, minus infinity where an example has fewer; [N, 0] if nothing was scored.
         tokens: [N, A] how many tokens each of them has, 0 where an example has fewer.
         texts: what greedy decoding generated, N texts; none if nothing was generated.
+        reference: [N, A] float32, `log_likelihoods` of the frozen base; `None` if it was not asked.
     """
 
     log_likelihoods: np.ndarray
     tokens: np.ndarray
     texts: Sequence[str] = ()
+    reference: np.ndarray | None = None
 
     @property
     def best(self) -> list[int]:
@@ -63,7 +68,8 @@ class ModelOutputs:
         """Those of the examples at `places`."""
         chosen = list(places)
         texts = [self.texts[place] for place in chosen] if self.texts else ()
-        return ModelOutputs(self.log_likelihoods[chosen], self.tokens[chosen], texts)
+        reference = None if self.reference is None else self.reference[chosen]
+        return ModelOutputs(self.log_likelihoods[chosen], self.tokens[chosen], texts, reference)
 
 
 class AnswerKind(ABC):
@@ -78,9 +84,14 @@ class AnswerKind(ABC):
         labels: the answers that all rows share, in the order of their candidates; empty if there
             are none. A label set is checked for labels that a tokenizer cannot tell apart.
         generates_text: whether a model must generate text for an answer, beside what is scored.
-        rivals: the classic baselines that fit, `MAJORITY` and `TFIDF`.
+        rivals: the classic baselines that fit, `MAJORITY` and `TFIDF`, where they answer with one
+            of all right answers; others are those of `classic`.
         report_sections: the report's sections about answers that fit.
         answer_column: the column with the answer in the output of `lora-fsdp predict`.
+        objective: what is minimised, by its name in `training/step/objectives/choice.py`.
+        reading: how an answer is read from the likelihoods, as a sentence of the model card; "" =
+            the likeliest one is the answer, or the generated text is.
+        needs_reference: whether an answer is read from the frozen base's log-likelihoods as well.
     """
 
     name: ClassVar[str]
@@ -90,14 +101,31 @@ class AnswerKind(ABC):
     rivals: ClassVar[Sequence[str]] = ()
     report_sections: ClassVar[Sequence[Section]] = (Section.CHOICES,)
     answer_column: ClassVar[str] = "predicted_answer"
+    objective: ClassVar[str] = "supervised"
+    reading: ClassVar[str] = ""
+    needs_reference: ClassVar[bool] = False
 
     @abstractmethod
     def candidates(self, example: Example) -> Sequence[str]:
         """The texts that are scored after the prompt; none = the target alone."""
 
+    def contexts(self, example: Example) -> Sequence[str]:
+        """What stands before each candidate as given, the same for all rows; none = nothing."""
+        return ()
+
+    def objective_settings(self) -> dict[str, float]:
+        """What the objective is made with, by the names of its arguments."""
+        return {}
+
     @abstractmethod
     def answers(self, examples: Sequence[Example], outputs: ModelOutputs) -> Sequence[str | None]:
         """The answer to each of N examples; `None` = no answer."""
+
+    def shares(self, example: Example) -> Sequence[float]:
+        """How right each candidate is: the example's own shares, or 1 for its target."""
+        if example.shares:
+            return example.shares
+        return [float(text == example.target) for text in self.candidates(example)]
 
     def answer_of(self, example: Example) -> str:
         """The right answer, as metrics compare it with those of `answers`."""
@@ -147,6 +175,15 @@ class AnswerKind(ABC):
     def chance_scores(self, metric: str, examples: Sequence[Example]) -> Sequence[float] | None:
         """[N], what guessing is expected to score on each row, of which `chance` is the mean."""
         return None
+
+    def classic(
+        self, train: Sequence[Example], asked: Sequence[Example]
+    ) -> Mapping[str, ModelOutputs]:
+        """What classic baselines, trained on `train`, give for `asked`, as if they were models.
+
+        Those of `rivals` give an answer only.
+        """
+        return {}
 
     def run_columns(
         self, examples: Sequence[Example], outputs: ModelOutputs
