@@ -94,7 +94,7 @@ def finetune(
             chat_template=data_args.chat_template,
             callbacks=[log, WriteCards(output_dir)],
         )
-        status = fsdp_status(trainer.model)
+        status = fsdp_status(trainer.model, traffic=trainer.host_traffic)
         # Only now: an earlier run outlives every mistake that is found before this one can start.
         on_first_rank(lambda: _remove_earlier_run(output_dir, training_args))
         if trainer.is_world_process_zero():

@@ -14,7 +14,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, clear_environment
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from lora_fsdp.distributed.launch import check_environment, processes_dropped
+from lora_fsdp.distributed.launch import check_environment, check_mesh, processes_dropped
 from lora_fsdp.errors import LaunchError
 
 #: Values of `distributed_type` that this library trains under, and the others that accelerate has.
@@ -122,6 +122,7 @@ def check_can_start(file: Path, *, processes: int | None) -> None:
     check_all_start(launch)
     with as_launched(launch):
         check_environment()
+        check_mesh(launch.processes)
 
 
 def check_kind_of_launch(contents: Mapping[str, Any]) -> None:

@@ -61,6 +61,9 @@ def launch_environment(config: str | None, **fsdp_overrides: str) -> dict[str, s
             # accelerate's name for this one is shorter than its key.
             key = key.replace("transformer_layer_cls", "transformer_cls")
             variables[key.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
+    if sizes := contents.get("parallelism_config"):
+        variables["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
+        variables |= {key.upper(): str(value) for key, value in sizes.items()}
     return variables | fsdp_overrides
 
 

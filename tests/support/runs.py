@@ -28,6 +28,7 @@ def toy_trainer(
     streamed: bool = False,
     load_in_4bit: bool = False,
     init_lora_weights: Any = True,
+    lora_r: int = 4,
     **arguments: Any,
 ) -> LoraTrainer:
     """A trainer for the toy task; `arguments` are those of `FineTuningArguments`.
@@ -63,7 +64,7 @@ def toy_trainer(
         train_dataset=examples,
         eval_dataset=held_out,
         peft_config=LoraConfig(
-            r=4,
+            r=lora_r,
             target_modules="all-linear",
             lora_dropout=dropout,
             init_lora_weights=init_lora_weights,
