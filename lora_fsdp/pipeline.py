@@ -20,6 +20,7 @@ from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import open_base
 from lora_fsdp.data.checking import check_task_data
 from lora_fsdp.data.rows import TaskData, load_task_data, without_refused_rows
+from lora_fsdp.distributed.hosts import compare_hosts
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
@@ -75,7 +76,9 @@ def finetune(
 
     Called by every process of a launch. `task` stands in for `data_args.task`.
     """
-    output_dir = claim_output_folder(training_args, inputs=_inputs(model_args, data_args))
+    compare_hosts(_inputs(model_args, data_args))
+    inputs = [Path(path) for path in _inputs(model_args, data_args).values() if path]
+    output_dir = claim_output_folder(training_args, inputs=inputs)
     try:
         data = load_task_data(data_args, seed=training_args.seed, task=task)
         data = without_refused_rows(data_args, data, lambda: load_tokenizer(model_args))
@@ -152,9 +155,14 @@ def claim_output_folder(arguments: FineTuningArguments, *, inputs: Sequence[Path
     return folder
 
 
-def _inputs(model: ModelArguments, data: DataArguments) -> list[Path]:
-    names = (model.model_name_or_path, data.data_file, data.eval_file, data.task_file)
-    return [Path(name) for name in names if name]
+def _inputs(model: ModelArguments, data: DataArguments) -> dict[str, str | None]:
+    """What a run reads, by the option that names it."""
+    return {
+        "model_name_or_path": model.model_name_or_path,
+        "data_file": data.data_file,
+        "eval_file": data.eval_file,
+        "task_file": data.task_file,
+    }
 
 
 def _claim(folder: Path, arguments: FineTuningArguments, inputs: Sequence[Path]) -> None:

@@ -90,6 +90,8 @@ def choose_residency(
         return Residency(shape.layers, "no FSDP was asked for")
     if asked is not None:
         return Residency(asked, f"--resident_layers {request.resident_layers}")
+    if least.replicas > 1 and least.sharers == 1 and not request.fsdp.offload:
+        return Residency(shape.layers, "a copy of the base for each rank")
     if hardware.free is None:
         return Residency(0, "a rehearsal shards as the YAML says")
     if request.fsdp.offload:

@@ -34,6 +34,7 @@ def question_of_recipe(
     yaml_for: Callable[[int], Path],
     shipped: Mapping[str, Path],
     is_open: bool,
+    hosts: int = 1,
 ) -> Question:
     """The run of a recipe, to be planned.
 
@@ -44,6 +45,7 @@ def question_of_recipe(
         work: what the run computes on so many ranks, with the prompts' common prefix shared or not.
         yaml_for: the accelerate YAML for a number of GPUs.
         shipped, is_open: see `Question`.
+        hosts: machines that the ranks are on.
 
     Raises:
         UnsupportedModelError, TargetModulesError: as `shape_of`.
@@ -52,7 +54,8 @@ def question_of_recipe(
 
     @cache
     def request(ranks: int) -> Request:
-        fsdp, mixed_precision = _read_yaml(yaml_for(ranks), ranks)
+        machines = hosts if hosts > 1 else None
+        fsdp, mixed_precision = _read_yaml(yaml_for(ranks), ranks, machines=machines)
         return Request.of(
             training,
             fsdp=fsdp,
@@ -62,7 +65,7 @@ def question_of_recipe(
             lora_dropout=bool(adapter.lora_dropout),
         )
 
-    asked = request(1)
+    asked = request(hosts)
     return Question(
         model=model_args.model_name_or_path,
         shape=shape_of(skeleton, adapter, stay=asked.why_not_fused),
@@ -84,9 +87,11 @@ def _skeleton(config: PretrainedConfig, model_args: ModelArguments) -> PreTraine
     )
 
 
-def _read_yaml(file: Path, ranks: int) -> tuple[FsdpSettings | None, bool]:
+def _read_yaml(
+    file: Path, ranks: int, *, machines: int | None = None
+) -> tuple[FsdpSettings | None, bool]:
     """The FSDP settings that ranks read, and whether they compute in mixed precision."""
-    launch = read_launch(file, processes=ranks)
+    launch = read_launch(file, processes=ranks, machines=machines)
     with as_launched(launch):
         settings = read_fsdp_settings()
     return settings, launch.environment.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
