@@ -25,6 +25,7 @@ from lora_fsdp.data.checking import check_task_data
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.formats.several import input_paths
 from lora_fsdp.data.rows import TaskData, load_task_data, without_refused_rows
+from lora_fsdp.distributed.hosts import compare_hosts
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
@@ -84,7 +85,10 @@ def finetune(
 
     Called by every process of a launch. `task` stands in for `data_args.task`.
     """
-    output_dir = claim_output_folder(training_args, inputs=_inputs(model_args, data_args))
+    read = _inputs(model_args, data_args)
+    compare_hosts(read)
+    inputs = [path for name in read.values() if name for path in input_paths(name)]
+    output_dir = claim_output_folder(training_args, inputs=inputs)
     with ExitStack() as held:
         held.callback(release_folder, output_dir)
         held.enter_context(writing_into(output_dir))
@@ -109,7 +113,7 @@ def finetune(
             thinking=data_args.thinking,
             callbacks=[log, WriteCards(output_dir)],
         )
-        status = fsdp_status(trainer.model)
+        status = fsdp_status(trainer.model, traffic=trainer.host_traffic)
         # Only now: an earlier run outlives every mistake that is found before this one can start.
         on_first_rank(lambda: _remove_earlier_run(output_dir, training_args))
         if trainer.is_world_process_zero():
@@ -171,7 +175,8 @@ def claim_output_folder(arguments: FineTuningArguments, *, inputs: Sequence[Path
     return folder
 
 
-def _inputs(model: ModelArguments, data: DataArguments) -> list[Path]:
+def _inputs(model: ModelArguments, data: DataArguments) -> dict[str, str | None]:
+    """What a run reads, by the option that names it."""
     given = {
         "model_name_or_path": model.model_name_or_path,
         "data_file": data.data_file,
@@ -181,7 +186,7 @@ def _inputs(model: ModelArguments, data: DataArguments) -> list[Path]:
     }
     for name, value in given.items():
         check_is_text(name, value)
-    return [path for value in given.values() if value for path in input_paths(value)]
+    return given
 
 
 def _claim(folder: Path, arguments: FineTuningArguments, inputs: Sequence[Path]) -> None:

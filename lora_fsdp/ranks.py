@@ -5,6 +5,7 @@ The only place that asks the process group.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -34,6 +35,22 @@ def rank() -> int:
 def has_others() -> bool:
     """Whether there is any rank beside this one."""
     return world_size() > 1
+
+
+def host_count() -> int:
+    """Machines that the ranks are on, as their launcher says; 1 without one."""
+    said = os.environ.get("GROUP_WORLD_SIZE")
+    if not is_joined() or said is None:
+        return -(-world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))
+    return int(said)
+
+
+def host() -> int:
+    """The place of this process's machine among them."""
+    if not is_joined():
+        return 0
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return int(os.environ.get("GROUP_RANK", rank() // local))
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ class FsdpSettings:
         layer_classes: class names of the layers to shard one by one; `None` = found by structure.
         wrap_layers: shard layer by layer (else the whole base is one group).
         activation_offload: keep what recomputing starts from in host memory.
+        replicas: copies of the sharded base (hybrid sharding): each is shared by as many ranks.
     """
 
     reshard_after_forward: bool
@@ -24,3 +25,4 @@ class FsdpSettings:
     layer_classes: tuple[str, ...] | None
     wrap_layers: bool
     activation_offload: bool = False
+    replicas: int = 1

@@ -44,6 +44,14 @@ class PlanOptions:
     output: str | None = field(
         default=None, metadata={"help": "Write the fastest fitting strategy as accelerate YAML."}
     )
+    hosts: int | None = field(
+        default=None,
+        metadata={"help": "Machines, each with the GPUs of --gpus; 1 when not given."},
+    )
+    link: str | None = field(
+        default=None,
+        metadata={"help": "What a machine can send to others: 10Gbit when not given."},
+    )
     json: bool = field(default=False, metadata={"help": "Print JSON."})
 
 
@@ -90,17 +98,21 @@ def plan(options: PlanOptions, launch: LaunchOptions, arguments: Sequence[str]) 
         revision=model_args.model_revision,
         trust_remote_code=model_args.trust_remote_code,
     )
+    hosts, link = _network(options, launch)
+    suggested = suggested_config if hosts == 1 else lambda gpus: "fsdp2_hosts"
     question = question_of_recipe(
         config,
         model_args=model_args,
         adapter=lora_config(LoraArguments(**lora)),
         training=training,
         work=_work(options, training, model_args, data_args),
-        yaml_for=lambda gpus: find_config(launch.accelerate_config or suggested_config(gpus)),
+        yaml_for=lambda gpus: find_config(launch.accelerate_config or suggested(gpus)),
         shipped={name: find_config(name) for name in ("fsdp2", "fsdp2_offload")},
         is_open=launch.accelerate_config is None,
+        hosts=hosts,
     )
-    found = make_plan(question, gpus=options.gpus, price_per_hour=training["price_per_hour"])
+    price = training["price_per_hour"]
+    found = make_plan(question, gpus=options.gpus, price_per_hour=price, hosts=hosts, link=link)
     if options.output is not None and found.best is not None:
         _write_yaml(Path(options.output), accelerate_yaml(found, found.best))
     if options.json:
@@ -108,6 +120,23 @@ def plan(options: PlanOptions, launch: LaunchOptions, arguments: Sequence[str]) 
     else:
         _print(found, options.output)
     return 0
+
+
+def _network(options: PlanOptions, launch: LaunchOptions) -> tuple[int, float]:
+    """Machines, and bytes per second that each can send to others.
+
+    Raises:
+        ArgumentError: they cannot be so many, or the speed is none.
+    """
+    from lora_fsdp.placement.gpus import parse_link
+
+    given = options.hosts if options.hosts is not None else launch.num_machines
+    hosts = 1 if given is None else given
+    if hosts < 1:
+        raise ArgumentError(f"--hosts {hosts}: at least one machine is needed.")
+    if hosts == 1 and options.link is not None:
+        raise ArgumentError(f"--link {options.link} is between machines: give --hosts as well.")
+    return hosts, parse_link(options.link or "10Gbit")
 
 
 def _write_yaml(file: Path, text: str) -> None:
@@ -223,6 +252,8 @@ def _print(found: Plan, output: str | None) -> None:
         f"{weights_of(best)}: {duration(best.seconds)}{cost}; loading the model comes on top"
     )
     write(table_text(("on each GPU", "GB"), part_rows(best)))
+    if found.hosts > 1:
+        _print_links(found)
     if options := options_for(best, shipped=found.shipped):
         write(f"options of lora-fsdp train: {' '.join(options)}")
         if "plan.yaml" in options and output is None:
@@ -238,6 +269,24 @@ def _chosen(found: Plan) -> str:
     return "Fastest of those that fit, each with little to spare"
 
 
+def _print_links(found: Plan) -> None:
+    """What crosses between machines, and the fastest layout by the speed of their network."""
+    from lora_fsdp.placement.gpus import GIGABIT
+    from lora_fsdp.planning.links import USUAL_LINKS, fastest, why_fastest
+    from lora_fsdp.planning.plan_text import link_rows, weights_of
+
+    speeds = [f"{link / GIGABIT:.0f} Gbit/s" for link in USUAL_LINKS]
+    write(f"\nOver the network between {found.hosts} hosts, an optimizer step:")
+    write(table_text(("strategy", "base", "a host sends", *speeds), link_rows(found)))
+    for link in sorted({found.link, *USUAL_LINKS}):
+        if (best := fastest(found.candidates, link)) is not None:
+            one = best.candidate
+            write(
+                f"{link / GIGABIT:g} Gbit/s: {one.count} x {one.gpu.name}, {one.strategy}, "
+                f"{weights_of(one)}: {why_fastest(best, found.candidates)}"
+            )
+
+
 COMMANDS = (
     PlanCommand(
         name="plan",
@@ -246,6 +295,8 @@ COMMANDS = (
             "plan --config recipe.yaml --gpus 2xRTX4090 1xH100 --price_per_hour 2",
             "plan --model_name_or_path deepseek-ai/deepseek-llm-7b-base --examples 4500 \\\n"
             "      --tokens_per_example 59 --gpus 2xRTX4090",
+            "plan --model_name_or_path 70B --examples 1000 --tokens_per_example 500 \\\n"
+            "      --gpus 8xH100 --hosts 2 --link 10Gbit",
             "plan --model_name_or_path 70B --examples 1000 --tokens_per_example 500 \\\n"
             "      --gpus 2xRTX4090 --output plan.yaml",
         ),

@@ -27,6 +27,8 @@ from lora_fsdp.printing import say
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+    from lora_fsdp.distributed.meeting import Meeting
+
 _MODULE = "lora_fsdp.cli.training_process"
 
 # Of several hundred: what most runs set. The texts of our own options are those in the code.
@@ -57,12 +59,24 @@ class LaunchOptions:
     accelerate_config: str | None = option(
         None,
         "Accelerate YAML: a file, or the name of a shipped one (single, ddp, fsdp2, "
-        "fsdp2_offload, fsdp2_cpu). Without it, what fits this machine's GPUs.",
+        "fsdp2_hosts, fsdp2_offload, fsdp2_cpu). Without it, what fits this machine's GPUs.",
     )
     num_processes: int | None = option(
         None, "Processes, instead of the YAML's number; one for each GPU."
     )
-    main_process_port: int | None = option(None, "Port at which the processes meet; any free one.")
+    num_machines: int | None = option(None, "Machines, instead of the YAML's number.")
+    machine_rank: int | None = option(
+        None, "Which of several machines this is: 0 for the first, each number once."
+    )
+    main_process_ip: str | None = option(
+        None, "Address of the first of several machines (IPv4 or a name), the same on all."
+    )
+    main_process_port: int | None = option(
+        None,
+        "Port at which the processes meet: any free one; with several machines the YAML's, or "
+        "29500, free on the first.",
+    )
+    join_seconds: float = option(60.0, "How long several machines wait for one another.")
     dry_run: bool = option(False, "Print the command that would be run, and stop.")
 
 
@@ -90,12 +104,16 @@ class TrainCommand(Command):
 
 def train(options: LaunchOptions, arguments: Sequence[str]) -> int:
     """Launch, and say in one sentence how it failed if it did."""
-    command = launch_command_line(options, arguments)
+    command, meeting, settings = _command_and_meeting(options, arguments)
     if options.dry_run:
         say(shlex.join(["accelerate", "launch", *command]))
         return 0
     say(f"Starting: {shlex.join(['accelerate', 'launch', *command[: -len(arguments) or None]])}")
     sys.stdout.flush()
+    if meeting is not None:
+        from lora_fsdp.distributed.meeting import check_meeting
+
+        check_meeting(meeting, settings=settings, seconds=options.join_seconds)
     return _launch(command)
 
 
@@ -105,27 +123,66 @@ def launch_command_line(options: LaunchOptions, arguments: Sequence[str]) -> lis
     Raises:
         LaunchError: it would leave out something of what is asked for.
     """
+    return _command_and_meeting(options, arguments)[0]
+
+
+def _command_and_meeting(
+    options: LaunchOptions, arguments: Sequence[str]
+) -> tuple[list[str], Meeting | None, str]:
+    """The command, where several machines meet before it, and what must be the same on them."""
     from torch.cuda import device_count
 
-    from lora_fsdp.distributed.launch_files import check_can_start
+    from lora_fsdp.distributed.launch_files import check_can_start, launch_words, read_launch_yaml
+    from lora_fsdp.distributed.meeting import meeting_of
 
     config, processes = launched_config(options, gpus=device_count())
-    check_can_start(config, processes=processes)
-    command = ["--config_file", str(config)]
-    if processes is not None:
-        command += ["--num_processes", str(processes)]
-    # The usual port may be taken by another run on this machine.
-    port = options.main_process_port
-    command += ["--main_process_port", str(0 if port is None else port)]
-    return [*command, "--module", _MODULE, *arguments]
+    launch = check_can_start(config, processes=processes, machines=options.num_machines)
+    command = launch_words(config, processes=processes, machines=options.num_machines)
+    ends = ["--module", _MODULE, *arguments]
+    if launch.machines == 1:
+        _refuse_of_several(options)
+        # The usual port may be taken by another run on this machine.
+        port = options.main_process_port
+        return [*command, "--main_process_port", str(0 if port is None else port), *ends], None, ""
+    names = ("machine_rank", "main_process_ip", "main_process_port")
+    given = {name: getattr(options, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    found = read_launch_yaml(config) | given
+    meeting = meeting_of(
+        found,
+        machines=launch.machines,
+        processes=launch.processes,
+        is_placed="machine_rank" in found,
+    )
+    command += ["--machine_rank", str(meeting.place), "--main_process_ip", meeting.address]
+    command += ["--main_process_port", str(meeting.port)]
+    return [*command, *ends], meeting, launch.settings
+
+
+def _refuse_of_several(options: LaunchOptions) -> None:
+    """Refuse what one machine has no use for.
+
+    Raises:
+        LaunchError: names the option.
+    """
+    from lora_fsdp.errors import LaunchError
+
+    if options.machine_rank not in (None, 0) or options.main_process_ip is not None:
+        name = "main_process_ip" if options.main_process_ip is not None else "machine_rank"
+        raise LaunchError(
+            f"--{name} {getattr(options, name)}, but there is one machine: give --num_machines as "
+            "well, or --accelerate_config fsdp2_hosts."
+        )
 
 
 def launched_config(options: LaunchOptions, *, gpus: int) -> tuple[Path, int | None]:
     """The accelerate YAML, and the number of processes where it is not the YAML's own."""
-    config = find_config(options.accelerate_config or suggested_config(gpus))
+    machines = options.num_machines or 1
+    suggested = "fsdp2_hosts" if machines > 1 and gpus else suggested_config(gpus)
+    config = find_config(options.accelerate_config or suggested)
     processes = options.num_processes
-    if processes is None and options.accelerate_config is None and gpus > 1:
-        processes = gpus
+    if processes is None and options.accelerate_config is None and machines * gpus > 1:
+        processes = machines * gpus
     return config, processes
 
 

@@ -68,7 +68,31 @@ def read_fsdp_settings() -> FsdpSettings | None:
         layer_classes=tuple(names) if names else None,
         wrap_layers=plugin.auto_wrap_policy is not None,
         activation_offload=bool(plugin.activation_checkpointing_offload),
+        replicas=_size_of_mesh("DP_REPLICATE_SIZE") if parallelism_requested() else 1,
     )
+
+
+def parallelism_requested() -> bool:
+    """Whether the YAML has a `parallelism_config`."""
+    return os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+
+
+def check_mesh(world_size: int) -> None:
+    """Refuse a `parallelism_config` that is not hybrid sharding of all processes.
+
+    Raises:
+        FsdpSettingError: names the key and its value.
+    """
+    if not parallelism_requested():
+        return
+    copies, shards = _size_of_mesh("DP_REPLICATE_SIZE"), _size_of_mesh("DP_SHARD_SIZE")
+    if copies * shards != world_size:
+        raise FsdpSettingError(
+            f"parallelism_config: {copies} copies of the base (dp_replicate_size) x {shards} "
+            f"processes that share one (dp_shard_size) are {copies * shards}, but there are "
+            f"{world_size} processes: set dp_shard_size to the GPUs of a machine and "
+            "dp_replicate_size to the number of machines."
+        )
 
 
 def read_plugin() -> FullyShardedDataParallelPlugin:
@@ -98,6 +122,7 @@ def check_launch(
     """
     check_environment()
     check_not_left_alone()
+    check_mesh(int(os.environ.get("WORLD_SIZE", "1")))
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if asked != arguments.world_size:
         raise FsdpDroppedError(
@@ -207,17 +232,18 @@ def check_sharding_has_ranks(world_size: int) -> None:
 @contextmanager
 def accelerate_without_fsdp() -> Iterator[None]:
     """Let accelerate build its state as if no FSDP had been asked for (the module says why)."""
-    asked = os.environ.pop("ACCELERATE_USE_FSDP", None)
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG")
+    asked = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
-        if asked is not None:
-            os.environ["ACCELERATE_USE_FSDP"] = asked
+        os.environ.update(asked)
 
 
 def launch_fingerprint() -> str:
     """The FSDP settings in this rank's environment, as one string."""
-    settings = {key: value for key, value in os.environ.items() if key.startswith("FSDP_")}
+    of_yaml = ("FSDP_", "PARALLELISM_CONFIG_")
+    settings = {key: value for key, value in os.environ.items() if key.startswith(of_yaml)}
     return str(sorted({**settings, "ACCELERATE_USE_FSDP": str(fsdp_requested())}.items()))
 
 
@@ -233,11 +259,39 @@ def unsupported_settings(plugin: FullyShardedDataParallelPlugin) -> dict[str, st
         found["fsdp_ignored_modules"] = (
             "fsdp_ignored_modules is set by this library (the adapter): remove it from the YAML."
         )
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
-        found["parallelism_config"] = (
-            "parallelism_config is not supported: remove it; the base is sharded over all ranks."
-        )
+    if (reason := _unsupported_mesh()) is not None:
+        found["parallelism_config"] = reason
     return found
+
+
+def _unsupported_mesh() -> str | None:
+    """Why the YAML's `parallelism_config` cannot be carried out; `None` = it can, or is not there.
+
+    Of its sizes two are: copies of the base, and processes that share one.
+    """
+    if not parallelism_requested():
+        return None
+    for name in ("TP_SIZE", "CP_SIZE", "SP_SIZE"):
+        if (size := _size_of_mesh(name)) != 1:
+            return (
+                f"parallelism_config_{name.lower()}: {size} is not supported: only "
+                "dp_replicate_size and dp_shard_size are; set it to 1."
+            )
+    for name in ("DP_REPLICATE_SIZE", "DP_SHARD_SIZE"):
+        if (size := _size_of_mesh(name)) < 1:
+            return f"parallelism_config_{name.lower()}: {size} must be 1 or more."
+    return None
+
+
+def _size_of_mesh(name: str) -> int:
+    text = os.environ.get(f"PARALLELISM_CONFIG_{name}", "1")
+    try:
+        return int(text)
+    except ValueError as error:
+        raise FsdpSettingError(
+            f"parallelism_config_{name.lower()}: {text} is no whole number: give the number of "
+            "processes."
+        ) from error
 
 
 def _fsdp2_equivalent() -> str:

@@ -14,13 +14,14 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, clear_environment
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from lora_fsdp.distributed.launch import check_environment, processes_dropped
+from lora_fsdp.distributed.launch import check_environment, check_mesh, processes_dropped
 from lora_fsdp.errors import LaunchError
 
 #: Values of `distributed_type` that this library trains under, and the others that accelerate has.
 TYPES = {"NO", "FSDP", "MULTI_GPU", "MULTI_CPU"}
 OTHER_TYPES = {kind.value for kind in DistributedType} - TYPES
 
+_OF_MESH = "parallelism_config_"
 # Who has them is a rank of a launch, and would join the others.
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # An AssertionError is how accelerate refuses an address that is missing.
@@ -49,6 +50,12 @@ class Launch:
     use_cpu: bool
 
     @property
+    def settings(self) -> str:
+        """What of the YAML must be the same on every machine, as text."""
+        of_yaml = ("FSDP_", "PARALLELISM_CONFIG_", "ACCELERATE_")
+        return str(sorted((k, v) for k, v in self.environment.items() if k.startswith(of_yaml)))
+
+    @property
     def processes_here(self) -> int:
         """Processes on each machine."""
         return max(1, self.processes // max(1, self.machines))
@@ -70,20 +77,44 @@ def read_launch_yaml(file: Path) -> dict[str, Any]:
     return contents
 
 
-def read_launch(file: Path, *, processes: int | None) -> Launch:
+def launch_words(file: Path, *, processes: int | None, machines: int | None = None) -> list[str]:
+    """The options that give `accelerate launch` a YAML with other numbers in it.
+
+    A YAML that has a copy of the base for each machine has one for each of so many, too.
+    """
+    words = ["--config_file", str(file)]
+    if processes is not None:
+        words += ["--num_processes", str(processes)]
+    if machines is not None:
+        words += ["--num_machines", str(machines)]
+    contents = read_launch_yaml(file)
+    sizes = contents.get("parallelism_config")
+    if not isinstance(sizes, dict) or (processes, machines) == (None, None):
+        return words
+    copies = f"{_OF_MESH}dp_replicate_size"
+    usual = contents.get("num_machines", 1)
+    count = machines if machines is not None else usual
+    total = processes if processes is not None else contents.get("num_processes", 1)
+    if sizes.get(copies) == usual and isinstance(count, int) and isinstance(total, int):
+        shared = str(max(1, total // max(1, count)))
+        words += [f"--{copies}", str(count), f"--{_OF_MESH}dp_shard_size", shared]
+    return words
+
+
+def read_launch(file: Path, *, processes: int | None, machines: int | None = None) -> Launch:
     """What `accelerate launch --config_file` would start.
 
     Args:
         file: the YAML.
         processes: `--num_processes`, if that is given.
+        machines: `--num_machines`, if that is given.
 
     Raises:
         LaunchError: accelerate refuses the YAML.
     """
     # Port 0 = any free one, so that none is asked for whether it is in use.
-    words = ["--config_file", str(file), "--main_process_port", "0"]
-    if processes is not None:
-        words += ["--num_processes", str(processes)]
+    words = launch_words(file, processes=processes, machines=machines)
+    words += ["--main_process_port", "0"]
     with _environment(_without_ranks()):
         try:
             asked, _, _ = _validate_launch_command(
@@ -107,21 +138,27 @@ def read_launch(file: Path, *, processes: int | None) -> Launch:
             raise LaunchError(f"accelerate refuses {file}: {reason}") from error
 
 
-def check_can_start(file: Path, *, processes: int | None) -> None:
+def check_can_start(file: Path, *, processes: int | None, machines: int | None = None) -> Launch:
     """Refuse a YAML of which a launch would leave something out without a word.
 
     Args:
         file: the YAML.
         processes: `--num_processes`, if that is given.
+        machines: `--num_machines`, if that is given.
+
+    Returns:
+        what it would start.
 
     Raises:
         LaunchError: names the key.
     """
     check_kind_of_launch(read_launch_yaml(file))
-    launch = read_launch(file, processes=processes)
+    launch = read_launch(file, processes=processes, machines=machines)
     check_all_start(launch)
     with as_launched(launch):
         check_environment()
+        check_mesh(launch.processes)
+    return launch
 
 
 def check_kind_of_launch(contents: Mapping[str, Any]) -> None:

@@ -38,10 +38,10 @@ def place_model(
 ) -> frozenset[nn.Parameter]:
     """Put base and adapter where they stay for the run, in place.
 
-    With `settings` what is not resident is sharded over all ranks, layer by layer, so no rank ever
-    holds more of it on its device than its shard and the layers in flight; without, or with the
-    whole base resident, each rank keeps a whole copy. Weights that the model lacks yet are read
-    from `stored` once it is sharded.
+    With `settings` what is not resident is sharded over the ranks that share a copy, layer by
+    layer, so no rank ever holds more of it than its shard and the layers in flight; without, or
+    with the whole base resident, each rank keeps a whole copy. Weights that the model lacks yet are
+    read from `stored` once it is sharded.
 
     Returns:
         the base's parameters that every rank holds whole.
@@ -61,7 +61,7 @@ def place_model(
     shard_base(
         base,
         settings=settings,
-        mesh=init_device_mesh(device.type, (layout.ranks,)),
+        mesh=mesh_of(layout, device),
         ignored=whole | adapter,
         groups=[layer for layer in layers if layer not in kept],
     )
@@ -69,6 +69,21 @@ def place_model(
         keep_on = torch.device("cpu") if settings.offload else device
         stored.fill([base], device=device, keep_on=keep_on)
     return whole
+
+
+def mesh_of(layout: Layout, device: torch.device) -> DeviceMesh:
+    """The ranks as torch shards over them: those that share a copy are a row.
+
+    Ranks are numbered host by host, so that a row lies on one host where as many ranks as it has
+    share a copy. Nothing is ever summed between the rows: a frozen weight has no gradient.
+    """
+    if layout.replicas == 1:
+        return init_device_mesh(device.type, (layout.ranks,))
+    return init_device_mesh(
+        device.type,
+        (layout.replicas, layout.sharers),
+        mesh_dim_names=("replicate", "shard"),
+    )
 
 
 def _kept_whole(

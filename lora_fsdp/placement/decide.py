@@ -19,6 +19,7 @@ from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.residency import (
     Residency,
     asked_layers,
+    check_replicas,
     choose_residency,
     with_head_placed,
 )
@@ -144,6 +145,7 @@ def decide(shape: ModelShape, work: Work, hardware: Hardware, request: Request) 
 
 def _decide(shape: ModelShape, work: Work, hardware: Hardware, request: Request) -> Placement:
     check_step_can_be(shape, request)
+    check_replicas(hardware, request)
     layout = _least_layout(shape, hardware, request)
     shortest = largest_sequence(work, max(work.longest_example, request.max_tokens_per_row or 0))
     recomputing = _why_recompute(shape, layout, hardware, largest=shortest)
@@ -223,6 +225,8 @@ def _least_layout(shape: ModelShape, hardware: Hardware, request: Request) -> La
         recomputed=recomputed,
         captured=captured,
         gathers_captured=why_gathers_not_captured(hardware, request) is None,
+        hosts=hardware.hosts,
+        replicas=1 if fsdp is None else fsdp.replicas,
     )
 
 

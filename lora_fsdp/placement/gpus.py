@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from lora_fsdp.errors import ArgumentError
 
 _MEBIBYTE = 2**20
+#: Bytes per second of a network of 1 Gbit/s.
+GIGABIT = 1e9 / 8
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,8 @@ _OTHER_BOARD = frozenset({"ti", "super", "d", "laptop", "max", "mobile", "mig"})
 _SAME_MEMORY = 0.1
 _COUNTED = re.compile(r"(?:(\d+)\s*[x*]\s*)?(.+)", re.IGNORECASE)
 _NUMBER = r"(\d+(?:\.\d+)?)"
+_UNITS = {"M": 1e6, "G": 1e9, "T": 1e12}
+_LINK = re.compile(rf"{_NUMBER}\s*([MGTmgt])(B|b|bit|bits)?(?:/s|ps)?")
 _OWN = re.compile(
     rf"([\w.-]+):{_NUMBER}GB:{_NUMBER}TFLOPS(?::{_NUMBER}GB/s)?(?::{_NUMBER}GB/s)?", re.IGNORECASE
 )
@@ -172,6 +176,22 @@ def parse_gpus(text: str) -> tuple[int, Gpu]:
             "describe your own: NAME:48GB:200TFLOPS:900GB/s:20GB/s."
         )
     return count, found
+
+
+def parse_link(text: str) -> float:
+    """Bytes per second of a network from words such as `10Gbit`, `400 Gbit/s` or `12.5GB/s`.
+
+    Raises:
+        ArgumentError: it names no speed.
+    """
+    match = _LINK.fullmatch(text.strip())
+    speed = 0.0 if match is None else float(match[1]) * _UNITS[match[2].upper()]
+    if match is None or not 0 < speed < math.inf:
+        raise ArgumentError(
+            f"--link {text!r} is no speed: write what a host can send to others as 10Gbit, "
+            "400Gbit or 12.5GB/s."
+        )
+    return speed if match[3] == "B" else speed / 8
 
 
 def known_gpu(device_name: str, *, memory: int) -> Gpu | None:

@@ -18,6 +18,7 @@ class Hardware:
 
     Attributes:
         ranks: processes, with a GPU each if there are GPUs.
+        hosts: machines that they are on, evenly.
         has_gpu: whether they compute on GPUs.
         free: bytes that torch's allocator can have on the rank that has the least; `None` = no
             memory is planned with, as on a CPU.
@@ -29,16 +30,17 @@ class Hardware:
     has_gpu: bool
     free: int | None
     why_gathers_not_captured: str | None = None
+    hosts: int = 1
 
     @classmethod
-    def of(cls, gpu: Gpu, count: int) -> Hardware:
-        """`count` GPUs of a kind with nothing else on them, one rank each."""
-        return cls(ranks=count, has_gpu=True, free=usable_memory(gpu.memory))
+    def of(cls, gpu: Gpu, count: int, *, hosts: int = 1) -> Hardware:
+        """`count` GPUs of a kind with nothing else on them, one rank each, on so many machines."""
+        return cls(ranks=count, has_gpu=True, free=usable_memory(gpu.memory), hosts=hosts)
 
     @classmethod
-    def without_gpu(cls, ranks: int) -> Hardware:
-        """So many processes on a CPU."""
-        return cls(ranks=ranks, has_gpu=False, free=None)
+    def without_gpu(cls, ranks: int, *, hosts: int = 1) -> Hardware:
+        """So many processes on CPUs."""
+        return cls(ranks=ranks, has_gpu=False, free=None, hosts=hosts)
 
 
 def usable_memory(memory: int) -> int:

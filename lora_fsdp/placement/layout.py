@@ -13,7 +13,9 @@ class Layout:
     """How a base lies across ranks.
 
     Attributes:
-        ranks: how many share it.
+        ranks: of the run.
+        hosts: machines that they are on, evenly.
+        replicas: copies of what is sharded: each is shared by as many ranks.
         resident_layers: decoder layers that every rank keeps whole; all of them = nothing is
             sharded.
         whole_head: every rank keeps the output head whole, too.
@@ -36,6 +38,23 @@ class Layout:
     recomputed: bool = False
     captured: bool = True
     gathers_captured: bool = False
+    hosts: int = 1
+    replicas: int = 1
+
+    @property
+    def sharers(self) -> int:
+        """Ranks that share one copy."""
+        return max(1, self.ranks // self.replicas)
+
+    @property
+    def reaches_over_hosts(self) -> bool:
+        """Whether ranks of different hosts share a copy."""
+        return self.sharers > max(1, self.ranks // self.hosts)
+
+    @property
+    def replicas_over_hosts(self) -> int:
+        """Copies that lie on hosts of their own."""
+        return min(self.replicas, self.hosts)
 
     def gathers(self, layers: int) -> bool:
         """Whether a step of a model of so many layers gathers any, from ranks or the host."""

@@ -123,7 +123,7 @@ def _computing(shape: ModelShape, layout: Layout, largest: LargestSequence) -> D
     base = shape.base_bytes(quantized=layout.quantized)
     whole = not layout.gathers(shape.layers)
     resident = base if whole else layout.resident_layers * layer + _kept_head(shape, layout)
-    sharded = 0 if whole else -(-(base - resident) // layout.ranks)
+    sharded = 0 if whole else -(-(base - resident) // layout.sharers)
     unpacked = shape.itemsize * shape.largest_linear if layout.quantized else 0
     in_flight, communication, unpacked = _gathered(
         shape, layout, layer=layer, rest=base - resident, whole=whole, unpacked=unpacked

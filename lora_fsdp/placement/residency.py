@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lora_fsdp.errors import ArgumentError
+from lora_fsdp.errors import ArgumentError, FsdpSettingError
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.placement.layout import Layout
 from lora_fsdp.placement.memory import LargestSequence, device_memory
@@ -24,6 +24,21 @@ class Residency:
 
     layers: int
     reason: str
+
+
+def check_replicas(hardware: Hardware, request: Request) -> None:
+    """Refuse copies of the base that the ranks cannot share evenly.
+
+    Raises:
+        FsdpSettingError: says which number would do.
+    """
+    replicas = 1 if request.fsdp is None else request.fsdp.replicas
+    if hardware.ranks % replicas:
+        raise FsdpSettingError(
+            f"dp_replicate_size {replicas} (the YAML's parallelism_config): {hardware.ranks} "
+            f"processes cannot share {replicas} copies of the base evenly: set it to the number "
+            f"of machines, {hardware.hosts}."
+        )
 
 
 def asked_layers(total: int, request: Request) -> int | None:
@@ -75,6 +90,8 @@ def choose_residency(
         return Residency(shape.layers, "no FSDP was asked for")
     if asked is not None:
         return Residency(asked, f"--resident_layers {request.resident_layers}")
+    if least.replicas > 1 and least.sharers == 1 and not request.fsdp.offload:
+        return Residency(shape.layers, "a copy of the base for each rank")
     if hardware.free is None:
         return Residency(0, "a rehearsal shards as the YAML says")
     if request.fsdp.offload:

@@ -7,9 +7,18 @@ shares of their data sheets.
 
 from __future__ import annotations
 
+import math
+
 from lora_fsdp.data.workload import Work
 from lora_fsdp.placement.gpus import Gpu
 from lora_fsdp.placement.layout import Layout, is_captured
+from lora_fsdp.placement.network import (
+    gathered_bytes,
+    gathers,
+    host_traffic,
+    seconds_of_gradients,
+    seconds_of_weights,
+)
 from lora_fsdp.placement.shape import ModelShape
 
 # Share of the data sheet's operations that a long sequence's matmuls reach, with the norms,
@@ -39,9 +48,21 @@ _STEP_SECONDS = 1.5e-3
 
 
 def step_seconds(
-    shape: ModelShape, layout: Layout, work: Work, gpu: Gpu, *, sequence_tokens: int
+    shape: ModelShape,
+    layout: Layout,
+    work: Work,
+    gpu: Gpu,
+    *,
+    sequence_tokens: int,
+    link: float = math.inf,
 ) -> float:
-    """One optimizer step: the slowest of what happens at once, and what does not."""
+    """One optimizer step: the slowest of what happens at once, and what does not.
+
+    Args:
+        shape, layout, work, gpu: of the run.
+        sequence_tokens: longest packed sequence.
+        link: bytes per second that a host can send to others.
+    """
     sequences = max(1.0, work.step_tokens / sequence_tokens)
     computing = _computing(shape, layout, gpu, work=work, sequences=sequences)
     layers = sequences * shape.layers * _passes(layout) / 2
@@ -50,20 +71,32 @@ def step_seconds(
         computing += layers * _GRAPH_SECONDS
         launching = 0.0
     else:
-        launching = layers * _LAUNCH_SECONDS[shape.is_fused] + _GATHER_SECONDS * _gathers(
+        launching = layers * _LAUNCH_SECONDS[shape.is_fused] + _GATHER_SECONDS * gathers(
             shape, layout, sequences=sequences
         )
-    receiving = sequences * _receiving(shape, layout, gpu)
+    traffic = host_traffic(shape, layout, sequences=sequences)
+    receiving = max(
+        sequences * _receiving(shape, layout, gpu), seconds_of_weights(traffic, layout, link=link)
+    )
+    summing = seconds_of_gradients(traffic, layout, link=link)
     if captured:  # within a graph a layer's gather was measured to stand beside the computing
-        return computing + receiving + _STEP_SECONDS
-    return max(computing, launching, receiving) + _STEP_SECONDS
+        return computing + receiving + summing + _STEP_SECONDS
+    return max(computing, launching, receiving) + summing + _STEP_SECONDS
 
 
 def run_seconds(
-    shape: ModelShape, layout: Layout, work: Work, gpu: Gpu, *, sequence_tokens: int
+    shape: ModelShape,
+    layout: Layout,
+    work: Work,
+    gpu: Gpu,
+    *,
+    sequence_tokens: int,
+    link: float = math.inf,
 ) -> float:
     """Training, and scoring the held-out examples; loading the model is not counted."""
-    training = work.steps * step_seconds(shape, layout, work, gpu, sequence_tokens=sequence_tokens)
+    training = work.steps * step_seconds(
+        shape, layout, work, gpu, sequence_tokens=sequence_tokens, link=link
+    )
     tokens = work.scored_tokens / layout.ranks
     rate = gpu.flops * _SHARE[shape.is_fused]
     return training + 2.0 * shape.active_parameters * tokens / rate
@@ -108,31 +141,8 @@ def _adapting(shape: ModelShape, gpu: Gpu, *, tokens: float, sequences: float) -
     return max(launching, copying + multiplying)
 
 
-def _gathers(shape: ModelShape, layout: Layout, *, sequences: float) -> float:
-    """How often a step gathers layers."""
-    gathered = shape.layers if layout.offloaded else shape.layers - layout.resident_layers
-    if layout.one_group:
-        gathered = min(gathered, 1)
-    return sequences * _gathers_of_a_layer(layout) * gathered
-
-
-def _gathers_of_a_layer(layout: Layout) -> float:
-    """For one sequence, if it is sharded."""
-    return 1.0 if layout.kept_until_backward or layout.one_group else 2.0
-
-
 def _receiving(shape: ModelShape, layout: Layout, gpu: Gpu) -> float:
     """Seconds in which a rank receives what it lacks for one sequence, from the host and others."""
-    if not layout.gathers(shape.layers):
-        return 0.0
-    sharded = shape.base_bytes(quantized=layout.quantized) - (
-        layout.resident_layers * shape.layer_bytes(quantized=layout.quantized)
-    )
-    if layout.whole_head:
-        sharded -= 2 * shape.head_parameters
-    passes = _gathers_of_a_layer(layout)
-    # Embeddings are gathered once a sequence; tied ones stay in the root group.
-    received = passes * sharded - (passes - 1.0) * 2 * shape.embedding_parameters
-    own = 1 / layout.ranks
+    own = 1 / layout.sharers
     seconds = (1 - own) / gpu.link + (own / gpu.host_link if layout.offloaded else 0.0)
-    return received * seconds
+    return gathered_bytes(shape, layout) * seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ from lora_fsdp.placement.decide import Placement, decide
 from lora_fsdp.placement.gpus import Gpu
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.placement.memory import DeviceMemory
+from lora_fsdp.placement.network import HostTraffic, host_traffic
 from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.shape import ModelShape
 from lora_fsdp.placement.timing import run_seconds
@@ -35,12 +37,14 @@ class Candidate:
     """One way to run on one choice of GPUs: what is asked for, and what is decided then.
 
     Attributes:
-        gpu, count: which GPUs, one rank each.
+        gpu, count: which GPUs, one rank each, on all hosts together.
         request: what is asked for.
         placement: what a run would decide.
         seconds: of training and scoring, loading not counted.
         cost: in the price's currency; `None` without a price.
         yaml_is_default: whether the YAML is the recipe's, or the one that so many GPUs get.
+        work: what each rank computes.
+        traffic: what each host sends to others in an optimizer step.
     """
 
     gpu: Gpu
@@ -50,6 +54,8 @@ class Candidate:
     seconds: float
     cost: float | None
     yaml_is_default: bool
+    work: Work
+    traffic: HostTraffic
 
     @property
     def strategy(self) -> str:
@@ -63,6 +69,8 @@ class Candidate:
             name = f"{layout.resident_layers} of {self.placement.shape.layers} resident"
         else:
             name = "till backward" if layout.kept_until_backward else "full shard"
+        if layout.hosts > 1 and not self.placement.is_whole:
+            name += " over all" if layout.reaches_over_hosts else " in each host (hybrid)"
         return name + (", recomputing" if layout.recomputed else "")
 
     @property
@@ -124,41 +132,61 @@ class Question:
 
 
 def candidates(
-    question: Question, gpu: Gpu, count: int, *, price_per_hour: float | None = None
+    question: Question,
+    gpu: Gpu,
+    count: int,
+    *,
+    price_per_hour: float | None = None,
+    hosts: int = 1,
+    link: float = math.inf,
 ) -> list[Candidate]:
     """What was asked for on `count` GPUs, and what else could be asked for.
 
     Args:
         question: the run.
-        gpu, count: the GPUs.
+        gpu, count: the GPUs, of all hosts together.
         price_per_hour: of one GPU; `None` = no cost.
+        hosts: that they are on, evenly.
+        link: bytes per second that each host can send to others.
 
     Raises:
         ArgumentError: what was asked for cannot be.
     """
-    hardware, shape = Hardware.of(gpu, count), question.shape
+    hardware, shape = Hardware.of(gpu, count, hosts=hosts), question.shape
     asked, work = question.request(count), question.work(count)
     found: dict[Placement, Candidate] = {}
-    for place, request in enumerate(_requests(asked, count, is_open=question.is_open)):
+    requests = _requests(asked, count, hosts=hosts, is_open=question.is_open)
+    for place, request in enumerate(requests):
         try:
             placement = decide(shape, work, hardware, request)
         except ArgumentError:
             if place == 0:
                 raise
             continue  # another one than was asked for
+        layout = placement.layout
+        if place and layout.replicas > 1 and layout.sharers == 1 and not placement.is_whole:
+            continue  # sharded over one rank
         seconds = run_seconds(
-            shape, placement.layout, work, gpu, sequence_tokens=placement.largest.tokens
+            shape,
+            placement.layout,
+            work,
+            gpu,
+            sequence_tokens=placement.largest.tokens,
+            link=link,
         )
+        sequences = max(1.0, work.step_tokens / placement.largest.tokens)
+        traffic = host_traffic(shape, placement.layout, sequences=sequences)
         cost = None if price_per_hour is None else price_per_hour * count * seconds / 3600
         known = replace(placement, residency=replace(placement.residency, reason=""))
         is_default = request.fsdp == asked.fsdp
         found.setdefault(
-            known, Candidate(gpu, count, request, placement, seconds, cost, is_default)
+            known,
+            Candidate(gpu, count, request, placement, seconds, cost, is_default, work, traffic),
         )
     return list(found.values())
 
 
-def _requests(asked: Request, count: int, *, is_open: bool) -> Iterator[Request]:
+def _requests(asked: Request, count: int, *, hosts: int, is_open: bool) -> Iterator[Request]:
     """What was asked for, then what differs from it where the recipe leaves something open."""
     yield asked
     for quantized in (True,) if asked.quantized else (False, True):
@@ -171,6 +199,11 @@ def _requests(asked: Request, count: int, *, is_open: bool) -> Iterator[Request]
         if not is_open:
             continue
         base = asked.fsdp or SHARDED
+        if by_memory and hosts > 1:  # a copy in each host, and one copy over all of them
+            for replicas in (hosts, 1):
+                other = replace(base, replicas=replicas, reshard_after_forward=True)
+                yield replace(one, fsdp=other)
+                yield replace(one, fsdp=other, resident_layers="none")
         if by_memory and count > 1:
             kept = replace(base, reshard_after_forward=False)
             yield replace(one, fsdp=kept, resident_layers="none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ class Plan:
         candidates: every strategy, in the order of the GPUs asked for.
         notes: what to know about the numbers.
         shipped: the accelerate YAMLs that have a name, by it.
+        hosts: machines.
+        link: bytes per second that each can send to others.
     """
 
     model: str
@@ -36,6 +39,8 @@ class Plan:
     candidates: Sequence[Candidate]
     notes: Sequence[str]
     shipped: Mapping[str, FsdpSettings | None]
+    hosts: int = 1
+    link: float = math.inf
 
     @property
     def best(self) -> Candidate | None:
@@ -49,37 +54,46 @@ class Plan:
 
 
 def make_plan(
-    question: Question, *, gpus: Sequence[str], price_per_hour: float | None = None
+    question: Question,
+    *,
+    gpus: Sequence[str],
+    price_per_hour: float | None = None,
+    hosts: int = 1,
+    link: float = math.inf,
 ) -> Plan:
     """Work out every strategy; nothing is loaded and no GPU is needed.
 
     Args:
         question: the run that is planned for.
-        gpus: such as `2xRTX4090` (`parse_gpus`).
+        gpus: of each host, such as `2xRTX4090` (`parse_gpus`).
         price_per_hour: of one GPU.
+        hosts: machines.
+        link: bytes per second that each can send to others.
 
     Raises:
         ArgumentError: an unknown GPU, a price below 0, or what was asked for cannot be.
     """
     if price_per_hour is not None and not 0 <= price_per_hour < float("inf"):
         raise ArgumentError(f"--price_per_hour must be 0 or more, not {price_per_hour}.")
-    chosen = [parse_gpus(text) for text in gpus]
+    chosen = [(hosts * count, gpu) for count, gpu in map(parse_gpus, gpus)]
     shape = question.shape
     found = [
         candidate
         for count, gpu in chosen
-        for candidate in candidates(question, gpu, count, price_per_hour=price_per_hour)
+        for candidate in candidates(
+            question, gpu, count, price_per_hour=price_per_hour, hosts=hosts, link=link
+        )
     ]
     notes = [shape.note] if shape.note else []
     packing = question.request(chosen[0][0]).packing_choice
     if packing.packing.is_apart:
         notes.append(f"packing: {packing}")
-    if any(count > _ONE_MACHINE for count, _ in chosen):
+    if any(count > hosts * _ONE_MACHINE for count, _ in chosen):
         notes.append(
             f"more than {_ONE_MACHINE} GPUs are several machines: memory holds for them, time does "
-            "not, as their network is not known"
+            "not, as their network is not known; say --hosts and --link"
         )
-    for count, gpu in chosen:
+    for count, gpu in chosen if hosts == 1 else ():
         here = [c for c in found if c.fits and c.count == count and c.gpu == gpu]
         if not here:
             notes.append(_gpu_that_would(question, count, gpu))
@@ -93,7 +107,8 @@ def make_plan(
         )
     for bytes_ in sorted({one.host_bytes for one in found if one.fits and one.host_bytes}):
         notes.append(f"offload: {bytes_ / 1e9:.0f} GB of the machine's host memory hold the base")
-    return Plan(question.model, shape, question.work(chosen[0][0]), found, notes, question.shipped)
+    work = question.work(chosen[0][0])
+    return Plan(question.model, shape, work, found, notes, question.shipped, hosts, link)
 
 
 def _count_that_would(question: Question, count: int, gpu: Gpu) -> str:

@@ -10,6 +10,7 @@ import yaml
 
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.planning.candidates import Candidate
+from lora_fsdp.planning.links import USUAL_LINKS, megabytes, milliseconds, over_link
 from lora_fsdp.planning.plan import Plan
 from lora_fsdp.printing import cost_text
 
@@ -43,6 +44,7 @@ def candidate_as_json(candidate: Candidate, plan: Plan) -> dict[str, Any]:
         "max_tokens_per_row": candidate.placement.sequence_length,
         "bytes": {**asdict(candidate.memory), "total": candidate.memory.total},
         "host_bytes": candidate.host_bytes,
+        "network_bytes_a_step": asdict(candidate.traffic),
         "seconds": candidate.seconds,
         "cost": candidate.cost,
         "options": options_for(candidate, shipped=plan.shipped),
@@ -71,6 +73,19 @@ def summary_rows(plan: Plan) -> list[tuple[str, ...]]:
         )
         for one in plan.candidates
     ]
+
+
+def link_rows(plan: Plan) -> list[tuple[str, ...]]:
+    """For each layout that fits several hosts: what each host sends, and a step's time by link."""
+    rows: dict[tuple[str, ...], None] = {}
+    for one in plan.candidates:
+        if one.fits:
+            times = [milliseconds(over_link(one, link).seconds) for link in USUAL_LINKS]
+            several = len({(other.count, other.gpu) for other in plan.candidates}) > 1
+            gpus = f"{one.count} x {one.gpu.name}, " if several else ""
+            sent = megabytes(one.traffic.total)
+            rows[(gpus + one.strategy, weights_of(one), sent, *times)] = None
+    return list(rows)
 
 
 SUMMARY_HEADINGS = ("GPUs", "strategy", "base", "GB", "spare", "fits", "time", "cost")
@@ -116,9 +131,9 @@ def accelerate_settings(candidate: Candidate) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
         "distributed_type": "NO" if candidate.count == 1 else "MULTI_GPU",
-        "num_machines": 1,
+        "num_machines": candidate.placement.layout.hosts,
         "num_processes": candidate.count,
-        "main_process_port": 0,
+        "main_process_port": 0 if candidate.placement.layout.hosts == 1 else 29500,
         "mixed_precision": "no",
     }
     fsdp = candidate.request.fsdp
@@ -135,6 +150,11 @@ def accelerate_settings(candidate: Candidate) -> dict[str, Any]:
         if fsdp.layer_classes is not None:
             classes = ",".join(fsdp.layer_classes)
             settings["fsdp_config"]["fsdp_transformer_layer_cls_to_wrap"] = classes
+        if fsdp.replicas > 1:
+            sizes = {"dp_replicate": fsdp.replicas, "dp_shard": candidate.count // fsdp.replicas}
+            sizes |= {"tp": 1, "cp": 1, "sp": 1}
+            named = {f"parallelism_config_{name}_size": size for name, size in sizes.items()}
+            settings["parallelism_config"] = named
     return settings
 
 

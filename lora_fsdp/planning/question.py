@@ -35,6 +35,7 @@ def question_of_recipe(
     yaml_for: Callable[[int], Path],
     shipped: Mapping[str, Path],
     is_open: bool,
+    hosts: int = 1,
 ) -> Question:
     """The run of a recipe, to be planned.
 
@@ -46,6 +47,7 @@ def question_of_recipe(
             for.
         yaml_for: the accelerate YAML for a number of GPUs.
         shipped, is_open: see `Question`.
+        hosts: machines that the ranks are on.
 
     Raises:
         UnsupportedModelError, TargetModulesError: as `shape_of`.
@@ -55,7 +57,8 @@ def question_of_recipe(
 
     @cache
     def request(ranks: int) -> Request:
-        fsdp, mixed_precision = _read_yaml(yaml_for(ranks), ranks)
+        machines = hosts if hosts > 1 else None
+        fsdp, mixed_precision = _read_yaml(yaml_for(ranks), ranks, machines=machines)
         return Request.of(
             training,
             fsdp=fsdp,
@@ -66,7 +69,7 @@ def question_of_recipe(
             why_apart=apart,
         )
 
-    asked = request(1)
+    asked = request(hosts)
     packed = not asked.packing_choice.packing.is_apart
     return Question(
         model=model_args.model_name_or_path,
@@ -89,9 +92,11 @@ def _skeleton(config: PretrainedConfig, model_args: ModelArguments) -> PreTraine
     )
 
 
-def _read_yaml(file: Path, ranks: int) -> tuple[FsdpSettings | None, bool]:
+def _read_yaml(
+    file: Path, ranks: int, *, machines: int | None = None
+) -> tuple[FsdpSettings | None, bool]:
     """The FSDP settings that ranks read, and whether they compute in mixed precision."""
-    launch = read_launch(file, processes=ranks)
+    launch = read_launch(file, processes=ranks, machines=machines)
     with as_launched(launch):
         settings = read_fsdp_settings()
     return settings, launch.environment.get("ACCELERATE_MIXED_PRECISION", "no") != "no"

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lora_fsdp.placement.hardware import Hardware, usable_memory
-from lora_fsdp.ranks import least_of_ranks, world_size
+from lora_fsdp.ranks import host_count, least_of_ranks, world_size
 
 
 def hardware_here(device: torch.device, *, base: nn.Module) -> Hardware:
@@ -17,7 +17,7 @@ def hardware_here(device: torch.device, *, base: nn.Module) -> Hardware:
         base: whose weights may be on the device already: what they take is theirs to keep.
     """
     if device.type != "cuda":
-        return Hardware.without_gpu(world_size())
+        return Hardware.without_gpu(world_size(), hosts=host_count())
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     free += sum(p.nbytes for p in base.parameters() if p.device == device)
@@ -27,4 +27,5 @@ def hardware_here(device: torch.device, *, base: nn.Module) -> Hardware:
         ranks=world_size(),
         has_gpu=True,
         free=least_of_ranks(min(free, allowed), device=device),
+        hosts=host_count(),
     )

@@ -48,6 +48,7 @@ from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
 from lora_fsdp.evaluation.scoring import Scores
+from lora_fsdp.placement.network import HostTraffic, host_traffic
 from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.tasks import Task
 from lora_fsdp.tasks.answers import ModelOutputs
@@ -426,6 +427,12 @@ class LoraTrainer(Trainer):
             self._load_rng_state(None)  # which the Trainer does where an epoch begins
             return (0, *values[1:])
         return values
+
+    @property
+    def host_traffic(self) -> HostTraffic:
+        """What each host sends to others in an optimizer step, predicted."""
+        sequences = max(1.0, self.work.step_tokens / self.placement.sequence_length)
+        return host_traffic(self.placement.shape, self.placement.layout, sequences=sequences)
 
     @property
     def examples_per_step(self) -> int:

@@ -49,6 +49,7 @@ EXPECTED = {
     "fsdp2.yaml": SHARDED,
     "fsdp2_cpu.yaml": replace(SHARDED, reshard_after_forward=False),
     "fsdp2_offload.yaml": FsdpSettings(True, True, False, None, True),
+    "fsdp2_hosts.yaml": replace(SHARDED, replicas=2),
 }
 
 
@@ -82,7 +83,7 @@ class TestShippedConfigs:
     def test_accelerate_reads_it(self, name):
         config = load_config_from_file(str(CONFIGS / name))
         assert config.mixed_precision == "no"
-        assert config.num_processes == (1 if name == "single.yaml" else 2)
+        assert config.num_processes == {"single.yaml": 1, "fsdp2_hosts.yaml": 4}.get(name, 2)
         assert config.use_cpu is (name == "fsdp2_cpu.yaml")
 
     @pytest.mark.parametrize("name", sorted(EXPECTED))
@@ -144,7 +145,13 @@ class TestSettings:
                 },
                 "activation_checkpointing_offload",
             ),
-            ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "parallelism_config"),
+            (
+                {
+                    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+                    "PARALLELISM_CONFIG_TP_SIZE": "2",
+                },
+                "parallelism_config_tp_size: 2",
+            ),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )

@@ -186,7 +186,7 @@ BROKEN = [
      "TRANSFORMER_BASED_WRAP"),
     ("fsdp-ignored-modules", change(fsdp={"fsdp_ignored_modules": "lm_head"}), "remove it"),
     ("parallelism-config",
-     change(launch={"parallelism_config": {"parallelism_config_dp_shard_size": 2}}),
+     change(launch={"parallelism_config": {"parallelism_config_tp_size": 2}}),
      "not supported"),
     ("fsdp-on-one-process", change(num_processes=1), "single.yaml"),
     ("more-processes-than-gpus", change(num_processes=4), "4 processes for 2 GPU(s)"),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+
+if TYPE_CHECKING:
+    from tests.support.hosts import Host
 
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 TIMEOUT_SECONDS = 240
@@ -57,6 +61,9 @@ def launch_environment(config: str | None, **fsdp_overrides: str) -> dict[str, s
             # accelerate's name for this one is shorter than its key.
             key = key.replace("transformer_layer_cls", "transformer_cls")
             variables[key.upper()] = str(value).lower() if isinstance(value, bool) else str(value)
+    if sizes := contents.get("parallelism_config"):
+        variables["ACCELERATE_USE_PARALLELISM_CONFIG"] = "true"
+        variables |= {key.upper(): str(value) for key, value in sizes.items()}
     return variables | fsdp_overrides
 
 
@@ -66,14 +73,21 @@ def run_ranks(
     world_size: int = 2,
     environment: Mapping[str, str] | list[Mapping[str, str]] | None = None,
     launched: bool | None = None,
+    hosts: Sequence[Host] = (),
 ) -> list[Any]:
     """`function(*arguments)` on every rank; the list of what the ranks returned.
 
     `environment` is for all ranks, or a list with one for each. `launched` says whether the ranks
-    have a rendezvous, as those of a launcher do (by default, if there are several).
+    have a rendezvous, as those of a launcher do (by default, if there are several). They are
+    divided evenly between `hosts`, if there are any.
     """
     processes, pipes = start_ranks(
-        function, *arguments, world_size=world_size, environment=environment, launched=launched
+        function,
+        *arguments,
+        world_size=world_size,
+        environment=environment,
+        launched=launched,
+        hosts=hosts,
     )
     try:
         results = _collect(pipes)
@@ -97,6 +111,7 @@ def start_ranks(
     world_size: int,
     environment: Mapping[str, str] | list[Mapping[str, str]] | None = None,
     launched: bool | None = None,
+    hosts: Sequence[Host] = (),
 ) -> tuple[list[BaseProcess], list[Connection]]:
     """As `run_ranks`, without waiting: the processes, and where each will say how it ended."""
     launched = world_size > 1 if launched is None else launched
@@ -108,8 +123,13 @@ def start_ranks(
     for rank in range(world_size):
         ours, theirs = _context.Pipe()
         meeting = _rendezvous(rank, world_size, port) if launched else {}
+        namespace = None
+        if hosts:
+            meeting, namespace = _of_hosts(rank, world_size, hosts)
         variables = {**each[rank], **meeting}
-        process = _context.Process(target=_rank_main, args=(theirs, variables, function, arguments))
+        process = _context.Process(
+            target=_rank_main, args=(theirs, variables, namespace, function, arguments)
+        )
         process.start()
         theirs.close()
         processes.append(process)
@@ -133,10 +153,16 @@ def _collect(pipes: list[Connection]) -> list[Any]:
 
 
 def _rank_main(
-    pipe: Connection, variables: Mapping[str, str], function: Callable[..., Any], arguments: Any
+    pipe: Connection,
+    variables: Mapping[str, str],
+    namespace: str | None,
+    function: Callable[..., Any],
+    arguments: Any,
 ) -> None:
     import torch.distributed as dist
 
+    if namespace is not None:
+        _enter(namespace)
     os.environ.update(variables)
     torch.set_num_threads(1)
     gc.freeze()  # what the server imported is in no collection, as in the tests' own process
@@ -161,6 +187,30 @@ def _rendezvous(rank: int, world_size: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+
+
+def _of_hosts(rank: int, world_size: int, hosts: Sequence[Host]) -> tuple[dict[str, str], str]:
+    """The variables that torchrun sets on several hosts, and the rank's network namespace."""
+    each = world_size // len(hosts)
+    place, local = divmod(rank, each)
+    variables = {
+        **_rendezvous(rank, world_size, 29500),
+        "LOCAL_RANK": str(local),
+        "LOCAL_WORLD_SIZE": str(each),
+        "GROUP_RANK": str(place),
+        "GROUP_WORLD_SIZE": str(len(hosts)),
+        "MASTER_ADDR": hosts[0].address,
+        "GLOO_SOCKET_IFNAME": "eth0",  # the name of this machine is none of these hosts'
+    }
+    return variables, hosts[place].namespace
+
+
+def _enter(namespace: str) -> None:
+    """Put this process into a network namespace (setns(2))."""
+    new_network = 0x40000000  # CLONE_NEWNET
+    with Path("/var/run/netns", namespace).open() as opened:
+        if ctypes.CDLL(None, use_errno=True).setns(opened.fileno(), new_network):
+            raise OSError(ctypes.get_errno(), f"setns {namespace}")
 
 
 def _free_port() -> int:

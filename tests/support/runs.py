@@ -29,6 +29,7 @@ def toy_trainer(
     streamed: bool = False,
     load_in_4bit: bool = False,
     init_lora_weights: Any = True,
+    lora_r: int = 4,
     **arguments: Any,
 ) -> LoraTrainer:
     """A trainer for the toy task; `arguments` are those of `FineTuningArguments`.
@@ -67,7 +68,7 @@ def toy_trainer(
         train_dataset=examples,
         eval_dataset=held_out,
         peft_config=LoraConfig(
-            r=4,
+            r=lora_r,
             target_modules=families[kind][1] if kind in families else "all-linear",
             lora_dropout=dropout,
             init_lora_weights=init_lora_weights,

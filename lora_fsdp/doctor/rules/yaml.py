@@ -159,7 +159,10 @@ _unsupported(
     "Remove it.",
 )
 _unsupported(
-    "parallelism_config", "parallelism-config", "A `parallelism_config` section.", "Remove it."
+    "parallelism_config",
+    "parallelism-config",
+    "A `parallelism_config` with a size other than those of hybrid sharding.",
+    "Keep `dp_replicate_size` (machines) and `dp_shard_size` (GPUs of each), the others at 1.",
 )
 
 
