@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from lora_fsdp.adapter.ownership import trainable_parameters
@@ -114,14 +115,57 @@ def attach_adapter(
     return model
 
 
+def attach_adapters(
+    base: PreTrainedModel,
+    configs: Mapping[str, LoraConfig],
+    *,
+    seeds: Sequence[int],
+    stored: StoredBase | None = None,
+) -> PeftModel:
+    """Attach several new adapters to one base, all of them trainable.
+
+    Args:
+        base: the base.
+        configs: each adapter's settings by its name, the first one named "default".
+        seeds: of each one's first values, which are those that it would have alone.
+        stored: where the base's weights are, if it has not got them yet.
+
+    Raises:
+        TargetModulesError, ArgumentError: as `attach_adapter`.
+    """
+    (_, first), *others = configs.items()
+    set_seed(seeds[0])
+    model = attach_adapter(base, first, stored=stored)
+    for (name, config), seed in zip(others, seeds[1:], strict=True):
+        check_settings(config)
+        _check_targets(base, config, adapted=model)
+        config.base_model_name_or_path = first.base_model_name_or_path
+        config.revision = first.revision
+        set_seed(seed)
+        try:
+            with nullcontext() if stored is None else stored.stand_ins():
+                model.add_adapter(name, config)
+        except _PEFT_ERRORS as error:
+            raise TargetModulesError(f"PEFT cannot adapt {type(base).__name__}: {error}") from error
+    cast(LoraModel, model.base_model).set_adapter(list(configs))
+    for parameter in trainable_parameters(model).values():
+        parameter.data = parameter.data.float()
+    return model
+
+
 def has_dropout(model: PeftModel) -> bool:
     """Whether the adapter drops part of its input while it trains."""
     config = cast(LoraConfig, model.peft_config[str(model.active_adapter)])
     return bool(config.lora_dropout)
 
 
-def _check_targets(base: PreTrainedModel, config: LoraConfig) -> None:
+def _check_targets(
+    base: PreTrainedModel, config: LoraConfig, *, adapted: PeftModel | None = None
+) -> None:
+    """`adapted` is the base with an adapter, whose layers PEFT has put in other modules."""
     names = [name for name, _ in base.named_modules() if name]
+    if adapted is not None:
+        names = [name.replace(".base_layer", "") for name in names]
     targets = config.target_modules
     if targets == "all-linear" or targets is None:
         return
