@@ -217,5 +217,10 @@ def _is_plain(module: LoraLayer) -> bool:
         type(module).__name__ in ("Linear", "Linear4bit")
         and not module.merged
         and not module.lora_variant
-        and all(type(one) is nn.Identity for one in module.lora_dropout.values())
+        and all(_drops_nothing(one) for one in module.lora_dropout.values())
     )
+
+
+def _drops_nothing(module: nn.Module) -> bool:
+    """Also a dropout at work, where adapters answer and are not trained."""
+    return type(module) is nn.Identity or (type(module) is nn.Dropout and not module.training)

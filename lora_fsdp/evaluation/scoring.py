@@ -67,7 +67,7 @@ def score_sequences(
     for scoring in sequences:
         sequence = scoring.sequence.to(device, non_blocking=True)
         outputs = packed.label_outputs(sequence)
-        places = _answer_places(scoring.examples, counts=counts, most=most).to(device)
+        places = answer_places(scoring.examples, counts=counts, most=most).to(device)
         owner = places[sequence.label_answers]
         results[0].index_add_(0, owner, outputs.log_probs.float())
         results[1].index_add_(0, owner, (~outputs.is_most_likely).float())
@@ -97,7 +97,7 @@ def score_examples(
     )
 
 
-def _answer_places(examples: Sequence[int], *, counts: torch.Tensor, most: int) -> torch.Tensor:
+def answer_places(examples: Sequence[int], *, counts: torch.Tensor, most: int) -> torch.Tensor:
     """Where a sequence's answers stand in the flat [N * A] result, in its order."""
     chosen = torch.tensor(examples, dtype=torch.int64)
     places = chosen[:, None] * most + torch.arange(most)

@@ -29,7 +29,7 @@ from lora_fsdp.base.streaming import StoredBase, WholeBase
 from lora_fsdp.compute.architectures import check_architecture, check_token_ids
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
 from lora_fsdp.compute.packing_check import check_packing, sample_of
-from lora_fsdp.compute.shared_pass import SharedPass
+from lora_fsdp.compute.shared_pass import SharedPass, why_apart
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.packing import PackedSequence
 from lora_fsdp.data.sampling import TrainingStep, TrainingSteps
@@ -92,6 +92,11 @@ class AdaptersTogether:
         check_arguments(args, self.settings, max_length=encoder.max_length)
         if not plans or not all(plan.train for plan in plans):
             raise ArgumentError("There are no training examples: give every adapter some.")
+        for plan in plans:
+            if (reason := why_apart(plan.config)) is not None:
+                raise ArgumentError(
+                    f"The adapter {plan.name} cannot share a pass over the base: {reason}."
+                )
         self.held_out = list(held_out)
         stored = self._attach(model)
         self._check_ranks(stored)
