@@ -6,10 +6,12 @@ import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import gather_object
@@ -40,9 +42,13 @@ from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.model_card import WriteCards, remove_model_card, try_to_write_card
 from lora_fsdp.reporting.recording.record import record_start
 from lora_fsdp.reporting.run_files import RECORD_FILES
-from lora_fsdp.tasks import Task
+from lora_fsdp.sweeps.earlier import earlier_files
+from lora_fsdp.sweeps.grid import is_several
+from lora_fsdp.sweeps.results import Summary
+from lora_fsdp.sweeps.run import RanAlone, RunAlone, Several, check_several
+from lora_fsdp.tasks import Example, Task
 from lora_fsdp.training.logging.log_history import KeepLog
-from lora_fsdp.training.rivals import rows_to_probe, score_untrained
+from lora_fsdp.training.rivals import Untrained, rows_to_probe, score_untrained
 from lora_fsdp.training.saving.atomic_folders import remove_leftovers, writing_into
 from lora_fsdp.training.saving.output_folder import (
     check_inputs_stay,
@@ -64,13 +70,16 @@ class FineTuningResult:
         output_dir: the adapter's folder, with the tokenizer, `metrics.json`, `predictions.csv`,
             `confusion_matrix.png`, `report.html` and the model card `README.md`.
         comparison: the tuned model's metrics beside those of the untrained model and the baselines,
-            on the held-out rows; the same on every rank.
+            on the held-out rows; the same on every rank. `None` where there are several adapters.
         task: as its table settled it.
+        summary: of several adapters (`--seeds`, `--folds`, `--grid`), each of which has a folder in
+            `output_dir`; `None` where there is one.
     """
 
     output_dir: Path
-    comparison: Comparison
+    comparison: Comparison | None
     task: Task
+    summary: Summary | None = None
 
 
 def finetune(
@@ -81,58 +90,128 @@ def finetune(
     training_args: FineTuningArguments,
     task: Task | None = None,
 ) -> FineTuningResult:
-    """Train an adapter for a task, prove it, and compare it with what it should beat.
+    """Train an adapter for a task, or several, prove it, and compare it with what it should beat.
 
     Called by every process of a launch. `task` stands in for `data_args.task`.
     """
-    read = _inputs(model_args, data_args)
-    compare_hosts(read)
-    inputs = [path for name in read.values() if name for path in input_paths(name)]
-    output_dir = claim_output_folder(training_args, inputs=inputs)
+    run = _Run(model_args, lora_args, data_args, training_args)
+    compare_hosts(_inputs(model_args, data_args))
+    if is_several(training_args):
+        return _finetune_several(run, task)
+    output_dir = claim_output_folder(training_args, inputs=_input_paths(run))
     with ExitStack() as held:
         held.callback(release_folder, output_dir)
         held.enter_context(writing_into(output_dir))
-        choosing = training_args.chooses_checkpoint
-        data = load_task_data(data_args, seed=training_args.seed, task=task, choosing=choosing)
-        data = without_refused_rows(data_args, data, lambda: load_tokenizer(model_args))
-        set_seed(training_args.seed)  # the adapter's first values
-        adapter = lora_config(lora_args, revision=model_args.model_revision)
-        log = KeepLog(output_dir)
-        trainer = LoraTrainer(
-            model=open_base(model_args, device=training_args.device, peft_config=adapter),
-            args=training_args,
-            task=data.task,
-            processing_class=load_tokenizer(model_args),
-            train_dataset=data.train,
-            eval_dataset=data.held_out,
-            test_dataset=data.test,
-            peft_config=adapter,
-            max_length=data_args.max_length,
-            chat_template=data_args.chat_template,
-            chat_template_kwargs=data_args.template_kwargs(),
-            thinking=data_args.thinking,
-            callbacks=[log, WriteCards(output_dir)],
+        data = _load_data(run, task, choosing=training_args.chooses_checkpoint)
+        return FineTuningResult(output_dir, _run_one(run, data).comparison, data.task)
+
+
+class _Run(NamedTuple):
+    """The arguments of a run."""
+
+    model: ModelArguments
+    lora: LoraArguments
+    data: DataArguments
+    training: FineTuningArguments
+
+
+def _load_data(run: _Run, task: Task | None, *, choosing: bool) -> TaskData:
+    data = load_task_data(run.data, seed=run.training.seed, task=task, choosing=choosing)
+    return without_refused_rows(run.data, data, lambda: load_tokenizer(run.model))
+
+
+def _finetune_several(run: _Run, task: Task | None) -> FineTuningResult:
+    """Train several adapters, each into a folder of its own in the output folder."""
+    check_several(run.training, run.data)
+    output_dir = Path(run.training.output_dir or ".")
+    end_with_launcher()
+    on_first_rank(lambda: claim_for_several(output_dir, run.training, inputs=_input_paths(run)))
+    with ExitStack() as held:
+        held.callback(release_folder, output_dir)
+        held.enter_context(writing_into(output_dir))
+        several = Several(
+            model=run.model,
+            lora=run.lora,
+            data_args=run.data,
+            training=run.training,
+            data=_load_data(run, task, choosing=False),
+            tokenizer=load_tokenizer(run.model),
+            train_alone=partial(_run_alone, run),
         )
-        status = fsdp_status(trainer.model, traffic=trainer.host_traffic)
-        # Only now: an earlier run outlives every mistake that is found before this one can start.
-        on_first_rank(lambda: _remove_earlier_run(output_dir, training_args))
-        if trainer.is_world_process_zero():
-            _announce(trainer, data, status)
-            asked = {"model": model_args, "adapter": lora_args, "data": data_args}
-            record_start(output_dir, trainer=trainer, data=data, status=status, asked=asked)
-        comparison = _train_and_compare(trainer, data, log)
-        if trainer.is_world_process_zero():
-            comparison.save(output_dir)
-            try_to_write_card(output_dir)
-            say(f"\n{comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
-            _report(output_dir)
-        trainer.accelerator.wait_for_everyone()
-        return FineTuningResult(output_dir, comparison, data.task)
+        return FineTuningResult(output_dir, None, several.data.task, several.run())
 
 
-def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Comparison:
+def _run_alone(run: _Run, alone: RunAlone) -> RanAlone:
+    """One adapter of several by itself."""
+    own = run._replace(lora=alone.lora, training=alone.training)
+    folder = claim_output_folder(alone.training)
+    try:
+        return _run_one(own, alone.data, untrained=alone.untrained, asked=alone.test)
+    finally:
+        release_folder(folder)
+
+
+def _run_one(
+    run: _Run,
+    data: TaskData,
+    *,
+    untrained: Untrained | None = None,
+    asked: Sequence[Example] = (),
+) -> RanAlone:
+    """Train, save and score one adapter.
+
+    Args:
+        run: its arguments.
+        data: its examples.
+        untrained: what the untrained model gives for the reported ones, if that is known.
+        asked: further examples of which the tuned model's answers are wanted.
+    """
+    training_args, output_dir = run.training, Path(run.training.output_dir or ".")
+    set_seed(training_args.seed)  # the adapter's first values
+    adapter = lora_config(run.lora, revision=run.model.model_revision)
+    log = KeepLog(output_dir)
+    trainer = LoraTrainer(
+        model=open_base(run.model, device=training_args.device, peft_config=adapter),
+        args=training_args,
+        task=data.task,
+        processing_class=load_tokenizer(run.model),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        test_dataset=data.test,
+        peft_config=adapter,
+        max_length=run.data.max_length,
+        chat_template=run.data.chat_template,
+        chat_template_kwargs=run.data.template_kwargs(),
+        thinking=run.data.thinking,
+        callbacks=[log, WriteCards(output_dir)],
+    )
+    status = fsdp_status(trainer.model, traffic=trainer.host_traffic)
+    # Only now: an earlier run outlives every mistake that is found before this one can start.
+    on_first_rank(lambda: _remove_earlier_run(output_dir, training_args))
+    if trainer.is_world_process_zero():
+        _announce(trainer, data, status)
+        named = {"model": run.model, "adapter": run.lora, "data": run.data}
+        record_start(output_dir, trainer=trainer, data=data, status=status, asked=named)
+    ran = _train_and_compare(trainer, data, log, untrained=untrained, asked=asked)
+    if trainer.is_world_process_zero():
+        ran.comparison.save(output_dir)
+        try_to_write_card(output_dir)
+        say(f"\n{ran.comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
+        _report(output_dir)
+    trainer.accelerator.wait_for_everyone()
+    return ran
+
+
+def _train_and_compare(
+    trainer: LoraTrainer,
+    data: TaskData,
+    log: KeepLog,
+    *,
+    untrained: Untrained | None,
+    asked: Sequence[Example],
+) -> RanAlone:
     reported = trainer.test_dataset or trainer.held_out
-    untrained = score_untrained(trainer, reported)
+    untrained = score_untrained(trainer, reported) if untrained is None else untrained
     with trainer.model.disable_adapter():
         base_texts = _generate_freely(trainer, reported)
     trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
@@ -141,7 +220,7 @@ def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Co
         try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)
     tuned = trainer.outputs(reported)
     tuned_texts = _generate_freely(trainer, reported)
-    return compare(
+    comparison = compare(
         data.task,
         train=data.train,
         held_out=reported,
@@ -155,6 +234,7 @@ def _train_and_compare(trainer: LoraTrainer, data: TaskData, log: KeepLog) -> Co
             **untrained.facts,
         },
     )
+    return RanAlone(comparison, untrained, trainer.outputs(asked) if asked else None)
 
 
 def claim_output_folder(arguments: FineTuningArguments, *, inputs: Sequence[Path] = ()) -> Path:
@@ -175,6 +255,30 @@ def claim_output_folder(arguments: FineTuningArguments, *, inputs: Sequence[Path
     return folder
 
 
+def claim_for_several(
+    folder: Path, arguments: FineTuningArguments, *, inputs: Sequence[Path]
+) -> None:
+    """Hold the output folder of several adapters; for one rank to call.
+
+    Raises:
+        OutputFolderError: as `claim_output_folder`.
+    """
+    hold_folder(folder)
+    try:
+        remove_leftovers(folder)
+        alone = copy(arguments)
+        alone.resume_from_checkpoint = None
+        earlier = earlier_files(folder)
+        if not arguments.resume_from_checkpoint:
+            replaced = [*check_output_folder(folder, alone), *earlier]
+            check_inputs_stay(inputs, replaced)
+            for path in dict.fromkeys(replaced):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except BaseException:
+        release_folder(folder)
+        raise
+
+
 def _inputs(model: ModelArguments, data: DataArguments) -> dict[str, str | None]:
     """What a run reads, by the option that names it."""
     given = {
@@ -187,6 +291,11 @@ def _inputs(model: ModelArguments, data: DataArguments) -> dict[str, str | None]
     for name, value in given.items():
         check_is_text(name, value)
     return given
+
+
+def _input_paths(run: _Run) -> list[Path]:
+    named = _inputs(run.model, run.data).values()
+    return [path for name in named if name for path in input_paths(name)]
 
 
 def _claim(folder: Path, arguments: FineTuningArguments, inputs: Sequence[Path]) -> None:

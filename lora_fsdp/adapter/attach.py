@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
+from transformers import PreTrainedModel, set_seed
 
 from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.adapter.settings import (
@@ -119,6 +120,45 @@ def attach_adapter(
         # A relative path would be lost on whoever loads the adapter from another folder.
         absolute = str(Path(base.name_or_path).expanduser().absolute())
         config.base_model_name_or_path, config.revision = absolute, None
+    return model
+
+
+def attach_adapters(
+    base: PreTrainedModel,
+    configs: Mapping[str, LoraConfig],
+    *,
+    seeds: Sequence[int],
+    stored: StoredBase | None = None,
+) -> PeftModel:
+    """Attach several new adapters to one base, all of them trainable.
+
+    Args:
+        base: the base.
+        configs: each adapter's settings by its name, the first one named "default".
+        seeds: of each one's first values, which are those that it would have alone.
+        stored: where the base's weights are, if it has not got them yet.
+
+    Raises:
+        TargetModulesError, ArgumentError: as `attach_adapter`.
+    """
+    for config in configs.values():  # before PEFT puts the base's layers into other modules
+        resolve_targets(base, config)
+    (_, first), *others = configs.items()
+    set_seed(seeds[0])
+    model = attach_adapter(base, first, stored=stored)
+    for (name, config), seed in zip(others, seeds[1:], strict=True):
+        check_settings(config)
+        config.base_model_name_or_path = first.base_model_name_or_path
+        config.revision = first.revision
+        set_seed(seed)
+        try:
+            with nullcontext() if stored is None else stored.stand_ins():
+                model.add_adapter(name, config)
+        except _PEFT_ERRORS as error:
+            raise TargetModulesError(f"PEFT cannot adapt {type(base).__name__}: {error}") from error
+    cast(LoraModel, model.base_model).set_adapter(list(configs))
+    for parameter in trainable_parameters(model).values():
+        parameter.data = parameter.data.float()
     return model
 
 

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from lora_fsdp.base.folders import open_safetensors, read_json_object
+from lora_fsdp.base.layers import base_model
 from lora_fsdp.errors import (
     AdapterVerificationError,
     ModelNotFoundError,
@@ -160,6 +161,26 @@ def attach_saved(adapter: AdapterFolder, base: PreTrainedModel) -> PeftModel:
     with _peft_at_work(adapter, base):
         model = PeftModel.from_pretrained(base, str(adapter.path), config=config)
     return model.eval()
+
+
+def attach_another(adapter: AdapterFolder, model: PeftModel, *, name: str) -> None:
+    """Attach a folder's adapter beside those that `model` has; `load_with_peft` accepted it.
+
+    Args:
+        adapter: the folder's.
+        model: with one adapter at least.
+        name: what PEFT is to call it.
+
+    Raises:
+        AdapterVerificationError: PEFT refuses it.
+    """
+    with _peft_at_work(adapter, base_model(model)):
+        model.add_adapter(name, copy.deepcopy(adapter.config))
+        set_peft_model_state_dict(model, dict(adapter.tensors), adapter_name=name)
+    for key, parameter in model.named_parameters():
+        if f".{name}." in f"{key}.":
+            parameter.data = parameter.data.float()
+    model.eval()
 
 
 @contextmanager

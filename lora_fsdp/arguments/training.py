@@ -112,6 +112,27 @@ class FineTuningArguments(TrainingArguments):
         "answer, and at least 20.",
     )
     temperature: float = option(0.0, "Sampling temperature of free generation; 0 = greedy.")
+    seeds: int = option(
+        1,
+        "Train so many adapters that differ in their seed alone (--seed, the next one, ...), each "
+        "into a folder of its own: one figure with its spread.",
+    )
+    folds: int | None = option(
+        None,
+        "Train so many adapters, each of which leaves out another part of the rows: every row is "
+        "answered by one that has not learnt from it (out_of_fold.csv).",
+    )
+    grid: list[str] | None = option(
+        None,
+        "Train an adapter for every combination: learning_rate=1e-4,3e-4 lora_r=8,32, or a YAML "
+        "file. The best is chosen by validation rows and told on the held-out rows.",
+    )
+    samples: int | None = option(
+        None, "Of the combinations of --grid, take so many at random (--seed)."
+    )
+    adapters_at_once: int = option(
+        8, "The most adapters that share a pass over the base; 1 = one after the other."
+    )
 
     def __post_init__(self) -> None:
         if not torch.cuda.is_available():
@@ -163,6 +184,10 @@ class FineTuningArguments(TrainingArguments):
                 "--label_smoothing_factor must be from 0 to less than 1, not "
                 f"{self.label_smoothing_factor}."
             )
+        for name, least in (("seeds", 1), ("folds", 2), ("samples", 1), ("adapters_at_once", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ArgumentError(f"--{name} must be {least} or more, not {value}.")
         if self.deepspeed:
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
         check_optimizer(self.optim, self.optim_args)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -11,6 +12,7 @@ from lora_fsdp.cli.command import required
 from lora_fsdp.tasks.files import import_task_file
 
 if TYPE_CHECKING:
+    from lora_fsdp.evaluation.ensemble import Ensemble
     from lora_fsdp.evaluation.prediction import Predictor
 
 
@@ -31,6 +33,49 @@ class AdapterOptions:
     dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto", "The base's dtype; auto = bfloat16 on GPUs."
     )
+
+
+@dataclass
+class AdaptersOptions(AdapterOptions):
+    """Which adapters, and how they are loaded."""
+
+    adapter: list[str] = field(  # type: ignore[assignment]
+        default_factory=list,
+        metadata={
+            "help": "Output folder of a finished run; several, or a run of several adapters, "
+            "answer by the mean of their probabilities."
+        },
+    )
+
+    def folders(self) -> list[Path]:
+        """The adapters' folders; of a run of several adapters, those of its adapters.
+
+        Raises:
+            ArgumentError: none is named, or the run is not finished.
+        """
+        from lora_fsdp.sweeps.earlier import adapters_of
+
+        if not self.adapter:
+            required(None, "--adapter", "the output folder of a finished run")
+        return [folder for given in self.adapter for folder in adapters_of(Path(given))]
+
+
+def load_adapters(options: AdaptersOptions, folders: Sequence[Path]) -> Predictor | Ensemble:
+    """One adapter, or several that answer together, asked as they were trained."""
+    if len(folders) == 1:
+        one = AdapterOptions(**{**vars(options), "adapter": str(folders[0])})
+        return load_predictor(one)
+    import_task_file(options.task_file)
+    from lora_fsdp.evaluation.ensemble import Ensemble
+    from lora_fsdp.scripts import configure_output
+    from lora_fsdp.tasks import get_task
+
+    configure_output()
+    ensemble = Ensemble.from_adapters(folders, base=options.base, dtype=options.dtype)
+    if options.text_column is not None:
+        given = {**ensemble.task.options(), "text_column": options.text_column}
+        ensemble = replace(ensemble, task=get_task(ensemble.task.name, given))
+    return ensemble
 
 
 def load_predictor(options: AdapterOptions, *, label_column: str | None = None) -> Predictor:

@@ -23,6 +23,7 @@ MODULES = (
     "plan",
     "doctor",
     "train",
+    "sweep",
     "evaluate",
     "predict",
     "compare",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_fsdp.arguments.option import option
-from lora_fsdp.cli.adapter import AdapterOptions, load_predictor
+from lora_fsdp.cli.adapter import AdaptersOptions, load_adapters
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import is_live, write
 from lora_fsdp.errors import ArgumentError
@@ -42,20 +42,20 @@ class PredictOptions:
     json: bool = option(False, "Print the result as JSON.")
 
 
-def predict(options: PredictOptions, adapter: AdapterOptions) -> int:
+def predict(options: PredictOptions, adapter: AdaptersOptions) -> int:
     """Answer a text or a table."""
     if (options.text is None) == (options.data_file is None):
         raise ArgumentError("Name a table (predict new.csv) or give one --text, not both.")
     return _one_text(options, adapter) if options.text is not None else _table(options, adapter)
 
 
-def _one_text(options: PredictOptions, adapter: AdapterOptions) -> int:
+def _one_text(options: PredictOptions, adapter: AdaptersOptions) -> int:
     text = options.text or ""
     if not text.strip():
         raise ArgumentError("--text is empty.")
     from lora_fsdp.evaluation.file_prediction import answers_of
 
-    [answer] = answers_of(load_predictor(adapter), [text])
+    [answer] = answers_of(load_adapters(adapter, adapter.folders()), [text])
     if options.json:
         print_json(answer)
         return 0
@@ -64,7 +64,7 @@ def _one_text(options: PredictOptions, adapter: AdapterOptions) -> int:
     return 0
 
 
-def _table(options: PredictOptions, adapter: AdapterOptions) -> int:
+def _table(options: PredictOptions, adapter: AdaptersOptions) -> int:
     output = Path(required(options.output, "--output", "the file to write"))
     from lora_fsdp.adapter.folder import ADAPTER_FILE
     from lora_fsdp.base.folders import sha256_of_file
@@ -78,7 +78,8 @@ def _table(options: PredictOptions, adapter: AdapterOptions) -> int:
     )
     from lora_fsdp.evaluation.file_prediction import predict_file
 
-    predictor = load_predictor(adapter)
+    folders = adapter.folders()
+    predictor = load_adapters(adapter, folders)
     progress = Progress()
     found = predict_file(
         predictor,
@@ -86,7 +87,7 @@ def _table(options: PredictOptions, adapter: AdapterOptions) -> int:
         output,
         chunk_rows=options.chunk_rows,
         column_prefix=options.column_prefix,
-        identity=sha256_of_file(Path(adapter.adapter) / ADAPTER_FILE),
+        identity=" ".join(sha256_of_file(folder / ADAPTER_FILE) for folder in folders),
         overwrite=options.overwrite,
         on_chunk=progress.advance,
     )
@@ -143,13 +144,14 @@ class Progress:
 COMMANDS = (
     Command(
         name="predict",
-        summary="Answer the rows of a table, or one text, with a finished adapter.",
+        summary="Answer the rows of a table, or one text, with a finished adapter or several.",
         examples=(
             "predict new.csv --adapter runs/mine --output answers.csv",
             "predict new.parquet --adapter runs/mine --output answers.parquet --text_column body",
+            "predict new.csv --adapter runs/seed-1 runs/seed-2 --output answers.csv",
             'predict --adapter runs/mine --text "thanks for the quick response!"',
         ),
-        options=(PredictOptions, AdapterOptions),
+        options=(PredictOptions, AdaptersOptions),
         run=predict,
         positional="data_file",
     ),

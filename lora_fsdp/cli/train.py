@@ -46,6 +46,12 @@ TRAINING_OPTIONS = {
     "price_per_hour": "GPU (or machine) price per hour; shows the run's cost so far.",
     "max_tokens_per_row": "Longest packed sequence in tokens (bounds activation memory). Not "
     "given: what half of the free GPU memory holds, from 2048 to 8192; 2048 on a CPU.",
+    "seeds": "Train so many adapters that differ in their seed alone: one figure with its spread.",
+    "folds": "Train so many adapters, each of which leaves out another part of the rows.",
+    "grid": "Train an adapter for every combination: learning_rate=1e-4,3e-4 lora_r=8,32, or a "
+    "YAML file.",
+    "samples": "Of the combinations of --grid, take so many at random (--seed).",
+    "adapters_at_once": "The most adapters that share a pass over the base.",
     "seed": "Of the sample, the split, the order and the adapter's first values.",
 }
 

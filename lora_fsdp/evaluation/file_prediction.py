@@ -23,6 +23,7 @@ from lora_fsdp.errors import (
     NoRowsError,
     OutputFileError,
 )
+from lora_fsdp.evaluation.ensemble import Ensemble
 from lora_fsdp.evaluation.outputs import write_atomically, write_json
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.tasks import Example, Task
@@ -48,7 +49,7 @@ class FilePrediction:
 
 
 def predict_file(
-    predictor: Predictor,
+    predictor: Predictor | Ensemble,
     stream: TableStream,
     output: str | Path,
     *,
@@ -112,7 +113,7 @@ def predict_file(
 
 
 def _check_beginning(
-    predictor: Predictor, stream: TableStream, *, chunk_rows: int, prefix: str
+    predictor: Predictor | Ensemble, stream: TableStream, *, chunk_rows: int, prefix: str
 ) -> None:
     """Refuse a table by its first rows, before anything is replaced or written.
 
@@ -135,7 +136,7 @@ class _Part(NamedTuple):
 
 
 def _answer_chunk(
-    predictor: Predictor, stream: TableStream, chunk: Chunk, file: Path, *, prefix: str
+    predictor: Predictor | Ensemble, stream: TableStream, chunk: Chunk, file: Path, *, prefix: str
 ) -> _Part:
     """Write the chunk with its answers to `file`, if an earlier call has not."""
     resumed = file.is_file()
@@ -166,7 +167,7 @@ def examples_of_texts(task: Task, texts: Mapping[int, str], *, advice: str) -> l
         ) from error
 
 
-def answers_of(predictor: Predictor, texts: Sequence[str]) -> list[dict[str, Any]]:
+def answers_of(predictor: Predictor | Ensemble, texts: Sequence[str]) -> list[dict[str, Any]]:
     """The new columns' values for each of `texts`, as in the output of `predict_file`.
 
     Raises:
@@ -208,12 +209,12 @@ def _has_text(example: Example) -> bool:
 
 
 def _answers(
-    predictor: Predictor, examples: Sequence[Example], *, prefix: str = ""
+    predictor: Predictor | Ensemble, examples: Sequence[Example], *, prefix: str = ""
 ) -> dict[str, list[Any]]:
     """The new columns; `None` where there is no text."""
     places = [place for place, example in enumerate(examples) if _has_text(example)]
     asked = [examples[place] for place in places]
-    found = predictor.task.answer_kind.predicted_columns(asked, predictor.outputs(asked))
+    found = predictor.columns(asked)
     spread: dict[str, list[Any]] = {name: [None] * len(examples) for name in found}
     for name, values in found.items():
         for place, value in zip(places, values, strict=True):

@@ -41,7 +41,7 @@ from lora_fsdp.tasks.answers import ModelOutputs
 
 TASK_FILE = "task.json"
 # Longest packed sequence: on a CPU, attention over long ones costs more than packing saves.
-_SEQUENCE_TOKENS = {"cuda": 2048, "cpu": 512}
+SEQUENCE_TOKENS = {"cuda": 2048, "cpu": 512}
 
 
 def save_task(
@@ -61,7 +61,7 @@ def save_task(
     write_json(Path(folder) / TASK_FILE, contents)
 
 
-def _read_task(folder: Path) -> dict[str, Any]:
+def read_task(folder: Path) -> dict[str, Any]:
     """What `save_task` wrote.
 
     Raises:
@@ -101,7 +101,8 @@ def _read_task(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def _read_encoder(folder: Path, saved: dict[str, Any]) -> Encoder:
+def read_encoder(folder: Path, saved: dict[str, Any]) -> Encoder:
+    """How an adapter is prompted, of what `read_task` gave."""
     return Encoder(
         load_tokenizer(ModelArguments(model_name_or_path=str(folder.absolute()))),
         task=get_task(saved["task"], saved["options"]),
@@ -175,7 +176,7 @@ class Predictor:
             UnknownTaskError: import the module that registers the task first.
         """
         path = Path(folder)
-        saved = _read_task(path)
+        saved = read_task(path)
         adapter, proof = read_adapter_folder(path), read_proof(path)
         arguments, model, device = load_base_of(
             adapter, proof, given=base, dtype=dtype, trust_remote_code=trust_remote_code
@@ -184,7 +185,7 @@ class Predictor:
             name = str(arguments.model_name_or_path)
             check_base(proof, fingerprint_base(model), adapter=path, base=name)
         load_with_peft(adapter, model)
-        encoder = _read_encoder(path, saved)
+        encoder = read_encoder(path, saved)
         packed = _fastest(
             attach_saved(adapter, model).to(device),
             device=device,
@@ -199,7 +200,7 @@ class Predictor:
             self.packed,
             self.encoder.encode(examples),
             device=self.device,
-            max_tokens=_SEQUENCE_TOKENS[self.device.type],
+            max_tokens=SEQUENCE_TOKENS[self.device.type],
         )
 
     def outputs(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> ModelOutputs:
@@ -216,6 +217,10 @@ class Predictor:
             return model_outputs(encoded, scores, texts=texts, reference=reference)
         nothing = np.zeros((len(encoded), len(kind.labels)))
         return ModelOutputs(nothing, nothing, texts)
+
+    def columns(self, examples: Sequence[Example]) -> dict[str, Sequence[Any]]:
+        """What `lora-fsdp predict` adds to a table of `examples`, all of which have a text."""
+        return self.task.answer_kind.predicted_columns(examples, self.outputs(examples))
 
     def write(
         self,

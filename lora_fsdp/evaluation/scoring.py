@@ -79,7 +79,7 @@ def score_sequences(
     for scoring in sequences:
         sequence = scoring.sequence.to(device, non_blocking=True)
         outputs = packed.label_outputs(sequence)
-        places = _answer_places(scoring, counts=counts, most=most).to(device)
+        places = answer_places(scoring, counts=counts, most=most).to(device)
         owner = places[sequence.label_answers]
         results[0].index_add_(0, owner, outputs.log_probs.float())
         results[1].index_add_(0, owner, (~outputs.is_most_likely).float())
@@ -138,7 +138,7 @@ def _last_of_each(answers: torch.Tensor) -> torch.Tensor:
     return is_last
 
 
-def _answer_places(scoring: ScoringSequence, *, counts: torch.Tensor, most: int) -> torch.Tensor:
+def answer_places(scoring: ScoringSequence, *, counts: torch.Tensor, most: int) -> torch.Tensor:
     """Where a sequence's answers stand in the flat [N * A] result, in its order."""
     chosen = torch.tensor(scoring.examples, dtype=torch.int64)
     if scoring.answers is not None:

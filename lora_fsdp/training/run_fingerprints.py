@@ -34,9 +34,9 @@ def run_fingerprints(
     return {
         "the accelerate YAML's FSDP settings": launch_fingerprint(),
         "the number of training examples": str(len(train)),
-        "the training examples (SHA-256)": _digest_examples(train),
+        "the training examples (SHA-256)": digest_examples(train),
         "the number of held-out examples": str(len(held_out)),
-        "the held-out examples (SHA-256)": _digest_examples(held_out),
+        "the held-out examples (SHA-256)": digest_examples(held_out),
         "the adapter's modules (SHA-256)": _digest(adapter),
         "the LoRA settings": str(sorted((k, as_text(v)) for k, v in settings.items())),
         "the base model (SHA-256 of a sample)": _digest_base(model, stored),
@@ -48,7 +48,8 @@ def run_fingerprints(
 _OF_ONE_RANK = {"local_rank", "log_level", "log_level_replica", "disable_tqdm", "logging_dir"}
 
 
-def _digest_examples(examples: Sequence[EncodedExample]) -> str:
+def digest_examples(examples: Sequence[EncodedExample]) -> str:
+    """Of the examples' tokens, and of the answers that are scored."""
     # Examples share their candidates: each set once.
     candidates = {id(example.candidate_ids): example.candidate_ids for example in examples}
     tokens = [(example.prompt_ids, example.target_ids) for example in examples]

@@ -40,6 +40,7 @@ class AdapterWriter:
         probes: the questions of the proof.
         packed: the model as it computes packed sequences.
         autocast: the context of the forward.
+        adapter: which of several that are trained together; `None` = there is one.
     """
 
     model: PeftModel
@@ -50,6 +51,7 @@ class AdapterWriter:
     probes: list[Probe]
     packed: PackedModel
     autocast: Callable[[], AbstractContextManager[object]]
+    adapter: str | None = None
 
     def answer_probes(self) -> list[list[float]]:
         """The live adapter's answers to the probes; a collective call."""
@@ -71,7 +73,7 @@ class AdapterWriter:
             AdapterVerificationError: what was written is not what is in memory, or does not answer
                 like it when it is loaded again.
         """
-        save_adapter(self.model, folder, trained=trained)
+        save_adapter(self.model, folder, trained=trained, adapter=self.adapter)
         # PEFT's form with nothing filled in, which would take the place of a card with contents.
         (folder / "README.md").unlink(missing_ok=True)
         self.encoder.tokenizer.save_pretrained(folder)
@@ -83,7 +85,7 @@ class AdapterWriter:
         )
         proof = self._proof(folder, answers, goes_to=goes_to, trained=trained)
         write_json(folder / PROOF_FILE, proof.to_json())
-        config = self.model.peft_config[str(self.model.active_adapter)]
+        config = self.model.peft_config[self.adapter or str(self.model.active_adapter)]
         if getattr(config, "init_lora_weights", True) in STARTS_FROM_BASE:
             code = not type(base_model(self.model)).__module__.startswith("transformers.")
             check_reloads(folder, proof, trust_remote_code=code)

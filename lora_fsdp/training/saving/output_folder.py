@@ -19,10 +19,13 @@ _RUN_FILES = (
     "confusion_matrix.png",
     "manifest.json",
     "metrics.json",
+    "out_of_fold.csv",
     "predictions.csv",
     "report.html",
     "report.json",
     "proof.json",
+    "sweep.json",
+    "sweep_plan.json",
     "task.json",
     "training_args.json",
 )

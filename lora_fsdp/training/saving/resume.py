@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # What the optimizer and its schedule are made of; the checkpoint's are loaded, so that other ones
 # would be ignored.
-_OF_THE_OPTIMIZER = (
+OF_THE_OPTIMIZER = (
     "optim",
     "optim_args",
     "learning_rate",
@@ -82,7 +82,7 @@ def run_facts(
             "the base model's architecture": type(base_model(model)).__name__,
             **{name: value for name, value in fingerprints.items() if name in _FINGERPRINTS},
             **{f"LoRA's {name}": as_text(value) for name, value in sorted(kept.items())},
-            **{f"--{name}": values[name] for name in _OF_THE_OPTIMIZER},
+            **{f"--{name}": values[name] for name in OF_THE_OPTIMIZER},
         },
         "may_change": {f"--{name}": values[name] for name in _CHANGE_THE_END},
     }
