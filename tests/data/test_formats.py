@@ -103,7 +103,9 @@ class TestPacked:
         with pytest.raises(UnsupportedTableError, match="cannot be unpacked"):
             read_table(written(tmp_path / "a.zip", b"no"))
 
-    @pytest.mark.parametrize("contents", [b"no", gzip.compress(CSV.encode())[:-9], b""])
+    @pytest.mark.parametrize(
+        "contents", [b"no", gzip.compress(CSV.encode())[:-9], b""], ids=["no gzip", "cut", "empty"]
+    )
     def test_damaged(self, tmp_path, contents):
         path = written(tmp_path / "a.csv.gz", contents)
         for read in (read_table, stream_rows):

@@ -13,7 +13,7 @@ from lora_fsdp.data.chat.bounded_templates import render
 from lora_fsdp.data.chat.template import ChatTemplate
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.errors import ArgumentError, MalformedRowError
-from lora_fsdp.evaluation.prediction import _read_encoder, _read_task, save_task
+from lora_fsdp.evaluation.prediction import read_encoder, read_task, save_task
 from lora_fsdp.tasks import Example, Prompt
 from lora_fsdp.tasks.thinking import without_reasoning
 from tests.data.chat_templates import TEMPLATES, encoder_with, tokenizer_with
@@ -217,7 +217,7 @@ class TestAnAdapterIsAskedAsItWasTrained:
     def round_trip(self, encoder, folder):
         encoder.tokenizer.save_pretrained(folder)
         save_task(encoder, folder, max_new_tokens=9)
-        return _read_encoder(folder, _read_task(folder))
+        return read_encoder(folder, read_task(folder))
 
     @pytest.mark.parametrize("name", TEMPLATES)
     def test_prompts_are_equal(self, tmp_path, name):
@@ -231,14 +231,14 @@ class TestAnAdapterIsAskedAsItWasTrained:
         encoder = encoder_with(TEMPLATES["qwen3"], CHAT, chat_template_kwargs=arguments)
         saved = json.loads(json.dumps(arguments))
         assert self.round_trip(encoder, tmp_path).chat.arguments == saved
-        assert _read_task(tmp_path)["chat_template_kwargs"] == saved
+        assert read_task(tmp_path)["chat_template_kwargs"] == saved
 
     def test_one_that_does_not_say_followed_the_prompt_at_once(self, tmp_path):
         self.round_trip(encoder_with(TEMPLATES["qwen3"], CHAT), tmp_path)
         saved = json.loads((tmp_path / "task.json").read_text())
         del saved["thinking"], saved["chat_template_kwargs"]
         (tmp_path / "task.json").write_text(json.dumps(saved))
-        assert _read_encoder(tmp_path, _read_task(tmp_path)).chat.thinking == "none"
+        assert read_encoder(tmp_path, read_task(tmp_path)).chat.thinking == "none"
 
 
 def test_what_is_announced():

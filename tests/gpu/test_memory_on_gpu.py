@@ -120,7 +120,7 @@ def test_4_bits_in_a_captured_step(tmp_path):
     """Fused layers in a CUDA graph: the gradients of bitsandbytes' own layers, run eagerly."""
     save_base(tmp_path)
     texts = torch.arange(5, 29).view(2, 12).tolist()
-    some = [pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True)]
+    some = [pack_sequence([Tree(text[:6], [text[6:]], [1.0]) for text in texts], share_prefix=True)]
     losses, gradients = [], []
     for captured in (False, True):
         model, stored = adapted(tmp_path, dtype="float32")
@@ -183,7 +183,7 @@ def test_4_bits_unpacked_ahead_beside_the_products(recomputed, tmp_path, monkeyp
     rows = []
     for length in (40, 300, 170):
         text = torch.randint(4, 500, (length,), generator=generator).tolist()
-        rows.append([pack_sequence([Tree(text[:-8], [text[-8:]])], share_prefix=True)])
+        rows.append([pack_sequence([Tree(text[:-8], [text[-8:]], [1.0])], share_prefix=True)])
     at_use = step_of(CapturedStep)
     expected = []
     for row in [*rows, *rows]:
@@ -250,7 +250,9 @@ def test_activations_are_recomputed_where_nothing_else_fits(tmp_path):
 
 def outputs_on_gpu(model, dtype):
     texts = torch.arange(5, 29).view(2, 12).tolist()
-    row = pack_sequence([Tree(text[:6], [text[6:]]) for text in texts], share_prefix=True).to(GPU)
+    row = pack_sequence(
+        [Tree(text[:6], [text[6:]], [1.0]) for text in texts], share_prefix=True
+    ).to(GPU)
     log_probs = PackedModel(model.train()).label_log_probs(row)
     (-log_probs.sum()).backward()
     gradients = {n: p.grad.cpu() for n, p in trainable_parameters(model).items()}

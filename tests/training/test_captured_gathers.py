@@ -126,7 +126,7 @@ def long_and_short(folder):
     short, long = SequenceSize(20, 8, False), SequenceSize(5000, 8, False)
     for sizes in ([short, short], [short, long]):
         tokens = sizes[second].tokens
-        row = pack_sequence([Tree([5] * (tokens - 7), [[7] * 8])], share_prefix=True)
+        row = pack_sequence([Tree([5] * (tokens - 7), [[7] * 8], [1.0])], share_prefix=True)
         step.run(row, denominator=8, sizes_of_ranks=sizes)
         replayed.append(step.replayed)
         step.replayed = False
@@ -135,7 +135,7 @@ def long_and_short(folder):
 
 def test_sizes_of_other_ranks_must_be_given(tmp_path):
     step = step_like(toy_trainer(tmp_path), StandIn)
-    row = pack_sequence([Tree([5, 6], [[7]])], share_prefix=True)
+    row = pack_sequence([Tree([5, 6], [[7]], [1.0])], share_prefix=True)
     with pytest.raises(ValueError, match="2 ranks were given, and there are 1"):
         step([row], denominator=1, sizes_of_ranks=[[row.size, row.size]])
 
@@ -144,7 +144,7 @@ def test_the_largest_row_is_captured_first_as_rows_are(tmp_path):
     """As one sequence where the first row is one, though too short for that to matter to it."""
     step = step_like(toy_trainer(tmp_path), StandIn, tokens=2900, gathers=False)
     step._capture = lambda size: Replayed(step, size)
-    row = pack_sequence([Tree([5] * 300, [[7] * 8])], share_prefix=True)
+    row = pack_sequence([Tree([5] * 300, [[7] * 8], [1.0])], share_prefix=True)
     step([row], denominator=8)
     assert step.captured == [SequenceSize(3072, 64, True), SequenceSize(320, 32, False)]
 
