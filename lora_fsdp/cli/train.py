@@ -38,6 +38,9 @@ TRAINING_OPTIONS = {
     "learning_rate": "Peak learning rate.",
     "per_device_train_batch_size": "Examples per process and accumulation step.",
     "eval_strategy": "When to evaluate while training: no, steps, epoch.",
+    "early_stopping_patience": "Stop when the metric (metric_for_best_model; the held-out loss "
+    "when not given) has not improved in so many evaluations, and keep the best adapter. "
+    "Evaluates and saves once an epoch where nothing else is asked for.",
     "save_strategy": "When to write checkpoints: no, steps, epoch, best.",
     "resume_from_checkpoint": "Go on with a run: true, or a checkpoint's folder.",
     "overwrite_output_dir": "Replace a run that output_dir already holds.",
