@@ -97,7 +97,7 @@ NAMES = {
     "weight_decay": "decay wd",
 }
 _ANSWER_ONLY = "is not needed: the loss is over the answers alone"
-_PACKED = "is not needed: sequences are always packed, of at most --max_tokens_per_row tokens"
+_PACKED = "is not needed: examples are packed where they can be (--packing)"
 _4_BITS = "is fixed by --load_in_4bit: NF4 with double quantisation"
 _ROWS = "is not needed: name a file of rows with --data_file"
 #: What others have and nothing here does, and why.
@@ -112,7 +112,7 @@ REASONS = {
     **dict.fromkeys(
         (
             "eval_packing", "eval_sample_packing", "group_by_length", "neat_packing", "packed",
-            "packing", "packing_strategy", "pad_to_max_length", "pad_to_multiple_of",
+            "packing_strategy", "pad_to_max_length", "pad_to_multiple_of",
             "pad_to_sequence_len", "padding_free", "sample_packing",
         ),
         _PACKED,
