@@ -31,6 +31,7 @@ from lora_fsdp.distributed.hosts import compare_hosts
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
+from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.comparison import Comparison, compare, generated_texts
 from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.evaluation.untrained import AS_TRAINED
@@ -95,7 +96,7 @@ def finetune(
     Called by every process of a launch. `task` stands in for `data_args.task`.
     """
     run = _Run(model_args, lora_args, data_args, training_args)
-    compare_hosts(_inputs(model_args, data_args))
+    compare_hosts(_inputs(model_args, data_args, lora_args))
     if is_several(training_args):
         return _finetune_several(run, task)
     output_dir = claim_output_folder(training_args, inputs=_input_paths(run))
@@ -123,6 +124,11 @@ def _load_data(run: _Run, task: Task | None, *, choosing: bool) -> TaskData:
 def _finetune_several(run: _Run, task: Task | None) -> FineTuningResult:
     """Train several adapters, each into a folder of its own in the output folder."""
     check_several(run.training, run.data)
+    if run.lora.adapter_name_or_path is not None:
+        raise ArgumentError(
+            "--adapter_name_or_path goes on with one adapter, and several are to be trained: leave "
+            "it out, or start a run for each."
+        )
     output_dir = Path(run.training.output_dir or ".")
     end_with_launcher()
     on_first_rank(lambda: claim_for_several(output_dir, run.training, inputs=_input_paths(run)))
@@ -179,6 +185,7 @@ def _run_one(
         eval_dataset=data.held_out,
         test_dataset=data.test,
         peft_config=adapter,
+        adapter_name_or_path=run.lora.adapter_name_or_path,
         max_length=run.data.max_length,
         chat_template=run.data.chat_template,
         chat_template_kwargs=run.data.template_kwargs(),
@@ -279,7 +286,9 @@ def claim_for_several(
         raise
 
 
-def _inputs(model: ModelArguments, data: DataArguments) -> dict[str, str | None]:
+def _inputs(
+    model: ModelArguments, data: DataArguments, lora: LoraArguments
+) -> dict[str, str | None]:
     """What a run reads, by the option that names it."""
     given = {
         "model_name_or_path": model.model_name_or_path,
@@ -287,6 +296,7 @@ def _inputs(model: ModelArguments, data: DataArguments) -> dict[str, str | None]
         "eval_file": data.eval_file,
         "test_file": data.test_file,
         "task_file": data.task_file,
+        "adapter_name_or_path": lora.adapter_name_or_path,
     }
     for name, value in given.items():
         check_is_text(name, value)
@@ -294,7 +304,7 @@ def _inputs(model: ModelArguments, data: DataArguments) -> dict[str, str | None]
 
 
 def _input_paths(run: _Run) -> list[Path]:
-    named = _inputs(run.model, run.data).values()
+    named = _inputs(run.model, run.data, run.lora).values()
     return [path for name in named if name for path in input_paths(name)]
 
 

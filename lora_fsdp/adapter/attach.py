@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 
+from lora_fsdp.adapter.continuing import config_to_continue
 from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.adapter.settings import (
     check_can_be_saved,
@@ -39,12 +40,16 @@ _PEFT_ERRORS = (
 
 
 def lora_config(arguments: LoraArguments, *, revision: str | None = None) -> LoraConfig:
-    """The `peft.LoraConfig` that the arguments describe.
+    """The `peft.LoraConfig` that the arguments describe, or that of the adapter to go on with.
 
     Args:
         arguments: the adapter's settings.
         revision: of the base on the Hub, which the adapter is to remember; `None` = the main one.
     """
+    if arguments.adapter_name_or_path is not None:
+        config = config_to_continue(arguments)
+        config.revision = revision
+        return config
     targets: list[str] | str | None = arguments.lora_target_modules
     if targets == ["all-linear"]:  # PEFT knows this word only outside a list
         targets = "all-linear"

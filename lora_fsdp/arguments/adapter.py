@@ -33,6 +33,12 @@ class LoraArguments:
         None, "Other peft.LoraConfig fields, as JSON: '{\"use_dora\": true}'."
     )
 
+    adapter_name_or_path: str | None = option(
+        None,
+        "Go on with a saved adapter: a folder. Its LoRA settings are taken from it, its base is "
+        "proved to be this one, and the optimizer is new.",
+    )
+
     def __post_init__(self) -> None:
         if isinstance(self.lora_kwargs, str):
             self.lora_kwargs = parse_json_object("lora_kwargs", self.lora_kwargs)

@@ -13,6 +13,8 @@ from collections.abc import Collection
 #: For each of our options, the names that others have for it.
 NAMES = {
     "accelerate_config": "config_file accelerate_config_file",
+    "adapter_name_or_path": "adapter adapter_path adapter_dir lora_model_dir lora_path lora_model "
+    "peft_model peft_model_id resume_adapter init_adapter adapter_checkpoint",
     "attn_implementation": "attention attn attn_impl flash_attn flash_attention flash_attn_2 "
     "flash_attention_2 use_flash_attn use_flash_attention use_flash_attention_2 sdp_attention",
     "chat_template": "template apply_chat_template chat_template_path use_chat_template",
@@ -20,6 +22,8 @@ NAMES = {
     "dataset_path datasets input_file train train_data train_data_file train_dataset train_file "
     "train_files train_path training_data training_file csv csv_file",
     "dtype": "bfloat16 compute_dtype model_dtype precision torch_dtype",
+    "early_stopping_patience": "early_stop early_stopping early_stopping_rounds "
+    "early_stopping_steps patience",
     "eval_file": "dev_file eval_data eval_data_file eval_dataset eval_path val val_data "
     "val_dataset val_file val_path valid valid_data valid_file validation validation_data "
     "validation_dataset validation_file dataset_validation",
@@ -93,7 +97,7 @@ NAMES = {
     "weight_decay": "decay wd",
 }
 _ANSWER_ONLY = "is not needed: the loss is over the answers alone"
-_PACKED = "is not needed: sequences are always packed, of at most --max_tokens_per_row tokens"
+_PACKED = "is not needed: examples are packed where they can be (--packing)"
 _4_BITS = "is fixed by --load_in_4bit: NF4 with double quantisation"
 _ROWS = "is not needed: name a file of rows with --data_file"
 #: What others have and nothing here does, and why.
@@ -108,7 +112,7 @@ REASONS = {
     **dict.fromkeys(
         (
             "eval_packing", "eval_sample_packing", "group_by_length", "neat_packing", "packed",
-            "packing", "packing_strategy", "pad_to_max_length", "pad_to_multiple_of",
+            "packing_strategy", "pad_to_max_length", "pad_to_multiple_of",
             "pad_to_sequence_len", "padding_free", "sample_packing",
         ),
         _PACKED,

@@ -18,6 +18,8 @@ from lora_fsdp.ranks import rank
 
 logger = logging.getLogger(__name__)
 
+_SAVE_STEPS = 500  # the default of transformers
+
 
 @dataclass
 class FineTuningArguments(TrainingArguments):
@@ -92,6 +94,13 @@ class FineTuningArguments(TrainingArguments):
     restore_callback_states_from_checkpoint: bool = option(
         True, "Resume callbacks (early stopping) where they were as well."
     )
+    early_stopping_patience: int | None = option(
+        None,
+        "Stop when the metric (metric_for_best_model; the held-out loss when not given) has not "
+        "improved in so many evaluations, and keep the best adapter. Evaluates and saves once an "
+        "epoch where nothing else is asked for.",
+    )
+    early_stopping_threshold: float = option(0.0, "Least change that counts as an improvement.")
     price_per_hour: float | None = option(
         None, "GPU (or machine) price per hour; shows the run's cost so far."
     )
@@ -142,6 +151,7 @@ class FineTuningArguments(TrainingArguments):
             named = {"true": True, "last": True, "false": None, "": None}
             choice = named.get(self.resume_from_checkpoint.lower(), self.resume_from_checkpoint)
             self.resume_from_checkpoint = choice  # type: ignore[assignment]
+        self._settle_early_stopping()
         super().__post_init__()
         self._check()
 
@@ -149,6 +159,36 @@ class FineTuningArguments(TrainingArguments):
     def chooses_checkpoint(self) -> bool:
         """Whether the held-out rows decide which checkpoint is kept."""
         return bool(self.load_best_model_at_end)
+
+    def _settle_early_stopping(self) -> None:
+        """What early stopping needs: evaluations, and a checkpoint of each to take the best of."""
+        patience, threshold = self.early_stopping_patience, self.early_stopping_threshold
+        if threshold < 0:
+            raise ArgumentError(f"--early_stopping_threshold must be 0 or more, not {threshold}.")
+        if patience is None:
+            if threshold:
+                raise ArgumentError(
+                    "--early_stopping_threshold does nothing without --early_stopping_patience: "
+                    "give both."
+                )
+            return
+        if patience < 1:
+            raise ArgumentError(f"--early_stopping_patience must be 1 or more, not {patience}.")
+        if self.save_strategy == "no":
+            raise ArgumentError(
+                "--early_stopping_patience keeps the best adapter, of which --save_strategy no "
+                "would save none: remove one of them."
+            )
+        if self.eval_strategy == "no":
+            if self.eval_steps is not None:
+                raise ArgumentError("--eval_steps needs --eval_strategy steps: add it.")
+            self.eval_strategy = "epoch"
+        # Where only evaluations were asked for, and by another measure than transformers' default.
+        if self.save_strategy == "steps" and self.eval_strategy == "epoch":
+            self.save_strategy = "epoch"
+        elif self.save_strategy == self.eval_strategy == "steps" and self.save_steps == _SAVE_STEPS:
+            self.save_steps = self.eval_steps or self.logging_steps
+        self.load_best_model_at_end = True
 
     def _check(self) -> None:
         for name in ("output_dir", "resume_from_checkpoint", "run_name"):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -23,6 +24,7 @@ from lora_fsdp.cli.configs import find_config, suggested_config
 from lora_fsdp.failures import CRASHED, INTERRUPTED, STALLED, STOPPED, WRONG_INPUT
 from lora_fsdp.options import OptionParser
 from lora_fsdp.printing import say
+from lora_fsdp.recipes import read_recipe
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -38,6 +40,9 @@ TRAINING_OPTIONS = {
     "learning_rate": "Peak learning rate.",
     "per_device_train_batch_size": "Examples per process and accumulation step.",
     "eval_strategy": "When to evaluate while training: no, steps, epoch.",
+    "early_stopping_patience": "Stop when the metric (metric_for_best_model; the held-out loss "
+    "when not given) has not improved in so many evaluations, and keep the best adapter. "
+    "Evaluates and saves once an epoch where nothing else is asked for.",
     "save_strategy": "When to write checkpoints: no, steps, epoch, best.",
     "resume_from_checkpoint": "Go on with a run: true, or a checkpoint's folder.",
     "overwrite_output_dir": "Replace a run that output_dir already holds.",
@@ -120,7 +125,7 @@ def train(options: LaunchOptions, arguments: Sequence[str]) -> int:
         from lora_fsdp.distributed.meeting import check_meeting
 
         check_meeting(meeting, settings=settings, seconds=options.join_seconds)
-    return _launch(command)
+    return _launch(command, again=again(options, arguments), folder=output_folder(arguments))
 
 
 def launch_command_line(options: LaunchOptions, arguments: Sequence[str]) -> list[str]:
@@ -192,7 +197,57 @@ def launched_config(options: LaunchOptions, *, gpus: int) -> tuple[Path, int | N
     return config, processes
 
 
-def _launch(command: Sequence[str]) -> int:
+def again(options: LaunchOptions, arguments: Sequence[str]) -> str:
+    """The command that goes on with this run, to the letter."""
+    words = ["lora-fsdp", "train"]
+    for name, value in vars(options).items():
+        if value != getattr(LaunchOptions, name):
+            words += [f"--{name}", str(value)]
+    before = ""
+    for word in arguments:
+        name, equals, _ = word.partition("=")
+        is_option = word.startswith("--")
+        option = (name if is_option else before).replace("-", "_")
+        before = "" if is_option and equals else option if not is_option else name
+        if option == "__resume_from_checkpoint":
+            continue
+        secret = any(part in option for part in ("token", "secret", "password", "api_key"))
+        if secret and (equals or not is_option):
+            word = f"{name}=***" if is_option else "***"
+        words.append(word)
+    return shlex.join([*words, "--resume_from_checkpoint", "true"])
+
+
+def output_folder(arguments: Sequence[str]) -> Path:
+    """Where the training processes write, by the command line or its recipe."""
+    recipe, given = None, None
+    for word, following in pairwise([*arguments, ""]):
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            recipe = value if equals else following
+        elif name in ("--output_dir", "--output-dir"):
+            given = value if equals else following
+    if given is None and recipe is not None:
+        options = read_recipe(recipe, options=["output_dir"], others_allowed=True)
+        given = options[0].partition("=")[2] if options else None
+    return Path(given or "runs/latest").expanduser()
+
+
+def what_is_left(folder: Path, again: str) -> str:
+    """Which checkpoint a run that was interrupted has, and the command that goes on from it."""
+    from lora_fsdp.training.saving.checkpoints import find_damage, list_checkpoints
+
+    whole = (one for one in list_checkpoints(folder) if find_damage(one, hashes=False) is None)
+    newest = next(whole, None)
+    if newest is None:
+        return (
+            f"{folder} has no checkpoint yet: with --save_strategy steps --save_steps 100 a run "
+            "leaves one every 100 steps."
+        )
+    return f"The newest checkpoint is {newest}. Go on with:\n{again}"
+
+
+def _launch(command: Sequence[str], *, again: str, folder: Path) -> int:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -206,8 +261,7 @@ def _launch(command: Sequence[str]) -> int:
     except subprocess.CalledProcessError as error:
         return _explain_code(error.returncode, "the training process")
     except (KeyboardInterrupt, SignalException) as stop:
-        say("lora-fsdp train: stopped; with checkpoints it goes on by --resume_from_checkpoint "
-              "true.", file=sys.stderr)  # fmt: skip
+        say(f"lora-fsdp train: stopped. {what_is_left(folder, again)}", file=sys.stderr)
         on_request = isinstance(stop, SignalException) and stop.sigval == signal.SIGTERM
         return STOPPED if on_request else INTERRUPTED
     return 0

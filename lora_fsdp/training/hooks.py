@@ -90,7 +90,7 @@ UNUSED_ARGUMENTS = {
     "model_init": SEARCH,
     "model_init_kwargs": _OPEN.format(""),
     "optimizers": f"{_OPTIMIZER}, or override create_optimizer and create_scheduler",
-    "packing": "remove it: sequences are always packed",
+    "packing": "it is a setting of args (FineTuningArguments)",
     "preprocess_logits_for_metrics": _METRICS,
     "quantization_config": _OPEN.format(", load_in_4bit=True"),
     "tokenizer": "it is called processing_class here",

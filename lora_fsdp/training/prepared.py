@@ -11,11 +11,14 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from lora_fsdp.adapter.attach import attach_adapter
+from lora_fsdp.adapter.continuing import check_base_of_start, load_start
+from lora_fsdp.adapter.folder import ADAPTER_FILE, AdapterFolder
 from lora_fsdp.adapter.probes import Probe, build_probes
 from lora_fsdp.adapter.settings import check_settings
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.fingerprints import BaseFingerprint, fingerprint_base
+from lora_fsdp.base.folders import sha256_of_file
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase, WholeBase
 from lora_fsdp.compute.architectures import check_architecture, check_token_ids
@@ -33,6 +36,8 @@ from lora_fsdp.training.placing import check_can_be_placed, request_of_run
 from lora_fsdp.training.run_fingerprints import run_fingerprints
 from lora_fsdp.training.saving.resume import run_facts
 from lora_fsdp.training.step.objectives.objective import Objective
+
+_BEGAN = "the adapter that it began with (SHA-256)"
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ def prepare_run(
     held_out: Sequence[Example],
     peft_config: LoraConfig | None,
     test: Sequence[Example] = (),
+    start: AdapterFolder | None = None,
 ) -> PreparedRun:
     """Tokenise, attach the adapter, and compare the ranks: a collective call.
 
@@ -92,6 +98,8 @@ def prepare_run(
     given = [peft_config] if peft_config is not None else _adapters_of(model)
     for config in given:
         check_settings(config)
+    if start is not None and isinstance(model, PeftModel):
+        raise ArgumentError("Give adapter_name_or_path, or a model that already has an adapter.")
     to_train, to_score = encoder.encode(train), encoder.encode([*held_out, *test])
     check_targets(to_train)
     if (base := _empty(model)) is not None:
@@ -99,12 +107,15 @@ def prepare_run(
     if isinstance(model, WholeBase):
         model = _loaded(model, args, settings=settings, adapter=peft_config)
     adapted, stored, base_fingerprint = _with_adapter(
-        model, peft_config, longest=encoder.max_length
+        model, peft_config, longest=encoder.max_length, start=start
     )
     check_reference(objective, adapted)
     request = request_of_run(adapted, args, settings=settings)
     fingerprints = run_fingerprints(args, adapted, train=to_train, held_out=to_score, stored=stored)
-    check_ranks_agree(fingerprints)
+    began = {} if start is None else {_BEGAN: sha256_of_file(start.path / ADAPTER_FILE)}
+    check_ranks_agree({**fingerprints, **began})
+    facts = run_facts(args, adapted, fingerprints=fingerprints)
+    facts["must_stay"] |= began
     packing = request.packing_choice.packing
 
     def work_as(packing: Packing) -> Work:
@@ -130,7 +141,7 @@ def prepare_run(
         schedule=Schedule.of(vars(args), rows=len(to_train), ranks=args.world_size),
         work=work_as(packing),
         work_as=work_as,
-        facts=run_facts(args, adapted, fingerprints=fingerprints),
+        facts=facts,
     )
 
 
@@ -171,7 +182,11 @@ def _loaded(
 
 
 def _with_adapter(
-    model: PreTrainedModel | PeftModel | StoredBase, config: LoraConfig | None, *, longest: int
+    model: PreTrainedModel | PeftModel | StoredBase,
+    config: LoraConfig | None,
+    *,
+    longest: int,
+    start: AdapterFolder | None,
 ) -> tuple[PeftModel, StoredBase | None, BaseFingerprint]:
     """The model with its adapter, where its weights are, and which base it is."""
     if isinstance(model, PeftModel) == (config is not None):
@@ -184,7 +199,12 @@ def _with_adapter(
     check_architecture(base, longest=longest)
     # Before the adapter is attached, which may change the base (PiSSA), and before sharding.
     fingerprint = fingerprint_base(base) if stored is None else stored.fingerprint()
-    return attach_adapter(base, cast(LoraConfig, config), stored=stored), stored, fingerprint
+    if start is not None:
+        check_base_of_start(start, fingerprint, base=base.name_or_path or type(base).__name__)
+    adapted = attach_adapter(base, cast(LoraConfig, config), stored=stored)
+    if start is not None:
+        load_start(adapted, start)
+    return adapted, stored, fingerprint
 
 
 def fold_accumulation(args: FineTuningArguments) -> FineTuningArguments:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -32,6 +33,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
 from lora_fsdp.adapter.adapter_set import AdapterSet
+from lora_fsdp.adapter.continuing import adapter_to_continue
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
 from lora_fsdp.data.encoding import EncodedExample, Encoder
@@ -115,6 +117,7 @@ class LoraTrainer(Trainer):
         test_dataset: further ones, which no evaluation while training sees.
         processing_class: the tokenizer; by default the model's.
         peft_config: the adapter to attach.
+        adapter_name_or_path: folder of a saved adapter to go on with, which has its own settings.
         max_length: longest example in tokens; longer ones have their text shortened.
         chat_template: put prompts through the tokenizer's chat template.
         chat_template_kwargs: further arguments of that template.
@@ -159,6 +162,7 @@ class LoraTrainer(Trainer):
         eval_dataset: Rows | Mapping[str, Rows] | None = None,
         test_dataset: Rows | None = None,
         peft_config: LoraConfig | None = None,
+        adapter_name_or_path: str | Path | None = None,
         max_length: int = 512,
         chat_template: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -175,6 +179,9 @@ class LoraTrainer(Trainer):
         data = given_data(task, train=train_dataset, held_out=eval_dataset)
         self.objective = _objective(objective, own_args, data.task)
         tokenizer = given_tokenizer(processing_class, model)
+        start = None if adapter_name_or_path is None else adapter_to_continue(adapter_name_or_path)
+        if start is not None and peft_config is None:
+            peft_config = start.config
         self.encoder = Encoder(
             tokenizer,
             task=data.task,
@@ -193,6 +200,7 @@ class LoraTrainer(Trainer):
             held_out=data.held_out,
             peft_config=peft_config,
             test=examples_of(test_dataset, task=data.task, name="test_dataset"),
+            start=start,
         )
         self.test_dataset = run.test
         self.task, self.max_new_tokens = data.task, longest_answer(own_args, run.train)
@@ -332,6 +340,9 @@ class LoraTrainer(Trainer):
             world_size=self.args.world_size,
             price_per_hour=self.args.price_per_hour,
         )
+        if (patience := self.args.early_stopping_patience) is not None:
+            threshold = self.args.early_stopping_threshold
+            self.add_callback(EarlyStoppingCallback(patience, threshold))
         progress = RunProgress(self.figures, primary_metric=self.task.primary_metric)
         for unused in (ProgressCallback, PrinterCallback):
             self.remove_callback(unused)

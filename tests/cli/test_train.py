@@ -5,8 +5,10 @@ Run: python -m pytest tests/cli/test_train.py
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +16,19 @@ import pytest
 import yaml
 
 from lora_fsdp.arguments import DataArguments
-from lora_fsdp.cli.train import LaunchOptions, _cause, _explain_code, launch_command_line
+from lora_fsdp.cli.train import (
+    LaunchOptions,
+    _cause,
+    _explain_code,
+    again,
+    launch_command_line,
+    output_folder,
+    what_is_left,
+)
 from lora_fsdp.data.rows import load_task_data
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.training.saving.run_lock import LOCK_FILE
+from tests.support.runs import toy_trainer
 from tests.support.tiny import toy_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +62,78 @@ def options(tmp_path, model_folder):
         "--output_dir", tmp_path / "run", "--max_steps", 2, "--save_strategy", "no",
         "--eval_size", 6, "--max_length", 128,
     ]  # fmt: skip
+
+
+class TestGoingOn:
+    """What Ctrl-C leaves the user with."""
+
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            (["--learning_rate", "1"], "--learning_rate 1"),
+            (["--labels", "a b", "c", "--max_steps=2"], "--labels 'a b' c --max_steps=2"),
+            (["--resume_from_checkpoint", "true", "--seed", "1"], "--seed 1"),
+            (["--resume_from_checkpoint=runs/a", "--seed=1"], "--seed=1"),
+            (["--resume-from-checkpoint", "--seed", "1"], "--seed 1"),
+            (["--hub_token", "hf_x", "--seed", "1"], "--hub_token '***' --seed 1"),
+            (["--hub_token=hf_x", "--seed", "1"], "'--hub_token=***' --seed 1"),
+        ],
+    )
+    def test_the_command_is_the_one_that_was_given(self, given, words):
+        options = LaunchOptions(accelerate_config="ddp", num_processes=4)
+        launch = "--accelerate_config ddp --num_processes 4"
+        expected = f"lora-fsdp train {launch} {words} --resume_from_checkpoint true"
+        assert again(options, given) == expected
+
+    def test_the_folder_is_that_of_the_run(self, tmp_path):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("output_dir: runs/recipe\nseed: 3\n")
+        assert output_folder([]) == Path("runs/latest")
+        assert output_folder(["--config", str(recipe)]) == Path("runs/recipe")
+        assert output_folder([f"--config={recipe}", "--output_dir", "a"]) == Path("a")
+        assert output_folder(["--output_dir=a", "--output_dir", "b"]) == Path("b")
+
+    def test_the_newest_whole_checkpoint_is_named(self, tmp_path):
+        assert "has no checkpoint yet: with --save_strategy" in what_is_left(tmp_path, "again")
+        toy_trainer(tmp_path, rows=8, max_steps=2, save_strategy="steps", save_steps=1).train()
+        newest = tmp_path / "checkpoint-2"
+        assert what_is_left(tmp_path, "go on") == (
+            f"The newest checkpoint is {newest}. Go on with:\ngo on"
+        )
+        (newest / "task.json").unlink()
+        assert "checkpoint-1. Go on" in what_is_left(tmp_path, "go on")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["single", "fsdp2_cpu"])
+def test_ctrl_c_gives_the_prompt_back_and_says_how_to_go_on(tmp_path, options, config):
+    """To all processes of the terminal, as a terminal sends it."""
+    words = [*options, "--save_strategy", "steps", "--save_steps", 5, "--max_steps", 100000]
+    command = ["-m", "lora_fsdp", "train", "--accelerate_config", config, *words]
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("FSDP_", "ACCELERATE_"))}
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT, env={**keep, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 300
+        while not (tmp_path / "run" / "checkpoint-5").is_dir() and time.monotonic() < until:
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        begun = time.monotonic()
+        _, error = process.communicate(timeout=60)
+        seconds = time.monotonic() - begun
+    finally:
+        process.kill()
+    assert process.returncode == 130, error
+    assert seconds < 5 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    assert not [noise for noise in (*LAUNCHER_NOISE, "torch", "Error") if noise in error], error
+    found = re.search(r"The newest checkpoint is (\S+)\. Go on with:\n(lora-fsdp .*)", error)
+    assert found, error
+    assert Path(found[1]).parent == tmp_path / "run"
+    assert found[2].endswith("--resume_from_checkpoint true")
 
 
 class TestCommandLine:

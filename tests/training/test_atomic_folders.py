@@ -32,9 +32,12 @@ from lora_fsdp.training.saving.checkpoints import (
 )
 from lora_fsdp.training.saving.state_file import read_state, write_state
 
+# As a run's, in short.
+FACTS = {"step": 1, "launch": {"processes": 1}, "must_stay": {}, "may_change": {}}
+
 
 def write(folder, content=b"weights"):
-    with atomic_folder(folder, {"step": 1}) as partial:
+    with atomic_folder(folder, FACTS) as partial:
         (partial / "a.bin").write_bytes(content)
         (partial / "inner").mkdir()
         (partial / "inner" / "b.bin").write_bytes(content * 100)
@@ -43,7 +46,7 @@ def write(folder, content=b"weights"):
 
 def test_atomic_folder_says_what_it_holds(tmp_path):
     marker = check_whole(write(tmp_path / "checkpoint-1"))
-    assert marker["facts"] == {"step": 1}
+    assert marker["facts"] == FACTS
     assert marker["files"].keys() == {"a.bin", "inner/b.bin"}
     assert marker["files"]["a.bin"]["bytes"] == 7
 
