@@ -30,6 +30,7 @@ from lora_fsdp.tasks.cells import (
     text_fault,
 )
 from lora_fsdp.tasks.example import TEXT_PLACEHOLDER, Prompt
+from lora_fsdp.tasks.guessing import Guess, guess_label_column, guess_text_column
 from lora_fsdp.tasks.registry import register_task
 
 _NO_TEXT = "no text"
@@ -228,7 +229,40 @@ class ClassificationTask(Task):
                 task.text_column, task.label_column = text, label
                 return task
         wanted = [pair if with_labels else pair[:1] for pair in pairs]
-        raise _column_error(self.name, wanted, [str(column) for column in table.columns])
+        columns = [str(column) for column in table.columns]
+        if self.text_column is not None and self.text_column not in columns:
+            raise _column_error(self.name, wanted, columns)
+        if self.label_column is not None and self.label_column not in columns:
+            raise _column_error(self.name, wanted, columns)
+        if not with_labels:  # to predict, a task is told by its training
+            raise _column_error(self.name, wanted, columns)
+        return self._with_guessed_columns(table, wanted)
+
+    def _with_guessed_columns(
+        self, table: pd.DataFrame, wanted: Sequence[Sequence[str | None]]
+    ) -> Self:
+        """A copy with the columns that the table makes plain, where nobody has named them."""
+        task = copy.copy(self)
+        found: list[tuple[str, Guess]] = []
+        unknown: list[tuple[str, Guess]] = []
+        if task.text_column is None:
+            guess = guess_text_column(table, besides=[task.label_column])
+            task.text_column = guess.column
+            (unknown if guess.column is None else found).append(("text", guess))
+        if task.label_column is None:
+            guess = guess_label_column(table, besides=[task.text_column])
+            task.label_column = guess.column
+            (unknown if guess.column is None else found).append(("label", guess))
+        if unknown:
+            columns = [str(column) for column in table.columns]
+            error = _column_error(self.name, wanted, columns)
+            fitting = [f"{what}: {one.reason}" for what, one in unknown if one.reason[:2] == "it"]
+            raise type(error)(" ".join([str(error), *(f"For the {one}." for one in fitting)]))
+        columns_found = " and ".join(f"{w} is {g.column!r} ({g.reason})" for w, g in found)
+        task.guessed = (
+            f"{columns_found}; if that is wrong, name them with --text_column and --label_column"
+        )
+        return task
 
     def _refuse_bad_rows(self, table: pd.DataFrame, *, with_labels: bool) -> None:
         bad = self.bad_rows(table, with_labels=with_labels)
