@@ -28,6 +28,7 @@ from lora_fsdp.errors import ArgumentError, MalformedRowError, NoRowsError, Spli
 from lora_fsdp.tasks import Example, Task, get_task
 from lora_fsdp.tasks.files import import_task_file
 from lora_fsdp.tasks.guessing import guess_task
+from lora_fsdp.tasks.renaming import new_names
 from lora_fsdp.tasks.weights import bad_weights, check_weights, weighted
 
 logger = logging.getLogger(__name__)
@@ -175,6 +176,8 @@ def _choose_task(arguments: DataArguments, task: Task | None) -> Task:
         raise ArgumentError(
             f"{', '.join(twice)} stands in --task_options and in an option of its own: keep one."
         )
+    if names := new_names(arguments.rename_labels or [], arguments.merge_labels or []):
+        options["label_names"] = names
     options |= further
     given = [f"--{name}" for name, value in options.items() if value is not None]
     if task is None:
