@@ -44,9 +44,9 @@ TRAINING_OPTIONS = {
     "logging_steps": "Log every so many steps.",
     "report_to": "Trackers to report to; none by default.",
     "price_per_hour": "GPU (or machine) price per hour; shows the run's cost so far.",
-    "max_tokens_per_row": "Longest packed sequence, or batch of sequences of one example, in tokens (bounds "
-    "activation memory). Not given: what half of the free GPU memory holds, from 2048 "
-    "to 8192; 2048 on a CPU.",
+    "max_tokens_per_row": "Longest packed sequence, or batch of sequences of one example, in "
+    "tokens (bounds activation memory). Not given: what half of the free GPU memory holds, "
+    "from 2048 to 8192; 2048 on a CPU.",
     "seeds": "Train so many adapters that differ in their seed alone (--seed, the next one, "
     "...), each into a folder of its own: one figure with its spread.",
     "folds": "Train so many adapters, each of which leaves out another part of the rows: every "
