@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from itertools import pairwise
@@ -216,6 +217,12 @@ class OptionParser(TrlParser):
 _TRUTH = {"true", "false", "yes", "no", "t", "f", "y", "n", "1", "0"}
 
 
+_TABLE = re.compile(
+    r"\.(csv|tsv|tab|psv|txt|xlsx|xlsm|json|jsonl|ndjson|parquet)(\.(gz|bz2|xz))?$|\.zip$",
+    re.IGNORECASE,
+)
+
+
 def _is_option(word: str) -> bool:
     return word.startswith("-") and len(word) > 1 and not word[1].isdigit() and word[1] != "."
 
@@ -235,7 +242,8 @@ def _values_of(action: argparse.Action | None, words: Sequence[str], *, files: b
 
 
 def _is_file(word: str) -> bool:
-    return "." in word and os.path.isfile(word)
+    """Whether a word is a table's file, perhaps one that is missing."""
+    return _TABLE.search(word) is not None or ("." in word and os.path.isfile(word))
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str:

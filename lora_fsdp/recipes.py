@@ -15,6 +15,8 @@ from lora_fsdp.errors import ArgumentError
 #: Far above any real recipe. References make a small file a huge one, so they count in full.
 _LARGEST_BYTES = 1_000_000
 _MOST_VALUES = 10_000
+# Options that name a file that lies with a recipe.
+_FILES = ("data_file", "eval_file", "test_file", "task_file")
 
 
 def read_recipe(
@@ -22,7 +24,8 @@ def read_recipe(
 ) -> list[str]:
     """The command-line arguments that a recipe stands for.
 
-    They go through the same parser as those of the command line, which checks their types.
+    They go through the same parser as those of the command line, which checks their types. A table
+    or task file that is not in the working directory is looked for beside the recipe.
 
     Args:
         path: a YAML file with options as keys, without the dashes.
@@ -51,8 +54,21 @@ def read_recipe(
         part
         for key, value in contents.items()
         if key in options
-        for part in as_arguments(key, value, source=f"The recipe {file}")
+        for part in as_arguments(key, _found(key, value, file), source=f"The recipe {file}")
     ]
+
+
+def _found(key: str, value: Any, recipe: Path) -> Any:
+    """A file's name as it is, or beside the recipe if only there is such a file."""
+    if isinstance(value, list) and key in _FILES:
+        return [_found(key, one, recipe) for one in value]
+    if key not in _FILES or not isinstance(value, str) or Path(value).is_absolute():
+        return value
+    try:
+        beside = recipe.parent / value
+        return str(beside) if not Path(value).exists() and beside.exists() else value
+    except (OSError, ValueError):  # no name that a file can have
+        return value
 
 
 def _parse(file: Path) -> Any:

@@ -231,8 +231,11 @@ class TestTaskAndData:
             run(model_folder, tmp_path / "r", data={"task": "sentimet", "data_file": str(table)})
 
     def test_no_task(self, model_folder, tmp_path, table):
-        with pytest.raises(ArgumentError, match="--task"):
+        table.write_text("a,b\n1,2\n3,4\n")
+        with pytest.raises(ArgumentError, match="do not say which: set --task"):
             run(model_folder, tmp_path / "r", data={"data_file": str(table)})
+        with pytest.raises(ArgumentError, match="No task given: set --task"):
+            run(model_folder, tmp_path / "r", data={})
 
     def test_no_data(self, model_folder, tmp_path):
         with pytest.raises(ArgumentError, match=r"'classification'.*--data_file"):

@@ -41,6 +41,10 @@ class DataArguments:
     text_column: str | None = option(None, "Column with the text.")
     label_column: str | None = option(None, "Column with the label, or the right answer.")
     labels: list[str] | None = option(None, "Closed label set; read from the data when not given.")
+    rename_labels: list[str] | None = option(
+        None, "Other names for the table's labels: 0=negative 1=positive."
+    )
+    merge_labels: list[str] | None = option(None, "Several labels as one: other=spam,unknown.")
     task_options: dict[str, Any] | str | None = option(
         None, 'Further options of the task, as JSON: \'{"choices_column": "options"}\'.'
     )

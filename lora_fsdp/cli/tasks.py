@@ -117,6 +117,8 @@ def check(options: CheckOptions, data_args: DataArguments) -> int:
         }
         print_json({"task": data.task.name, **data.task.options(), **facts, "rows": rows})
         return 0
+    if data.task.guessed:
+        write(f"columns: {data.task.guessed}\n")
     for example, tokens in shown:
         _print_row(example, tokens, encoder)
     _print_counts(found, encoded)

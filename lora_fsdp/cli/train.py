@@ -49,14 +49,19 @@ TRAINING_OPTIONS = {
     "logging_steps": "Log every so many steps.",
     "report_to": "Trackers to report to; none by default.",
     "price_per_hour": "GPU (or machine) price per hour; shows the run's cost so far.",
-    "max_tokens_per_row": "Longest packed sequence in tokens (bounds activation memory). Not "
-    "given: what half of the free GPU memory holds, from 2048 to 8192; 2048 on a CPU.",
-    "seeds": "Train so many adapters that differ in their seed alone: one figure with its spread.",
-    "folds": "Train so many adapters, each of which leaves out another part of the rows.",
-    "grid": "Train an adapter for every combination: learning_rate=1e-4,3e-4 lora_r=8,32, or a "
-    "YAML file.",
+    "max_tokens_per_row": "Longest packed sequence, or batch of sequences of one example, in "
+    "tokens (bounds activation memory). Not given: what half of the free GPU memory holds, "
+    "from 2048 to 8192; 2048 on a CPU.",
+    "seeds": "Train so many adapters that differ in their seed alone (--seed, the next one, "
+    "...), each into a folder of its own: one figure with its spread.",
+    "folds": "Train so many adapters, each of which leaves out another part of the rows: every "
+    "row is answered by one that has not learnt from it (out_of_fold.csv).",
+    "grid": "Train an adapter for every combination: learning_rate=1e-4,3e-4 lora_r=8,32, or "
+    "a YAML file. The best is chosen by validation rows and told on the held-out "
+    "rows.",
     "samples": "Of the combinations of --grid, take so many at random (--seed).",
-    "adapters_at_once": "The most adapters that share a pass over the base.",
+    "adapters_at_once": "The most adapters that share a pass over the base; 1 = one after the "
+    "other.",
     "seed": "Of the sample, the split, the order and the adapter's first values.",
 }
 

@@ -27,6 +27,8 @@ from lora_fsdp.data.tables import read_table, sample_rows
 from lora_fsdp.errors import ArgumentError, MalformedRowError, NoRowsError, SplitError
 from lora_fsdp.tasks import Example, Task, get_task
 from lora_fsdp.tasks.files import import_task_file
+from lora_fsdp.tasks.guessing import guess_task
+from lora_fsdp.tasks.renaming import new_names
 from lora_fsdp.tasks.weights import bad_weights, check_weights, weighted
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,8 @@ def load_task_data(
     table, without_weight = _without_bad_weights(arguments, table)
     dropped += without_weight
     task = task.bind(table)
+    if task.guessed:
+        logger.info("Columns: %s.", task.guessed)
     parts = _divided(arguments, task, replace(parts, train=table), whole=whole)
     parts = complete_parts(
         parts,
@@ -172,12 +176,12 @@ def _choose_task(arguments: DataArguments, task: Task | None) -> Task:
         raise ArgumentError(
             f"{', '.join(twice)} stands in --task_options and in an option of its own: keep one."
         )
+    if names := new_names(arguments.rename_labels or [], arguments.merge_labels or []):
+        options["label_names"] = names
     options |= further
     given = [f"--{name}" for name, value in options.items() if value is not None]
     if task is None:
-        if not arguments.task:
-            raise ArgumentError("No task given: set --task (for example --task sentiment).")
-        return get_task(arguments.task, options)
+        return get_task(arguments.task or _guessed_task(arguments), options)
     if arguments.task and arguments.task != task.name:
         raise ArgumentError(
             f"--task {arguments.task} and the task object {task.name!r} contradict each other: "
@@ -189,6 +193,34 @@ def _choose_task(arguments: DataArguments, task: Task | None) -> Task:
             "the task instead."
         )
     return task
+
+
+def _guessed_task(arguments: DataArguments) -> str:
+    """The name of the task that the table's columns are made for.
+
+    Raises:
+        ArgumentError: no table is named, or its columns do not say.
+    """
+    advice = "set --task (for example --task sentiment)"
+    if arguments.data_file is None:
+        raise ArgumentError(f"No task given: {advice}.")
+    files = files_by_split(Path(arguments.data_file)).get(TRAIN, [arguments.data_file])
+    table = _read(arguments, files)
+    name = guess_task(_with_named_columns(table, arguments))
+    if name is None:
+        raise ArgumentError(
+            f"No task given, and the columns of {arguments.data_file} "
+            f"({', '.join(map(repr, table.columns))}) do not say which: {advice}."
+        )
+    logger.info("Task: %s, by the columns of %s; name another with --task.",
+                name, arguments.data_file)  # fmt: skip
+    return name
+
+
+def _with_named_columns(table: pd.DataFrame, arguments: DataArguments) -> pd.DataFrame:
+    """The table with the columns that are named called `text` and `label`, for a guess."""
+    named = {arguments.text_column: "text", arguments.label_column: "label"}
+    return table.rename(columns={old: new for old, new in named.items() if old is not None})
 
 
 def _named_parts(arguments: DataArguments, task: Task) -> Parts:

@@ -35,6 +35,8 @@ class Task:
     labels: Sequence[str] | None = None
     per_row_choices: bool = False
     primary_metric: str = "exact_match"
+    #: How columns were found that nobody named, a sentence; "" = nothing was guessed.
+    guessed: str = ""
 
     @property
     def answer_kind(self) -> AnswerKind:

@@ -30,7 +30,9 @@ from lora_fsdp.tasks.cells import (
     text_fault,
 )
 from lora_fsdp.tasks.example import TEXT_PLACEHOLDER, Prompt
+from lora_fsdp.tasks.guessing import Guess, guess_label_column, guess_text_column
 from lora_fsdp.tasks.registry import register_task
+from lora_fsdp.tasks.renaming import check_known
 
 _NO_TEXT = "no text"
 _NO_LABEL = "no label"
@@ -73,6 +75,7 @@ class ClassificationTask(Task):
         label_column: str | None = None,
         labels: Sequence[str] | None = None,
         layouts: Sequence[tuple[str, str]] | None = None,
+        label_names: Mapping[str, str] | None = None,
     ) -> None:
         texts = {"instruction": instruction, "text_column": text_column}
         for option, value in {**texts, "label_column": label_column}.items():
@@ -88,6 +91,10 @@ class ClassificationTask(Task):
         for fault in filter(None, map(label_fault, labels or ())):
             raise ArgumentError(f"labels must be a list of labels, but one is {fault}.")
         self.labels = None if labels is None else tuple(label_text(label) for label in labels)
+        if not isinstance(label_names, Mapping | None):
+            raise ArgumentError(f"label_names must be a mapping, not {str(label_names)[:80]!r}.")
+        # Learnt under another name than the table's.
+        self.label_names = {str(old): str(new) for old, new in (label_names or {}).items()}
 
     def bind(
         self, table: pd.DataFrame, *, with_labels: bool = True, for_training: bool = True
@@ -111,7 +118,10 @@ class ClassificationTask(Task):
         task = self._with_columns(table, with_labels=with_labels)
         task._refuse_bad_rows(table, with_labels=with_labels)
         if with_labels:
-            found = sorted({label_text(value) for value in table[task.label_column]})
+            found = sorted({task._label(value) for value in table[task.label_column]})
+            if for_training and task.label_names:
+                there = {label_text(value) for value in table[task.label_column]}
+                check_known(task.label_names, there, column=str(task.label_column))
             if for_training and len(found) < 2:
                 raise SingleLabelError(
                     f"All {len(table)} rows have the label {found[0]!r} (column "
@@ -137,6 +147,7 @@ class ClassificationTask(Task):
             "text_column": self.text_column,
             "label_column": self.label_column,
             "labels": None if self.labels is None else list(self.labels),
+            **({"label_names": self.label_names} if self.label_names else {}),
         }
 
     def facts(self) -> dict[str, Any]:
@@ -153,7 +164,7 @@ class ClassificationTask(Task):
         faults = pd.Series("", index=table.index, name="fault", dtype="str")
         if with_labels:
             cells = table[task.label_column]
-            labels = pd.Series(list(map(label_text, cells)), table.index, dtype="str")
+            labels = pd.Series(list(map(task._label, cells)), table.index, dtype="str")
             faults[labels == ""] = _NO_LABEL
             if task.labels is not None:
                 unknown = (labels != "") & ~labels.isin(task.labels)
@@ -191,7 +202,7 @@ class ClassificationTask(Task):
         """The row's label, after a space."""
         if self.label_column is None:
             raise IncompleteTaskError(f"Task {self.name!r} has no label column: bind(table) first.")
-        return self.target_of(label_text(row[self.label_column]))
+        return self.target_of(self._label(row[self.label_column]))
 
     def parse(self, text: str) -> str | None:
         """The label that the first line of `text` starts with, in the label set's spelling.
@@ -218,6 +229,11 @@ class ClassificationTask(Task):
         self._label_set()
         return self.answer_kind.confusion_matrix(targets, predictions)
 
+    def _label(self, cell: object) -> str:
+        """A cell's label, by the name under which it is learnt."""
+        text = label_text(cell)
+        return self.label_names.get(text, text)
+
     def _with_columns(self, table: pd.DataFrame, *, with_labels: bool) -> Self:
         """A copy with the columns that `table` has, of those given or known."""
         layouts: Sequence[tuple[str | None, str | None]] = self.layouts or ((None, None),)
@@ -228,7 +244,40 @@ class ClassificationTask(Task):
                 task.text_column, task.label_column = text, label
                 return task
         wanted = [pair if with_labels else pair[:1] for pair in pairs]
-        raise _column_error(self.name, wanted, [str(column) for column in table.columns])
+        columns = [str(column) for column in table.columns]
+        if self.text_column is not None and self.text_column not in columns:
+            raise _column_error(self.name, wanted, columns)
+        if self.label_column is not None and self.label_column not in columns:
+            raise _column_error(self.name, wanted, columns)
+        if not with_labels:  # to predict, a task is told by its training
+            raise _column_error(self.name, wanted, columns)
+        return self._with_guessed_columns(table, wanted)
+
+    def _with_guessed_columns(
+        self, table: pd.DataFrame, wanted: Sequence[Sequence[str | None]]
+    ) -> Self:
+        """A copy with the columns that the table makes plain, where nobody has named them."""
+        task = copy.copy(self)
+        found: list[tuple[str, Guess]] = []
+        unknown: list[tuple[str, Guess]] = []
+        if task.text_column is None:
+            guess = guess_text_column(table, besides=[task.label_column])
+            task.text_column = guess.column
+            (unknown if guess.column is None else found).append(("text", guess))
+        if task.label_column is None:
+            guess = guess_label_column(table, besides=[task.text_column])
+            task.label_column = guess.column
+            (unknown if guess.column is None else found).append(("label", guess))
+        if unknown:
+            columns = [str(column) for column in table.columns]
+            error = _column_error(self.name, wanted, columns)
+            fitting = [f"{what}: {one.reason}" for what, one in unknown if one.reason[:2] == "it"]
+            raise type(error)(" ".join([str(error), *(f"For the {one}." for one in fitting)]))
+        columns_found = " and ".join(f"{w} is {g.column!r} ({g.reason})" for w, g in found)
+        task.guessed = (
+            f"{columns_found}; if that is wrong, name them with --text_column and --label_column"
+        )
+        return task
 
     def _refuse_bad_rows(self, table: pd.DataFrame, *, with_labels: bool) -> None:
         bad = self.bad_rows(table, with_labels=with_labels)

@@ -29,6 +29,7 @@ def parsed(commands, *words):
     ("commands", "words", "name", "value"),
     [
         (PREDICT, ["--adapter", "runs/t1", "small.csv"], "data_file", "small.csv"),
+        (PREDICT, ["--adapter", "runs/t1", "runs/t2", "no.tsv.gz"], "data_file", "no.tsv.gz"),
         (PREDICT, ["--adapter=runs/t1", "--json", "small.csv"], "data_file", "small.csv"),
         (PREDICT, ["--json", "true", "small.csv", "--adapter", "x"], "data_file", "small.csv"),
         (PREDICT, ["small.csv", "--adapter", "x"], "data_file", "small.csv"),
