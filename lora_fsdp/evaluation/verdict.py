@@ -257,7 +257,8 @@ def _detail(table: dict[str, Any], margin: Mapping[str, Any], *, tuned: float) -
     if margin["low"] is not None:
         bounds = f"{signed_text(margin['low'])} to {signed_text(margin['high'])}"
         count = table["compared"]
-        together = f" for {count} rivals together" if count > 1 else ""
+        what = "rivals" if count == len(table["differences"]) else "comparisons"
+        together = f" for {count} {what} together" if count > 1 else ""
         interval = f" ({100 * CONFIDENCE:.0f} % interval{together} {bounds})"
     few = ""
     if rows is not None and rows < _LEAST_ROWS_FOR_A_VERDICT:
