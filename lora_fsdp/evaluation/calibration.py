@@ -30,6 +30,7 @@ _FOLDS = 5
 _BINS = 10
 # A bias costs as much as this many rows would, so that a rare label's does not run away.
 _PENALTY = 1.0
+_LARGEST_BIAS = 20.0
 _LOWEST, _HIGHEST = math.log(0.05), math.log(20.0)
 
 
@@ -195,7 +196,8 @@ def _parsed(contents: dict[str, Any], file: Path) -> Calibration:
         rows, apart, digest = (contents[key] for key in ("rows", "apart", "adapter_sha256"))
         biases, scores = numbers("biases"), numbers("scores")
         fits = (
-            _is_number(temperature) and temperature > 0,
+            _is_number(temperature) and 1e-3 <= temperature <= 1e3,
+            all(abs(bias) <= _LARGEST_BIAS for bias in biases),
             isinstance(labels, list) and all(isinstance(one, str) for one in labels),
             isinstance(rows, int) and isinstance(apart, bool) and isinstance(digest, str),
             len(biases) in (0, len(labels)) and list(scores) == sorted(scores),
@@ -203,7 +205,7 @@ def _parsed(contents: dict[str, Any], file: Path) -> Calibration:
         )
         if not all(fits):
             raise ValueError("a value is of another kind")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise AdapterVerificationError(
             f"{file} is damaged ({type(error).__name__}: {str(error)[:80]}): take it out of the "
             "folder, or pass --calibrated false."
@@ -235,7 +237,7 @@ def _fitted(scores: np.ndarray, right: np.ndarray, *, biased: bool) -> tuple[flo
     from scipy.optimize import minimize
 
     width = scores.shape[1] if biased else 0
-    bounds = [(-_HIGHEST, -_LOWEST), *[(-10.0, 10.0)] * width]
+    bounds = [(-_HIGHEST, -_LOWEST), *[(-_LARGEST_BIAS / 2, _LARGEST_BIAS / 2)] * width]
     objective = partial(_loss_and_gradient, scores=scores, right=right)
     found = minimize(objective, np.zeros(1 + width), jac=True, bounds=bounds, method="L-BFGS-B").x
     biases = found[1:] - found[1:].mean() if width else np.zeros(scores.shape[1])
