@@ -55,7 +55,7 @@ class AdaptersOptions(AdapterOptions):
         """
         from lora_fsdp.sweeps.earlier import adapters_of
 
-        if not self.adapter:
+        if not self.adapter or "" in self.adapter:  # also what an unset variable leaves
             required(None, "--adapter", "the output folder of a finished run")
         return [folder for given in self.adapter for folder in adapters_of(Path(given))]
 
