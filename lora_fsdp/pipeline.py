@@ -48,6 +48,7 @@ from lora_fsdp.sweeps.grid import is_several
 from lora_fsdp.sweeps.results import Summary
 from lora_fsdp.sweeps.run import RanAlone, RunAlone, Several, check_several
 from lora_fsdp.tasks import Example, Task
+from lora_fsdp.training.calibrating import calibrate, save_calibration
 from lora_fsdp.training.logging.log_history import KeepLog
 from lora_fsdp.training.rivals import Untrained, rows_to_probe, score_untrained
 from lora_fsdp.training.saving.atomic_folders import remove_leftovers, writing_into
@@ -227,6 +228,10 @@ def _train_and_compare(
         try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)
     tuned = trainer.outputs(reported)
     tuned_texts = _generate_freely(trainer, reported)
+    calibrated = calibrate(trainer, reported, tuned)
+    if (calibration := calibrated.calibration) is not None:
+        folder = Path(str(trainer.args.output_dir))
+        on_first_rank(lambda: save_calibration(calibration, folder))
     comparison = compare(
         data.task,
         train=data.train,
@@ -235,10 +240,12 @@ def _train_and_compare(
         ways=untrained.ways,
         rivals=untrained.answers,
         tuned=tuned,
+        calibrated=calibrated.outputs,
         written=generated_texts(data.task, data.reported, base=base_texts, tuned=tuned_texts),
         facts={
             **_facts(trainer, data, trained.metrics, first_step=log.first_step),
             **untrained.facts,
+            **calibrated.facts,
         },
     )
     return RanAlone(comparison, untrained, trainer.outputs(asked) if asked else None)

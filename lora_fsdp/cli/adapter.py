@@ -55,16 +55,21 @@ class AdaptersOptions(AdapterOptions):
         """
         from lora_fsdp.sweeps.earlier import adapters_of
 
-        if not self.adapter:
+        if not self.adapter or "" in self.adapter:  # also what an unset variable leaves
             required(None, "--adapter", "the output folder of a finished run")
         return [folder for given in self.adapter for folder in adapters_of(Path(given))]
 
 
-def load_adapters(options: AdaptersOptions, folders: Sequence[Path]) -> Predictor | Ensemble:
-    """One adapter, or several that answer together, asked as they were trained."""
+def load_adapters(
+    options: AdaptersOptions, folders: Sequence[Path], *, calibrated: bool = True
+) -> Predictor | Ensemble:
+    """One adapter, or several that answer together, asked as they were trained.
+
+    Those that answer together are not calibrated: the mean of their probabilities is another one.
+    """
     if len(folders) == 1:
         one = AdapterOptions(**{**vars(options), "adapter": str(folders[0])})
-        return load_predictor(one)
+        return load_predictor(one, calibrated=calibrated)
     import_task_file(options.task_file)
     from lora_fsdp.evaluation.ensemble import Ensemble
     from lora_fsdp.scripts import configure_output
@@ -78,7 +83,9 @@ def load_adapters(options: AdaptersOptions, folders: Sequence[Path]) -> Predicto
     return ensemble
 
 
-def load_predictor(options: AdapterOptions, *, label_column: str | None = None) -> Predictor:
+def load_predictor(
+    options: AdapterOptions, *, label_column: str | None = None, calibrated: bool = True
+) -> Predictor:
     """The adapter, asked as it was trained, about the columns named."""
     folder = Path(required(options.adapter, "--adapter", "the output folder of a finished run"))
     import_task_file(options.task_file)
@@ -87,7 +94,9 @@ def load_predictor(options: AdapterOptions, *, label_column: str | None = None) 
     from lora_fsdp.tasks import get_task
 
     configure_output()
-    predictor = Predictor.from_adapter(folder, base=options.base, dtype=options.dtype)
+    predictor = Predictor.from_adapter(
+        folder, base=options.base, dtype=options.dtype, calibrated=calibrated
+    )
     named = {"text_column": options.text_column, "label_column": label_column}
     given = {name: value for name, value in named.items() if value is not None}
     if given:

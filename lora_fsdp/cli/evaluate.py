@@ -37,6 +37,9 @@ class EvaluateOptions:
     max_rows: int | None = option(None, "Use a seeded random sample of this many rows.")
     head: int | None = option(None, "Use the first rows of the file.")
     seed: int = option(42, "Seed of the sample.")
+    calibrated: Literal["true", "false"] = option(
+        "true", "Read the answers by the calibration that the run fitted on held-out rows."
+    )
     json: bool = option(False, "Print JSON.")
 
 
@@ -53,11 +56,14 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
         nested=True,
     )
     table = sample_rows(table, max_rows=options.max_rows, head=options.head, seed=options.seed)
-    predictor = load_predictor(adapter, label_column=options.label_column)
+    predictor = load_predictor(
+        adapter, label_column=options.label_column, calibrated=options.calibrated == "true"
+    )
     from lora_fsdp.evaluation.metrics import (
         confusion_matrix,
         evaluation_metrics,
         labels_without_rows,
+        with_loss_of,
     )
 
     dropped = 0
@@ -71,7 +77,8 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
         if not examples:
             raise NoRowsError(f"{path}: the chat template takes no row.")
     encoded = predictor.encoder.encode(examples)
-    outputs = predictor.outputs(encoded)
+    raw = predictor.outputs(encoded)
+    outputs = predictor.calibrated(raw)
     trained_on = _trained_on(Path(adapter.adapter), examples)
     found: dict[str, Any] = {
         "adapter": adapter.adapter,
@@ -82,7 +89,9 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
         "first_row_trained_on": trained_on[0].row if trained_on else None,
         "rows_shortened": sum(example.shortened for example in encoded),
         "labels_without_rows": labels_without_rows(task, examples),
-        "metrics": evaluation_metrics(task, encoded, outputs),
+        "metrics": with_loss_of(
+            evaluation_metrics(task, encoded, raw), evaluation_metrics(task, encoded, outputs)
+        ),
     }
     matrix = confusion_matrix(task, encoded, outputs)
     if matrix is not None:

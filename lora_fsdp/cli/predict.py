@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.adapter import AdaptersOptions, load_adapters
@@ -13,6 +14,9 @@ from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import is_live, write
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.printing import say
+
+if TYPE_CHECKING:
+    from lora_fsdp.evaluation.file_prediction import Confidence
 
 _SECONDS_BETWEEN_LINES = 30.0
 _ROWS_NAMED = 5
@@ -36,6 +40,17 @@ class PredictOptions:
         None, "Character between the cells of CSV and TSV (';', tab); found when not given."
     )
     sheet: str | None = option(None, "Sheet of a workbook (.xlsx) with several.")
+    calibrated: Literal["true", "false"] = option(
+        "true", "Give probabilities by the calibration that the run fitted on held-out rows."
+    )
+    min_probability: float | None = option(
+        None, "Leave the answer empty where it is less probable than this (0.9)."
+    )
+    coverage: float | None = option(
+        None,
+        "Add the column answer_set: the answers among which the right one is in at least this "
+        "share of rows like the held-out ones (0.9).",
+    )
     chunk_rows: int = option(256, "Rows answered and written at a time; lost by a kill.")
     column_prefix: str = option("", "Put before the new columns' names, if they are taken.")
     overwrite: bool = option(False, "Replace an output, finished or not.")
@@ -55,13 +70,29 @@ def _one_text(options: PredictOptions, adapter: AdaptersOptions) -> int:
         raise ArgumentError("--text is empty.")
     from lora_fsdp.evaluation.file_prediction import answers_of
 
-    [answer] = answers_of(load_adapters(adapter, adapter.folders()), [text])
+    calibrated = options.calibrated == "true"
+    predictor = load_adapters(adapter, adapter.folders(), calibrated=calibrated)
+    [answer] = answers_of(predictor, [text], confidence=_confidence(options))
     if options.json:
         print_json(answer)
         return 0
     for name, value in answer.items():
-        write(f"{name:<24} {value if isinstance(value, str) else format(value, '.4f')}")
+        write(f"{name:<24} {_shown(value)}")
+    if predictor.calibration is not None:
+        write(f"probabilities are calibrated: {predictor.calibration.described()}")
     return 0
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "(less probable than --min_probability)"
+    return value if isinstance(value, str) else format(value, ".4f")
+
+
+def _confidence(options: PredictOptions) -> Confidence:
+    from lora_fsdp.evaluation.file_prediction import Confidence
+
+    return Confidence(options.min_probability, options.coverage)
 
 
 def _table(options: PredictOptions, adapter: AdaptersOptions) -> int:
@@ -79,7 +110,7 @@ def _table(options: PredictOptions, adapter: AdaptersOptions) -> int:
     from lora_fsdp.evaluation.file_prediction import predict_file
 
     folders = adapter.folders()
-    predictor = load_adapters(adapter, folders)
+    predictor = load_adapters(adapter, folders, calibrated=options.calibrated == "true")
     progress = Progress()
     found = predict_file(
         predictor,
@@ -88,6 +119,7 @@ def _table(options: PredictOptions, adapter: AdaptersOptions) -> int:
         chunk_rows=options.chunk_rows,
         column_prefix=options.column_prefix,
         identity=" ".join(sha256_of_file(folder / ADAPTER_FILE) for folder in folders),
+        confidence=_confidence(options),
         overwrite=options.overwrite,
         on_chunk=progress.advance,
     )
@@ -97,6 +129,8 @@ def _table(options: PredictOptions, adapter: AdaptersOptions) -> int:
         "rows": found.rows,
         "resumed_rows": found.resumed,
         "rows_without_text": list(found.without_text),
+        "rows_unsure": found.unsure,
+        "calibrated": predictor.calibration is not None,
         "rows_per_second": round(rate, 2),
     }
     if options.json:
@@ -104,6 +138,12 @@ def _table(options: PredictOptions, adapter: AdaptersOptions) -> int:
         return 0
     resumed = f", {found.resumed} of them by an earlier call" if found.resumed else ""
     write(f"{found.rows} rows answered{resumed}: {found.output} ({rate:.1f} rows/s)")
+    if predictor.calibration is not None:
+        write(f"probabilities are calibrated: {predictor.calibration.described()}")
+    if options.min_probability is not None:
+        asked = found.rows - found.resumed - len(found.without_text)
+        write(f"{found.unsure} of {asked} answers are left empty: less probable than "
+              f"{options.min_probability:g}")  # fmt: skip
     if found.without_text:
         named = ", ".join(map(str, found.without_text[:_ROWS_NAMED]))
         more = ", …" if len(found.without_text) > _ROWS_NAMED else ""
@@ -149,6 +189,7 @@ COMMANDS = (
             "predict new.csv --adapter runs/mine --output answers.csv",
             "predict new.parquet --adapter runs/mine --output answers.parquet --text_column body",
             "predict new.csv --adapter runs/seed-1 runs/seed-2 --output answers.csv",
+            "predict new.csv --adapter runs/mine --output answers.csv --min_probability 0.9",
             'predict --adapter runs/mine --text "thanks for the quick response!"',
         ),
         options=(PredictOptions, AdaptersOptions),

@@ -229,7 +229,7 @@ def _named_parts(arguments: DataArguments, task: Task) -> Parts:
     files: dict[str, Sequence[str | Path]] = {
         split: [name] for split, name in named.items() if name is not None
     }
-    said = [f"{split} rows are those of {file}" for split, [file] in files.items()]
+    said = [f"{split} rows are those of {Path(file).name}" for split, [file] in files.items()]
     if arguments.data_file is None:
         own = task.load(TRAIN)
         if own is None:
@@ -254,9 +254,10 @@ def _named_parts(arguments: DataArguments, task: Task) -> Parts:
 
 def _said_of_folder(arguments: DataArguments, split: str, is_named: bool) -> str:
     """That a folder has rows of a split, and whether they are used."""
+    folder = Path(str(arguments.data_file)).absolute().name
     if is_named:
-        return f"the {split} rows of {arguments.data_file} are not used: another file is named"
-    return f"{split} rows are those of the folder {arguments.data_file}"
+        return f"the {split} rows of the folder {folder} are not used: another file is named"
+    return f"{split} rows are those of the folder {folder}"
 
 
 def _read(arguments: DataArguments, files: Sequence[str | Path]) -> pd.DataFrame:

@@ -63,7 +63,8 @@ def compare_on_held_out(
     sample = held_out.sample(min(rows, len(held_out)), random_state=seed)
     texts = dict(zip(sample["row"].tolist(), sample["text"], strict=True))
     examples = examples_of_texts(predictor.task, texts, advice=_ADVICE)
-    kind, outputs = predictor.task.answer_kind, predictor.outputs(examples)
+    kind = predictor.task.answer_kind
+    outputs = predictor.calibrated(predictor.outputs(examples))
     answers, asked = kind.answers(examples, outputs), examples if generate else []
     tuned = predictor.write(asked, temperature=temperature)
     with predictor.model.disable_adapter():

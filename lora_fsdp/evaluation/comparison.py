@@ -18,6 +18,7 @@ from lora_fsdp.evaluation.metrics import (
     confusion_matrix,
     evaluation_metrics,
     labels_without_rows,
+    with_loss_of,
 )
 from lora_fsdp.evaluation.outputs import (
     CHANCE,
@@ -116,6 +117,7 @@ def compare(
     written: Sequence[Mapping[str, Any]] = (),
     ways: Mapping[str, ModelOutputs] | None = None,
     rivals: Mapping[str, Sequence[str]] | None = None,
+    calibrated: ModelOutputs | None = None,
 ) -> Comparison:
     """Metrics of all systems on the held-out examples.
 
@@ -127,6 +129,8 @@ def compare(
         ways: other readings of what the model gives without the adapter (`ways_of_reading`); the
             best stands for it, with the loss of `untrained`.
         rivals: answers of further systems to `held_out`, by their name.
+        calibrated: `tuned` with calibrated probabilities, which are then shown, with the answers
+            that they make; the loss stays that of `tuned`.
     """
     kind, tested = task.answer_kind, [encoded.example for encoded in held_out]
     classic = on_first_rank(lambda: kind.classic(train, tested))
@@ -138,6 +142,7 @@ def compare(
     as_asked = evaluation_metrics(task, held_out, untrained)
     way, by_way = best_way(task, held_out, ways or {AS_TRAINED: untrained})
     untrained = (ways or {}).get(way, untrained)
+    raw, tuned = tuned, calibrated or tuned
     chance, truth = kind.chance(tested), answers_of(task, tested)
     metrics = {
         **{
@@ -146,11 +151,10 @@ def compare(
             for name, answers in baselines.items()
         },
         **({CHANCE: chance} if chance else {}),
-        UNTRAINED: {
-            **evaluation_metrics(task, held_out, untrained),
-            **{name: as_asked[name] for name in ("loss",) if name in as_asked},
-        },
-        TUNED: evaluation_metrics(task, held_out, tuned),
+        UNTRAINED: with_loss_of(as_asked, evaluation_metrics(task, held_out, untrained)),
+        TUNED: with_loss_of(
+            evaluation_metrics(task, held_out, raw), evaluation_metrics(task, held_out, tuned)
+        ),
     }
     predictions = {
         **_columns(task, tested, untrained=untrained, tuned=tuned),

@@ -124,8 +124,18 @@ class Ensemble:
             check_packing(packed, device=device)
         return ensemble
 
-    def columns(self, examples: Sequence[Example]) -> dict[str, Sequence[Any]]:
-        """As `Predictor.columns`, with the share of adapters that answer otherwise."""
+    @property
+    def calibration(self) -> None:
+        """None: the mean of calibrated probabilities is not calibrated."""
+        return None
+
+    def columns(
+        self, examples: Sequence[Example], *, coverage: float | None = None
+    ) -> dict[str, Sequence[Any]]:
+        """As `Predictor.columns`, with the share of adapters that answer otherwise.
+
+        There is no calibration, and so there are no sets of a `coverage`.
+        """
         kind = self.task.answer_kind
         each = self.outputs_of_each(examples)
         together = averaged(each)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,19 @@ _JOB_FILE = "job.json"
 
 
 @dataclass(frozen=True)
+class Confidence:
+    """What is asked of the answers' probabilities.
+
+    Attributes:
+        least: a row whose answer is less probable gets no answer; `None` = every row gets one.
+        coverage: the share of rows whose set of answers is to hold the right one; `None` = no sets.
+    """
+
+    least: float | None = None
+    coverage: float | None = None
+
+
+@dataclass(frozen=True)
 class FilePrediction:
     """What was done.
 
@@ -40,12 +53,14 @@ class FilePrediction:
         rows: rows of the table.
         resumed: how many of them an earlier call had already answered.
         without_text: numbers of the rows that have no text, and so no answer.
+        unsure: how many rows of this call got no answer because it was not probable enough.
     """
 
     output: Path
     rows: int
     resumed: int
     without_text: Sequence[int]
+    unsure: int = 0
 
 
 def predict_file(
@@ -56,6 +71,7 @@ def predict_file(
     chunk_rows: int = 256,
     column_prefix: str = "",
     identity: str = "",
+    confidence: Confidence | None = None,
     overwrite: bool = False,
     on_chunk: Callable[[int, bool], None] | None = None,
 ) -> FilePrediction:
@@ -69,6 +85,7 @@ def predict_file(
         chunk_rows: rows that are read, answered and written at a time.
         column_prefix: put before the new columns' names.
         identity: says which adapter this is; an unfinished output of another one is not continued.
+        confidence: which rows get an answer, and whether all get a set of answers.
         overwrite: replace an output, finished or not, that is already there.
         on_chunk: called after each chunk with its rows and whether it had been done before.
 
@@ -80,6 +97,8 @@ def predict_file(
     target = Path(output)
     if chunk_rows < 1:
         raise ArgumentError(f"--chunk_rows {chunk_rows}: give a number of rows from 1.")
+    confidence = confidence or Confidence()
+    check_confidence(predictor, confidence)
     _refuse_other_format(stream, target)
     folder = target.with_name(f"{target.name}.partial")
     job = {
@@ -89,9 +108,12 @@ def predict_file(
         "chunk_rows": chunk_rows,
         "column_prefix": column_prefix,
         "separator": stream.separator,
+        "calibration": None if predictor.calibration is None else predictor.calibration.to_json(),
+        "confidence": asdict(confidence),
     }
     _check_place(target, folder, job, overwrite=overwrite)
-    _check_beginning(predictor, stream, chunk_rows=chunk_rows, prefix=column_prefix)
+    answer = partial(_answers, predictor, prefix=column_prefix, confidence=confidence)
+    _check_beginning(predictor, stream, chunk_rows=chunk_rows, answer=answer)
     if overwrite and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +121,7 @@ def predict_file(
     parts: list[_Part] = []
     for chunk in stream.chunks(chunk_rows):
         file = folder / f"{chunk.first:012d}{target.suffix}"
-        parts.append(_answer_chunk(predictor, stream, chunk, file, prefix=column_prefix))
+        parts.append(_answer_chunk(predictor.task, stream, chunk, file, answer=answer))
         if on_chunk is not None:
             on_chunk(parts[-1].rows, parts[-1].resumed)
     write_atomically(target, lambda path: stream.join([part.file for part in parts], path))
@@ -109,11 +131,41 @@ def predict_file(
         rows=sum(part.rows for part in parts),
         resumed=sum(part.rows for part in parts if part.resumed),
         without_text=[row for part in parts for row in part.without_text],
+        unsure=sum(part.unsure for part in parts),
     )
 
 
+def check_confidence(predictor: Predictor | Ensemble, confidence: Confidence) -> None:
+    """Refuse what the probabilities of this adapter cannot answer.
+
+    Raises:
+        ArgumentError: names the option.
+    """
+    named = {"--min_probability": confidence.least, "--coverage": confidence.coverage}
+    for option, value in named.items():
+        if value is None:
+            continue
+        if not 0 < value < 1:
+            raise ArgumentError(f"{option} {value}: give a number between 0 and 1.")
+        if "probability" not in _answers(predictor, [])[0]:
+            raise ArgumentError(
+                f"{option} {value}: the answers of task {predictor.task.name!r} have no "
+                "probabilities."
+            )
+    if confidence.coverage is not None and predictor.calibration is None:
+        raise ArgumentError(
+            f"--coverage {confidence.coverage}: the sets need the calibration that a run fits on "
+            "50 held-out rows or more, and there is none: of this adapter, of several together, "
+            "or with --calibrated false."
+        )
+
+
 def _check_beginning(
-    predictor: Predictor | Ensemble, stream: TableStream, *, chunk_rows: int, prefix: str
+    predictor: Predictor | Ensemble,
+    stream: TableStream,
+    *,
+    chunk_rows: int,
+    answer: Callable[[Sequence[Example]], tuple[dict[str, list[Any]], int]],
 ) -> None:
     """Refuse a table by its first rows, before anything is replaced or written.
 
@@ -125,7 +177,7 @@ def _check_beginning(
     if chunk is None:
         raise NoRowsError(f"{stream.path} holds no rows.")
     _examples(predictor.task, stream, chunk)
-    _refuse_taken_names(_answers(predictor, [], prefix=prefix), chunk)
+    _refuse_taken_names(answer([])[0], chunk)
 
 
 class _Part(NamedTuple):
@@ -133,20 +185,26 @@ class _Part(NamedTuple):
     rows: int
     resumed: bool
     without_text: list[int]
+    unsure: int
 
 
 def _answer_chunk(
-    predictor: Predictor | Ensemble, stream: TableStream, chunk: Chunk, file: Path, *, prefix: str
+    task: Task,
+    stream: TableStream,
+    chunk: Chunk,
+    file: Path,
+    *,
+    answer: Callable[[Sequence[Example]], tuple[dict[str, list[Any]], int]],
 ) -> _Part:
     """Write the chunk with its answers to `file`, if an earlier call has not."""
     resumed = file.is_file()
-    examples = _examples(predictor.task, stream, chunk)
+    examples, unsure = _examples(task, stream, chunk), 0
     if not resumed:
-        added = _answers(predictor, examples, prefix=prefix)
+        added, unsure = answer(examples)
         _refuse_taken_names(added, chunk)
         write_atomically(file, partial(stream.write, chunk, added))
     without_text = [example.row for example in examples if not _has_text(example)]
-    return _Part(file, len(chunk), resumed, without_text)
+    return _Part(file, len(chunk), resumed, without_text, unsure)
 
 
 def examples_of_texts(task: Task, texts: Mapping[int, str], *, advice: str) -> list[Example]:
@@ -167,18 +225,22 @@ def examples_of_texts(task: Task, texts: Mapping[int, str], *, advice: str) -> l
         ) from error
 
 
-def answers_of(predictor: Predictor | Ensemble, texts: Sequence[str]) -> list[dict[str, Any]]:
+def answers_of(
+    predictor: Predictor | Ensemble,
+    texts: Sequence[str],
+    *,
+    confidence: Confidence | None = None,
+) -> list[dict[str, Any]]:
     """The new columns' values for each of `texts`, as in the output of `predict_file`.
 
     Raises:
         ArgumentError: the task needs more than one text.
     """
-    columns = _answers(
-        predictor,
-        examples_of_texts(
-            predictor.task, dict(enumerate(texts, start=1)), advice="give a table, not a text."
-        ),
-    )
+    confidence = confidence or Confidence()
+    check_confidence(predictor, confidence)
+    asked = dict(enumerate(texts, start=1))
+    examples = examples_of_texts(predictor.task, asked, advice="give a table, not a text.")
+    columns, _ = _answers(predictor, examples, confidence=confidence)
     return [{name: values[i] for name, values in columns.items()} for i in range(len(texts))]
 
 
@@ -209,17 +271,28 @@ def _has_text(example: Example) -> bool:
 
 
 def _answers(
-    predictor: Predictor | Ensemble, examples: Sequence[Example], *, prefix: str = ""
-) -> dict[str, list[Any]]:
-    """The new columns; `None` where there is no text."""
+    predictor: Predictor | Ensemble,
+    examples: Sequence[Example],
+    *,
+    prefix: str = "",
+    confidence: Confidence | None = None,
+) -> tuple[dict[str, list[Any]], int]:
+    """The new columns, `None` where there is no text; and how many answers were left out."""
+    confidence, unsure = confidence or Confidence(), 0
     places = [place for place, example in enumerate(examples) if _has_text(example)]
     asked = [examples[place] for place in places]
-    found = predictor.columns(asked)
+    columns = predictor.columns(asked, coverage=confidence.coverage)
+    found = {name: list(values) for name, values in columns.items()}
+    if confidence.least is not None:
+        given = found[predictor.task.answer_kind.answer_column]
+        for place, probability in enumerate(found["probability"]):
+            if probability is not None and probability < confidence.least:
+                given[place], unsure = None, unsure + 1
     spread: dict[str, list[Any]] = {name: [None] * len(examples) for name in found}
     for name, values in found.items():
         for place, value in zip(places, values, strict=True):
             spread[name][place] = value
-    return {f"{prefix}{name}": values for name, values in spread.items()}
+    return {f"{prefix}{name}": values for name, values in spread.items()}, unsure
 
 
 def _refuse_other_format(stream: TableStream, target: Path) -> None:

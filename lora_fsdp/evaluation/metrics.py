@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -67,6 +67,11 @@ def _loss(examples: Sequence[EncodedExample], outputs: ModelOutputs) -> float:
     counted = shares > 0
     likelihood = (shares[counted] * outputs.log_likelihoods[counted].astype(np.float64)).sum()
     return float(-likelihood / (shares * outputs.tokens).sum())
+
+
+def with_loss_of(other: Mapping[str, float], metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of outputs that were changed, with the loss of those that they were made of."""
+    return {name: other["loss"] if name == "loss" else value for name, value in metrics.items()}
 
 
 def confusion_matrix(

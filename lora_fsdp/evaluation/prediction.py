@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from peft import PeftModel
 
 from lora_fsdp.adapter.folder import (
+    ADAPTER_FILE,
     attach_saved,
     load_with_peft,
     read_adapter_folder,
@@ -21,7 +23,7 @@ from lora_fsdp.adapter.proof import check_base, read_proof
 from lora_fsdp.adapter.saved import load_base_of
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.fingerprints import fingerprint_base
-from lora_fsdp.base.folders import read_json_object
+from lora_fsdp.base.folders import read_json_object, sha256_of_file
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.compute.architectures import why_apart, windows_of
@@ -30,6 +32,7 @@ from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.packing import Packing
 from lora_fsdp.errors import AdapterVerificationError
+from lora_fsdp.evaluation.calibration import Calibration, answer_sets, read_calibration
 from lora_fsdp.evaluation.generation import LEAST_NEW_TOKENS, generate_answers, generate_texts
 from lora_fsdp.evaluation.metrics import model_outputs
 from lora_fsdp.evaluation.outputs import write_json
@@ -40,6 +43,8 @@ from lora_fsdp.tasks import Example, Task, get_task
 from lora_fsdp.tasks.answers import ModelOutputs
 
 TASK_FILE = "task.json"
+#: Column with the sets of answers that `--coverage` asks for.
+SET_COLUMN = "answer_set"
 # Longest packed sequence: on a CPU, attention over long ones costs more than packing saves.
 SEQUENCE_TOKENS = {"cuda": 2048, "cpu": 512}
 
@@ -139,13 +144,18 @@ def _fastest(model: PeftModel, *, device: torch.device, longest: int, packs: boo
 
 @dataclass(frozen=True)
 class Predictor:
-    """A task, its encoder, a model with the adapter, where it computes, its longest answer."""
+    """A task, its encoder, a model with the adapter, where it computes, its longest answer.
+
+    Attributes:
+        calibration: of its probabilities (`calibrated`), if the run fitted one.
+    """
 
     task: Task
     encoder: Encoder
     packed: PackedModel
     device: torch.device
     max_new_tokens: int
+    calibration: Calibration | None = None
 
     @property
     def model(self) -> PeftModel:
@@ -160,6 +170,7 @@ class Predictor:
         base: str | Path | None = None,
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         trust_remote_code: bool = False,
+        calibrated: bool = True,
     ) -> Predictor:
         """Load base, adapter, tokenizer and task from an adapter's folder.
 
@@ -168,6 +179,7 @@ class Predictor:
             base: the base's folder or Hub name, if it is not where the adapter says.
             dtype: in which the base is loaded; auto = bfloat16 on a GPU, float32 on a CPU.
             trust_remote_code: run Python code that comes with the base. No adapter can ask for it.
+            calibrated: read the calibration of the probabilities, if there is one.
 
         Raises:
             AdapterVerificationError: the folder is not one that this library wrote, or is damaged.
@@ -178,6 +190,11 @@ class Predictor:
         path = Path(folder)
         saved = read_task(path)
         adapter, proof = read_adapter_folder(path), read_proof(path)
+        encoder = read_encoder(path, saved)
+        calibration = None
+        if calibrated:
+            digest = sha256_of_file(path / ADAPTER_FILE)
+            calibration = read_calibration(path, encoder.task, adapter_sha256=digest)
         arguments, model, device = load_base_of(
             adapter, proof, given=base, dtype=dtype, trust_remote_code=trust_remote_code
         )
@@ -185,14 +202,14 @@ class Predictor:
             name = str(arguments.model_name_or_path)
             check_base(proof, fingerprint_base(model), adapter=path, base=name)
         load_with_peft(adapter, model)
-        encoder = read_encoder(path, saved)
         packed = _fastest(
             attach_saved(adapter, model).to(device),
             device=device,
             longest=encoder.max_length,
             packs=saved["examples_share_sequences"],
         )
-        return cls(encoder.task, encoder, packed, device, saved["max_new_tokens"])
+        longest = saved["max_new_tokens"]
+        return cls(encoder.task, encoder, packed, device, longest, calibration)
 
     def score(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> Scores:
         """Scores of every answer, as during training; `examples` may be encoded already."""
@@ -218,9 +235,27 @@ class Predictor:
         nothing = np.zeros((len(encoded), len(kind.labels)))
         return ModelOutputs(nothing, nothing, texts)
 
-    def columns(self, examples: Sequence[Example]) -> dict[str, Sequence[Any]]:
-        """What `lora-fsdp predict` adds to a table of `examples`, all of which have a text."""
-        return self.task.answer_kind.predicted_columns(examples, self.outputs(examples))
+    def columns(
+        self, examples: Sequence[Example], *, coverage: float | None = None
+    ) -> dict[str, Sequence[Any]]:
+        """What `lora-fsdp predict` adds to a table of `examples`, all of which have a text.
+
+        Args:
+            examples: the rows.
+            coverage: of the column of sets (`answer_sets`), which needs a calibration; `None` = no
+                such column.
+        """
+        outputs = self.calibrated(self.outputs(examples))
+        columns = self.task.answer_kind.predicted_columns(examples, outputs)
+        if coverage is None or self.calibration is None:
+            return columns
+        threshold = self.calibration.threshold(coverage)
+        sets = answer_sets(self.task, examples, outputs, threshold=threshold)
+        return {**columns, SET_COLUMN: [json.dumps(one, ensure_ascii=False) for one in sets]}
+
+    def calibrated(self, outputs: ModelOutputs) -> ModelOutputs:
+        """The outputs by which probabilities are right as often as they say, if that is known."""
+        return outputs if self.calibration is None else self.calibration.of(outputs)
 
     def write(
         self,

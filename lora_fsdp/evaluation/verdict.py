@@ -38,7 +38,7 @@ NAMES = {
     UNTRAINED: "untrained model",
     TFIDF: "TF-IDF + logistic regression",
     MAJORITY: "majority label",
-    PROBE: "frozen probe (regression on the untrained model's states)",
+    PROBE: "frozen probe",
     CHANCE: "guess among the choices",
     "token_f1": "F1 of words",
     "field_f1": "F1 of fields",
@@ -257,7 +257,8 @@ def _detail(table: dict[str, Any], margin: Mapping[str, Any], *, tuned: float) -
     if margin["low"] is not None:
         bounds = f"{signed_text(margin['low'])} to {signed_text(margin['high'])}"
         count = table["compared"]
-        together = f" for {count} rivals together" if count > 1 else ""
+        what = "rivals" if count == len(table["differences"]) else "comparisons"
+        together = f" for {count} {what} together" if count > 1 else ""
         interval = f" ({100 * CONFIDENCE:.0f} % interval{together} {bounds})"
     few = ""
     if rows is not None and rows < _LEAST_ROWS_FOR_A_VERDICT:
@@ -288,7 +289,10 @@ def untrained_note(facts: Mapping[str, Any]) -> list[str]:
         way = facts["untrained"]["way"]
         lines.append(f"The untrained model is read {way}: the best of {count} ways on these rows.")
     if rows := facts.get("probe_rows"):
-        lines.append(f"The frozen probe has learnt from {rows:,} training rows.")
+        lines.append(
+            "The frozen probe, a regression on the untrained model's hidden states, has learnt "
+            f"from {rows:,} training rows."
+        )
     return lines
 
 

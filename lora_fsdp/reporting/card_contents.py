@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented
 
 from lora_fsdp.evaluation.outputs import TUNED
+from lora_fsdp.evaluation.verdict import untrained_note
 from lora_fsdp.reporting.run_files import RunFiles
 from lora_fsdp.reporting.texts import one_line, setting_text
 
@@ -54,6 +55,9 @@ def card_contents(
         "finished": finished,
         "data": _data(run),
         "held_out_rows": record.get("held_out_rows"),
+        "is_test": record.get("validation_rows") is not None,
+        "notes": untrained_note(run.metrics) if finished and run.metrics else [],
+        "calibrated": run.metrics.get("calibration") if finished and run.metrics else None,
         "scores": run.metrics["metrics"] if finished and run.metrics else {},
         "metrics": _metric_names(run) if finished else [],
         "verdict": run.scores["verdict"] if finished and run.scores else None,
@@ -167,6 +171,7 @@ def _data(run: RunFiles) -> dict[str, Any]:
     record = run.record or {}
     digests = record.get("data_sha256") or {}
     arguments = (record.get("arguments") or {}).get("data") or {}
+    is_test = record.get("validation_rows") is not None
     facts = {
         "source": data_name(run),
         "SHA-256 of the source": digests.get("data_file"),
@@ -174,8 +179,15 @@ def _data(run: RunFiles) -> dict[str, Any]:
         if arguments.get("eval_file")
         else None,
         "SHA-256 of the held-out source": digests.get("eval_file"),
+        "test source": Path(str(arguments["test_file"])).name
+        if arguments.get("test_file")
+        else None,
+        "SHA-256 of the test source": digests.get("test_file"),
         "training rows": record.get("training_rows"),
-        "held-out rows": record.get("held_out_rows"),
+        "held-out rows": None if is_test else record.get("held_out_rows"),
+        "validation rows": record.get("validation_rows"),
+        "test rows": record.get("held_out_rows") if is_test else None,
+        "split": "; ".join(map(str, record.get("splits") or ())) or None,
         "rows left out": record.get("rows_left_out"),
         "sample": f"{arguments['max_rows']} rows at random" if arguments.get("max_rows") else None,
     }

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lora_fsdp.evaluation.intervals import CONFIDENCE, DRAWS
+from lora_fsdp.evaluation.verdict import untrained_note
 from lora_fsdp.reporting.rendering import write_page
 from lora_fsdp.reporting.run_files import (
     DATA_HEALTH_FILE,
@@ -95,6 +96,8 @@ def _contents(run: RunFiles) -> dict[str, Any]:
         "statistics": {"confidence": CONFIDENCE, "draws": DRAWS},
         "asked": run.part(RECORD_FILE, _asked),
         "scores": run.part(METRICS_FILE, lambda run: run.scores),
+        "notes": run.part(METRICS_FILE, lambda run: untrained_note(run.metrics or {})),
+        "calibrated": run.part(METRICS_FILE, _calibrated),
         "curves": found,
         "not_finite": not_finite(found),
         **dict[str, Any].fromkeys(_SECTIONS),
@@ -112,6 +115,13 @@ def _contents(run: RunFiles) -> dict[str, Any]:
 
 def _section(section: Section, run: RunFiles) -> dict[str, Any]:
     return _SECTIONS[section](run.predictions)
+
+
+def _calibrated(run: RunFiles) -> dict[str, Any] | None:
+    """The calibration of the probabilities that are shown, if there is one."""
+    found: dict[str, Any] | None = (run.metrics or {}).get("calibration")
+    keys = ("temperature", "biases", "rows", "apart", "before", "after")
+    return found and {key: found[key] for key in keys}
 
 
 def _health(run: RunFiles) -> dict[str, Any] | None:
@@ -162,8 +172,11 @@ def _asked(run: RunFiles) -> dict[str, Any]:
         "adapter": _adapter(run),
         "data_file": data.get("data_file"),
         "eval_file": data.get("eval_file"),
+        "test_file": data.get("test_file"),
         "training_rows": record.get("training_rows", metrics.get("training_rows")),
         "held_out_rows": record.get("held_out_rows", metrics.get("held_out_rows")),
+        "validation_rows": record.get("validation_rows", metrics.get("validation_rows")),
+        "splits": [one_line(line) for line in record.get("splits") or ()],
         "rows_left_out": record.get("rows_left_out", metrics.get("rows_left_out")),
         "device": record.get("device"),
         "settings": {

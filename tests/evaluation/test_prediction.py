@@ -25,6 +25,7 @@ from lora_fsdp.errors import (
     UnknownTaskError,
 )
 from lora_fsdp.evaluation.prediction import TASK_FILE, Predictor
+from lora_fsdp.evaluation.untrained import ways_of_reading
 from tests.support.tiny import toy_table
 
 OPTIONS = {"text_column": "text", "label_column": "label", "instruction": "Say how it sounds:"}
@@ -107,8 +108,12 @@ def test_the_adapter_matters(finished):
     predictions = pd.read_csv(finished.output_dir / "predictions.csv")
     examples = held_out_examples(predictor, predictions)
     with predictor.model.disable_adapter():
-        base = [predictor.task.labels[best] for best in predictor.score(examples).best]
+        scores, outputs = predictor.score(examples), predictor.outputs(examples)
+    facts = json.loads((finished.output_dir / "metrics.json").read_text())
+    read = ways_of_reading(predictor.task, outputs, scores)[facts["untrained"]["way"]]
+    base = predictor.task.answer_kind.answers(examples, read)
     assert base == predictions["base"].tolist()
+    assert base != predictions["tuned"].tolist()
 
 
 def test_task_is_restored_as_it_was(finished):

@@ -183,7 +183,7 @@ def _folders(campaign: Campaign, random_: random.Random, work: Path) -> str:
             raise
     else:
         predictor = Predictor.from_adapter(adapter, base=where)
-        predictor.score(predictor.task.examples(toy_table(3)))
+        predictor.columns(predictor.task.examples(toy_table(3)), coverage=0.9)
     return f"{use} {source}: {', '.join(damages)}"
 
 

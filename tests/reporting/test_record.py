@@ -23,7 +23,7 @@ from lora_fsdp import (
     finetune,
 )
 from lora_fsdp.errors import OutputFolderError
-from lora_fsdp.evaluation.outputs import LOG_FILE
+from lora_fsdp.evaluation.outputs import LOG_FILE, PROBE
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.recording.environment import _masked, launch_command, source_commit
@@ -95,7 +95,7 @@ def test_a_run_ends_with_its_report(run: Path) -> None:
     assert found["fsdp"]["ranks"][0]["adapter_parameters"] > 0
     assert found["health"]["balance"]["negative"]["training"] == 16
     systems = {line["system"]: line["scores"] for line in found["scores"]["systems"]}
-    assert set(systems) == {"majority", "TF-IDF + logistic", "untrained", "tuned"}
+    assert set(systems) == {"majority", "TF-IDF + logistic", PROBE, "untrained", "tuned"}
     for scores in systems.values():
         assert scores["accuracy"]["low"] is not None
         assert scores["macro_f1"]["low"] is not None

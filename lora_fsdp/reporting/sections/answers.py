@@ -9,7 +9,7 @@ import pandas as pd
 from lora_fsdp.evaluation.verdict import columns_after
 from lora_fsdp.reporting.recording.label_errors import listed_suspects, suspected_label_errors
 from lora_fsdp.reporting.run_files import RunFiles
-from lora_fsdp.reporting.sections.calibration import calibration
+from lora_fsdp.reporting.sections.calibration import answered_and_right, calibration
 from lora_fsdp.reporting.texts import one_line
 from lora_fsdp.tasks.answers.kind import PROBABILITY_OF
 
@@ -22,11 +22,13 @@ def choices_section(predictions: pd.DataFrame) -> dict[str, Any]:
     """What the answers to questions with choices of their own show, JSON-ready."""
     right = predictions["tuned"] == predictions["target"]
     mistakes = predictions[~right]
+    probabilities = predictions["probability"].to_numpy()
     return {
         "rows": len(predictions),
         "mistakes": len(mistakes),
         "confident_mistakes": _lines(_by_confidence(mistakes).head(_MISTAKES)),
-        "calibration": calibration(predictions["probability"].to_numpy(), right.to_numpy()),
+        "calibration": calibration(probabilities, right.to_numpy()),
+        "levels": answered_and_right(probabilities, right.to_numpy()),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from lora_fsdp.evaluation.intervals import wilson_interval
 
 BINS = 10
+LEVELS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _SIMULATIONS = 500
 
 
@@ -56,6 +58,29 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
         "rows": len(confidence),
         "bins": bins,
     }
+
+
+def answered_and_right(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, Any]]:
+    """Which share of the rows is answered from a probability on, and how many of these rightly.
+
+    Args:
+        confidence, right: as for `calibration`.
+
+    Returns:
+        a line for each level that leaves out more rows than the one before it: `level`, `rows`,
+        `share` of all rows, `accuracy` of these; both with their Wilson intervals.
+    """
+    lines: list[dict[str, Any]] = []
+    for level in LEVELS:
+        chosen = confidence >= level
+        rows = int(chosen.sum())
+        if rows == 0 or (lines and rows == lines[-1]["rows"]):
+            continue
+        share = wilson_interval(rows, len(confidence))
+        accuracy = wilson_interval(int(right[chosen].sum()), rows)
+        line = {"level": level, "rows": rows, "share": asdict(share), "accuracy": asdict(accuracy)}
+        lines.append(line)
+    return lines
 
 
 def _error_by_chance(confidence: np.ndarray, places: np.ndarray) -> tuple[float, float]:

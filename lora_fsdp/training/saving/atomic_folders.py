@@ -27,6 +27,7 @@ from lora_fsdp.errors import (
     LoraFsdpError,
     OutputFolderError,
 )
+from lora_fsdp.evaluation.outputs import write_text
 
 MARKER = "manifest.json"
 PARTIAL = ".partial"
@@ -78,6 +79,21 @@ def atomic_files(folder: Path, facts: Mapping[str, Any], *, last: str) -> Iterat
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def add_file(folder: Path, name: str, text: str) -> None:
+    """Add a file to what was saved in `folder`, and to its marker; both appear complete.
+
+    Raises:
+        DamagedCheckpointError: the folder has no marker, or a damaged one.
+        CheckpointSaveError: it cannot be written.
+    """
+    with _clear_message(folder):
+        marker = read_marker(folder)
+        write_text(folder / name, text)
+        size = (folder / name).stat().st_size
+        marker["files"][name] = {"bytes": size, "sha256": _digest_file(folder / name)}
+        write_text(folder / MARKER, _marker_text(marker))
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
@@ -223,8 +239,7 @@ def _seal(folder: Path, facts: Mapping[str, Any]) -> None:
         name = file.relative_to(folder).as_posix()
         files[name] = {"bytes": file.stat().st_size, "sha256": _digest_file(file)}
     marker = {"format": _FORMAT, "facts": dict(facts), "files": files}
-    text = json.dumps({"sha256": _digest_marker(marker), **marker}, indent=2)
-    (folder / MARKER).write_text(text, encoding="utf-8")
+    (folder / MARKER).write_text(_marker_text(marker), encoding="utf-8")
     _flush(folder / MARKER)
     for inner in [path for path in folder.rglob("*") if path.is_dir()]:
         _flush_folder(inner)
@@ -268,6 +283,10 @@ def _flush_folder(folder: Path) -> None:
 def _digest_file(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _marker_text(marker: Mapping[str, Any]) -> str:
+    return json.dumps({"sha256": _digest_marker(marker), **marker}, indent=2)
 
 
 def _digest_marker(marker: Mapping[str, Any]) -> str:

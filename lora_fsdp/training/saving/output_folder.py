@@ -16,6 +16,7 @@ from lora_fsdp.training.saving.checkpoints import check_named_checkpoint, newest
 _RUN_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
+    "calibration.json",
     "confusion_matrix.png",
     "manifest.json",
     "metrics.json",

@@ -1,0 +1,95 @@
+"""The calibration of a finished run: fitted on held-out rows, saved beside the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_fsdp.adapter.folder import ADAPTER_FILE
+from lora_fsdp.base.folders import sha256_of_file
+from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.evaluation.calibration import (
+    CALIBRATION_FILE,
+    Calibration,
+    figures,
+    fit_calibration,
+)
+from lora_fsdp.tasks.answers import ModelOutputs
+from lora_fsdp.training.saving.atomic_folders import add_file
+from lora_fsdp.training.trainer import LoraTrainer
+
+
+@dataclass(frozen=True)
+class CalibratedRun:
+    """What the tuned model says, calibrated.
+
+    Attributes:
+        calibration: for the adapter; `None` if there is none.
+        outputs: for the reported rows, by parameters that none of them was fitted on; `None` too.
+        facts: for `metrics.json`.
+    """
+
+    calibration: Calibration | None
+    outputs: ModelOutputs | None
+    facts: Mapping[str, Any]
+
+
+def calibrate(
+    trainer: LoraTrainer, reported: Sequence[EncodedExample], tuned: ModelOutputs
+) -> CalibratedRun:
+    """Fit on the validation rows, or crosswise on the reported ones where there are no others.
+
+    A collective call.
+
+    Args:
+        trainer: after training.
+        reported: the rows of the report.
+        tuned: its outputs for them.
+    """
+    apart, kind = bool(trainer.test_dataset), trainer.task.answer_kind
+    rows = list(trainer.held_out) if apart else list(reported)
+    # What is generated has no candidates, and what is no one candidate no right one.
+    known = all(one.label is not None and not one.shares for one in [*rows, *reported])
+    if kind.generates_text or not known or not _is_likeliest(trainer, reported, tuned):
+        return CalibratedRun(None, None, {"calibration": None})
+    outputs = trainer.outputs(rows) if apart else tuned
+    found = fit_calibration(outputs.log_likelihoods, _right(rows), labels=kind.labels, apart=apart)
+    if found is None:
+        return CalibratedRun(None, None, {"calibration": None})
+    calibration, crossed = found
+    calibrated = calibration.of(tuned) if apart else replace(tuned, log_likelihoods=crossed)
+    facts = {
+        "temperature": calibration.temperature,
+        "biases": dict(zip(calibration.labels, calibration.biases, strict=False)),
+        "rows": calibration.rows,
+        "apart": apart,
+        "before": figures(tuned.log_likelihoods, _right(reported)),
+        "after": figures(calibrated.log_likelihoods, _right(reported)),
+    }
+    return CalibratedRun(calibration, calibrated, {"calibration": facts})
+
+
+def _is_likeliest(
+    trainer: LoraTrainer, reported: Sequence[EncodedExample], tuned: ModelOutputs
+) -> bool:
+    """Whether answers stay as they are where all probabilities draw nearer to each other.
+
+    Not those that are a mean or pass a threshold: they have a calibration of another kind.
+    """
+    kind, examples = trainer.task.answer_kind, [one.example for one in reported]
+    flatter = replace(tuned, log_likelihoods=tuned.log_likelihoods / 4)
+    return list(kind.answers(examples, tuned)) == list(kind.answers(examples, flatter))
+
+
+def save_calibration(calibration: Calibration, folder: Path) -> None:
+    """Write it beside the adapter in `folder`; for one rank to call."""
+    digest = sha256_of_file(folder / ADAPTER_FILE)
+    add_file(folder, CALIBRATION_FILE, replace(calibration, adapter_sha256=digest).to_json())
+
+
+def _right(examples: Sequence[EncodedExample]) -> np.ndarray:
+    return np.array([one.label for one in examples], dtype=np.int64)
