@@ -94,7 +94,42 @@ def preferred(cells, scores, reference, lengths):
 
 
 SCORES = ("1", "2.5", "3", "10")
+ASKED = [
+    {"column": "late", "ask": "Was it late?", "labels": ["yes", "no"]},
+    {"column": "mood", "labels": ["calm", "angry", "amused"]},
+    {"column": "stars", "ask": "How many stars?", "scores": [1, 2, 5]},
+]
+
+
+def with_answers(table: pd.DataFrame) -> pd.DataFrame:
+    """Some rows do not answer some questions."""
+    numbers = range(len(table))
+    return table.assign(
+        late=[("yes", "no")[n % 2] for n in numbers],
+        mood=[("calm", "angry", "amused", "")[n % 4] for n in numbers],
+        stars=[("1", "2", "", "5", "2.0")[n % 5] for n in numbers],
+    )
+
+
 CASES = {
+    "questions": Case(
+        "questions",
+        {"instruction": "Say it:", "questions": ASKED},
+        with_answers,
+        lambda cells: f"Instruction: Say it:\nInput: {cells.text}\n",
+        lambda cells: [
+            (one.get("ask", "mood?"), f" {option}")
+            for one in ASKED
+            for option in one.get("labels", one.get("scores"))
+        ],
+        in_part_right(
+            lambda cells: [
+                float(cells[one["column"]] in (str(option), f"{option}.0"))
+                for one in ASKED
+                for option in one.get("labels", one.get("scores"))
+            ]
+        ),
+    ),
     "regression": Case(
         "regression",
         {"instruction": "Say it:", "centres": [0, 1, 2.5, 10]},
