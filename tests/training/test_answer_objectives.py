@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lora_fsdp import FineTuningArguments, LoraTrainer
 from lora_fsdp.adapter.ownership import trainable_parameters
+from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.tasks import Task, get_task
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.tiny import adapted_model, randomise_adapter, tiny_tokenizer, toy_table
@@ -192,6 +193,13 @@ WAYS = {
     "two ranks": ({"per_device_train_batch_size": 4}, 2, None),
     "two ranks, gathered": ({"per_device_train_batch_size": 4}, 2, FSDP),
 }
+
+
+def encoded_rows(name: str) -> tuple[Task, list[EncodedExample]]:
+    """The task, and its rows as tokens."""
+    task = CASES[name].bound()
+    encoder = Encoder(tiny_tokenizer(), task=task, max_length=128)
+    return task, encoder.encode(task.examples(CASES[name].table()))
 
 
 def trainer_of(folder, name, options) -> LoraTrainer:
