@@ -61,7 +61,7 @@ class Tree:
     Attributes:
         prompt_ids: the prompt.
         answers: each with a token at least.
-        targets: a number for each answer, whose meaning is the objective's; empty = 0.
+        targets: a number for each answer, whose meaning is the objective's; empty = 1.
         given: how many tokens at the beginning of each answer are given and not label tokens, fewer
             than it has; empty = none.
     """
@@ -298,7 +298,7 @@ class Batch:
         targets: list[float] = []
         for example, tree in enumerate(self.trees):
             length = len(tree.prompt_ids)
-            weights = tree.targets or [0.0] * len(tree.answers)
+            weights = tree.targets or [1.0] * len(tree.answers)
             given = tree.given or [0] * len(tree.answers)
             branches = zip(tree.answers, weights, given, strict=True)
             for number, (answer, target, unlabelled) in enumerate(branches, start=1):
@@ -342,7 +342,7 @@ class _SequenceBuilder:
         # A prompt that is the prefix itself ends where the prefix ends.
         whole_prompt_shared = len(tree.prompt_ids) == shared
         prompt_end = (shared if whole_prompt_shared else len(self._tokens[0])) - 1
-        targets = tree.targets or [0.0] * len(tree.answers)
+        targets = tree.targets or [1.0] * len(tree.answers)
         given = tree.given or [0] * len(tree.answers)
         branches = zip(tree.answers, targets, given, strict=True)
         for number, (ids, target, unlabelled) in enumerate(branches, start=1):

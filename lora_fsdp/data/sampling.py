@@ -30,7 +30,7 @@ from lora_fsdp.data.packing import (
 
 def target_tree(example: EncodedExample) -> Tree:
     """The prompt and its one right answer, as supervised learning trains on them."""
-    return Tree(example.prompt_ids, [example.target_ids], [1.0])
+    return Tree(example.prompt_ids, [example.target_ids])
 
 
 def target_tokens(example: EncodedExample) -> float:

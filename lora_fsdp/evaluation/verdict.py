@@ -54,6 +54,7 @@ NAMES = {
     "kl_divergence": "KL divergence",
     "reward_margin": "reward margin",
     "r2": "R²",
+    "answer_accuracy": "right answers",
     "micro_f1": "micro-F1",
     "micro_f1_at_thresholds": "micro-F1, chosen thresholds",
     "macro_f1_at_thresholds": "macro-F1, chosen thresholds",

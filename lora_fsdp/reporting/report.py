@@ -34,6 +34,7 @@ from lora_fsdp.reporting.sections.progress import (
     plan_against_measured,
     progress,
 )
+from lora_fsdp.reporting.sections.questions import questions_section
 from lora_fsdp.reporting.sections.several import several_section
 from lora_fsdp.reporting.sections.shares import shares_section
 from lora_fsdp.reporting.sections.usage import base_of, usage
@@ -56,6 +57,7 @@ _SECTIONS: dict[Section, Callable[[pd.DataFrame], dict[str, Any]]] = {
     Section.CHOICES: choices_section,
     Section.FREE_TEXT: free_text_section,
     Section.SCORES: numbers_section,
+    Section.QUESTIONS: questions_section,
     Section.SEVERAL: several_section,
     Section.SHARES: shares_section,
 }

@@ -14,6 +14,7 @@ from lora_fsdp.tasks.multilabel import MultilabelTask
 from lora_fsdp.tasks.multiple_choice import MultipleChoiceTask
 from lora_fsdp.tasks.preference import PreferenceTask
 from lora_fsdp.tasks.question_answering import QuestionAnsweringTask
+from lora_fsdp.tasks.questions import QuestionsTask
 from lora_fsdp.tasks.rating import RatingTask
 from lora_fsdp.tasks.registry import TaskInfo, get_task, list_tasks, register_task
 from lora_fsdp.tasks.regression import RegressionTask
@@ -37,6 +38,7 @@ __all__ = [
     "PreferenceTask",
     "Prompt",
     "QuestionAnsweringTask",
+    "QuestionsTask",
     "RatingTask",
     "RegressionTask",
     "SentimentTask",

@@ -493,7 +493,8 @@ class LoraTrainer(Trainer):
         """
         if not model.training:
             model.train()
-        cast(AcceleratedOptimizer, self.optimizer).train()  # schedule-free ones swap the weights
+        if self.optimizer is not None:  # a step may be asked for outside of `train`
+            cast(AcceleratedOptimizer, self.optimizer).train()  # schedule-free ones swap weights
         loss = self.step(
             inputs.sequences, denominator=inputs.denominator, sizes_of_ranks=inputs.sizes_of_ranks
         )

@@ -68,10 +68,10 @@ def test_answers_carry_their_examples_and_targets():
     trees = [Tree([5, 6], [[1, 0], [2, 0]], [0.25, 0.75]), Tree([5, 7], [[3, 4, 0]])]
     packed = pack_sequence(trees, share_prefix=True)
     assert packed.answer_examples.tolist() == [0, 0, 1]
-    assert packed.answer_targets.tolist() == [0.25, 0.75, 0.0]
+    assert packed.answer_targets.tolist() == [0.25, 0.75, 1.0]
     padded = packed.padded(tokens=20, labels=9)
     assert padded.answer_examples.tolist() == [0, 0, 1] + [-1] * 6
-    assert padded.answer_targets.tolist() == [0.25, 0.75] + [0.0] * 7
+    assert padded.answer_targets.tolist() == [0.25, 0.75, 1.0] + [0.0] * 6
     again = packed.padded(tokens=20, labels=9)
     again.copy_(pack_sequence(trees[::-1], share_prefix=True).padded(tokens=20, labels=9))
     assert again.answer_examples.tolist() == [0, 1, 1] + [-1] * 6

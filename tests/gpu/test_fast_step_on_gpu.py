@@ -53,7 +53,7 @@ def rows(count, *, longest=40, seed=0):
 
 def step_of(kind, packed, **options):
     adapter = AdapterSet.of(packed.model)
-    options |= {"objective": Supervised(), "device": GPU, "autocast": nullcontext}
+    options = {"objective": Supervised(), "device": GPU, "autocast": nullcontext} | options
     return kind(packed, adapter=adapter, **options)
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lora_fsdp import FineTuningArguments, LoraTrainer
 from lora_fsdp.adapter.ownership import trainable_parameters
+from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.tasks import Task, get_task
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.tiny import adapted_model, randomise_adapter, tiny_tokenizer, toy_table
@@ -94,7 +95,42 @@ def preferred(cells, scores, reference, lengths):
 
 
 SCORES = ("1", "2.5", "3", "10")
+ASKED = [
+    {"column": "late", "ask": "Was it late?", "labels": ["yes", "no"]},
+    {"column": "mood", "labels": ["calm", "angry", "amused"]},
+    {"column": "stars", "ask": "How many stars?", "scores": [1, 2, 5]},
+]
+
+
+def with_answers(table: pd.DataFrame) -> pd.DataFrame:
+    """Some rows do not answer some questions."""
+    numbers = range(len(table))
+    return table.assign(
+        late=[("yes", "no")[n % 2] for n in numbers],
+        mood=[("calm", "angry", "amused", "")[n % 4] for n in numbers],
+        stars=[("1", "2", "", "5", "2.0")[n % 5] for n in numbers],
+    )
+
+
 CASES = {
+    "questions": Case(
+        "questions",
+        {"instruction": "Say it:", "questions": ASKED},
+        with_answers,
+        lambda cells: f"Instruction: Say it:\nInput: {cells.text}\n",
+        lambda cells: [
+            (one.get("ask", "mood?"), f" {option}")
+            for one in ASKED
+            for option in one.get("labels", one.get("scores"))
+        ],
+        in_part_right(
+            lambda cells: [
+                float(cells[one["column"]] in (str(option), f"{option}.0"))
+                for one in ASKED
+                for option in one.get("labels", one.get("scores"))
+            ]
+        ),
+    ),
     "regression": Case(
         "regression",
         {"instruction": "Say it:", "centres": [0, 1, 2.5, 10]},
@@ -157,6 +193,13 @@ WAYS = {
     "two ranks": ({"per_device_train_batch_size": 4}, 2, None),
     "two ranks, gathered": ({"per_device_train_batch_size": 4}, 2, FSDP),
 }
+
+
+def encoded_rows(name: str) -> tuple[Task, list[EncodedExample]]:
+    """The task, and its rows as tokens."""
+    task = CASES[name].bound()
+    encoder = Encoder(tiny_tokenizer(), task=task, max_length=128)
+    return task, encoder.encode(task.examples(CASES[name].table()))
 
 
 def trainer_of(folder, name, options) -> LoraTrainer:

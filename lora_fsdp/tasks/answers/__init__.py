@@ -8,6 +8,7 @@ from lora_fsdp.tasks.answers.numbers import Numbers
 from lora_fsdp.tasks.answers.ordered import OrderedScores
 from lora_fsdp.tasks.answers.own_choices import OwnChoices
 from lora_fsdp.tasks.answers.pairs import Pairs
+from lora_fsdp.tasks.answers.questions import Question, Questions
 from lora_fsdp.tasks.answers.several_labels import SeveralLabels
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "OrderedScores",
     "OwnChoices",
     "Pairs",
+    "Question",
+    "Questions",
     "Section",
     "SeveralLabels",
 ]

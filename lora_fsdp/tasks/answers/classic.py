@@ -24,7 +24,11 @@ _LEAST = 1e-6
 
 
 def classic_outputs(
-    kind: AnswerKind, train: Sequence[Example], asked: Sequence[Example], *, options: int
+    kind: AnswerKind,
+    train: Sequence[Example],
+    asked: Sequence[Example],
+    *,
+    options: Sequence[int],
 ) -> dict[str, ModelOutputs]:
     """The training rows' average answer, and a logistic regression on TF-IDF.
 
@@ -32,17 +36,21 @@ def classic_outputs(
         kind: all of whose examples have the same candidates.
         train: examples with targets.
         asked: examples to answer.
-        options: how many candidates in a row are the answers to one question.
+        options: how many candidates are the answers to each question, in their order. A row may
+            answer some of them only.
     """
     shares = np.array([kind.shares(example) for example in train], dtype=np.float64)
     texts = [example.prompt.content for example in train]
     to_answer = [example.prompt.content for example in asked]
-    average = shares.mean(axis=0)
+    ends = np.cumsum(options).tolist()
+    questions = [slice(end - size, end) for end, size in zip(ends, options, strict=True)]
+    average = shares.sum(axis=0)
+    for columns in questions:
+        average[columns] /= max(average[columns].sum(), _LEAST)
     regressed = np.tile(average, (len(asked), 1))
     if (vectorizer := fitted_tfidf(texts)) is not None:
         known, new = vectorizer.transform(texts), vectorizer.transform(to_answer)
-        for first in range(0, shares.shape[1], options):
-            columns = slice(first, first + options)
+        for columns in questions:
             regressed[:, columns] = _regressed(known, shares[:, columns], new)
     return {
         AVERAGE: outputs_of(np.tile(average, (len(asked), 1))),
@@ -79,7 +87,7 @@ def _regressed(known: np.ndarray, shares: np.ndarray, new: np.ndarray) -> np.nda
 
     occurring = [place for place in range(shares.shape[1]) if shares[:, place].any()]
     found = np.zeros((new.shape[0], shares.shape[1]))
-    if len(occurring) == 1:
+    if len(occurring) < 2:
         found[:, occurring] = 1.0
         return found
     rows = [np.flatnonzero(shares[:, place]) for place in occurring]

@@ -85,7 +85,7 @@ class Distribution(ClosedSet):
         self, train: Sequence[Example], asked: Sequence[Example]
     ) -> Mapping[str, ModelOutputs]:
         """The training rows' average shares, and TF-IDF trained on shares."""
-        return classic_outputs(self, train, asked, options=len(self.labels))
+        return classic_outputs(self, train, asked, options=[len(self.labels)])
 
     def run_columns(
         self, examples: Sequence[Example], outputs: ModelOutputs

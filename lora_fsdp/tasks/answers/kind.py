@@ -29,6 +29,7 @@ class Section(StrEnum):
     CHOICES = "choices"  # confident mistakes and calibration, of any answer with a probability
     FREE_TEXT = "free_text"  # which targets the model generates exactly
     SHARES = "shares"  # distributions beside the rows' own
+    QUESTIONS = "questions"  # several questions about one text, each by itself
     SEVERAL = "several"  # labels that may apply at once, each by itself
     SCORES = "numbers"  # how far off answers that are numbers are
 
@@ -113,7 +114,7 @@ class AnswerKind(ABC):
         """What stands before each candidate as given, the same for all rows; none = nothing."""
         return ()
 
-    def objective_settings(self) -> dict[str, float]:
+    def objective_settings(self) -> dict[str, Any]:
         """What the objective is made with, by the names of its arguments."""
         return {}
 

@@ -128,7 +128,7 @@ class OrderedScores(ClosedSet):
         self, train: Sequence[Example], asked: Sequence[Example]
     ) -> Mapping[str, ModelOutputs]:
         """The training rows' average, and TF-IDF; of both the expected value counts."""
-        return classic_outputs(self, train, asked, options=len(self.labels))
+        return classic_outputs(self, train, asked, options=[len(self.labels)])
 
     def run_columns(
         self, examples: Sequence[Example], outputs: ModelOutputs

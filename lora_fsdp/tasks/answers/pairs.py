@@ -38,7 +38,7 @@ class Pairs(AnswerKind):
     def __init__(self, beta: float) -> None:
         self.beta = beta
 
-    def objective_settings(self) -> dict[str, float]:
+    def objective_settings(self) -> dict[str, Any]:
         """`beta`."""
         return {"beta": self.beta}
 

@@ -44,6 +44,10 @@ class SeveralLabels(AnswerKind):
         given = thresholds or {}
         self.thresholds = np.array([given.get(label, 0.5) for label in self.options])
 
+    def objective_settings(self) -> dict[str, Any]:
+        """Which candidates are the answers to one question."""
+        return {"questions": (2,) * len(self.options)}
+
     def candidates(self, example: Example) -> Sequence[str]:
         """Yes and no, once for each label."""
         return (_YES, _NO) * len(self.options)
@@ -145,7 +149,7 @@ class SeveralLabels(AnswerKind):
         self, train: Sequence[Example], asked: Sequence[Example]
     ) -> Mapping[str, ModelOutputs]:
         """How frequent each label is, and TF-IDF, a regression a label."""
-        return classic_outputs(self, train, asked, options=2)
+        return classic_outputs(self, train, asked, options=(2,) * len(self.options))
 
     def run_columns(
         self, examples: Sequence[Example], outputs: ModelOutputs

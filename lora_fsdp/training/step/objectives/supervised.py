@@ -22,11 +22,14 @@ class Supervised(Objective):
         smoothing: the part of every share that is divided evenly among an example's candidates, as
             in Szegedy et al., "Rethinking the Inception Architecture" (2016): with K candidates
             the target's share is `1 - smoothing + smoothing / K`, and each other one's
-            `smoothing / K`. Of several questions to a row, each is smoothed by itself.
+            `smoothing / K`.
+        questions: how many candidates are the answers to each question, in their order, where a row
+            is asked several; each is smoothed by itself, and one without an answer not at all.
     """
 
-    def __init__(self, smoothing: float = 0.0) -> None:
+    def __init__(self, smoothing: float = 0.0, *, questions: Sequence[int] = ()) -> None:
         self.smoothing = smoothing
+        self.questions = questions
 
     def tree(self, example: EncodedExample) -> Tree:
         """The prompt, and every answer that counts."""
@@ -59,9 +62,18 @@ class Supervised(Objective):
         shares: Sequence[float] = example.shares
         if not shares:
             shares = [float(place == example.label) for place in range(len(candidates))]
-        evenly = sum(shares) / len(candidates)
-        shares = [(1 - self.smoothing) * share + self.smoothing * evenly for share in shares]
+        shares = self._smoothed(shares)
         given = example.given or [0] * len(candidates)
         chosen = [line for line in zip(candidates, given, shares, strict=True) if line[2] > 0]
         answers, tokens, counted = zip(*chosen, strict=True)
         return answers, tokens, counted
+
+    def _smoothed(self, shares: Sequence[float]) -> Sequence[float]:
+        if not self.smoothing:
+            return shares
+        smoothed: list[float] = []
+        for size in self.questions or (len(shares),):
+            own = shares[len(smoothed) : len(smoothed) + size]
+            evenly = self.smoothing * sum(own) / size
+            smoothed += [(1 - self.smoothing) * share + evenly for share in own]
+        return smoothed
