@@ -31,7 +31,9 @@ def check_architecture(model: nn.Module, *, longest: int) -> None:
         UnsupportedModelError: it reads in both directions, or has too few positions.
     """
     name, config = type(model).__name__, _text_config(model)
-    if getattr(config, "is_decoder", None) is False and not _attends_causally(model):
+    # Only of configs that can be an encoder's or a decoder's; the others are looked at alive.
+    both = hasattr(config, "add_cross_attention") and not getattr(config, "is_decoder", True)
+    if both and not _attends_causally(model):
         raise UnsupportedModelError(
             f"{name} reads in both directions (is_decoder: false): choose a causal model."
         )

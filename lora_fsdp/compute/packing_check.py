@@ -99,9 +99,13 @@ def why_not_batched(
     """Compare sequences of one example, several filled up to one length, with the same alone; and
     find out whether the head can run in chunks.
 
-    Args, returns and raises as of `why_not_packed`.
+    Args and returns as of `why_not_packed`.
+
+    Raises:
+        UnsupportedModelError: the model looks ahead, or gives what is not finite.
     """
     with _laid(packed, Packing.BATCHED):
+        _check_looks_back(packed, device=device)
         short = [*_short_trees(packed), _tree_of(packed, 21)]
         packed.chunked_head = _can_run_head_in_chunks(packed, short, device=device)
         by_length = sorted(sample, key=len)
@@ -152,6 +156,20 @@ def sample_of(trees: Sequence[Tree], *, tokens: int) -> list[Tree]:
         chosen.append(tree)
         used += len(tree)
     return [*chosen, longest]
+
+
+def _check_looks_back(packed: PackedModel, *, device: torch.device) -> None:
+    """Refuse a model in which a token changes what stands before it."""
+    tree = _tree_of(packed, 12)
+    ids = torch.tensor([tree.prompt_ids + tree.answers[0]] * 2, device=device)
+    ids[1, -1] = (ids[1, -1] + 1) % packed.base.config.get_text_config().vocab_size
+    before = plain_logits(packed.model, ids)[:, :-1].float().log_softmax(-1)
+    difference = (before[0] - before[1]).abs().mean().item()
+    if difference > _rounding(packed):
+        raise UnsupportedModelError(
+            f"{type(packed.base).__name__} reads in both directions: another last token changes "
+            f"the log-probabilities before it by {difference:.2g} nats. Choose a causal model."
+        )
 
 
 def _differs(packed: PackedModel, difference: float, what: str) -> str:

@@ -173,10 +173,20 @@ def _saved_or_estimated(
 
 def _saved(model: PeftModel, *, packed: bool) -> tuple[int, int]:
     """The linear and the square part of what a forward keeps, from three lengths."""
-    unit = 64
+    unit = 64 if packed else _unit_of_recurrence(base_model(model))
     short, middle, long = (_saved_bytes(model, unit * times, packed=packed) for times in (1, 2, 3))
-    pair = (long - 2 * middle + short) / (2 * unit**2)
+    pair = max(0.0, (long - 2 * middle + short) / (2 * unit**2))
     return round((middle - short) / unit - 3 * unit * pair), round(pair)
+
+
+def _unit_of_recurrence(base: PreTrainedModel) -> int:
+    """Tokens in which a recurrent layer's work grows: of a chunk, or few where each is a step."""
+    config = base.config.get_text_config()
+    sizes = (getattr(config, name, None) for name in ("chunk_size", "mamba_chunk_size"))
+    chunked = [size for size in sizes if isinstance(size, int)]
+    if chunked:
+        return max(chunked)
+    return 64 if "linear_attention" in (getattr(config, "layer_types", None) or ()) else 16
 
 
 def _saved_bytes(model: PeftModel, tokens: int, *, packed: bool) -> int:
@@ -203,7 +213,8 @@ def _saved_bytes(model: PeftModel, tokens: int, *, packed: bool) -> int:
             )
         else:
             one = {"logits_to_keep": 1} if keeps_logits(type(base)) else {}  # type: ignore[arg-type]
-            plain_logits(model, ids, **one)
+            with _OneText():
+                plain_logits(model, ids, **one)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
@@ -213,6 +224,15 @@ class _AttentionByKernel(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is functional.scaled_dot_product_attention:
             return _KernelAttention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _OneText(TorchFunctionMode):
+    """transformers asks tensors whether the ids are one text: they are, and have no numbers."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            return True
         return func(*args, **(kwargs or {}))
 
 

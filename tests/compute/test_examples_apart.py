@@ -11,6 +11,7 @@ from lora_fsdp.compute.architectures import check_architecture, why_apart
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.compute.packing_check import why_not_batched, why_not_packed
 from lora_fsdp.data.packing import Batch, Packing, Tree
+from lora_fsdp.errors import UnsupportedModelError
 from tests.compute.test_packed_gradients import (
     one_by_one,
     random_trees,
@@ -126,6 +127,18 @@ def test_padding_that_changes_the_result_is_found():
     model.forward = chosen_by_length
     reason = why_not_batched(packed, device=CPU)
     assert "LlamaForCausalLM computes sequences that are filled up to one length" in reason
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    """Whatever its settings say: here they say nothing."""
+    model = model_of("llama")
+    packed = PackedModel(model)
+    why_not_batched(packed, device=CPU)
+    head = model.get_base_model().lm_head
+    forward = head.forward
+    head.forward = lambda hidden: forward(hidden + hidden.mean(dim=-2, keepdim=True))
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM reads in both directions"):
+        why_not_batched(packed, device=CPU)
 
 
 def test_what_fills_a_sequence_up_has_no_gradient():
