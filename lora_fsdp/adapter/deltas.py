@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lora_fsdp.adapter.folder import AdapterFolder, load_on_skeleton
-from lora_fsdp.base.model_weights import ModelWeights, Part
+from lora_fsdp.base.conversion.model_weights import ModelWeights, Part
 from lora_fsdp.base.tensor_files import DTYPES
 from lora_fsdp.errors import (
     AdapterVerificationError,

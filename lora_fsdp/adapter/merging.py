@@ -14,8 +14,8 @@ from lora_fsdp.adapter.deltas import Deltas
 from lora_fsdp.adapter.folder import AdapterFolder, find_base, read_adapter_folder
 from lora_fsdp.adapter.merged_files import atomic_draft, write_rest, write_weights
 from lora_fsdp.adapter.proof import Proof, check_base, read_proof
+from lora_fsdp.base.conversion.model_weights import ModelWeights
 from lora_fsdp.base.folders import read_json_object
-from lora_fsdp.base.model_weights import ModelWeights
 from lora_fsdp.base.stored_weights import BaseWeights, base_folder, base_skeleton
 from lora_fsdp.errors import (
     ArgumentError,

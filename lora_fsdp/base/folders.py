@@ -69,21 +69,31 @@ def read_json_object(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
+def files_by_tensor(folder: Path, index: str) -> dict[str, str]:
+    """What an index of weights says: for each tensor the file of `folder` that holds it.
+
+    Raises:
+        AdapterVerificationError: the index is damaged, or says nothing.
+        UnsafeFileError: it names something that does not lie in the folder.
+    """
+    listed = read_json_object(folder, index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise AdapterVerificationError(f"{folder / index} is damaged: weight_map is missing.")
+    for name in sorted(set(map(str, listed.values()))):
+        contained_file(folder, name)
+    return {tensor: str(name) for tensor, name in listed.items()}
+
+
 def check_weight_indices(folder: Path) -> None:
     """Refuse a model folder of which an index names a weight file that does not lie in it.
 
     For what transformers opens by those names without looking where they lead.
 
     Raises:
-        AdapterVerificationError: an index is damaged.
-        UnsafeFileError: it names something outside.
+        AdapterVerificationError, UnsafeFileError: see `files_by_tensor`.
     """
     for index in sorted(folder.glob("*.index.json")):
-        listed = read_json_object(folder, index.name).get("weight_map")
-        if not isinstance(listed, dict):
-            raise AdapterVerificationError(f"{index} is damaged: weight_map is missing.")
-        for name in sorted(set(map(str, listed.values()))):
-            contained_file(folder, name)
+        files_by_tensor(folder, index.name)
 
 
 def open_safetensors(folder: Path, name: str) -> Any:

@@ -12,13 +12,13 @@ from peft import LoraConfig
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lora_fsdp.arguments import ModelArguments
+from lora_fsdp.base.conversion.model_weights import ModelWeights
 from lora_fsdp.base.loading import (
     LOADING_ERRORS,
     check_attention,
     existing_model,
     warn_of_remote_code,
 )
-from lora_fsdp.base.model_weights import ModelWeights
 from lora_fsdp.base.multimodal import auto_class, drop_towers
 from lora_fsdp.base.stored_weights import PLAIN_DTYPES, BaseWeights, base_folder
 from lora_fsdp.errors import ModelNotFoundError, UnsafeFileError

@@ -13,7 +13,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, PreTrainedModel
 
-from lora_fsdp.base.folders import contained_file, open_safetensors, read_json_object
+from lora_fsdp.base.folders import (
+    contained_file,
+    files_by_tensor,
+    open_safetensors,
+    read_json_object,
+)
 from lora_fsdp.base.loading import LOADING_ERRORS, first_line
 from lora_fsdp.base.multimodal import auto_class
 from lora_fsdp.errors import (
@@ -120,16 +125,13 @@ def _listed_tensors(folder: Path) -> dict[str, str]:
             )
             raise AdapterVerificationError(f"{folder} holds no {WEIGHTS_FILE}.{hint or ''}")
         return {}
-    listed = read_json_object(folder, INDEX_FILE).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise AdapterVerificationError(f"{folder / INDEX_FILE} is damaged: weight_map is missing.")
-    for file in listed.values():
-        if not isinstance(file, str) or not file.endswith(".safetensors"):
+    listed = files_by_tensor(folder, INDEX_FILE)
+    for file in set(listed.values()):
+        if not file.endswith(".safetensors"):
             raise UnsafeFileError(
-                f"{folder / INDEX_FILE} names {str(file)[:80]!r}, which is no .safetensors file: "
-                "it is not opened."
+                f"{folder / INDEX_FILE} names {file[:80]!r}, which is no .safetensors file: it is "
+                "not opened."
             )
-        contained_file(folder, file)
     return listed
 
 

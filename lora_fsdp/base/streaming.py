@@ -24,9 +24,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from lora_fsdp.arguments import ModelArguments
+from lora_fsdp.base.conversion.model_weights import ModelWeights
 from lora_fsdp.base.fingerprints import BaseFingerprint, base_parameters
 from lora_fsdp.base.loading import load_base, resolve_dtype
-from lora_fsdp.base.model_weights import ModelWeights
 from lora_fsdp.base.multimodal import drop_towers
 from lora_fsdp.base.quantized_layers import QuantizedLayer, unpacked
 from lora_fsdp.base.skeletons import CannotStreamError, empty_base
@@ -262,7 +262,6 @@ def needs_weights(config: LoraConfig) -> str | None:
         "use_dora": config.use_dora,
         "modules_to_save": config.modules_to_save,
         "trainable_token_indices": config.trainable_token_indices,
-        "target_parameters": config.target_parameters,
         "layer_replication": config.layer_replication,
         "bias": config.bias != "none",
     }

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from lora_fsdp.base.loading import LOADING_ERRORS
+from lora_fsdp.base.unusable import unusable_weight
 from lora_fsdp.compute.architectures import why_apart, windows_of
 from lora_fsdp.compute.packed_model import (
     PackedModel,
@@ -180,23 +180,14 @@ def _differs(packed: PackedModel, difference: float, what: str) -> str:
 
 
 def _not_finite(packed: PackedModel) -> UnsupportedModelError:
-    named = [name for name, value in packed.base.named_parameters() if not _is_finite(value)]
-    where = (
-        f"its weight {named[0]} is not finite"
-        if named
-        else (f"its weights are finite here: they may be too large for {packed.dtype}")
+    found = unusable_weight(packed.base)
+    where = found or (
+        f"its weights are finite here, so what it computes of them in {packed.dtype} is not. "
+        "Try --dtype float32, or take the original files of the base"
     )
     return UnsupportedModelError(
-        f"The untrained {type(packed.base).__name__} gives log-probabilities that are not finite: "
-        f"{where}. The base's files are damaged, or were saved after a training that diverged; "
-        "take the original ones."
+        f"{type(packed.base).__name__} gives log-probabilities that are not finite: {where}."
     )
-
-
-def _is_finite(weight: torch.Tensor) -> bool:
-    """Of what this rank holds."""
-    held = weight.to_local() if isinstance(weight, DTensor) else weight
-    return not held.is_floating_point() or bool(held.isfinite().all())
 
 
 def _rounding(packed: PackedModel) -> float:

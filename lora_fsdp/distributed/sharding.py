@@ -7,6 +7,7 @@ gather, and the optimizer's state does not depend on the number of ranks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import cast
@@ -104,8 +105,9 @@ def shard_base(
 ) -> None:
     """Apply `fully_shard` to the layers in `groups`, the embeddings, the head, and what is left.
 
-    Tied embeddings stay together in the root group, because torch refuses a parameter that two
-    groups can see. Parameters in `ignored` stay as they are.
+    Embeddings and a head that share a weight (also if PEFT keeps a trained copy of one beside it)
+    stay together in the root group, because torch refuses a parameter that two groups can see.
+    Parameters in `ignored` stay as they are.
     """
     _refuse_integers(base)
     offload = CPUOffloadPolicy() if settings.offload and mesh.device_type != "cpu" else None
@@ -116,20 +118,28 @@ def shard_base(
         "reshard_after_forward": settings.reshard_after_forward,
     }
     if settings.wrap_layers:
-        for layer in groups:
-            fully_shard(layer, **options)  # type: ignore[call-overload]
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-        tied = head is not None and embedding.weight is head.weight
-        if not tied:
-            for module in (embedding, head):
-                if module is not None and not ignored.issuperset(module.parameters()):
-                    fully_shard(module, **options)  # type: ignore[call-overload]
-                    if module is embedding:  # looking tokens up needs no table in backward
-                        cast(FSDPModule, module).set_unshard_in_backward(False)
+        chosen = list(groups)
+        ends = [module for module in (embedding, head) if module is not None]
+        shared = _shared_parameters([*groups, *ends])
+        for module in ends:
+            own = set(module.parameters()) - ignored
+            if own and not own & shared:
+                chosen.append(module)
+        for module in chosen:
+            fully_shard(module, **options)  # type: ignore[call-overload]
+            if module is embedding:  # looking tokens up needs no table in backward
+                cast(FSDPModule, module).set_unshard_in_backward(False)
     # The root is needed again at once in backward, so it is never resharded in between.
     fully_shard(base, **{**options, "reshard_after_forward": False})  # type: ignore[call-overload]
     if settings.wrap_layers:
         _prefetch(groups)
+
+
+def _shared_parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """Parameters that several of the modules have, under whatever name."""
+    counts = Counter(p for module in modules for p in set(module.parameters()))
+    return {parameter for parameter, count in counts.items() if count > 1}
 
 
 def _refuse_integers(base: nn.Module) -> None:

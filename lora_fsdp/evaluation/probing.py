@@ -7,7 +7,7 @@ own tokens, and come from the forwards that score the untrained model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import commonprefix
 from types import TracebackType
 from typing import Any
@@ -51,7 +51,7 @@ class MeanStates:
         base = self.packed.base
         inner = base.base_model
         self.is_known = inner is not base  # else its outputs are no hidden states
-        self._states: torch.Tensor | None = None
+        self._states: list[torch.Tensor] = []
         self._rows: dict[int, torch.Tensor] = {}
         # Otherwise the last layer gives label positions only.
         self._shortened, self.packed.shortened_last_layer = self.packed.shortened_last_layer, False
@@ -69,13 +69,17 @@ class MeanStates:
             self._hook.remove()
 
     def _keep(self, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
-        self._states = outputs[0][0]
+        self._states.append(outputs[0].flatten(0, 1))
 
     def add(self, sequence: PackedSequence, examples: Sequence[int]) -> None:
-        """Take the states of the last forward, which was of `sequence` with these examples."""
-        if not examples or self._states is None:
+        """Take the states of the forwards since the last call, all of `sequence`'s examples."""
+        kept, self._states = self._states, []
+        if not examples or not kept:
             return
-        states, count = self._states.float(), len(examples)
+        if len(kept) > 1:  # a batch whose sequences were computed one by one
+            tokens_of_all = torch.cat([one.tokens for one in sequence.singles()], dim=1)
+            sequence = replace(sequence, tokens=tokens_of_all)
+        states, count = torch.cat(kept).float(), len(examples)
         of_prompts = (sequence.answer_ids == 0) & (sequence.position_ids >= self.skip)
         common = of_prompts & (sequence.example_ids == SHARED)
         own = of_prompts & (sequence.example_ids > SHARED)
@@ -84,7 +88,6 @@ class MeanStates:
         tokens = torch.bincount(owner, minlength=count) + common.sum()
         means = (sums + states[common].sum(dim=0)) / tokens.clamp(min=1)[:, None]
         self._rows |= dict(zip(examples, means.cpu(), strict=True))
-        self._states = None
 
     def features(self, *, device: torch.device) -> np.ndarray | None:
         """[N, H] float32, the same on every rank; `None` if the model does not show its states.

@@ -9,10 +9,13 @@ from peft import PeftModel
 
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
+from lora_fsdp.base.layers import base_model
+from lora_fsdp.base.unusable import unusable_weight
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.distributed.launch import check_launch
-from lora_fsdp.errors import ArgumentError
+from lora_fsdp.errors import ArgumentError, UnsupportedModelError
 from lora_fsdp.placement.sequences import check_sequence_length
+from lora_fsdp.ranks import from_every_rank
 from lora_fsdp.training.step.objectives.objective import Objective
 
 
@@ -71,3 +74,16 @@ def check_reference(objective: Objective, model: PeftModel) -> None:
 
 # Of an adapter that adds nothing at first; others (PiSSA, OLoRA) take their start out of the base.
 _STARTS_BESIDE_THE_BASE = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def check_weights(model: PeftModel) -> None:
+    """Refuse weights with which nothing can be computed: a collective call.
+
+    Raises:
+        UnsupportedModelError: names the weight that is not finite, or too large.
+    """
+    found = [text for text in from_every_rank(unusable_weight(base_model(model))) if text]
+    if found:
+        raise UnsupportedModelError(
+            f"{type(base_model(model)).__name__} cannot be trained: {found[0]}."
+        )

@@ -54,7 +54,7 @@ from lora_fsdp.placement.network import HostTraffic, host_traffic
 from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.tasks import Task
 from lora_fsdp.tasks.answers import ModelOutputs
-from lora_fsdp.training.checks import check_arguments
+from lora_fsdp.training.checks import check_arguments, check_weights
 from lora_fsdp.training.given import (
     Base,
     Rows,
@@ -256,6 +256,7 @@ class LoraTrainer(Trainer):
         self.adapter = AdapterSet.of(self.model)
         self.adapter.broadcast()
         self.adapter.check_equal()
+        check_weights(self.model)
         self._check_examples_apart(run)
         release_gathered(self.model)
         self.step = self._step()

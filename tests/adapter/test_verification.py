@@ -24,10 +24,10 @@ from lora_fsdp.adapter.merging import merge_adapter
 from lora_fsdp.adapter.proof import PROOF_FILE, read_proof
 from lora_fsdp.adapter.saved import save_adapter
 from lora_fsdp.adapter.verification import verify_adapter_folder
+from lora_fsdp.base.conversion.model_weights import ModelWeights
 from lora_fsdp.base.fingerprints import fingerprint_base
 from lora_fsdp.base.folders import sha256_of_file
 from lora_fsdp.base.loading import load_base
-from lora_fsdp.base.model_weights import ModelWeights
 from lora_fsdp.base.stored_weights import BaseWeights, base_skeleton
 from lora_fsdp.errors import (
     AdapterVerificationError,

@@ -5,6 +5,7 @@ Run: python -m pytest tests/base/test_conversion.py
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,15 +14,17 @@ from transformers import AutoModelForCausalLM
 from lora_fsdp.adapter.merging import merge_adapter
 from lora_fsdp.adapter.saved import save_adapter
 from lora_fsdp.arguments import ModelArguments
+from lora_fsdp.base.conversion.model_weights import ModelWeights
 from lora_fsdp.base.fingerprints import fingerprint_base
 from lora_fsdp.base.loading import load_base
-from lora_fsdp.base.model_weights import ModelWeights
 from lora_fsdp.base.stored_weights import BaseWeights, base_skeleton
 from lora_fsdp.base.streaming import StoredBase, load_on_device, open_base
 from lora_fsdp.errors import ModelNotFoundError, UnsupportedModelError
 from tests.support.adapters import adapted, logits
 from tests.support.examined import ExaminedRun
 from tests.support.families import MIXTURES, family_model
+from tests.support.ranks import launch_environment, run_ranks
+from tests.support.runs import toy_run
 from tests.support.tiny import tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -154,6 +157,26 @@ def test_merged_in_the_published_form(family, settings, saved, tmp_path):
     assert (logits(merged) - logits(model)).abs().max() < 1e-5
     with model.disable_adapter():
         assert (logits(merged) - logits(model)).abs().max() > 1e-3
+
+
+def run_on(folder, base, batch):
+    return toy_run(
+        folder, base=base, streamed=True, per_device_train_batch_size=batch, num_train_epochs=1
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_train_experts_as_one_process_does(saved, tmp_path):
+    base = saved("qwen3_moe")
+    [alone] = run_ranks(run_on, tmp_path / "one", base, 8, world_size=1)
+    fsdp = launch_environment("fsdp2_cpu.yaml")
+    runs = run_ranks(run_on, tmp_path / "two", base, 4, environment=fsdp)
+    assert runs[0]["fingerprint"] == runs[1]["fingerprint"]
+    assert any("experts" in name for name in alone["adapter"])
+    np.testing.assert_allclose(runs[0]["losses"], alone["losses"], rtol=1e-4)
+    for name, tensor in alone["adapter"].items():
+        np.testing.assert_allclose(runs[0]["adapter"][name], tensor, atol=2e-3, err_msg=name)
 
 
 def test_experts_are_not_left_out_of_4_bits_silently(saved):

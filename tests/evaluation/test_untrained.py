@@ -9,6 +9,7 @@ import torch
 
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import Encoder
+from lora_fsdp.data.packing import Packing
 from lora_fsdp.data.sampling import ScoringSequences
 from lora_fsdp.evaluation.metrics import model_outputs
 from lora_fsdp.evaluation.outputs import PROBE
@@ -88,8 +89,11 @@ def test_the_best_way_of_reading():
     assert best_way(ToyTask(), examples, alike)[0] == AS_TRAINED
 
 
-def states_of(packed, examples, *, max_tokens, skip=None):
-    sequences = ScoringSequences(examples, rank=0, world_size=1, max_tokens=max_tokens)
+def states_of(packed, examples, *, max_tokens, skip=None, packing=Packing.PACKED):
+    packed.packing = packing
+    sequences = ScoringSequences(
+        examples, rank=0, world_size=1, max_tokens=max_tokens, packing=packing
+    )
     with MeanStates(packed, len(examples), shared_tokens(examples) if skip is None else skip) as it:
         score_sequences(
             packed,
@@ -126,6 +130,9 @@ def test_states_are_those_of_each_prompt_alone(kind, fused):
     assert max(counts) == len(examples)
     assert min(counts) == 1
     assert packed.shortened_last_layer == fused
+    for packing in (Packing.BATCHED, Packing.SINGLE):
+        found, _ = states_of(packed, examples, max_tokens=512, packing=packing)
+        np.testing.assert_allclose(found, np.stack(expected), rtol=2e-4, atol=2e-5)
 
 
 def test_a_probe_learns_what_is_in_the_states():

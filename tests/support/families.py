@@ -152,6 +152,18 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"image_token_index": 10},
     ),
     "qwen2_5_vl": (_IN_SECTIONS, {**_QWEN_VISION, "fullatt_block_indexes": [0]}, {}),
+    "qwen3_5": (
+        {
+            **_IN_SECTIONS,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        {**_QWEN_VISION, "num_position_embeddings": 16},
+        {},
+    ),
     "qwen3_vl": (
         _IN_SECTIONS,
         {**_QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},

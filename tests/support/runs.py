@@ -30,11 +30,13 @@ def toy_trainer(
     load_in_4bit: bool = False,
     init_lora_weights: Any = True,
     lora_r: int = 4,
+    lora: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> LoraTrainer:
     """A trainer for the toy task; `arguments` are those of `FineTuningArguments`.
 
-    `base` is a folder to load the model from; `streamed` reads it where it stays.
+    `base` is a folder to load the model from; `streamed` reads it where it stays. `lora` are more
+    settings of the adapter.
     """
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 8,
@@ -68,11 +70,14 @@ def toy_trainer(
         train_dataset=examples,
         eval_dataset=held_out,
         peft_config=LoraConfig(
-            r=lora_r,
-            target_modules=families[kind][1] if kind in families else "all-linear",
-            lora_dropout=dropout,
-            init_lora_weights=init_lora_weights,
-            task_type="CAUSAL_LM",
+            **{
+                "r": lora_r,
+                "target_modules": families[kind][1] if kind in families else "all-linear",
+                "lora_dropout": dropout,
+                "init_lora_weights": init_lora_weights,
+                "task_type": "CAUSAL_LM",
+                **(lora or {}),
+            }
         ),
         max_length=128,
         callbacks=callbacks,

@@ -102,5 +102,25 @@ def test_fsdp_settings_change_nothing_but_placement(reference, tmp_path, setting
     assert "final/adapter_model.safetensors" in runs[0]["files"]
 
 
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [5, 6]},
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"target_modules": ["lm_head", "q_proj"]},
+    ],
+    ids=str,
+)
+def test_a_tied_weight_that_the_adapter_trains(lora, tmp_path):
+    """PEFT puts a wrapper around the one or the other of the two that share it."""
+    options = {"kind": "llama-tied", "num_train_epochs": 1, "lora": lora}
+    [alone] = run_ranks(toy_run_with_batch, tmp_path / "one", 8, options, world_size=1)
+    runs = run_ranks(toy_run_with_batch, tmp_path / "two", 4, options, environment=FSDP)
+    assert runs[0]["fingerprint"] == runs[1]["fingerprint"]
+    assert_same_training(runs[0], alone)
+
+
 def toy_run_with_batch(output_dir, batch_size, options):
     return toy_run(output_dir, **{"per_device_train_batch_size": batch_size, **options})

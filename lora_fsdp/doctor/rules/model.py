@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lora_fsdp.base.conversion.model_weights import ModelWeights
 from lora_fsdp.base.fingerprints import base_parameters
-from lora_fsdp.base.model_weights import ModelWeights
 from lora_fsdp.compute.architectures import check_architecture, check_token_ids, why_apart
 from lora_fsdp.data.encoding import end_of_answer
 from lora_fsdp.doctor.case import Case

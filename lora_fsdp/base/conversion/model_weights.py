@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
-from lora_fsdp.base.conversion import Conversion, conversions
+from lora_fsdp.base.conversion.transforms import Conversion, conversions
 from lora_fsdp.base.fingerprints import (
     BaseFingerprint,
     base_parameters,
