@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import keyword
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import yaml
 from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import Command, required
 from lora_fsdp.cli.configs import find_config
+from lora_fsdp.cli.launchers import LAUNCHERS
 from lora_fsdp.cli.terminal import write
-from lora_fsdp.errors import ArgumentError, OutputFileError
+from lora_fsdp.errors import ArgumentError, OutputFileError, did_you_mean
 
 _TASK = '''\
 """The task {name!r}: what is learnt, and how the model is asked."""
@@ -59,6 +61,9 @@ seed: 0
 """
 
 
+_PLAIN = re.compile(r"[\w./-]+", re.ASCII)
+
+
 @dataclass
 class InitOptions:
     """What is known already; the rest is filled in by hand."""
@@ -74,7 +79,15 @@ class InitOptions:
     model_name_or_path: str = option(
         "HuggingFaceTB/SmolLM2-135M-Instruct", "Model folder, or a name on the Hugging Face Hub."
     )
-    accelerate_config: str = option("fsdp2_cpu", "The shipped accelerate YAML to copy.")
+    accelerate_config: str | None = option(
+        None, "The shipped accelerate YAML to copy: fsdp2_cpu, or fsdp2_hosts with --launcher."
+    )
+    launcher: str | None = option(
+        None,
+        "Write a file for several machines, too: slurm, skypilot, kubeflow, ray or torchrun.",
+    )
+    num_machines: int = option(2, "Machines, with --launcher.")
+    gpus_per_machine: int = option(8, "GPUs of each, with --launcher.")
 
 
 def init(options: InitOptions) -> int:
@@ -105,8 +118,14 @@ def init(options: InitOptions) -> int:
             task_file=_yaml(str(task)),
             data_file=_yaml(options.data_file),
         ),
-        accelerate: find_config(options.accelerate_config).read_text(encoding="utf-8"),
+        accelerate: find_config(
+            options.accelerate_config or ("fsdp2_hosts" if options.launcher else "fsdp2_cpu")
+        ).read_text(encoding="utf-8"),
     }
+    start = f"lora-fsdp train --config {recipe} --accelerate_config {accelerate}"
+    if options.launcher is not None:
+        file, text, start = _launcher_file(options, recipe=recipe, accelerate=accelerate)
+        contents[file] = text
     if there := [str(file) for file in contents if file.exists()]:
         raise OutputFileError(f"{', '.join(there)}: already there, and nothing was written.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,8 +134,44 @@ def init(options: InitOptions) -> int:
             opened.write(text)
         write(f"wrote {file}")
     write(f"next: lora-fsdp tasks check --config {recipe}")
-    write(f"then: lora-fsdp train --config {recipe} --accelerate_config {accelerate}")
+    write(f"then: {start}")
     return 0
+
+
+def _launcher_file(
+    options: InitOptions, *, recipe: Path, accelerate: Path
+) -> tuple[Path, str, str]:
+    """The file of an engine, its text, and the command that starts it.
+
+    Raises:
+        ArgumentError: there is no such engine, or numbers that cannot be.
+    """
+    launcher = LAUNCHERS.get(str(options.launcher))
+    if launcher is None:
+        raise ArgumentError(
+            f"--launcher {options.launcher}: there is no such one."
+            f"{did_you_mean(str(options.launcher), LAUNCHERS)} Known: {', '.join(LAUNCHERS)}."
+        )
+    for name in ("num_machines", "gpus_per_machine"):
+        if getattr(options, name) < 1:
+            raise ArgumentError(f"--{name} must be 1 or more, not {getattr(options, name)}.")
+    file = Path(options.folder) / f"{options.name}{launcher.ending}"
+    names = {"RECIPE": recipe, "YAML": accelerate, "FILE": file}
+    if odd := [str(path) for path in names.values() if not _PLAIN.fullmatch(str(path))]:
+        raise ArgumentError(
+            f"{odd[0]!r} cannot stand in a launcher's file: use letters, digits and ._/- for "
+            "--folder."
+        )
+    values: dict[str, object] = {
+        **names,
+        "NAME": options.name,
+        "DNS": options.name.lower().replace("_", "-").strip("-") or "run",
+        "MACHINES": options.num_machines,
+        "GPUS": options.gpus_per_machine,
+        # 8 for each process of the whole launch, as the recipe has.
+        "EXAMPLES": 8 * options.num_machines * options.gpus_per_machine,
+    }
+    return file, launcher.filled(values), launcher.command.format(file=file)
 
 
 def _quoted(text: str) -> str:
@@ -136,6 +191,7 @@ COMMANDS = (
         examples=(
             "init ticket --data_file tickets.csv --text_column message --label_column team",
             "init ticket --folder tickets --accelerate_config fsdp2",
+            "init ticket --launcher slurm --num_machines 2 --gpus_per_machine 8",
         ),
         options=(InitOptions,),
         run=init,

@@ -74,6 +74,8 @@ class Host:
             text=True,
             start_new_session=True,
         )
+        if log is not None:
+            output.close()  # type: ignore[union-attr]
         self.processes.append(process)
         return process
 
