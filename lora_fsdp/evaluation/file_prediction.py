@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from lora_fsdp.base.folders import read_json_object, sha256_of_file
 from lora_fsdp.data.streams import Chunk, TableStream
+from lora_fsdp.distributed.workers import Workers
 from lora_fsdp.errors import (
     ArgumentError,
     ColumnNotFoundError,
@@ -58,6 +59,7 @@ def predict_file(
     identity: str = "",
     overwrite: bool = False,
     on_chunk: Callable[[int, bool], None] | None = None,
+    workers: Workers | None = None,
 ) -> FilePrediction:
     """Answer every row of a table.
 
@@ -71,6 +73,8 @@ def predict_file(
         identity: says which adapter this is; an unfinished output of another one is not continued.
         overwrite: replace an output, finished or not, that is already there.
         on_chunk: called after each chunk with its rows and whether it had been done before.
+        workers: processes that divide the chunks between them, on a disk that they share; the first
+            one joins the output. `None` = this one alone.
 
     Raises:
         OutputFileError: the output is there, or was begun for another input or adapter.
@@ -90,20 +94,36 @@ def predict_file(
         "column_prefix": column_prefix,
         "separator": stream.separator,
     }
-    _check_place(target, folder, job, overwrite=overwrite)
-    _check_beginning(predictor, stream, chunk_rows=chunk_rows, prefix=column_prefix)
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / _JOB_FILE, dict(job))
+    workers = workers or Workers()
+    if workers.is_first:
+        _check_place(target, folder, job, overwrite=overwrite)
+        _check_beginning(predictor, stream, chunk_rows=chunk_rows, prefix=column_prefix)
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / _JOB_FILE, dict(job))
+    workers.wait_for_first("the output is begun")
+    if not workers.is_first:
+        _check_shared(folder, job)
+    before = {file.name for file in folder.iterdir()}
+    workers.wait("what is done is seen")
     parts: list[_Part] = []
-    for chunk in stream.chunks(chunk_rows):
+    for number, chunk in enumerate(stream.chunks(chunk_rows)):
         file = folder / f"{chunk.first:012d}{target.suffix}"
-        parts.append(_answer_chunk(predictor, stream, chunk, file, prefix=column_prefix))
+        if workers.does(number):
+            part = _answer_chunk(predictor, stream, chunk, file, prefix=column_prefix)
+        elif workers.is_first:
+            part = _part_of(_examples(predictor.task, stream, chunk), chunk, file)
+        else:
+            continue
+        parts.append(part._replace(resumed=file.name in before))
         if on_chunk is not None:
             on_chunk(parts[-1].rows, parts[-1].resumed)
-    write_atomically(target, lambda path: stream.join([part.file for part in parts], path))
-    shutil.rmtree(folder)
+    workers.wait("every row is answered")
+    if workers.is_first:
+        write_atomically(target, lambda path: stream.join([part.file for part in parts], path))
+        shutil.rmtree(folder)
+    workers.wait("the output is there")
     return FilePrediction(
         target,
         rows=sum(part.rows for part in parts),
@@ -145,8 +165,12 @@ def _answer_chunk(
         added = _answers(predictor, examples, prefix=prefix)
         _refuse_taken_names(added, chunk)
         write_atomically(file, partial(stream.write, chunk, added))
+    return _part_of(examples, chunk, file)._replace(resumed=resumed)
+
+
+def _part_of(examples: Sequence[Example], chunk: Chunk, file: Path) -> _Part:
     without_text = [example.row for example in examples if not _has_text(example)]
-    return _Part(file, len(chunk), resumed, without_text)
+    return _Part(file, len(chunk), False, without_text)
 
 
 def examples_of_texts(task: Task, texts: Mapping[int, str], *, advice: str) -> list[Example]:
@@ -259,6 +283,25 @@ def _check_place(target: Path, folder: Path, job: Mapping[str, Any], *, overwrit
                 f"{folder} holds a part of {target.name} that was made with another "
                 f"{', '.join(other)}: start anew with --overwrite."
             )
+
+
+def _check_shared(folder: Path, job: Mapping[str, Any]) -> None:
+    """Refuse to answer chunks that the first process would not find, or of another table.
+
+    Raises:
+        OutputFileError: the folder is not the first one's, or what it was begun for is not here.
+    """
+    if not (folder / _JOB_FILE).is_file():
+        raise OutputFileError(
+            f"{folder} of the first process is not there on this machine: give an --output on a "
+            "disk that all machines share."
+        )
+    begun = read_json_object(folder, _JOB_FILE)
+    if other := [name for name, value in job.items() if begun.get(name) != value]:
+        raise OutputFileError(
+            f"This machine has another {', '.join(other)} than the first one: give every process "
+            "the same table, adapter and options."
+        )
 
 
 def _refuse_other_folder(folder: Path) -> None:

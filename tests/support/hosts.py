@@ -138,6 +138,8 @@ def hosts(count: int) -> Iterator[list[Host]]:
             host.kill()
             for process in host.processes:
                 process.wait(timeout=30)
+                if process.stdout is not None:
+                    process.stdout.close()
             shutil.rmtree(Path("/etc/netns", host.namespace), ignore_errors=True)
         for namespace in (*(host.namespace for host in made), switch):
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
