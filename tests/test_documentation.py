@@ -48,7 +48,16 @@ OF_OTHERS = {
 }
 
 # Named as the reader's own, or as what must not be.
-NOT_OURS = {"plan.yaml", "recipe.yaml", "utils.py", "ticket_task.py", "FILE.yaml"}
+NOT_OURS = {
+    "plan.yaml",
+    "recipe.yaml",
+    "utils.py",
+    "ticket_task.py",
+    "ticket_ray.py",
+    "ticket_sky.yaml",
+    "ticket_trainjob.yaml",
+    "FILE.yaml",
+}
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
@@ -115,6 +124,12 @@ def options_of_accelerate() -> set[str]:
     return {option for action in actions for option in action.option_strings}
 
 
+def options_of_torchrun() -> set[str]:
+    from torch.distributed.run import get_args_parser
+
+    return {option for action in get_args_parser()._actions for option in action.option_strings}
+
+
 def options_in_examples() -> set[str]:
     """Of the examples, benchmarks, and the fault campaign, that have a parser of their own."""
     paths = [path for folder in ("examples", "benchmarks") for path in (ROOT / folder).glob("*.py")]
@@ -129,7 +144,7 @@ def options_in_examples() -> set[str]:
 
 def test_options_exist() -> None:
     known = options_of_scripts() | options_of_commands() | options_of_accelerate()
-    known |= options_in_examples() | OF_OTHERS
+    known |= options_of_torchrun() | options_in_examples() | OF_OTHERS
     unknown = {
         f"{name_of(page)}: {option}"
         for page in PAGES

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -72,6 +74,11 @@ class FineTuningArguments(TrainingArguments):
         "Under FSDP, the layers that every rank keeps resident (unsharded, never "
         "gathered): all, none, or their number. auto = as many as GPU memory holds; none on a "
         "CPU.",
+    )
+    examples_per_step: int | None = option(
+        None,
+        "Examples of an optimizer step over all processes, instead of "
+        "--gradient_accumulation_steps: the same however many processes there are.",
     )
     overwrite_output_dir: bool = option(False, "Replace a run that output_dir already holds.")
     max_hours: float | None = option(
@@ -149,11 +156,39 @@ class FineTuningArguments(TrainingArguments):
             self.use_cpu = True
         if isinstance(self.resume_from_checkpoint, str):
             named = {"true": True, "last": True, "false": None, "": None}
+            if self.resume_from_checkpoint.lower() == "if_any":
+                named["if_any"] = self._has_any() or None
             choice = named.get(self.resume_from_checkpoint.lower(), self.resume_from_checkpoint)
             self.resume_from_checkpoint = choice  # type: ignore[assignment]
         self._settle_early_stopping()
         super().__post_init__()
         self._check()
+        if self.examples_per_step is not None:
+            self._divide(self.examples_per_step)
+
+    def _has_any(self) -> bool:
+        """Whether the output folder has a checkpoint."""
+        folder = Path(self.output_dir or ".")
+        there = folder.iterdir() if folder.is_dir() else ()
+        return any(re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir() for p in there)
+
+    def _divide(self, wanted: int) -> None:
+        """Give each process its part of a step."""
+        each, rest = divmod(wanted, self.world_size)
+        if rest or each < 1:
+            raise ArgumentError(
+                f"--examples_per_step {wanted} cannot be divided between {self.world_size} "
+                "processes: give a multiple of every number of processes that the run may have."
+            )
+        if self.gradient_accumulation_steps != 1:
+            raise ArgumentError(
+                f"--examples_per_step {wanted} sets the accumulation: remove "
+                "--gradient_accumulation_steps."
+            )
+        accumulation, rest = divmod(each, self.per_device_train_batch_size)
+        if rest:
+            self.per_device_train_batch_size, accumulation = each, 1
+        self.gradient_accumulation_steps = accumulation
 
     @property
     def chooses_checkpoint(self) -> bool:

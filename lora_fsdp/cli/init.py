@@ -15,8 +15,9 @@ import yaml
 from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import Command, required
 from lora_fsdp.cli.configs import find_config, suggested_config
+from lora_fsdp.cli.launchers import LAUNCHERS
 from lora_fsdp.cli.terminal import write
-from lora_fsdp.errors import ArgumentError, OutputFileError
+from lora_fsdp.errors import ArgumentError, OutputFileError, did_you_mean
 from lora_fsdp.printing import visible
 
 _LABELS_SHOWN = 10
@@ -64,6 +65,9 @@ seed: 0
 """
 
 
+_PLAIN = re.compile(r"[\w./-]+", re.ASCII)
+
+
 @dataclass
 class InitOptions:
     """What is known already; the rest is read from the table and the machine."""
@@ -83,8 +87,16 @@ class InitOptions:
         "HuggingFaceTB/SmolLM2-135M-Instruct", "Model folder, or a name on the Hugging Face Hub."
     )
     accelerate_config: str | None = option(
-        None, "The shipped accelerate YAML to copy. Without it, what fits this machine's GPUs."
+        None,
+        "The shipped accelerate YAML to copy. Without it, what fits this machine's GPUs, or "
+        "fsdp2_hosts with --launcher.",
     )
+    launcher: str | None = option(
+        None,
+        "Write a file for several machines, too: slurm, skypilot, kubeflow, ray or torchrun.",
+    )
+    num_machines: int = option(2, "Machines, with --launcher.")
+    gpus_per_machine: int = option(8, "GPUs of each, with --launcher.")
 
 
 @dataclass(frozen=True)
@@ -117,16 +129,23 @@ def init(options: InitOptions) -> int:
         folder / f"{name}.yaml",
         folder / f"{name}_accelerate.yaml",
     )
-    if there := [str(file) for file in (task, recipe, accelerate) if file.exists()]:
+    start = _command("train", recipe, accelerate)
+    launched: dict[Path, str] = {}
+    if options.launcher is not None:
+        file, text, start = _launcher_file(options, recipe=recipe, accelerate=accelerate)
+        launched[file] = text
+    if there := [str(file) for file in (task, recipe, accelerate, *launched) if file.exists()]:
         raise OutputFileError(f"{', '.join(there)}: already there, and nothing was written.")
     seen = _look(options)
     from torch.cuda import device_count
 
     gpus = device_count()
-    config = find_config(options.accelerate_config or suggested_config(gpus))
+    fitting = suggested_config(gpus) if options.launcher is None else "fsdp2_hosts"
+    config = find_config(options.accelerate_config or fitting).read_text(encoding="utf-8")
     contents = {
         recipe: _recipe(options, seen, name=name, recipe=recipe, accelerate=accelerate),
-        accelerate: _for_gpus(config.read_text(encoding="utf-8"), gpus),
+        accelerate: _for_gpus(config, gpus) if options.launcher is None else config,
+        **launched,
     }
     if not seen.task:
         contents[task] = _task(options, seen, name)
@@ -140,7 +159,7 @@ def init(options: InitOptions) -> int:
     if not options.data_file:
         write(f"first: put your rows into {folder / 'data.csv'} (columns text and label)")
     write(f"next: {_command('tasks check', recipe)}")
-    write(f"then: {_command('train', recipe, accelerate)}")
+    write(f"then: {start}")
     return 0
 
 
@@ -253,6 +272,42 @@ def _command(command: str, recipe: Path, accelerate: Path | None = None) -> str:
     )
 
 
+def _launcher_file(
+    options: InitOptions, *, recipe: Path, accelerate: Path
+) -> tuple[Path, str, str]:
+    """The file of an engine, its text, and the command that starts it.
+
+    Raises:
+        ArgumentError: there is no such engine, or numbers that cannot be.
+    """
+    launcher = LAUNCHERS.get(str(options.launcher))
+    if launcher is None:
+        raise ArgumentError(
+            f"--launcher {options.launcher}: there is no such one."
+            f"{did_you_mean(str(options.launcher), LAUNCHERS)} Known: {', '.join(LAUNCHERS)}."
+        )
+    for name in ("num_machines", "gpus_per_machine"):
+        if getattr(options, name) < 1:
+            raise ArgumentError(f"--{name} must be 1 or more, not {getattr(options, name)}.")
+    file = Path(options.folder) / f"{options.name}{launcher.ending}"
+    names = {"RECIPE": recipe, "YAML": accelerate, "FILE": file}
+    if odd := [str(path) for path in names.values() if not _PLAIN.fullmatch(str(path))]:
+        raise ArgumentError(
+            f"{odd[0]!r} cannot stand in a launcher's file: use letters, digits and ._/- for "
+            "--folder."
+        )
+    values: dict[str, object] = {
+        **names,
+        "NAME": options.name,
+        "DNS": options.name.lower().replace("_", "-").strip("-") or "run",
+        "MACHINES": options.num_machines,
+        "GPUS": options.gpus_per_machine,
+        # 8 for each process of the whole launch, as the recipe has.
+        "EXAMPLES": 8 * options.num_machines * options.gpus_per_machine,
+    }
+    return file, launcher.filled(values), launcher.command.format(file=file)
+
+
 def _quoted(text: str) -> str:
     """A Python literal with double quotes."""
     return json.dumps(text, ensure_ascii=False)
@@ -271,6 +326,7 @@ COMMANDS = (
             "init tickets.csv",
             "init ticket --data_file tickets.csv --text_column message --label_column team",
             "init ticket --folder tickets --accelerate_config fsdp2",
+            "init ticket --launcher slurm --num_machines 2 --gpus_per_machine 8",
         ),
         options=(InitOptions,),
         run=init,

@@ -16,6 +16,7 @@ from lora_fsdp.errors import ArgumentError
 from lora_fsdp.printing import say
 
 if TYPE_CHECKING:
+    from lora_fsdp.distributed.workers import Workers
     from lora_fsdp.evaluation.file_prediction import Confidence
 
 _SECONDS_BETWEEN_LINES = 30.0
@@ -109,6 +110,7 @@ def _table(options: PredictOptions, adapter: AdaptersOptions) -> int:
     )
     from lora_fsdp.evaluation.file_prediction import predict_file
 
+    workers = _workers()
     folders = adapter.folders()
     predictor = load_adapters(adapter, folders, calibrated=options.calibrated == "true")
     progress = Progress()
@@ -122,8 +124,11 @@ def _table(options: PredictOptions, adapter: AdaptersOptions) -> int:
         confidence=_confidence(options),
         overwrite=options.overwrite,
         on_chunk=progress.advance,
+        workers=workers,
     )
     rate = progress.close()
+    if not workers.is_first:
+        return 0
     facts = {
         "output": str(found.output),
         "rows": found.rows,
@@ -149,6 +154,20 @@ def _table(options: PredictOptions, adapter: AdaptersOptions) -> int:
         more = ", …" if len(found.without_text) > _ROWS_NAMED else ""
         write(f"{len(found.without_text)} rows have no text and no answer: row {named}{more}")
     return 0
+
+
+def _workers() -> Workers:
+    """The processes that the launcher started, each on a GPU of its own where there are any."""
+    import os
+
+    import torch
+
+    from lora_fsdp.distributed.workers import Workers
+
+    found = Workers.of_launcher()
+    if found.size > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return found
 
 
 class Progress:

@@ -21,6 +21,8 @@ from lora_fsdp.errors import LaunchError
 TYPES = {"NO", "FSDP", "MULTI_GPU", "MULTI_CPU"}
 OTHER_TYPES = {kind.value for kind in DistributedType} - TYPES
 
+#: What a YAML becomes in the environment of a process begins with these.
+OF_YAML = ("FSDP_", "PARALLELISM_CONFIG_", "ACCELERATE_")
 _OF_MESH = "parallelism_config_"
 # Who has them is a rank of a launch, and would join the others.
 _OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -52,8 +54,7 @@ class Launch:
     @property
     def settings(self) -> str:
         """What of the YAML must be the same on every machine, as text."""
-        of_yaml = ("FSDP_", "PARALLELISM_CONFIG_", "ACCELERATE_")
-        return str(sorted((k, v) for k, v in self.environment.items() if k.startswith(of_yaml)))
+        return str(sorted((k, v) for k, v in self.environment.items() if k.startswith(OF_YAML)))
 
     @property
     def processes_here(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from lora_fsdp.base.folders import read_json_object, sha256_of_file
 from lora_fsdp.data.streams import Chunk, TableStream
+from lora_fsdp.distributed.workers import Workers
 from lora_fsdp.errors import (
     ArgumentError,
     ColumnNotFoundError,
@@ -74,6 +75,7 @@ def predict_file(
     confidence: Confidence | None = None,
     overwrite: bool = False,
     on_chunk: Callable[[int, bool], None] | None = None,
+    workers: Workers | None = None,
 ) -> FilePrediction:
     """Answer every row of a table.
 
@@ -88,6 +90,8 @@ def predict_file(
         confidence: which rows get an answer, and whether all get a set of answers.
         overwrite: replace an output, finished or not, that is already there.
         on_chunk: called after each chunk with its rows and whether it had been done before.
+        workers: processes that divide the chunks between them, on a disk that they share; the first
+            one joins the output. `None` = this one alone.
 
     Raises:
         OutputFileError: the output is there, or was begun for another input or adapter.
@@ -111,27 +115,45 @@ def predict_file(
         "calibration": None if predictor.calibration is None else predictor.calibration.to_json(),
         "confidence": asdict(confidence),
     }
-    _check_place(target, folder, job, overwrite=overwrite)
+    workers = workers or Workers()
     answer = partial(_answers, predictor, prefix=column_prefix, confidence=confidence)
-    _check_beginning(predictor, stream, chunk_rows=chunk_rows, answer=answer)
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / _JOB_FILE, dict(job))
+    if workers.is_first:
+        _check_place(target, folder, job, overwrite=overwrite)
+        _check_beginning(predictor, stream, chunk_rows=chunk_rows, answer=answer)
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / _JOB_FILE, dict(job))
+    workers.wait_for_first("the output is begun")
+    if not workers.is_first:
+        _check_shared(folder, job)
+    before = {file.name for file in folder.iterdir()}
+    workers.wait("what is done is seen")
     parts: list[_Part] = []
-    for chunk in stream.chunks(chunk_rows):
+    for number, chunk in enumerate(stream.chunks(chunk_rows)):
         file = folder / f"{chunk.first:012d}{target.suffix}"
-        parts.append(_answer_chunk(predictor.task, stream, chunk, file, answer=answer))
+        if workers.does(number):
+            part = _answer_chunk(predictor.task, stream, chunk, file, answer=answer)
+        elif workers.is_first:
+            part = _part_of(_examples(predictor.task, stream, chunk), chunk, file)
+        else:
+            continue
+        parts.append(part._replace(resumed=file.name in before))
         if on_chunk is not None:
             on_chunk(parts[-1].rows, parts[-1].resumed)
-    write_atomically(target, lambda path: stream.join([part.file for part in parts], path))
-    shutil.rmtree(folder)
+    workers.wait("every row is answered")
+    unsure = 0
+    if workers.is_first:
+        unsure = sum(_unsure_of(part.file) for part in parts)
+        write_atomically(target, lambda path: stream.join([part.file for part in parts], path))
+        shutil.rmtree(folder)
+    workers.wait("the output is there")
     return FilePrediction(
         target,
         rows=sum(part.rows for part in parts),
         resumed=sum(part.rows for part in parts if part.resumed),
         without_text=[row for part in parts for row in part.without_text],
-        unsure=sum(part.unsure for part in parts),
+        unsure=unsure,
     )
 
 
@@ -185,7 +207,6 @@ class _Part(NamedTuple):
     rows: int
     resumed: bool
     without_text: list[int]
-    unsure: int
 
 
 def _answer_chunk(
@@ -198,13 +219,29 @@ def _answer_chunk(
 ) -> _Part:
     """Write the chunk with its answers to `file`, if an earlier call has not."""
     resumed = file.is_file()
-    examples, unsure = _examples(task, stream, chunk), 0
+    examples = _examples(task, stream, chunk)
     if not resumed:
         added, unsure = answer(examples)
         _refuse_taken_names(added, chunk)
+        if unsure:  # before the answers, which say that the chunk is done
+            write_json(_unsure_file(file), {"unsure": unsure})
         write_atomically(file, partial(stream.write, chunk, added))
+    return _part_of(examples, chunk, file)._replace(resumed=resumed)
+
+
+def _unsure_file(file: Path) -> Path:
+    """How many rows of a chunk get no answer because of `Confidence.least`; none = 0."""
+    return file.with_name(f"{file.name}.unsure.json")
+
+
+def _unsure_of(file: Path) -> int:
+    there = _unsure_file(file)
+    return int(read_json_object(there.parent, there.name)["unsure"]) if there.is_file() else 0
+
+
+def _part_of(examples: Sequence[Example], chunk: Chunk, file: Path) -> _Part:
     without_text = [example.row for example in examples if not _has_text(example)]
-    return _Part(file, len(chunk), resumed, without_text, unsure)
+    return _Part(file, len(chunk), False, without_text)
 
 
 def examples_of_texts(task: Task, texts: Mapping[int, str], *, advice: str) -> list[Example]:
@@ -332,6 +369,25 @@ def _check_place(target: Path, folder: Path, job: Mapping[str, Any], *, overwrit
                 f"{folder} holds a part of {target.name} that was made with another "
                 f"{', '.join(other)}: start anew with --overwrite."
             )
+
+
+def _check_shared(folder: Path, job: Mapping[str, Any]) -> None:
+    """Refuse to answer chunks that the first process would not find, or of another table.
+
+    Raises:
+        OutputFileError: the folder is not the first one's, or what it was begun for is not here.
+    """
+    if not (folder / _JOB_FILE).is_file():
+        raise OutputFileError(
+            f"{folder} of the first process is not there on this machine: give an --output on a "
+            "disk that all machines share."
+        )
+    begun = read_json_object(folder, _JOB_FILE)
+    if other := [name for name, value in job.items() if begun.get(name) != value]:
+        raise OutputFileError(
+            f"This machine has another {', '.join(other)} than the first one: give every process "
+            "the same table, adapter and options."
+        )
 
 
 def _refuse_other_folder(folder: Path) -> None:

@@ -74,6 +74,8 @@ class Host:
             text=True,
             start_new_session=True,
         )
+        if log is not None:
+            output.close()  # type: ignore[union-attr]
         self.processes.append(process)
         return process
 
@@ -136,6 +138,8 @@ def hosts(count: int) -> Iterator[list[Host]]:
             host.kill()
             for process in host.processes:
                 process.wait(timeout=30)
+                if process.stdout is not None:
+                    process.stdout.close()
             shutil.rmtree(Path("/etc/netns", host.namespace), ignore_errors=True)
         for namespace in (*(host.namespace for host in made), switch):
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)

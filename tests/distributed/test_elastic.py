@@ -1,0 +1,171 @@
+"""A host dies; the others go on from the last checkpoint, and no row is lost or seen twice.
+
+Run (as root): python -m pytest tests/distributed/test_elastic.py
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from lora_fsdp.arguments import FineTuningArguments
+from lora_fsdp.errors import ArgumentError
+from tests.support.elastic_run import EPOCHS, EXAMPLES_PER_STEP, ROWS
+from tests.support.hosts import hosts
+from tests.support.ranks import run_ranks
+
+STEPS = EPOCHS * ROWS // EXAMPLES_PER_STEP
+
+
+def words(hosts_, folder, *, seconds):
+    return [
+        sys.executable, "-m", "torch.distributed.run",
+        "--nnodes", f"1:{len(hosts_)}", "--nproc_per_node", "1", "--max_restarts", "10",
+        "--rdzv_id", "toy", "--rdzv_backend", "c10d", "--rdzv_endpoint", "host0:29500",
+        "--rdzv_conf", "join_timeout=60,last_call_timeout=3,is_host="
+        "{is_host},keep_alive_interval=1,keep_alive_max_attempt=3",
+        "--module", "tests.support.elastic_run",
+        str(folder / "run"), str(folder / "ledger"), str(seconds),
+    ]  # fmt: skip
+
+
+def start(hosts_, place, folder, *, seconds):
+    (folder / "ledger").mkdir(exist_ok=True)
+    is_host = "1" if place == 0 else "0"
+    given = [word.replace("{is_host}", is_host) for word in words(hosts_, folder, seconds=seconds)]
+    log = folder / f"host{place}-{time.monotonic_ns()}.log"
+    return hosts_[place].start(given, log=log)
+
+
+def lines_of(folder):
+    found = []
+    for file in (folder / "ledger").iterdir():
+        found += [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    return found
+
+
+def wait_for_step(folder, step, *, ranks, seconds):
+    until = time.monotonic() + seconds
+    while not any(one["step"] >= step and one["ranks"] == ranks for one in lines_of(folder)):
+        assert time.monotonic() < until, f"no step {step} on {ranks} ranks: {logs(folder)}"
+        time.sleep(0.1)
+
+
+def logs(folder):
+    return "\n".join(file.read_text()[-3000:] for file in sorted(folder.glob("host*.log")))
+
+
+def check_ledger(folder):
+    """What the steps that count saw: of each, its last attempt."""
+    by_step = {}
+    for line in lines_of(folder):
+        attempts = by_step.setdefault(line["step"], {})
+        attempts.setdefault(round(line["attempt"] / 5), []).append(line)
+    assert sorted(by_step) == list(range(STEPS))
+    per_epoch = STEPS // EPOCHS
+    for epoch in range(EPOCHS):
+        seen = Counter()
+        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+            last = max(by_step[step])
+            ranks = by_step[step][last]
+            assert len(ranks) == ranks[0]["ranks"]
+            rows = [row for line in ranks for row in line["rows"]]
+            assert len(rows) == EXAMPLES_PER_STEP  # however many ranks shared them
+            seen.update(rows)
+        assert set(seen.values()) == {1}
+        assert len(seen) == ROWS
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["killed", "cut off"])
+def test_a_host_dies_and_the_other_goes_on(tmp_path, way):
+    with hosts(2) as both:
+        processes = [start(both, place, tmp_path, seconds=0.5) for place in range(2)]
+        wait_for_step(tmp_path, 4, ranks=2, seconds=120)
+        died = time.monotonic()
+        if way == "killed":
+            both[1].kill()
+        else:
+            both[1].cut()
+        wait_for_step(tmp_path, 4, ranks=1, seconds=90)
+        noticed = time.monotonic() - died
+        assert noticed < 60, noticed
+        assert processes[0].wait(timeout=120) == 0, logs(tmp_path)
+        both[1].kill()
+    check_ledger(tmp_path)
+    assert {line["ranks"] for line in lines_of(tmp_path)} == {1, 2}
+    losses = json.loads((tmp_path / "run" / "losses.json").read_text())
+    whole = uninterrupted(tmp_path / "whole")
+    assert len(losses) == STEPS
+    assert losses == pytest.approx(whole, rel=1e-3)
+
+
+def uninterrupted(folder):
+    folder.mkdir()
+    with hosts(1) as one:
+        process = start(one, 0, folder, seconds=0)
+        assert process.wait(timeout=120) == 0, logs(folder)
+    check_ledger(folder)
+    return json.loads((folder / "run" / "losses.json").read_text())
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_sigterm_leaves_a_checkpoint_in_ten_seconds(tmp_path):
+    """As engines stop a machine: SIGTERM to its launcher, and SIGKILL half a minute later."""
+    with hosts(2) as both:
+        processes = [start(both, place, tmp_path, seconds=0.2) for place in range(2)]
+        wait_for_step(tmp_path, 5, ranks=2, seconds=120)
+        before = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+        began = time.monotonic()
+        processes[1].send_signal(signal.SIGTERM)
+        while {path.name for path in (tmp_path / "run").glob("checkpoint-*[0-9]")} <= before:
+            assert time.monotonic() - began < 10, logs(tmp_path)
+            time.sleep(0.05)
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+
+
+def divided(folder, examples, batch):
+    arguments = FineTuningArguments(
+        output_dir=str(folder), examples_per_step=examples, per_device_train_batch_size=batch
+    )
+    return arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+
+
+@pytest.mark.distributed
+def test_a_step_keeps_its_examples_on_any_number_of_ranks(tmp_path):
+    for ranks, wanted in ((1, (2, 12)), (2, (2, 6)), (4, (2, 3)), (3, (2, 4))):
+        found = run_ranks(divided, tmp_path, 24, 2, world_size=ranks)
+        assert found == [wanted] * ranks
+    assert run_ranks(divided, tmp_path, 6, 4, world_size=2) == [(3, 1)] * 2
+
+
+def test_a_step_that_cannot_be_divided(tmp_path):
+    with pytest.raises(ArgumentError, match="--examples_per_step 0 cannot be divided"):
+        FineTuningArguments(output_dir=str(tmp_path), examples_per_step=0)
+    with pytest.raises(ArgumentError, match="remove --gradient_accumulation_steps"):
+        FineTuningArguments(
+            output_dir=str(tmp_path), examples_per_step=8, gradient_accumulation_steps=2
+        )
+
+
+def test_going_on_if_there_is_anything(tmp_path):
+    def asked():
+        arguments = FineTuningArguments(
+            output_dir=str(tmp_path / "run"), resume_from_checkpoint="if_any"
+        )
+        return arguments.resume_from_checkpoint
+
+    assert asked() is None
+    (tmp_path / "run" / "checkpoint-4.partial").mkdir(parents=True)
+    assert asked() is None
+    (tmp_path / "run" / "checkpoint-4").mkdir()
+    assert asked() is True
