@@ -15,11 +15,13 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen3_5TextConfig,
     Qwen3Config,
     TrainerCallback,
 )
@@ -49,6 +51,17 @@ SHAPES: dict[str, PretrainedConfig] = {
     "qwen3-8b": Qwen3Config(
         vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
+    ),
+    # Three layers of four mix tokens by a recurrent state (gated delta rule).
+    "qwen3.5-4b": Qwen3_5TextConfig(
+        vocab_size=248320, hidden_size=2560, intermediate_size=9216, num_hidden_layers=32,
+        num_attention_heads=16, num_key_value_heads=4, head_dim=256, linear_num_key_heads=16,
+        linear_num_value_heads=32, max_position_embeddings=8192, tie_word_embeddings=True,
+    ),
+    "gemma3-4b": Gemma3TextConfig(
+        vocab_size=262208, hidden_size=2560, intermediate_size=10240, num_hidden_layers=34,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=256, sliding_window=1024,
+        max_position_embeddings=8192,
     ),
     "llama-1b": LlamaConfig(
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
