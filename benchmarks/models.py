@@ -35,8 +35,8 @@ from lora_fsdp import FineTuningArguments, LoraTrainer
 from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.compute.packed_model import plain_logits
 from lora_fsdp.data.packing import Packing
-from tests.support.families import FAMILIES, WINDOWED
 from tests.support.tiny import ToyTask, tiny_tokenizer, toy_table
+from tests.support.token_mixers import FAMILIES, WINDOWED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- measured -->", "<!-- end of what was measured -->"

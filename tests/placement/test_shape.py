@@ -14,8 +14,8 @@ from lora_fsdp.base.layers import decoder_layers
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.errors import TargetModulesError
 from lora_fsdp.sizing.counting import build_on_meta, shape_of
-from tests.support.families import FAMILIES, family_config
 from tests.support.tiny import CONFIGS, tiny_model
+from tests.support.token_mixers import FAMILIES, family_config
 
 ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 LLAMA = LlamaConfig(
