@@ -35,8 +35,8 @@ from lora_fsdp import FineTuningArguments, LoraTrainer
 from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.compute.packed_model import plain_logits
 from lora_fsdp.data.packing import Packing
-from tests.support.families import FAMILIES, WINDOWED
 from tests.support.tiny import ToyTask, tiny_tokenizer, toy_table
+from tests.support.token_mixers import FAMILIES, WINDOWED
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- measured -->", "<!-- end of what was measured -->"
@@ -90,7 +90,7 @@ OWN: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 400, "vocab_size_per_layer_input": 400, "hidden_size": 64, "head_dim": 16,
         "hidden_size_per_layer_input": 16, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
-        "num_kv_shared_layers": 0, "laurel_rank": 8, "activation_sparsity_pattern": 0.0,
+        "num_kv_shared_layers": 0, "laurel_rank": 8, "activation_sparsity_pattern": [0.0, 0.0],
         "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"],
     },
     "gemma4_unified_text": WINDOWED["gemma4_text"][0],

@@ -15,6 +15,7 @@ from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.errors import TargetModulesError
 from lora_fsdp.sizing.counting import build_on_meta, shape_of
 from tests.support.tiny import CONFIGS, tiny_model
+from tests.support.token_mixers import FAMILIES, family_config
 
 ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 LLAMA = LlamaConfig(
@@ -130,3 +131,14 @@ def test_targets_that_match_nothing():
     adapter = LoraConfig(r=4, target_modules=["wq"], task_type="CAUSAL_LM")
     with pytest.raises(TargetModulesError, match="wq"):
         shape_of(build_on_meta(LLAMA), adapter)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "qwen3_next", "lfm2", "bloom"])
+def test_models_that_cannot_be_packed_are_counted_as_any_text(family):
+    """Also those that ask tensors whether there is anything to mask, which have no numbers here."""
+    config, targets = family_config(family), FAMILIES[family][1]
+    adapter = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    shape = shape_of(build_on_meta(config), adapter, stay="--packing never", packed=False)
+    assert not shape.note
+    assert shape.saved_per_token > 2 * shape.itemsize * shape.hidden_size
+    assert shape.saved_per_pair >= 0
