@@ -363,7 +363,7 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     say(str(trainer.placement))
     which = "test" if data.test else "held-out"
     what = f"Scoring the untrained model on {len(data.reported)} {which} rows"
-    probed = len(rows_to_probe(trainer))
+    probed = len(rows_to_probe(trainer.task, trainer.args, trainer.train_dataset))
     also = f" and {probed} training rows (--probe_rows)" if probed else ""
     say(f"{what}{also}, then training.", flush=True)
 

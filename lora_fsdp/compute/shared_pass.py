@@ -78,7 +78,7 @@ class SharedPass:
 
     def __init__(self, packed: PackedModel) -> None:
         self.packed = packed
-        self._parts: _Parts = _Parts([None], [], [])
+        self._parts = _ONE_PART
         head = packed.base.get_output_embeddings()
         for name, module in packed.model.named_modules():
             if not isinstance(module, LoraLayer):
@@ -98,7 +98,7 @@ class SharedPass:
     @contextmanager
     def only(self, adapter: str | None) -> Iterator[None]:
         """Within the block, everything goes through one adapter; `None` = the base alone."""
-        before, self._parts = self._parts, _Parts([adapter], [], [])
+        before, self._parts = self._parts, _ONE_PART._replace(adapters=[adapter])
         try:
             yield
         finally:
@@ -117,7 +117,11 @@ class SharedPass:
             for each sequence [its label tokens], float32 at least.
         """
         lengths = [len(sequence) for sequence in sequences]
-        masks = [dense_mask(sequence, dtype=self.packed.dtype) for sequence in sequences]
+        dtype, windows = self.packed.dtype, self.packed.windows or {"": None}
+        masks = [
+            [dense_mask(one, dtype=dtype, window=window) for one in sequences]
+            for window in windows.values()
+        ]
         starts = [0, *accumulate(lengths)]
         positions = torch.cat(
             [start + one.label_positions for start, one in zip(starts, sequences, strict=False)]
@@ -137,14 +141,12 @@ class SharedPass:
         keep = {"logits_to_keep": positions} if keeps_logits(type(base)) else {}  # type: ignore[arg-type]
         config = base.config.get_text_config()
         name = "_attn_implementation_internal"
-        # Whatever 4-D mask there is, transformers hands it on as it is; the parts' own count.
         ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, partial(_attend_apart, self._parts))
-        mask = torch.zeros(1, 1, 1, 1, dtype=self.packed.dtype, device=positions.device)
         with self.packed.patches.for_now(config, name, _ATTENTION, why="attention part by part"):
             logits = self.packed.model(
                 input_ids=torch.cat([one.input_ids for one in sequences])[None],
                 position_ids=torch.cat([one.position_ids for one in sequences])[None],
-                attention_mask=mask,
+                attention_mask=self._stand_ins(positions.device),
                 use_cache=False,
                 **keep,
             ).logits[0]
@@ -152,9 +154,22 @@ class SharedPass:
             logits = logits[positions]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
+    def _stand_ins(self, device: torch.device) -> torch.Tensor | dict[str, torch.Tensor]:
+        """In place of a mask for all layers, or for each kind of layer, as transformers takes them.
+
+        A 4-D mask is handed on to attention as it is; its length says whose masks are meant.
+        """
+        made = [
+            torch.zeros(1, 1, 1, place + 1, dtype=self.packed.dtype, device=device)
+            for place in range(len(self._parts.masks))
+        ]
+        return made[0] if len(made) == 1 else dict(zip(self.packed.windows, made, strict=True))
+
     def _forward_of(self, module: LoraLayer) -> Callable[..., torch.Tensor]:
         def forward(inputs: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
             output = module.base_layer(inputs, *rest, **named)
+            if module.disable_adapters:
+                return output
             names, lengths, _ = self._parts
             if not lengths:
                 added = _update(module, names[0], inputs)
@@ -168,14 +183,18 @@ class SharedPass:
 
 
 class _Parts(NamedTuple):
-    """Of a sequence: the adapter of each part, its tokens, and its mask [1, 1, T, T].
+    """Of a sequence: the adapter of each part, its tokens, and for each kind of layer the parts'
+    masks, [1, 1, T, T] each.
 
     No lengths = everything goes through the first adapter.
     """
 
     adapters: Sequence[str | None]
     lengths: list[int]
-    masks: list[torch.Tensor]
+    masks: list[list[torch.Tensor]]
+
+
+_ONE_PART = _Parts([None], [], [])
 
 
 def _attend_apart(
@@ -184,12 +203,13 @@ def _attend_apart(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    stand_in: torch.Tensor,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """SDPA of each part by itself, as transformers computes it for one sequence."""
     queries, keys, values = (each.split(shared.lengths, dim=2) for each in (query, key, value))
-    parts = zip(queries, keys, values, shared.masks, strict=True)
+    masks = shared.masks[stand_in.shape[-1] - 1]
+    parts = zip(queries, keys, values, masks, strict=True)
     found = [sdpa_attention_forward(module, *part, **options)[0] for part in parts]
     return torch.cat(found, dim=1), None
 

@@ -22,8 +22,9 @@ from lora_fsdp.adapter.folder import (
 from lora_fsdp.adapter.proof import check_base, read_proof
 from lora_fsdp.adapter.saved import load_base_of
 from lora_fsdp.base.fingerprints import fingerprint_base
+from lora_fsdp.compute.architectures import why_apart as why_sequences_apart
+from lora_fsdp.compute.architectures import windows_of
 from lora_fsdp.compute.packed_model import PackedModel
-from lora_fsdp.compute.packing_check import check_packing
 from lora_fsdp.compute.shared_pass import SharedPass, why_apart
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.packing import PackedSequence
@@ -32,6 +33,8 @@ from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.metrics import model_outputs
 from lora_fsdp.evaluation.prediction import SEQUENCE_TOKENS, read_encoder, read_task
 from lora_fsdp.evaluation.scoring import Scores, answer_places
+from lora_fsdp.placement.packing import choose_packing
+from lora_fsdp.sizing.packing import checked_packing
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.tasks.answers import ModelOutputs
 
@@ -118,11 +121,20 @@ class Ensemble:
             load_with_peft(adapter, model)
         names = ["default", *(f"member{place}" for place in range(1, len(paths)))]
         packed = PackedModel(_attached(adapters, names, model).to(device))
-        shared = _shared(packed, [adapter.config for adapter in adapters])
+        longest = max(encoder.max_length for encoder in encoders)
+        packed.windows = windows_of(packed.base, longest=longest)
+        packs = all(task["examples_share_sequences"] for task in tasks)
+        choice = choose_packing(
+            "auto" if packs else "never", why_apart=why_sequences_apart(packed.base)
+        )
+        shared = None
+        if not choice.packing.is_apart:
+            shared = _shared(packed, [adapter.config for adapter in adapters])
         ensemble = cls(encoders[0].task, encoders, names, packed, shared, device)
         with ensemble.only(names[0]):
-            check_packing(packed, device=device)
-        return ensemble
+            checked = checked_packing(packed, choice, device=device)
+        # Examples apart are computed without masks, and by an adapter at a time.
+        return replace(ensemble, shared=None) if checked.packing.is_apart else ensemble
 
     @property
     def calibration(self) -> None:
@@ -170,7 +182,11 @@ class Ensemble:
     def _scores(self, encoded: Sequence[Sequence[EncodedExample]]) -> list[Scores]:
         """Of each adapter, whose examples may be other tokens than those of the others."""
         limit = SEQUENCE_TOKENS[self.device.type]
-        sets = [ScoringSequences(own, rank=0, world_size=1, max_tokens=limit) for own in encoded]
+        packing = self.packed.packing
+        sets = [
+            ScoringSequences(own, rank=0, world_size=1, max_tokens=limit, packing=packing)
+            for own in encoded
+        ]
         tallies = [_Tally([len(answers) for answers in one.answers], self.device) for one in sets]
         for turn in range(max(map(len, sets))):
             asked = [place for place, one in enumerate(sets) if turn < len(one)]

@@ -33,6 +33,7 @@ from lora_fsdp.errors import ArgumentError, ResumeMismatchError
 from lora_fsdp.evaluation.comparison import Comparison, compare
 from lora_fsdp.evaluation.metrics import evaluation_metrics
 from lora_fsdp.evaluation.outputs import LOG_FILE, write_json
+from lora_fsdp.evaluation.untrained import AS_TRAINED
 from lora_fsdp.printing import say
 from lora_fsdp.ranks import on_first_rank, rank
 from lora_fsdp.reporting.model_card import try_to_write_card
@@ -46,7 +47,7 @@ from lora_fsdp.sweeps.sharing import Groups, group
 from lora_fsdp.tasks import Example
 from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.training.prepared import longest_answer
-from lora_fsdp.training.rivals import Untrained
+from lora_fsdp.training.rivals import Untrained, rows_to_probe, score_base
 from lora_fsdp.training.saving.adapter_writer import AdapterWriter
 from lora_fsdp.training.saving.atomic_folders import atomic_files
 from lora_fsdp.training.scorer import RunScorer
@@ -178,10 +179,11 @@ class Several:
         )
         self._announce(groups)
         on_first_rank(lambda: self._note_plan(members))
+        untrained: dict[int | None, Untrained] = {}
         for number, names in enumerate(groups.together):
             base = base if number == 0 else self._open()
-            self._train_together(base, number, {name: members[name] for name in names})
-        untrained: dict[int | None, Untrained] = {}
+            sharing = {name: members[name] for name in names}
+            self._train_together(base, number, sharing, untrained)
         for name in groups.apart:
             self._train_apart(self._of(name), members[name][0], untrained)
         return on_first_rank(self._sum_up)
@@ -255,6 +257,7 @@ class Several:
         base: StoredBase | WholeBase,
         number: int,
         members: Mapping[str, tuple[FineTuningArguments, LoraConfig]],
+        untrained: dict[int | None, Untrained],
     ) -> None:
         """Train adapters that share a pass, save and score each."""
         place = self.root / f"{TOGETHER}-{number + 1}"
@@ -275,7 +278,6 @@ class Several:
         began = time.perf_counter()
         together.train(resume=bool(self.training.resume_from_checkpoint))
         seconds = time.perf_counter() - began
-        untrained: dict[int, ModelOutputs] = {}
         for member in together.members:
             if member.stopped is None:
                 self._finish(together, member, untrained, seconds=seconds)
@@ -292,7 +294,7 @@ class Several:
         self,
         together: AdaptersTogether,
         member: Member,
-        untrained: dict[int, ModelOutputs],
+        untrained: dict[int | None, Untrained],
         *,
         seconds: float,
     ) -> None:
@@ -307,19 +309,26 @@ class Several:
             test = (
                 scorer.outputs(self._loader(together, self.rows.test)) if self.rows.test else None
             )
-        fold = one.fold or 0
-        if fold not in untrained:
+        if one.fold not in untrained:
             with together.only(None):
-                untrained[fold] = scorer.outputs(self._loader(together, held_out))
+                untrained[one.fold] = score_base(
+                    scorer,
+                    partial(self._loader_of_tokens, together),
+                    learnt=rows_to_probe(self.data.task, member.plan.args, member.plan.train),
+                    reported=self.tokens(held_out),
+                )
+        base = untrained[one.fold]
 
         def write() -> None:
             comparison = compare(
                 self.data.task,
                 train=train,
                 held_out=self.tokens(held_out),
-                untrained=untrained[fold],
+                untrained=base.ways[AS_TRAINED],
+                ways=base.ways,
+                rivals=base.answers,
                 tuned=tuned,
-                facts=self._facts(together, member, seconds=seconds),
+                facts={**self._facts(together, member, seconds=seconds), **base.facts},
             )
             self._write_log(member, folder)
             self._write_results(folder, comparison, test)
@@ -359,8 +368,13 @@ class Several:
         on_first_rank(write)
 
     def _loader(self, together: AdaptersTogether, examples: Sequence[Example]) -> DataLoader[Any]:
+        return self._loader_of_tokens(together, self.tokens(examples))
+
+    def _loader_of_tokens(
+        self, together: AdaptersTogether, examples: Sequence[EncodedExample]
+    ) -> DataLoader[Any]:
         sequences = ScoringSequences(
-            self.tokens(examples),
+            examples,
             rank=self.training.process_index,
             world_size=self.training.world_size,
             max_tokens=together.placement.sequence_length,

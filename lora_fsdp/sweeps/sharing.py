@@ -26,7 +26,7 @@ _HONOURED = frozenset(
         "disable_tqdm", "run_name", "local_rank", "max_new_tokens", "temperature",
         "resume_from_checkpoint", "step", "allow_fsdp_on_one_process", "logging_dir",
         "log_level", "log_level_replica", "log_on_each_node", "seeds", "folds", "grid", "samples",
-        "adapters_at_once", "accelerator_config", "per_device_eval_batch_size",
+        "adapters_at_once", "probe_rows", "accelerator_config", "per_device_eval_batch_size",
     }
 )  # fmt: skip
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")

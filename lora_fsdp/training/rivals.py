@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader
 
+from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.data.sampling import ScoringSequence
 from lora_fsdp.evaluation.metrics import answers_of
 from lora_fsdp.evaluation.outputs import PROBE
 from lora_fsdp.evaluation.probing import probe_answers, shared_tokens
 from lora_fsdp.ranks import on_first_rank
+from lora_fsdp.tasks import Task
 from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.tasks.answers.kind import TFIDF
+from lora_fsdp.training.scorer import RunScorer
 from lora_fsdp.training.trainer import LoraTrainer
 
 
@@ -38,28 +43,52 @@ def score_untrained(trainer: LoraTrainer, reported: Sequence[EncodedExample]) ->
 
     A collective call.
     """
-    learnt = rows_to_probe(trainer)
+    return score_base(
+        trainer.scorer,
+        trainer.get_eval_dataloader,
+        learnt=rows_to_probe(trainer.task, trainer.args, trainer.train_dataset),
+        reported=reported,
+    )
+
+
+def score_base(
+    scorer: RunScorer,
+    loader: Callable[[Sequence[EncodedExample]], DataLoader[ScoringSequence]],
+    *,
+    learnt: Sequence[EncodedExample],
+    reported: Sequence[EncodedExample],
+) -> Untrained:
+    """As `score_untrained`, of any model that a scorer has.
+
+    Args:
+        scorer: of the model.
+        loader: lays examples into this rank's sequences.
+        learnt: of `rows_to_probe`.
+        reported: the rows that are scored.
+    """
     skip = shared_tokens([*learnt, *reported]) if learnt else None
-    ways, tested = trainer.scorer.untrained(trainer.get_eval_dataloader(reported), skip=skip)
+    ways, tested = scorer.untrained(loader(reported), skip=skip)
     if tested is None or skip is None:
         return Untrained(ways, {}, {})
     # Their answers are not scored: one token of each is asked for, since a forward needs a label.
     prompts = [
         replace(one, candidate_ids=(), target_ids=one.target_ids[:1], label=None) for one in learnt
     ]
-    features = trainer.scorer.features(trainer.get_eval_dataloader(prompts), skip=skip)
+    features = scorer.features(loader(prompts), skip=skip)
     if features is None:
         return Untrained(ways, {}, {})
-    labels = answers_of(trainer.task, [one.example for one in learnt])
+    labels = answers_of(scorer.encoder.task, [one.example for one in learnt])
     answers = on_first_rank(lambda: probe_answers(features, labels, tested))
     return Untrained(ways, {PROBE: answers}, {"probe_rows": len(learnt)})
 
 
-def rows_to_probe(trainer: LoraTrainer) -> list[EncodedExample]:
+def rows_to_probe(
+    task: Task, arguments: FineTuningArguments, rows: Sequence[EncodedExample]
+) -> list[EncodedExample]:
     """Training rows that the probe learns from, a seeded sample; none where it does not fit."""
-    rows, most = trainer.train_dataset, trainer.args.probe_rows
+    most = arguments.probe_rows
     # Where a classic regression fits, so does one on the model's states.
-    if TFIDF not in trainer.task.answer_kind.rivals or most == 0:
+    if TFIDF not in task.answer_kind.rivals or most == 0:
         return []
-    order = np.random.default_rng(trainer.args.seed).permutation(len(rows))
+    order = np.random.default_rng(arguments.seed).permutation(len(rows))
     return [rows[place] for place in sorted(order[:most].tolist())]

@@ -6,9 +6,11 @@ Run: python -m pytest tests/compute/test_shared_pass.py
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from lora_fsdp.adapter.attach import attach_adapters
 from lora_fsdp.adapter.ownership import parameters_by_adapter
+from lora_fsdp.compute.architectures import windows_of
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.compute.shared_pass import SharedPass, why_apart
 from lora_fsdp.data.packing import pack_sequence
@@ -80,6 +82,34 @@ def test_each_part_is_computed_as_if_it_were_alone(kind, trees):
             torch.testing.assert_close(found[name][key], gradient, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kinds", [["sliding_attention"], ["sliding_attention", "full_attention"]])
+def test_windows_are_part_of_each_parts_masks(kinds, trees):
+    config = Qwen3Config(
+        vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=8,
+        use_sliding_window=True, layer_types=[kinds[0], kinds[-1]],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    settings = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    configs = {name: LoraConfig(**settings) for name in NAMES}
+    model = attach_adapters(base.requires_grad_(False), configs, seeds=[1, 2, 3])
+    randomise_adapter(model)
+    packed = PackedModel(model)
+    packed.windows = windows_of(base, longest=128)
+    assert set(packed.windows) == set(kinds)
+    shared = SharedPass(packed)
+    sequences = [pack_sequence(trees[a : a + 6], share_prefix=True) for a in (0, 6, 12)]
+    together = shared.label_log_probs(sequences, NAMES)
+    for name, sequence, log_probs in zip(NAMES, sequences, together, strict=True):
+        with shared.only(name):
+            alone = packed.label_log_probs(sequence)
+        torch.testing.assert_close(log_probs, alone, rtol=1e-6, atol=1e-6)
+    packed.windows = {}
+    without = shared.label_log_probs(sequences, NAMES)
+    assert (without[0] - together[0]).abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("others", [(8, 9), (8, 16), (8, 60)], ids=["short", "alike", "long"])
 def test_the_examples_of_one_leave_the_gradients_of_the_others_to_the_bit(others, trees):
     model = three_adapters()
@@ -116,6 +146,8 @@ def test_a_part_without_adapter_is_the_base(trees):
     sequence = pack_sequence(trees[:8], share_prefix=True)
     _, of_base = shared.label_log_probs([sequence, sequence], ["default", None])
     with shared.only(None):
+        assert torch.equal(of_base, packed.label_log_probs(sequence))
+    with shared.only("default"), model.disable_adapter():
         assert torch.equal(of_base, packed.label_log_probs(sequence))
     packed.undo()
     with model.disable_adapter():

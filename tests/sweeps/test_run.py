@@ -124,9 +124,9 @@ def test_what_is_finished_is_not_done_again(seeds, place, monkeypatch):
     trained = []
     original = sweep_run.Several._train_together
 
-    def noting(self, base, number, members):
+    def noting(self, base, number, members, untrained):
         trained.extend(members)
-        original(self, base, number, members)
+        original(self, base, number, members, untrained)
 
     monkeypatch.setattr(sweep_run.Several, "_train_together", noting)
     found = toy_sweep(place, "resumed", seeds=3, resume_from_checkpoint="true")
