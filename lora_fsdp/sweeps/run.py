@@ -319,17 +319,18 @@ class Several:
                 )
         base = untrained[one.fold]
 
+        comparison = compare(  # collective: the first rank makes the baselines for all
+            self.data.task,
+            train=train,
+            held_out=self.tokens(held_out),
+            untrained=base.ways[AS_TRAINED],
+            ways=base.ways,
+            rivals=base.answers,
+            tuned=tuned,
+            facts={**self._facts(together, member, seconds=seconds), **base.facts},
+        )
+
         def write() -> None:
-            comparison = compare(
-                self.data.task,
-                train=train,
-                held_out=self.tokens(held_out),
-                untrained=base.ways[AS_TRAINED],
-                ways=base.ways,
-                rivals=base.answers,
-                tuned=tuned,
-                facts={**self._facts(together, member, seconds=seconds), **base.facts},
-            )
             self._write_log(member, folder)
             self._write_results(folder, comparison, test)
             try_to_write_card(folder)

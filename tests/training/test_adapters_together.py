@@ -17,6 +17,7 @@ from lora_fsdp.errors import (
     ResumeMismatchError,
     TrainingInterrupted,
 )
+from lora_fsdp.training.watching import interruption
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.several import DIFFERENT, parameters_of, several, toy_encoder, toy_plan
 from tests.support.tiny import tiny_model, tiny_tokenizer, toy_table
@@ -142,7 +143,8 @@ def test_a_checkpoint_of_other_adapters_is_refused(tmp_path):
         several(tmp_path).train(resume=True)
 
 
-def test_a_stop_that_is_asked_for_leaves_a_checkpoint(together, tmp_path):
+def test_a_stop_that_is_asked_for_leaves_a_checkpoint(together, tmp_path, monkeypatch):
+    monkeypatch.setattr(interruption, "POLL_SECONDS", 0.001)
     asked = several(tmp_path, max_hours=1e-7)
     with pytest.raises(TrainingInterrupted, match=r"3 adapters stopped after step \d"):
         asked.train()
