@@ -175,6 +175,7 @@ class Several:
             {name: member for name, member in members.items() if not self.is_finished(name)},
             base=_model_of(base).config,
             at_once=self.training.adapters_at_once,
+            on_gpu=self.training.device.type == "cuda",
             why_all_apart=self._why_all_apart(_model_of(base)),
         )
         self._announce(groups)

@@ -29,6 +29,8 @@ _HONOURED = frozenset(
         "adapters_at_once", "probe_rows", "accelerator_config", "per_device_eval_batch_size",
     }
 )  # fmt: skip
+# On a CPU, where a step takes what its products take.
+_AT_ONCE = 8
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
@@ -60,7 +62,8 @@ def group(
     members: Mapping[str, tuple[FineTuningArguments, LoraConfig]],
     *,
     base: PretrainedConfig,
-    at_once: int,
+    at_once: int | None,
+    on_gpu: bool = False,
     why_all_apart: str | None = None,
 ) -> Groups:
     """Divide adapters into those that share a pass and the others.
@@ -68,10 +71,17 @@ def group(
     Args:
         members: arguments and settings of each adapter, by its name.
         base: the base's config.
-        at_once: the most that share one pass.
+        at_once: the most that share one pass; `None` = what is faster.
+        on_gpu: whether they are trained on GPUs.
         why_all_apart: why none can share a pass, if something else says so.
     """
-    for_all = "--adapters_at_once 1" if at_once == 1 else why_all_apart or why_base_apart(base)
+    for_all = why_all_apart or why_base_apart(base)
+    if at_once == 1:
+        for_all = "--adapters_at_once 1"
+    elif at_once is None and on_gpu:
+        # Measured: 8 adapters of a 135M in turns took a ninth of what their shared pass took.
+        for_all = for_all or "on a GPU, CUDA graphs of one are faster than a pass of several"
+    at_once = at_once or _AT_ONCE
     apart: dict[str, str] = {}
     for name, (arguments, config) in members.items():
         reason = for_all or why_arguments_apart(arguments) or why_apart(config)
