@@ -13,8 +13,9 @@ ANEW = ["--overwrite_output_dir", "true"]
 
 def changed(command: str) -> list[str]:
     """Options that make a training short, and put toys where it names what is not here."""
-    # A token is a letter here, and a question with its choices is never cut.
-    more = [*SHORT, "--max_length", "512" if "multiple-choice" in command else "96"]
+    # A token is a letter here, and a question with its choices or an answer is never cut.
+    whole = any(name in command for name in ("multiple-choice", "preference"))
+    more = [*SHORT, "--max_length", "512" if whole else "96"]
     if "deepseek-7b" in command:  # the recipe names the Hub's model
         more += ["--model_name_or_path", "models/deepseek-llm-7b-base"]
     if "--eval_steps" in command:
