@@ -136,6 +136,18 @@ SMALL = {
     "tests.fuzz.campaign": ["--inputs", "26", "--seed", "600000"],
     "tests.hygiene.long_run": ["100"],
     "tests.faults.campaign": ["--kills", "1", "--launched", "0", "--seed", "10"],
+    "benchmarks.adapters": [
+        "--model",
+        "tiny",
+        "--dtype",
+        "float32",
+        "--adapters",
+        "2",
+        "--examples",
+        "2",
+        "--steps",
+        "1",
+    ],
     "benchmarks.loading": ["--ways", "stream", "--times", "1"],
     "benchmarks.throughput": [
         "--model",
@@ -152,6 +164,7 @@ SAYS = {
     "tests.fuzz.campaign": "26 inputs, 0 failed",
     "tests.hygiene.long_run": "host memory: ",
     "tests.faults.campaign": "unequal ends: 0",
+    "benchmarks.adapters": "times faster than 2 x eager",
     "benchmarks.loading": '{"way": "stream", "seconds": ',
     "benchmarks.throughput": '"gradients_agree": true',
 }

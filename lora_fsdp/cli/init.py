@@ -326,7 +326,7 @@ COMMANDS = (
             "init tickets.csv",
             "init ticket --data_file tickets.csv --text_column message --label_column team",
             "init ticket --folder tickets --accelerate_config fsdp2",
-            "init ticket --launcher slurm --num_machines 2 --gpus_per_machine 8",
+            "init ticket --folder cluster --launcher slurm --num_machines 2 --gpus_per_machine 8",
         ),
         options=(InitOptions,),
         run=init,

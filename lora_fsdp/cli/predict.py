@@ -207,7 +207,7 @@ COMMANDS = (
         examples=(
             "predict new.csv --adapter runs/mine --output answers.csv",
             "predict new.parquet --adapter runs/mine --output answers.parquet --text_column body",
-            "predict new.csv --adapter runs/seed-1 runs/seed-2 --output answers.csv",
+            "predict new.csv --adapter runs/mine runs/other --output answers.csv",
             "predict new.csv --adapter runs/mine --output answers.csv --min_probability 0.9",
             'predict --adapter runs/mine --text "thanks for the quick response!"',
         ),

@@ -226,7 +226,7 @@ class TestTwoProcesses:
         (2, 2, ""),  # the process has told what was wrong
         (130, 130, ""),
         (1, 1, "its traceback is above, if it left one"),
-        (70, 1, "stand in the StalledRankError above"),
+        (70, 70, "stand in the StalledRankError above"),
         (-11, 1, "was ended by SIGSEGV"),
     ],
 )

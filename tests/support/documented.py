@@ -13,7 +13,7 @@ PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").g
 _KINDS = {
     r"lora-fsdp download ": "download",
     r"lora-fsdp completion ": "shell",
-    r"(nohup )?lora-fsdp train |accelerate launch |make sentiment( ARGS=|$)": "training",
+    r"(nohup )?lora-fsdp (train|sweep) |accelerate launch |make sentiment( ARGS=|$)": "training",
     r"lora-fsdp ": "command",
     r"(\w+=\S+ )?make |export |python3 -m venv |source |python -c ": "set-up",
     r"python -m (benchmarks|tests)\.": "measurement",
