@@ -38,9 +38,10 @@ from lora_fsdp.errors import (
     UnsupportedAdapterError,
 )
 from lora_fsdp.evaluation.prediction import Predictor
+from lora_fsdp.tasks import registry
 from tests.support.adapters import adapted, edit_json, save_base, save_plain_adapter, seal
 from tests.support.runs import toy_trainer
-from tests.support.tiny import CONFIGS, tiny_model, tiny_tokenizer
+from tests.support.tiny import CONFIGS, ToyTask, tiny_model, tiny_tokenizer
 
 NAMES = [
     "files",
@@ -322,7 +323,8 @@ class TestWrongBase:
         assert str(other) in str(error.value)
         assert str(read_proof(run / "adapter").base_name) in str(error.value)
 
-    def test_predictor(self, run):
+    def test_predictor(self, run, monkeypatch):
+        monkeypatch.setitem(registry._registered, ToyTask.name, ToyTask)
         tiny_model(seed=1).save_pretrained(run / "other")
         with pytest.raises(BaseMismatchError, match="another model"):
             Predictor.from_adapter(run / "adapter", base=run / "other")

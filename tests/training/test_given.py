@@ -259,7 +259,7 @@ REFUSED = {
     "a processor": ({"processing_class": object()}, "must be a tokenizer, not a object"),
     "one callback": ({"callbacks": TrainerCallback()}, "callbacks must be a list"),
     "no callback": ({"callbacks": [print]}, "A callback is a transformers.TrainerCallback"),
-    "a task's class": ({"task": ToyTask}, r"task is a class: give an object of it, ToyTask\("),
+    "a task's class": ({"task": ToyTask}, r"task is the class ToyTask: give an object, ToyTask\("),
     "no task": ({"task": ""}, "LoraTrainer trains for a task.*task="),
 }
 

@@ -19,7 +19,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lora_fsdp import FineTuningArguments
 from lora_fsdp.data.sampling import TrainingSteps, shares_of_step
 from lora_fsdp.errors import ArgumentError, NonFiniteError, RankDriftError
-from lora_fsdp.training.saving.checkpoints import find_damage, list_checkpoints
+from lora_fsdp.training.saving.atomic_folders import check_whole
+from lora_fsdp.training.saving.checkpoints import list_checkpoints
 from lora_fsdp.training.watching import log_warnings
 from lora_fsdp.training.watching.heartbeat import EXIT_CODE
 from lora_fsdp.training.watching.log_warnings import WarnFlatLoss, WarnSlowdown
@@ -113,7 +114,7 @@ class TestNotFinite:
             f"Step {BAD_STEP}: the {kind.split()[0]} of rank 1 is not finite" in caught.value.text
         )
         folder = tmp_path / f"diverged-step-{BAD_STEP}"
-        assert find_damage(folder) is None
+        check_whole(folder)
         batch = json.loads((folder / "batch.json").read_text())
         rows = [[e["row"] for e in rank["examples"]] for rank in batch["ranks"]]
         assert f"on rows {', '.join(map(str, rows[1]))}." in caught.value.text
@@ -125,7 +126,7 @@ class TestNotFinite:
         # Found at step 4, before its checkpoint: the one before is whole, and the adapter that was
         # kept is the one before the bad step, to the bit.
         assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
-        assert find_damage(tmp_path / "checkpoint-2") is None
+        check_whole(tmp_path / "checkpoint-2")
         before = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
         kept = load_file(folder / "adapter" / "adapter_model.safetensors")
         assert batch["adapter_is_the_one_before_the_step"]
