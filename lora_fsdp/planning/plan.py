@@ -125,7 +125,8 @@ def _count_that_would(question: Question, count: int, gpu: Gpu) -> str:
 
 def _gpu_that_would(question: Question, count: int, gpu: Gpu) -> str:
     """The smallest GPU that holds it; more of the same do not, as offload needs one alone."""
-    for larger in sorted(GPUS.values(), key=lambda known: known.memory):
+    larger_ones = (known for known in GPUS.values() if known.memory > gpu.memory)
+    for larger in sorted(larger_ones, key=lambda known: known.memory):
         if any(candidate.fits for candidate in candidates(question, larger, count)):
             return f"nothing fits {count} x {gpu.name}; {count} x {larger.name} would hold it"
     return f"nothing fits {count} x {gpu.name}, nor any GPU that is known here"
