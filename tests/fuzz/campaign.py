@@ -273,6 +273,117 @@ def _templates(campaign: Campaign, random_: random.Random, work: Path) -> str:
     return "template"
 
 
+def _cells(campaign: Campaign, random_: random.Random, work: Path) -> str:
+    """Typed cells of every format are read as they were written."""
+    from lora_fsdp.data.tables import read_table
+    from lora_fsdp.tasks.cells import cell_text
+    from tests.fuzz.hostile_cells import typed_table, written_text
+
+    file, values, what = typed_table(random_, work)
+    found = [cell_text(cell) for cell in read_table(file)["answer"]]
+    if found != [written_text(value) for value in values]:
+        raise AssertionError(f"{what}: {values} became {found}")
+    return what
+
+
+def _labels(campaign: Campaign, random_: random.Random, work: Path) -> str:
+    """Labels of every sort are told apart by their tokens, or refused by name."""
+    import pandas as pd
+
+    from lora_fsdp.data.encoding import Encoder
+    from lora_fsdp.tasks import get_task
+    from tests.fuzz.hostile_cells import some_labels
+    from tests.support.tiny import tiny_tokenizer
+
+    labels, what = some_labels(random_)
+    rows = [{"text": f"text {n}", "label": label} for n, label in enumerate(labels)]
+    table = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="row"), dtype=object)
+    task = get_task("classification", {"text_column": "text", "label_column": "label"})
+    kept, _ = task.drop_bad_rows(table)
+    bound = task.bind(kept)
+    encoded = Encoder(tiny_tokenizer(), task=bound, max_length=200).encode(bound.examples(kept))
+    for one in encoded:
+        candidates = [tuple(ids) for ids in one.candidate_ids]
+        if len(set(candidates)) < len(candidates) or one.label is None:
+            raise AssertionError(f"{what}: {labels} give {candidates}")
+        if tuple(one.target_ids) != candidates[one.label]:
+            raise AssertionError(f"{what}: another label's tokens")
+    return what
+
+
+def _markers(campaign: Campaign, random_: random.Random, work: Path) -> str:
+    """A checkpoint whose marker says something else: the older whole one is found."""
+    from lora_fsdp.training.saving.checkpoints import newest_whole_checkpoint
+    from tests.fuzz.hostile_places import damage_marker, run_folder
+
+    folder = run_folder(work / "run")
+    what = damage_marker(random_, folder / "checkpoint-4")
+    found, skipped = newest_whole_checkpoint(folder)
+    if found.name != "checkpoint-2" or len(skipped) != 1:
+        # A marker that still says the same is whole.
+        if found.name == "checkpoint-4" and not skipped and what == "value":
+            return what
+        raise AssertionError(f"{what}: {found.name}, {skipped}")
+    return what
+
+
+def _outputs(campaign: Campaign, random_: random.Random, work: Path) -> str:
+    """What the user has in an output folder stays, whatever it is called."""
+    from lora_fsdp import FineTuningArguments
+    from lora_fsdp.pipeline import claim_output_folder
+    from lora_fsdp.training.saving.run_lock import release_folder
+    from tests.fuzz.hostile_places import listing, users_things
+
+    (work / "elsewhere").mkdir()
+    folder = work / "run"
+    folder.mkdir()
+    what = users_things(random_, folder)
+    before = listing(work)
+    overwrite = random_.random() < 0.5
+    try:
+        claim_output_folder(
+            FineTuningArguments(output_dir=str(folder), overwrite_output_dir=overwrite)
+        )
+    finally:
+        release_folder(folder)
+        after = listing(work)
+        ours = {name for name in before if _is_of_a_killed_run(name)}
+        lost = {name for name in before if before[name] != after.get(name)} - ours
+        if lost:
+            raise AssertionError(f"{what}: {sorted(lost)} changed")
+    return what
+
+
+def _is_of_a_killed_run(name: str) -> bool:
+    """Whether it is in a folder that a killed run leaves, by its name."""
+    from lora_fsdp.training.saving.atomic_folders import PARTIAL, REPLACED, is_ours
+
+    top = Path(name).parts[1] if name.startswith("run/") else ""
+    return any(top.endswith(end) and is_ours(top.removesuffix(end)) for end in (PARTIAL, REPLACED))
+
+
+def _weights(campaign: Campaign, random_: random.Random, work: Path) -> str:
+    """A base whose files disagree is read as transformers reads it, or refused."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from lora_fsdp import ModelArguments
+    from lora_fsdp.base.fingerprints import fingerprint_base
+    from lora_fsdp.base.streaming import StoredBase, open_base
+    from tests.fuzz.hostile_places import confuse_weights, copy_base
+
+    base = copy_base(campaign.good / "base", work / "base")
+    what = confuse_weights(random_, base)
+    opened = open_base(ModelArguments(str(base)), device=torch.device("cpu"))
+    own = (
+        opened.fingerprint() if isinstance(opened, StoredBase) else fingerprint_base(opened.load())
+    )
+    theirs = fingerprint_base(AutoModelForCausalLM.from_pretrained(base))
+    if own != theirs:
+        raise AssertionError(f"{what}: other weights than transformers reads")
+    return what
+
+
 KINDS: dict[str, Callable[[Campaign, random.Random, Path], str]] = {
     "tables": _tables,
     "texts": _texts,
@@ -282,10 +393,16 @@ KINDS: dict[str, Callable[[Campaign, random.Random, Path], str]] = {
     "launches": _launches,
     "plug-ins": _plug_ins,
     "templates": _templates,
+    "cells": _cells,
+    "labels": _labels,
+    "markers": _markers,
+    "outputs": _outputs,
+    "weights": _weights,
 }
 #: How often each is drawn.
 WEIGHTS = {"tables": 6, "texts": 3, "folders": 8, "resumed": 2, "recipes": 4, "launches": 2,
-           "plug-ins": 1, "templates": 2}  # fmt: skip
+           "plug-ins": 1, "templates": 2, "cells": 4, "labels": 3, "markers": 3, "outputs": 3,
+           "weights": 2}  # fmt: skip
 
 
 def run_campaign(home: Path, *, inputs: int, seed: int, only: str | None = None) -> list[Outcome]:
