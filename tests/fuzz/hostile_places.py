@@ -74,7 +74,7 @@ def users_things(random_: random.Random, folder: Path) -> str:
     """Put files, folders and links of the user's into an output folder; returns what."""
     put = []
     for _ in range(random_.randrange(1, 5)):
-        name = random_.choice(_STEMS) + random_.choice(["", PARTIAL, REPLACED, ".tmp", ".lock"])
+        name = random_.choice(_STEMS) + random_.choice(["", PARTIAL, REPLACED, ".bak", ".lock"])
         place = folder / name
         if os.path.lexists(place):
             continue
@@ -128,7 +128,7 @@ def confuse_weights(random_: random.Random, base: Path) -> str:
         shard.unlink()
     elif way == "further tensor":
         some = load_file(shard)
-        save_file({**some, "further.weight": next(iter(some.values()))}, shard,
+        save_file({**some, "further.weight": next(iter(some.values())).clone()}, shard,
                   metadata={"format": "pt"})  # fmt: skip
     elif way == "other shape":
         some = load_file(shard)
