@@ -23,8 +23,8 @@ from lora_fsdp.data.splits import (
     files_by_split,
     find_split_column,
 )
-from lora_fsdp.data.tables import read_table, sample_rows
-from lora_fsdp.errors import ArgumentError, MalformedRowError, NoRowsError, SplitError
+from lora_fsdp.data.tables import joined, read_table, sample_rows
+from lora_fsdp.errors import ArgumentError, NoRowsError, SplitError
 from lora_fsdp.tasks import Example, Task, get_task
 from lora_fsdp.tasks.files import import_task_file
 from lora_fsdp.tasks.guessing import guess_task
@@ -274,15 +274,9 @@ def _read(arguments: DataArguments, files: Sequence[str | Path]) -> pd.DataFrame
     ]
     if len(tables) == 1:
         return tables[0]
-    for file, table in zip(files, tables, strict=True):
-        if list(table.columns) != list(tables[0].columns):
-            raise MalformedRowError(
-                f"{file} has the columns {', '.join(map(repr, table.columns))}, and {files[0]} "
-                f"{', '.join(map(repr, tables[0].columns))}: files of one split need the same."
-            )
-    joined = pd.concat(tables, ignore_index=True)
-    joined.index = pd.RangeIndex(1, len(joined) + 1, name="row")
-    return joined
+    table = joined(tables, files)
+    table.index = pd.RangeIndex(1, len(table) + 1, name="row")
+    return table
 
 
 def _divided(arguments: DataArguments, task: Task, parts: Parts, *, whole: pd.DataFrame) -> Parts:

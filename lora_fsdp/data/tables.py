@@ -103,15 +103,19 @@ def read_table(
         read = [
             _read_one(file, encoding=encoding, delimiter=delimiter, sheet=sheet) for file in files
         ]
-        table = _joined(read, files)
+        table = joined(read, files)
     if len(table) == 0:
         raise NoRowsError(f"{path} holds no rows.")
     table.index = pd.RangeIndex(1, len(table) + 1, name="row")
     return with_nested_columns(table) if nested else table
 
 
-def _joined(tables: Sequence[pd.DataFrame], files: Sequence[Path]) -> pd.DataFrame:
-    """Several tables of the same columns as one."""
+def joined(tables: Sequence[pd.DataFrame], files: Sequence[str | Path]) -> pd.DataFrame:
+    """Several tables of the same columns as one.
+
+    Raises:
+        MalformedRowError: one has other columns; the message names its file.
+    """
     if len(tables) == 1:
         return tables[0]
     for file, table in zip(files, tables, strict=True):

@@ -8,7 +8,7 @@ output, which also appears in one rename.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -130,15 +130,16 @@ def predict_file(
     before = {file.name for file in folder.iterdir()}
     workers.wait("what is done is seen")
     parts: list[_Part] = []
-    for number, chunk in enumerate(stream.chunks(chunk_rows)):
-        file = folder / f"{chunk.first:012d}{target.suffix}"
-        if workers.does(number):
-            part = _answer_chunk(predictor.task, stream, chunk, file, answer=answer)
-        elif workers.is_first:
-            part = _part_of(_examples(predictor.task, stream, chunk), chunk, file)
-        else:
-            continue
-        parts.append(part._replace(resumed=file.name in before))
+    for part in _parts(
+        predictor.task,
+        stream,
+        folder,
+        chunk_rows=chunk_rows,
+        ending=target.suffix,
+        answer=answer,
+        workers=workers,
+    ):
+        parts.append(part._replace(resumed=part.file.name in before))
         if on_chunk is not None:
             on_chunk(parts[-1].rows, parts[-1].resumed)
     workers.wait("every row is answered")
@@ -155,6 +156,25 @@ def predict_file(
         without_text=[row for part in parts for row in part.without_text],
         unsure=unsure,
     )
+
+
+def _parts(
+    task: Task,
+    stream: TableStream,
+    folder: Path,
+    *,
+    chunk_rows: int,
+    ending: str,
+    answer: Callable[[Sequence[Example]], tuple[dict[str, list[Any]], int]],
+    workers: Workers,
+) -> Iterator[_Part]:
+    """The table's chunks as this process answers them; of the first process, the others' too."""
+    for number, chunk in enumerate(stream.chunks(chunk_rows)):
+        file = folder / f"{chunk.first:012d}{ending}"
+        if workers.does(number):
+            yield _answer_chunk(task, stream, chunk, file, answer=answer)
+        elif workers.is_first:
+            yield _part_of(_examples(task, stream, chunk), chunk, file)
 
 
 def check_confidence(predictor: Predictor | Ensemble, confidence: Confidence) -> None:

@@ -145,7 +145,7 @@ class TestFolders:
         assert sizes(data) == (12, 3, 0)
         assert {one.row for one in [*data.train, *data.held_out]} == set(range(1, 16))
         write(table_of(5).assign(more=1), tmp_path / "train-00001-of-00003.csv")
-        with pytest.raises(MalformedRowError, match="files of one split need the same"):
+        with pytest.raises(MalformedRowError, match="read as one table need the same"):
             load(tmp_path)
 
     def test_another_file_wins(self, tmp_path) -> None:
