@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import datasets
 import transformers
 
 SECONDS_FOR_ONE = 30
@@ -440,6 +441,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     home = Path(tempfile.mkdtemp(prefix="hostile-"))
     try:
         outcomes = run_campaign(
