@@ -82,6 +82,14 @@ def test_tweets_and_labels() -> None:
     counts = Counter(row["sentiment"] for row in rows)
     assert counts == {"negative": 9_176, "neutral": 3_099, "positive": 2_363}
     assert all(list(row) == ["text", "sentiment"] and row["text"].strip() for row in rows)
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        labels.setdefault(row["text"], []).append(row["sentiment"])
+    repeated = [found for found in labels.values() if len(found) > 1]
+    several = [found for found in repeated if len(set(found)) > 1]
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    said = f"{len(repeated)} texts occur more than once, {len(several)} of those with more than one"
+    assert said in page
 
 
 def test_missing_package_is_named_with_its_command(script: dict[str, Any]) -> None:
