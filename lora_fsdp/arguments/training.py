@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
@@ -195,7 +196,7 @@ class FineTuningArguments(TrainingArguments):
     @property
     def chooses_checkpoint(self) -> bool:
         """Whether the held-out rows decide which checkpoint is kept."""
-        return bool(self.load_best_model_at_end)
+        return chooses_checkpoint(vars(self))
 
     def _settle_early_stopping(self) -> None:
         """What early stopping needs: evaluations, and a checkpoint of each to take the best of."""
@@ -269,6 +270,16 @@ class FineTuningArguments(TrainingArguments):
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
         check_optimizer(self.optim, self.optim_args)
         check_trackers(self.report_to)  # type: ignore[arg-type] # a list by now
+
+
+def chooses_checkpoint(training: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is chosen by held-out rows, as early stopping does, too.
+
+    Args:
+        training: values of `FineTuningArguments` by name.
+    """
+    stops = training.get("early_stopping_patience") is not None
+    return stops or bool(training.get("load_best_model_at_end"))
 
 
 def from_training_arguments(args: TrainingArguments) -> FineTuningArguments:

@@ -193,13 +193,12 @@ def _work(
             "Nothing says how much is trained: give --task with --data_file, or --examples and "
             "--tokens_per_example."
         )
+    from lora_fsdp.arguments.training import chooses_checkpoint
     from lora_fsdp.base.loading import load_tokenizer
     from lora_fsdp.data.rows import encoder_of, load_task_data, without_refused_rows
     from lora_fsdp.training.step.objectives.choice import objective_of
 
-    data = load_task_data(
-        data_args, seed=training["seed"], choosing=bool(training["load_best_model_at_end"])
-    )
+    data = load_task_data(data_args, seed=training["seed"], choosing=chooses_checkpoint(training))
     tokenizer = load_tokenizer(model_args)
     data = without_refused_rows(data_args, data, lambda: tokenizer)
     encoder = encoder_of(data_args, tokenizer, task=data.task)

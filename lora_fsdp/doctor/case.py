@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_fsdp.adapter.attach import attach_adapter, lora_config
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
+from lora_fsdp.arguments.training import chooses_checkpoint
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.stored_weights import BaseWeights, base_folder, base_skeleton
 from lora_fsdp.data.checking import TaskCheck, check_task_data
@@ -163,7 +164,7 @@ class Case:
         """All rows, as examples of the task."""
         if (seed := int(self.training.get("seed", 42))) < 0:
             raise UnknownFactError  # the rule over the training's numbers says so
-        choosing = bool(self.training.get("load_best_model_at_end", False))
+        choosing = chooses_checkpoint(self.training)
         return load_task_data(self.data_args, seed=seed, task=self.task, choosing=choosing)
 
     @fact

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from lora_fsdp import DataArguments
+from lora_fsdp.arguments.training import chooses_checkpoint
 from lora_fsdp.data.checking import check_task_data
 from lora_fsdp.data.rows import TaskData, load_task_data
 from lora_fsdp.errors import ArgumentError, ColumnNotFoundError, MalformedRowError, SplitError
@@ -181,6 +182,13 @@ class TestThirdSplit:
         assert sizes(load(file, eval_size=100, choosing=True, test_size=0)) == (300, 100, 0)
         # Halves of these give no verdict.
         assert sizes(load(file, eval_size=50, choosing=True)) == (350, 50, 0)
+
+    def test_what_chooses(self) -> None:
+        """Plan and doctor ask before `FineTuningArguments` have settled what early stopping needs."""
+        assert not chooses_checkpoint({"load_best_model_at_end": False})
+        assert chooses_checkpoint({"load_best_model_at_end": True})
+        assert chooses_checkpoint({"early_stopping_patience": 3})
+        assert not chooses_checkpoint({"early_stopping_patience": None})
 
     def test_a_size_of_its_own(self, tmp_path) -> None:
         file = tmp_path / "rows.csv"
