@@ -184,7 +184,7 @@ class TestThirdSplit:
         assert sizes(load(file, eval_size=50, choosing=True)) == (350, 50, 0)
 
     def test_what_chooses(self) -> None:
-        """Plan and doctor ask before `FineTuningArguments` have settled what early stopping needs."""
+        """Plan and doctor ask before the arguments have settled what early stopping needs."""
         assert not chooses_checkpoint({"load_best_model_at_end": False})
         assert chooses_checkpoint({"load_best_model_at_end": True})
         assert chooses_checkpoint({"early_stopping_patience": 3})
