@@ -6,6 +6,7 @@ told by the process that found it, and a traceback of the launcher would only bu
 
 from __future__ import annotations
 
+import importlib
 import logging
 import shlex
 import signal
@@ -258,7 +259,10 @@ def _launch(command: Sequence[str], *, again: str, folder: Path) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # The launcher reports its processes' ends at length; below they are one sentence.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    importlib.import_module("torch.distributed.run")
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         launch_command(launch_command_parser().parse_args(list(command)))
     except ChildFailedError as error:
