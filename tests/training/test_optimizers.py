@@ -86,6 +86,7 @@ def test_arguments_of_the_optimizer_are_pairs(tmp_path, text):
         FineTuningArguments(output_dir=str(tmp_path), optim="sgd", optim_args=text)
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", WORKING)
 def test_it_trains_and_goes_on_exactly(tmp_path, name):
     if name in PACKAGES and importlib.util.find_spec(PACKAGES[name][0]) is None:
