@@ -49,7 +49,8 @@ class Preference(Objective):
         self, sequence: PackedSequence, log_probs: torch.Tensor, reference: torch.Tensor | None
     ) -> torch.Tensor:
         """The weighted sum over the pairs."""
-        assert reference is not None  # `needs_reference`
+        if reference is None:
+            raise ValueError("Preference needs the log-probabilities of the frozen base.")
         signed = sequence.answer_targets
         gains = sum_over_answers(sequence, log_probs - reference)
         margins = self.beta * sum_over_examples(sequence, signed.sign() * gains)
