@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -32,10 +32,8 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
-from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.adapter.continuing import adapter_to_continue
 from lora_fsdp.arguments import FineTuningArguments
-from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import (
     ScoringSequence,
@@ -46,7 +44,6 @@ from lora_fsdp.data.sampling import (
 )
 from lora_fsdp.distributed.launch import accelerate_without_fsdp, read_fsdp_settings
 from lora_fsdp.distributed.orphans import end_with_launcher
-from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
 from lora_fsdp.evaluation.scoring import Scores
@@ -54,7 +51,7 @@ from lora_fsdp.placement.network import HostTraffic, host_traffic
 from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.tasks import Task
 from lora_fsdp.tasks.answers import ModelOutputs
-from lora_fsdp.training.checks import check_arguments, check_weights
+from lora_fsdp.training.checks import check_arguments
 from lora_fsdp.training.given import (
     Base,
     Rows,
@@ -76,22 +73,20 @@ from lora_fsdp.training.hooks import (
 )
 from lora_fsdp.training.logging.figures import RunFigures
 from lora_fsdp.training.logging.progress import RunProgress
-from lora_fsdp.training.placing import check_examples_apart, place_for_training
+from lora_fsdp.training.placed import place_run
 from lora_fsdp.training.prepared import (
     PreparedRun,
     fold_accumulation,
     longest_answer,
     prepare_run,
 )
-from lora_fsdp.training.recomputing import enable_checkpointing, recompute_without_random_state
 from lora_fsdp.training.saving.adapter_writer import AdapterWriter
 from lora_fsdp.training.saving.checkpointer import Checkpointer
 from lora_fsdp.training.saving.edges import AtTheEdges
+from lora_fsdp.training.saving.resume import facts_once_placed
 from lora_fsdp.training.saving.run_lock import run_lock
 from lora_fsdp.training.saving.training_state import LoopState, TrainingState
 from lora_fsdp.training.scorer import RunScorer
-from lora_fsdp.training.step.captured import CapturedStep
-from lora_fsdp.training.step.eager import EagerStep
 from lora_fsdp.training.step.objectives.choice import objective_of
 from lora_fsdp.training.step.objectives.objective import Objective
 from lora_fsdp.training.watching.adapter_moves import AdapterMoves
@@ -204,9 +199,8 @@ class LoraTrainer(Trainer):
         )
         self.test_dataset = run.test
         self.task, self.max_new_tokens = data.task, longest_answer(own_args, run.train)
-        self.shortened, self.share_prefix = run.shortened, run.request.shares_prefix
-        self.request, self.schedule, self.work = run.request, run.schedule, run.work
-        self.held_out = run.held_out
+        self.request, self.schedule = run.request, run.schedule
+        self.held_out, self.shortened = run.held_out, run.shortened
         super().__init__(
             model=run.model,
             args=fold_accumulation(own_args),
@@ -237,74 +231,17 @@ class LoraTrainer(Trainer):
 
     def _place(self, run: PreparedRun) -> None:
         """Put base and adapter where they stay, and make the step that computes with them."""
-        avoid_kernels_planned_by_shape()
         self.parameter_count = self.model.num_parameters()
-        self.placement, self.packed = place_for_training(
-            self.model,
-            request=run.request,
-            device=self.args.device,
-            work=run.work,
-            longest=self.encoder.max_length,
-            stored=run.stored,
-        )
-        layout = self.placement.layout
-        if layout.recomputed and self.placement.step.is_captured:
-            recompute_without_random_state(self.args)
-        # What the arguments ask for, the Trainer itself switches on.
-        if layout.recomputed and not self.args.gradient_checkpointing:
-            enable_checkpointing(self.packed, self.args, self.fsdp_settings)
-        self.adapter = AdapterSet.of(self.model)
-        self.adapter.broadcast()
-        self.adapter.check_equal()
-        check_weights(self.model)
-        self._check_examples_apart(run)
-        release_gathered(self.model)
-        self.step = self._step()
-        self.packed.patches.set(
-            self.model,
-            "zero_grad",
-            self.adapter.drop_gradients,
-            why="gradients are dropped without a walk through the frozen base",
-        )
-        self.packed.patches.set(
-            self.model,
-            "_is_accelerate_prepared",
-            True,
-            why="accelerate must not wrap the model in DDP: the steps sum the gradients",
-        )
-
-    def _check_examples_apart(self, run: PreparedRun) -> None:
-        before = self.placement
-        self.placement = check_examples_apart(
-            self.packed,
-            before,
-            request=run.request,
-            device=self.args.device,
-            trees=[self.objective.tree(example) for example in run.train],
-            work=run.work_as,
-        )
-        packing = self.placement.packing.packing
-        if packing is not before.packing.packing:
-            self.share_prefix, self.work = self.placement.shares_prefix, run.work_as(packing)
-        # It was taken back with all that was changed for packed sequences.
-        if packing.is_apart and before.layout.recomputed and not self.args.gradient_checkpointing:
-            enable_checkpointing(self.packed, self.args, self.fsdp_settings)
-
-    def _step(self) -> EagerStep:
-        kind: Callable[..., EagerStep] = EagerStep
-        if self.placement.step.is_captured:
-            kind = partial(
-                CapturedStep,
-                largest=self.placement.largest,
-                gathers=not self.placement.is_whole,
-            )
-        return kind(
-            self.packed,
+        placed = place_run(
+            run,
+            self.args,
             objective=self.objective,
-            adapter=self.adapter,
-            device=self.args.device,
+            longest=self.encoder.max_length,
             autocast=self.accelerator.autocast,
         )
+        self.placement, self.packed = placed.placement, placed.packed
+        self.adapter, self.step = placed.adapter, placed.step
+        self.work, self.share_prefix = placed.work, placed.share_prefix
 
     def _add_parts(self, run: PreparedRun) -> None:
         self.confusion_matrices: dict[int | tuple[int, str], pd.DataFrame] = {}
@@ -351,15 +288,9 @@ class LoraTrainer(Trainer):
             self.add_callback(callback)
 
     def _checkpointer(self, run: PreparedRun, moves: AdapterMoves) -> Checkpointer:
-        # What was chosen for this machine: a run that goes on elsewhere rounds otherwise.
-        chosen = {
-            "--step": str(self.placement.step),
-            "--max_tokens_per_row": str(self.placement.sequence_length),
-        }
-        facts = run.facts | {"may_change": run.facts["may_change"] | chosen}
-        if self.optimizer_cls_and_kwargs is not None:
-            own = {"optimizer_cls_and_kwargs": str(self.optimizer_cls_and_kwargs)}
-            facts["must_stay"] = facts["must_stay"] | own
+        facts = facts_once_placed(
+            run.facts, self.placement, optimizer=self.optimizer_cls_and_kwargs
+        )
         writer = AdapterWriter(
             model=self.model,
             args=self.args,

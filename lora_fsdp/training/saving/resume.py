@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.errors import ResumeMismatchError
+from lora_fsdp.placement.decide import Placement
 from lora_fsdp.training.run_fingerprints import as_text
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,29 @@ def run_facts(
             **{f"--{name}": values[name] for name in OF_THE_OPTIMIZER},
         },
         "may_change": {f"--{name}": values[name] for name in _CHANGE_THE_END},
+    }
+
+
+def facts_once_placed(
+    facts: Mapping[str, Any],
+    placement: Placement,
+    *,
+    optimizer: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None,
+) -> dict[str, Any]:
+    """`run_facts`, with what was chosen for this machine: elsewhere a run that goes on rounds
+    otherwise.
+
+    Args:
+        facts: of `run_facts`.
+        placement: how the run computes.
+        optimizer: one of the user's own, by class and arguments.
+    """
+    chosen = {"--step": str(placement.step), "--max_tokens_per_row": str(placement.sequence_length)}
+    own = {} if optimizer is None else {"optimizer_cls_and_kwargs": str(optimizer)}
+    return {
+        **facts,
+        "must_stay": facts["must_stay"] | own,
+        "may_change": facts["may_change"] | chosen,
     }
 
 
