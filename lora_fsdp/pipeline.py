@@ -380,7 +380,7 @@ def _generate_freely(trainer: LoraTrainer, examples: Sequence[EncodedExample]) -
         max_new_tokens=trainer.max_new_tokens,
         temperature=args.temperature,
         end_token_id=trainer.encoder.end_token_id,
-        packing=trainer.packed.packing,
+        packing=trainer.packed.packing_of_prompts,
     )
     release_gathered(trainer.model)
     return texts

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_fsdp.compute.attention import Window
+from lora_fsdp.compute.recurrent.layers import follows_trees
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.errors import UnsupportedModelError
 
@@ -61,6 +62,8 @@ def why_apart(model: nn.Module) -> str | None:
     if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo's, of its own making
         return f"{name} attends over windows that count along the sequence"
     kinds = set(getattr(config, "layer_types", None) or ())
+    if follows_trees(model):  # its recurrent states go from a prompt to each of its answers
+        return None
     recurrent = kinds - _MASKED
     if recurrent:
         return f"{name} mixes tokens by {' and '.join(sorted(recurrent))}"

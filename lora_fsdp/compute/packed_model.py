@@ -21,6 +21,8 @@ from lora_fsdp.compute.attention import Window, sequence_mask
 from lora_fsdp.compute.decoder_layer import unpack_ahead
 from lora_fsdp.compute.fusing import Fusing, fuse_layers
 from lora_fsdp.compute.patches import Patches
+from lora_fsdp.compute.recurrent.layers import RECURRENT_KINDS, follow_trees, follows_trees
+from lora_fsdp.compute.recurrent.tree import SequenceTree
 from lora_fsdp.data.packing import PackedSequence, Packing
 
 
@@ -67,12 +69,21 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         self.windows: Mapping[str, Window | None] = {}
         self.packing = Packing.PACKED
         self.shortened_last_layer = False
+        self._follows_trees: bool | None = None
 
     @property
     def base(self) -> PreTrainedModel:
         """The model without adapter."""
         model = self.model
         return base_model(model) if isinstance(model, PeftModel) else cast(PreTrainedModel, model)
+
+    @property
+    def packing_of_prompts(self) -> Packing:
+        """How prompts are laid that text is generated after: what fills them up on the left would
+        go through a recurrent state.
+        """
+        recurrent = self.packing is Packing.PACKED and follows_trees(self.base)
+        return Packing.BATCHED if recurrent else self.packing
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,6 +131,7 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         """Leave the model as it was before anything was patched."""
         self.patches.undo()
         self.fusing = Fusing()
+        self._follows_trees = None
 
     def __exit__(self, *error: object) -> None:
         self.undo()
@@ -157,14 +169,22 @@ class PackedModel(AbstractContextManager["PackedModel"]):
 
     def _masks(
         self, sequence: PackedSequence
-    ) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask]:
-        """The mask of all layers, or one for each kind of layer, as transformers takes them."""
+    ) -> torch.Tensor | BlockMask | dict[str, torch.Tensor | BlockMask | SequenceTree]:
+        """The mask of all layers, or one for each kind of layer, as transformers takes them; for
+        recurrent ones the tree.
+        """
+        if self._follows_trees is None:
+            self._follows_trees = follow_trees(self.base, self.patches)
 
         def mask(window: Window | None) -> torch.Tensor | BlockMask:
             # Only fused layers' attention takes a mask of blocks.
             by_blocks = self.fusing.is_fused
             return sequence_mask(sequence, dtype=self.dtype, by_blocks=by_blocks, window=window)
 
+        if self._follows_trees:
+            windows = {"full_attention": None, **self.windows}
+            masks = {kind: mask(window) for kind, window in windows.items()}
+            return masks | dict.fromkeys(RECURRENT_KINDS, SequenceTree(sequence))
         if len(self.windows) > 1:
             return {kind: mask(window) for kind, window in self.windows.items()}
         return mask(next(iter(self.windows.values()), None))

@@ -17,6 +17,7 @@ from lora_fsdp.compute.packed_model import (
     keeps_logits,
     plain_logits,
 )
+from lora_fsdp.compute.recurrent.layers import follows_trees
 from lora_fsdp.data.packing import Batch, Pack, PackedSequence, Packing, Tree
 from lora_fsdp.errors import UnsupportedModelError
 
@@ -67,6 +68,8 @@ def why_not_packed(
     """
     with _laid(packed, Packing.PACKED):
         short = _short_trees(packed)
+        if follows_trees(packed.base):
+            short += _branching_trees(packed)
         try:
             difference = _mean_difference(packed, short, short, device=device)
         except (torch.OutOfMemoryError, UnsupportedModelError):
@@ -76,7 +79,7 @@ def why_not_packed(
             name = type(packed.base).__name__
             return f"{name} cannot compute packed examples ({type(error).__name__}: {said})"
         if not difference < _rounding(packed):
-            return _differs(packed, difference, "packed examples (two short ones)")
+            return _differs(packed, difference, "packed examples (short ones)")
         packed.chunked_head = _can_run_head_in_chunks(packed, short, device=device)
         if longer := _trees_beyond_windows(packed):
             found = _mean_difference(packed, [*short, *longer], longer, device=device)
@@ -203,19 +206,21 @@ def _mean_difference(
     differences, answer = [], 0
     for tree in trees:
         if any(tree is one for one in compared):
-            alone = _alone(packed, tree, device=device)
-            if not alone.isfinite().all():
-                raise _not_finite(packed)
-            given = tree.given[0] if tree.given else 0
-            differences.append(log_probs[owners == answer] - alone[given:])
+            given = tree.given or [0] * len(tree.answers)
+            for place in sorted({0, len(given) // 2, len(given) - 1}):
+                before = given[place]
+                alone = _alone(packed, tree, place, device=device)
+                if not alone.isfinite().all():
+                    raise _not_finite(packed)
+                differences.append(log_probs[owners == answer + place] - alone[before:])
         answer += len(tree.answers)
     return torch.cat(differences).abs().mean().item()
 
 
-def _alone(packed: PackedModel, tree: Tree, *, device: torch.device) -> torch.Tensor:
-    """Log-probabilities of an example's first answer by the model's own forward, [L]."""
-    answer = torch.tensor(tree.answers[0], device=device)
-    ids = torch.tensor([[*tree.prompt_ids, *tree.answers[0][:-1]]], device=device)
+def _alone(packed: PackedModel, tree: Tree, place: int, *, device: torch.device) -> torch.Tensor:
+    """Log-probabilities of one of an example's answers by the model's own forward, [L]."""
+    answer = torch.tensor(tree.answers[place], device=device)
+    ids = torch.tensor([[*tree.prompt_ids, *tree.answers[place][:-1]]], device=device)
     positions = torch.arange(len(tree.prompt_ids) - 1, ids.shape[1], device=device)
     keep = {"logits_to_keep": positions} if keeps_logits(type(packed.base)) else {}  # type: ignore[arg-type]
     logits = plain_logits(packed.model, ids, **keep)[0].float()
@@ -254,6 +259,16 @@ def _tree_of(packed: PackedModel, length: int) -> Tree:
     generator = torch.Generator().manual_seed(length)
     tokens = torch.randint(vocabulary, (length,), generator=generator).tolist()
     return Tree(tokens[:-3], [tokens[-3:]])
+
+
+def _branching_trees(packed: PackedModel) -> list[Tree]:
+    """Prompts of unlike lengths, which begin alike, each with several answers."""
+    trees = [_tree_of(packed, length) for length in (9, 17, 30)]
+    shared = trees[0].prompt_ids[:4]
+    return [
+        Tree([*shared, *tree.prompt_ids[4:]], [tree.answers[0], tree.answers[0][1:], [1, 2, 3, 4]])
+        for tree in trees
+    ]
 
 
 def _short_trees(packed: PackedModel) -> list[Tree]:

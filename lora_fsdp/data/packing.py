@@ -95,6 +95,21 @@ class SequenceSize(NamedTuple):
     is_one_sequence: bool
 
 
+class Segment(NamedTuple):
+    """Neighbouring tokens of one part of the tree.
+
+    Attributes:
+        example, answer: as in `PackedSequence.example_ids` and `.answer_ids`.
+        start: place of the first token in the sequence.
+        length: tokens.
+    """
+
+    example: int
+    answer: int
+    start: int
+    length: int
+
+
 @dataclass(frozen=True)
 class PackedSequence:
     """T input tokens, L label tokens and A answers.
@@ -112,6 +127,7 @@ class PackedSequence:
         is_one_sequence: whether every token sees all before it, as in an ordinary text.
         apart: empty, or the sizes of the sequences without a mask that it is a batch of. They stand
             one after another, each filled up on the right to the same length.
+        segments: the parts of the tree that have tokens, parents first; known without the device.
     """
 
     tokens: torch.Tensor
@@ -120,6 +136,7 @@ class PackedSequence:
     answer_targets: torch.Tensor
     is_one_sequence: bool = False
     apart: tuple[SequenceSize, ...] = ()
+    segments: tuple[Segment, ...] = ()
 
     @property
     def input_ids(self) -> torch.Tensor:
@@ -202,7 +219,9 @@ class PackedSequence:
 
     def _with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedSequence:
         tokens, labels, examples, targets = map(change, self._tensors())
-        return PackedSequence(tokens, labels, examples, targets, self.is_one_sequence, self.apart)
+        return replace(
+            self, tokens=tokens, labels=labels, answer_examples=examples, answer_targets=targets
+        )
 
     def singles(self) -> list[PackedSequence]:
         """Each sequence of a batch as a batch of its own, without what fills it up."""
@@ -331,6 +350,7 @@ class _SequenceBuilder:
         self._labels: list[tuple[int, int, int]] = []
         self._examples: list[int] = []
         self._targets: list[float] = []
+        self._segments: list[Segment] = []
         self._trees = 0
         self._lay(prefix, start=0, example=SHARED, answer=0)
 
@@ -363,10 +383,13 @@ class _SequenceBuilder:
             torch.tensor(self._examples, dtype=torch.int64),
             torch.tensor(self._targets, dtype=torch.float32),
             is_one_sequence=is_one_sequence,
+            segments=tuple(self._segments),
         )
 
     def _lay(self, ids: list[int], *, start: int, example: int, answer: int) -> None:
         input_ids, position_ids, example_ids, answer_ids = self._tokens
+        if ids:
+            self._segments.append(Segment(example, answer, len(input_ids), len(ids)))
         input_ids.extend(ids)
         position_ids.extend(range(start, start + len(ids)))
         example_ids.extend([example] * len(ids))

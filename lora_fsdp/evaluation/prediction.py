@@ -282,5 +282,5 @@ class Predictor:
             device=self.device,
             max_new_tokens=limit,
             end_token_id=self.encoder.end_token_id,
-            packing=self.packed.packing,
+            packing=self.packed.packing_of_prompts,
         )

@@ -34,6 +34,7 @@ class ModelShape:
         saved_per_pair: the same of a pair of tokens: 0 unless attention keeps its matrix.
         is_fused: whether fused layers compute.
         drops: whether LoRA or the model drops anything while it trains.
+        is_recurrent: whether layers hand a state from token to token.
         why_not_fused: why they do not, in words; empty if they do.
         itemsize: bytes of a value of the base, where it is not quantised.
         note: what could not be counted, and what stands in for it; empty if all was.
@@ -57,6 +58,7 @@ class ModelShape:
     saved_per_pair: int
     is_fused: bool
     drops: bool = False
+    is_recurrent: bool = False
     why_not_fused: str = ""
     itemsize: int = 2
     note: str = ""

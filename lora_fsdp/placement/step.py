@@ -64,6 +64,8 @@ def why_not_captured(
         return f"--step {request.step}"
     if request.packing_choice.packing.is_apart:
         return "sequences of one example differ in number and length"
+    if shape.is_recurrent:
+        return "recurrent states follow each sequence's own tree"
     if not recomputed:
         return None
     if request.fsdp is not None and request.fsdp.activation_offload:

@@ -10,6 +10,7 @@ from __future__ import annotations
 # autograd.Function's forward and backward take what each function needs.
 # mypy: disable-error-code="override, no-untyped-call, no-untyped-def"
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from lora_fsdp.compute.decoder_layer import FusedLayer
 from lora_fsdp.compute.fusing import exchange_forwards, why_not_fused
 from lora_fsdp.compute.packed_model import keeps_logits, plain_logits
 from lora_fsdp.compute.patches import Patches
+from lora_fsdp.compute.recurrent.layers import follows_trees
 from lora_fsdp.errors import UnsupportedModelError
 from lora_fsdp.placement.shape import ModelShape
 
@@ -67,7 +69,11 @@ def shape_of(
     reasons = [stay] if stay is not None else [why_not_fused(layer) for layer in layers]
     unfused = next((reason for reason in reasons if reason is not None), "")
     drops = bool(adapter.lora_dropout or dropout_settings(skeleton.config))
-    return _counted(skeleton, model, layers, drops=drops, unfused=unfused, packed=packed)
+    recurrent = follows_trees(skeleton)
+    counted = _counted(
+        skeleton, model, layers, drops=drops, unfused=unfused, packed=packed and not recurrent
+    )
+    return replace(counted, is_recurrent=recurrent)
 
 
 def _counted(

@@ -74,7 +74,7 @@ class RunScorer:
             device=self.device,
             max_new_tokens=self.max_new_tokens,
             end_token_id=self.encoder.end_token_id,
-            packing=self.packed.packing,
+            packing=self.packed.packing_of_prompts,
         )
         release_gathered(self.model)
         return texts

@@ -19,11 +19,11 @@ from tests.compute.test_packed_gradients import (
     take_gradients,
 )
 from tests.support.tiny import adapted_model, randomise_adapter
-from tests.support.token_mixers import FAMILIES, WINDOWED, adapted_family
+from tests.support.token_mixers import FAMILIES, FOLLOWING_TREES, WINDOWED, adapted_family
 
 CPU = torch.device("cpu")
-#: Of whose layers a mask keeps examples apart.
-MASKED = ("deepseek_v32",)
+#: Whose examples share a sequence: a mask keeps them apart, and states follow the tree.
+MASKED = ("deepseek_v32", *FOLLOWING_TREES)
 
 
 def model_of(family):

@@ -15,6 +15,7 @@ from transformers import (
     GraniteMoeHybridConfig,
     LlamaConfig,
     MambaConfig,
+    MiniMaxConfig,
     MistralConfig,
     PreTrainedModel,
     Qwen3NextConfig,
@@ -25,6 +26,7 @@ from lora_fsdp.compute.architectures import check_architecture, why_apart, windo
 from lora_fsdp.compute.attention import Window
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.compute.packing_check import check_packing, why_not_packed
+from lora_fsdp.compute.recurrent.layers import recurrent_layers
 from lora_fsdp.data.packing import Tree, empty_sequence, pack_sequence
 from lora_fsdp.errors import UnsupportedModelError
 from tests.support.tiny import CONFIGS, adapted_model, tiny_model
@@ -56,7 +58,7 @@ def test_live_check_refuses_a_model_that_cannot_be_packed(fault):
     forward = model.forward
     model.forward = lambda **inputs: forward(**fault(inputs))
     reason = why_not_packed(PackedModel(model), device=torch.device("cpu"))
-    assert reason.startswith("LlamaForCausalLM computes packed examples (two short ones)")
+    assert reason.startswith("LlamaForCausalLM computes packed examples (short ones)")
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM computes packed examples"):
         check_packing(PackedModel(model), device=torch.device("cpu"))
 
@@ -232,6 +234,16 @@ class TestArchitectures:
             shared_expert_intermediate_size=16,
             layer_types=["linear_attention", "full_attention"],
         )
+        assert apart(model_from(config)) is None  # its states follow the tree
+
+    def test_hybrid_whose_states_follow_no_tree(self):
+        config = MiniMaxConfig(
+            **SIZES,
+            head_dim=16,
+            num_key_value_heads=1,
+            num_local_experts=2,
+            layer_types=["linear_attention", "full_attention"],
+        )
         assert apart(model_from(config)).endswith("mixes tokens by linear_attention")
 
     def test_hybrid_by_block_types(self):
@@ -294,7 +306,9 @@ class TestArchitectures:
 
     def test_one_recurrent_layer_is_enough(self):
         config = GraniteMoeHybridConfig(**GRANITE, layer_types=["attention", "mamba"])
-        assert apart(model_from(config)).startswith("GraniteMoeHybridForCausalLM mixes tokens")
+        model = model_from(config)
+        assert apart(model) is None
+        assert len(recurrent_layers(model)) == 1
 
     def test_refusal_is_about_the_class(self):
         assert issubclass(type(tiny_model()), PreTrainedModel)

@@ -213,6 +213,19 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str] | str]] = {
     ),
 }
 
+#: Of these, whose recurrent states follow a packed sequence's tree.
+FOLLOWING_TREES = (
+    "qwen3_next",
+    "qwen3_5_text",
+    "jamba",
+    "bamba",
+    "falcon_h1",
+    "granitemoehybrid",
+    "lfm2",
+    "zamba2",
+    "nemotron_h",
+)
+
 _MIXED = {
     **_SIZES,
     "head_dim": 16,

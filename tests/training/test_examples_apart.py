@@ -34,13 +34,13 @@ def test_never_trains_as_packed_sequences_do(tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["mamba2", "qwen3_next"])
-def test_recurrent_models_on_two_ranks_under_fsdp2(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "packing"), [("mamba2", "batched"), ("qwen3_next", "packed")])
+def test_recurrent_models_on_two_ranks_under_fsdp2(tmp_path, kind, packing):
     """With rows that fall unequally on the ranks, and batches of a few."""
     options = {"kind": kind, "rows": 23, "max_tokens_per_row": 128}
     [alone] = run_ranks(run_with_batch, tmp_path / "one", 6, options, world_size=1)
     runs = run_ranks(run_with_batch, tmp_path / "two", 3, options, environment=FSDP)
-    assert runs[0]["packing"] == "batched"
+    assert runs[0]["packing"] == packing
     assert runs[0]["fingerprint"] == runs[1]["fingerprint"]
     assert len(runs[0]["groups"]) > 1  # it is sharded
     np.testing.assert_allclose(runs[0]["losses"], alone["losses"], rtol=2e-5)
