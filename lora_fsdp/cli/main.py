@@ -26,6 +26,7 @@ MODULES = (
     "sweep",
     "evaluate",
     "predict",
+    "serve",
     "compare",
     "report",
     "verify",
