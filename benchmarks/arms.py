@@ -1,7 +1,7 @@
 """The ways to train that are compared, one a process: `python -m benchmarks.arms '{...}'`.
 
 Processes started side by side with one lock file as their `turn` get ready together, and use the
-GPU one after the other.
+GPU one after the other. With a file `go`, they get ready and wait until it is there.
 """
 
 from __future__ import annotations
@@ -22,11 +22,18 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from filelock import FileLock
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Qwen3MoeConfig,
+    Trainer,
+    TrainerCallback,
+)
 
+from benchmarks.random_base import random_base
 from benchmarks.workload import (
     SEED,
     SHAPES,
@@ -40,6 +47,8 @@ from benchmarks.workload import (
     task_and_examples,
 )
 from lora_fsdp import FineTuningArguments, LoraTrainer
+from lora_fsdp.adapter.folder import ADAPTER_FILE
+from lora_fsdp.base.streaming import StoredBase
 from lora_fsdp.placement.gpus import known_gpu
 from lora_fsdp.planning.predicted import predicted
 
@@ -96,7 +105,7 @@ def ours(
     scores = work.scored and work.rows == "tweets" and not gradient
     held_out = examples[-work.scored :] if scores else []
     trainer = LoraTrainer(
-        load_model(work),
+        _streamed(work) if work.streamed else load_model(work),
         FineTuningArguments(
             output_dir=output_dir,
             per_device_train_batch_size=work.examples,
@@ -142,7 +151,23 @@ def ours(
         result["predicted"] = predicted(trainer.placement, trainer.work, gpu)
     if held_out:
         result |= _scoring(trainer, held_out)
+    if work.saved:
+        trainer.save_model(f"{output_dir}/final")  # which reads it back, and compares
+        if trainer.is_world_process_zero():
+            file = Path(output_dir) / "final" / ADAPTER_FILE
+            result["saved_tensors"] = len(load_file(file))
     return result
+
+
+def _streamed(work: Workload) -> StoredBase:
+    """A base that is still nowhere."""
+    place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return random_base(
+        SHAPES[work.model],
+        dtype=getattr(torch, work.dtype),
+        device=torch.device(place),
+        in_4bit=work.in_4bit,
+    )
 
 
 def _scoring(trainer: LoraTrainer, examples: list[Any]) -> dict[str, Any]:
@@ -284,10 +309,16 @@ def multiplied_parameters(work: Workload) -> int:
     config = SHAPES.get(work.model) or AutoConfig.from_pretrained(work.model)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    if isinstance(config, Qwen3MoeConfig):  # a token's experts
+        expert = 3 * config.hidden_size * config.moe_intermediate_size
+        unused = (config.num_experts - config.num_experts_per_tok) * expert
+        idle = config.num_hidden_layers * unused
+    else:
+        idle = 0
     outside = {model.get_input_embeddings().weight}
     if work.rows == "tweets":
         outside |= {model.get_output_embeddings().weight}
-    return sum(p.numel() for p in model.parameters() if p not in outside)
+    return sum(p.numel() for p in model.parameters() if p not in outside) - idle
 
 
 def _padded_batch(examples: list[Any], tokenizer: Any, device: torch.device) -> dict[str, Any]:
@@ -309,7 +340,7 @@ def get_ready(work: Workload) -> None:
     importlib.import_module("lora_fsdp.compute.kernels")
     if work.in_4bit:
         importlib.import_module("bitsandbytes")
-    torch.zeros(1, device="cuda")
+    torch.zeros(1, device=f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
 
 
 ARMS = {"ours": ours, "trl": trl, "article": article}
@@ -327,9 +358,13 @@ def main() -> None:
         arm(tiny, asked["gradient"], **asked["options"])
         torch.manual_seed(SEED)
         return
-    turn = asked.get("turn")
-    if turn:
+    turn, go = asked.get("turn"), asked.get("go")
+    if (turn or go) and torch.cuda.is_available():
         get_ready(work)
+    if go:
+        while not Path(go).exists():
+            time.sleep(0.1)
+        os.environ["ARM_STARTED"] = str(time.time())  # what is imported does not count
     with FileLock(turn) if turn else contextlib.nullcontext():
         result = arm(work, None, **asked["options"])
     if os.environ.get("RANK", "0") == "0":

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     TrainerCallback,
 )
 
@@ -30,6 +31,7 @@ from lora_fsdp import get_task
 from lora_fsdp.base.quantized_layers import QuantizedLayer
 from lora_fsdp.data.sampling import epoch_order
 from lora_fsdp.data.tables import read_table, sample_rows
+from lora_fsdp.planning.models import dense_config
 from lora_fsdp.tasks import Example, Prompt, Task
 
 SEED = 0
@@ -73,9 +75,21 @@ SHAPES: dict[str, PretrainedConfig] = {
         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192,
         tie_word_embeddings=True,
     ),
+    # Of these two no rank can hold the whole: `Workload.streamed`.
+    "llama-70b": dense_config(70e9),
+    "qwen3-235b-a22b": Qwen3MoeConfig(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536,
+        num_hidden_layers=94, num_attention_heads=64, num_key_value_heads=4, head_dim=128,
+        num_experts=128, num_experts_per_tok=8, max_position_embeddings=8192,
+    ),
     "tiny": LlamaConfig(
         vocab_size=49152, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
+    ),
+    "tiny-moe": Qwen3MoeConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=160, moe_intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_experts=4, num_experts_per_tok=2, max_position_embeddings=8192,
     ),
 }  # fmt: skip
 
@@ -96,6 +110,9 @@ class Workload:
         rank: LoRA's.
         in_4bit: the base's linear layers are stored in 4 bits.
         scored: held-out tweets whose labels this library scores after training.
+        long_tokens: of a text of `long` rows, about.
+        streamed: every rank draws its shard of the base alone, where it stays; ours only.
+        saved: the adapter is saved after training, read back and compared; ours only.
     """
 
     model: str = "deepseek-7b"
@@ -109,6 +126,9 @@ class Workload:
     rank: int = 8
     in_4bit: bool = False
     scored: int = 1000
+    long_tokens: int = 4080
+    streamed: bool = False
+    saved: bool = False
 
     @property
     def processes(self) -> int:
@@ -170,7 +190,8 @@ def task_and_examples(work: Workload) -> tuple[Task, list[Example]]:
         return task, tweets
     tokenizer = load_tokenizer(work)
     ids = tokenizer("\n".join(example.prompt.text for example in tweets))["input_ids"]
-    texts = [tokenizer.decode(ids[start : start + 4080]) for start in range(0, len(ids), 4080)]
+    size = work.long_tokens
+    texts = [tokenizer.decode(ids[start : start + size]) for start in range(0, len(ids), size)]
     return LongTexts(), [
         Example(prompt=Prompt("Text:", "", ""), target=" " + text, row=row)
         for row, text in enumerate(texts[:-1])

@@ -50,6 +50,7 @@ from lora_fsdp.sweeps.run import RanAlone, RunAlone, Several, check_several
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.training.calibrating import calibrate, save_calibration
 from lora_fsdp.training.logging.log_history import KeepLog
+from lora_fsdp.training.logging.time_spent import measured, seconds_by_part, spent_on
 from lora_fsdp.training.rivals import Untrained, rows_to_probe, score_untrained
 from lora_fsdp.training.saving.atomic_folders import remove_leftovers, writing_into
 from lora_fsdp.training.saving.output_folder import (
@@ -97,6 +98,12 @@ def finetune(
     Called by every process of a launch. `task` stands in for `data_args.task`.
     """
     run = _Run(model_args, lora_args, data_args, training_args)
+    with measured():
+        return _finetune(run, task)
+
+
+def _finetune(run: _Run, task: Task | None) -> FineTuningResult:
+    model_args, lora_args, data_args, training_args = run
     compare_hosts(_inputs(model_args, data_args, lora_args))
     if is_several(training_args):
         return _finetune_several(run, task)
@@ -104,7 +111,8 @@ def finetune(
     with ExitStack() as held:
         held.callback(release_folder, output_dir)
         held.enter_context(writing_into(output_dir))
-        data = _load_data(run, task, choosing=training_args.chooses_checkpoint)
+        with spent_on("read"):
+            data = _load_data(run, task, choosing=training_args.chooses_checkpoint)
         return FineTuningResult(output_dir, _run_one(run, data).comparison, data.task)
 
 
@@ -153,7 +161,8 @@ def _run_alone(run: _Run, alone: RunAlone) -> RanAlone:
     own = run._replace(lora=alone.lora, training=alone.training)
     folder = claim_output_folder(alone.training)
     try:
-        return _run_one(own, alone.data, untrained=alone.untrained, asked=alone.test)
+        with measured():
+            return _run_one(own, alone.data, untrained=alone.untrained, asked=alone.test)
     finally:
         release_folder(folder)
 
@@ -175,11 +184,37 @@ def _run_one(
     """
     training_args, output_dir = run.training, Path(run.training.output_dir or ".")
     set_seed(training_args.seed)  # the adapter's first values
-    adapter = lora_config(run.lora, revision=run.model.model_revision)
     log = KeepLog(output_dir)
-    trainer = LoraTrainer(
-        model=open_base(run.model, device=training_args.device, peft_config=adapter),
-        args=training_args,
+    with spent_on("read"):
+        trainer = _trainer(run, data, log)
+    status = fsdp_status(trainer.model, traffic=trainer.host_traffic)
+    # Only now: an earlier run outlives every mistake that is found before this one can start.
+    on_first_rank(lambda: _remove_earlier_run(output_dir, training_args))
+    if trainer.is_world_process_zero():
+        with spent_on("report"):
+            _announce(trainer, data, status)
+            named = {"model": run.model, "adapter": run.lora, "data": run.data}
+            record_start(output_dir, trainer=trainer, data=data, status=status, asked=named)
+    ran = _train_and_compare(trainer, data, log, untrained=untrained, asked=asked)
+    if trainer.is_world_process_zero():
+        with spent_on("report"):
+            ran.comparison.save(output_dir)
+            try_to_write_card(output_dir)
+            comparison = f"\n{ran.comparison}\n"
+            say(f"{comparison}\nAdapter, metrics and predictions: {output_dir}", flush=True)
+            _report(output_dir)
+        ran.comparison.save_facts(output_dir, seconds_by_part=seconds_by_part())
+    trainer.accelerator.wait_for_everyone()
+    return ran
+
+
+def _trainer(run: _Run, data: TaskData, log: KeepLog) -> LoraTrainer:
+    """The trainer, with base and adapter in place."""
+    output_dir = Path(run.training.output_dir or ".")
+    adapter = lora_config(run.lora, revision=run.model.model_revision)
+    return LoraTrainer(
+        model=open_base(run.model, device=run.training.device, peft_config=adapter),
+        args=run.training,
         task=data.task,
         processing_class=load_tokenizer(run.model),
         train_dataset=data.train,
@@ -193,21 +228,6 @@ def _run_one(
         thinking=run.data.thinking,
         callbacks=[log, WriteCards(output_dir)],
     )
-    status = fsdp_status(trainer.model, traffic=trainer.host_traffic)
-    # Only now: an earlier run outlives every mistake that is found before this one can start.
-    on_first_rank(lambda: _remove_earlier_run(output_dir, training_args))
-    if trainer.is_world_process_zero():
-        _announce(trainer, data, status)
-        named = {"model": run.model, "adapter": run.lora, "data": run.data}
-        record_start(output_dir, trainer=trainer, data=data, status=status, asked=named)
-    ran = _train_and_compare(trainer, data, log, untrained=untrained, asked=asked)
-    if trainer.is_world_process_zero():
-        ran.comparison.save(output_dir)
-        try_to_write_card(output_dir)
-        say(f"\n{ran.comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
-        _report(output_dir)
-    trainer.accelerator.wait_for_everyone()
-    return ran
 
 
 def _train_and_compare(
@@ -219,13 +239,34 @@ def _train_and_compare(
     asked: Sequence[Example],
 ) -> RanAlone:
     reported = trainer.test_dataset or trainer.held_out
-    untrained = score_untrained(trainer, reported) if untrained is None else untrained
-    with trainer.model.disable_adapter():
-        base_texts = _generate_freely(trainer, reported)
-    trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    with spent_on("score"):
+        untrained = score_untrained(trainer, reported) if untrained is None else untrained
+        with trainer.model.disable_adapter():
+            base_texts = _generate_freely(trainer, reported)
+    with spent_on("train"):
+        trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
     if trainer.is_world_process_zero():
-        try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)
+        with spent_on("report"):
+            try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)
+    with spent_on("score"):
+        return _compared(
+            trainer, data, log, trained.metrics, untrained=untrained, asked=asked, texts=base_texts
+        )
+
+
+def _compared(
+    trainer: LoraTrainer,
+    data: TaskData,
+    log: KeepLog,
+    trained: dict[str, float],
+    *,
+    untrained: Untrained,
+    asked: Sequence[Example],
+    texts: list[str],
+) -> RanAlone:
+    """The tuned model's scores beside all others; `texts` are the untrained one's own."""
+    reported = trainer.test_dataset or trainer.held_out
     tuned = trainer.outputs(reported)
     tuned_texts = _generate_freely(trainer, reported)
     calibrated = calibrate(trainer, reported, tuned)
@@ -241,9 +282,9 @@ def _train_and_compare(
         rivals=untrained.answers,
         tuned=tuned,
         calibrated=calibrated.outputs,
-        written=generated_texts(data.task, data.reported, base=base_texts, tuned=tuned_texts),
+        written=generated_texts(data.task, data.reported, base=texts, tuned=tuned_texts),
         facts={
-            **_facts(trainer, data, trained.metrics, first_step=log.first_step),
+            **_facts(trainer, data, trained, first_step=log.first_step),
             **untrained.facts,
             **calibrated.facts,
         },
@@ -403,6 +444,7 @@ def _facts(
     seen = trainer.schedule.examples_before(steps) - trainer.schedule.examples_before(first_step)
     speed = seen / max(trained["train_runtime"], 1e-9)
     facts: dict[str, Any] = {
+        "seconds_by_part": seconds_by_part(),  # of the last ones more follow: `save_facts`
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "task": data.task.name,
         "labels": list(data.task.answer_kind.labels),

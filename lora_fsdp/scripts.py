@@ -18,6 +18,7 @@ from lora_fsdp.failures import report_failure
 from lora_fsdp.options import OptionParser
 from lora_fsdp.printing import ignore_known_warnings
 from lora_fsdp.ranks import is_joined
+from lora_fsdp.training.logging.time_spent import process_began
 
 
 class RunArguments(TypedDict):
@@ -51,6 +52,7 @@ def parse_arguments(*, task: str, arguments: Sequence[str] | None = None) -> Run
 def configure_output() -> None:
     """Our log lines from rank 0, libraries only when they warn, our errors without a traceback."""
     end_with_launcher()
+    process_began()
     is_first = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     logging.getLogger("lora_fsdp").setLevel(logging.INFO if is_first else logging.ERROR)

@@ -38,6 +38,7 @@ LAYERS = (
     "sizing",
     "distributed",
     "evaluation",
+    "serving",
     "training",
     "planning",
     "doctor",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import os
 import shutil
@@ -26,6 +28,7 @@ MODULES = (
     "sweep",
     "evaluate",
     "predict",
+    "serve",
     "compare",
     "report",
     "verify",
@@ -71,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = "lora-fsdp"
     ignore_known_warnings()
+    atexit.register(gc.freeze)  # an ending process need not look through what it imported
     try:
         if not words or words[0] in ("-h", "--help", "help"):
             say(_HELP.format(commands=_summaries()).rstrip("\n"))

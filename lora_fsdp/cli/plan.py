@@ -224,6 +224,7 @@ def _print(found: Plan, output: str | None) -> None:
         part_rows,
         summary_rows,
         weights_of,
+        whole_job,
     )
 
     shape, work = found.shape, found.work
@@ -248,8 +249,9 @@ def _print(found: Plan, output: str | None) -> None:
     write("")
     write_words(
         f"{_chosen(found)}: {best.count} x {best.gpu.name}, {best.strategy}, "
-        f"{weights_of(best)}: {duration(best.seconds)}{cost}; loading the model comes on top"
+        f"{weights_of(best)}: {duration(best.seconds)}{cost}"
     )
+    write_words(whole_job(best))
     write(table_text(("on each GPU", "GB"), part_rows(best)))
     if found.hosts > 1:
         _print_links(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import shlex
 import signal
 import subprocess
@@ -263,6 +264,12 @@ def _launch(command: Sequence[str], *, again: str, folder: Path) -> int:
     for name in list(logging.root.manager.loggerDict):  # each has a level of its own
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Imported here: `--help` needs none of it.
+    import psutil
+
+    from lora_fsdp.training.logging.time_spent import STARTED
+
+    os.environ[STARTED] = str(psutil.Process().create_time())
     try:
         launch_command(launch_command_parser().parse_args(list(command)))
     except ChildFailedError as error:

@@ -6,6 +6,7 @@ Other launchers start it, too (torchrun, Ray Train). They read no accelerate YAM
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import sys
@@ -29,6 +30,8 @@ _OPTION = "--accelerate_config"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the options say, and say what can be done with the result."""
     configure_output()
+    # What was imported stays: to look through it at the process's end took over a second.
+    gc.freeze()
     given = take_accelerate_config(sys.argv[1:] if arguments is None else arguments)
     run = parse_arguments(task="", arguments=given)
     result = finetune(**run)

@@ -54,6 +54,23 @@ class Schedule:
         """Of the complete run."""
         return self.examples_before(self.steps)
 
+    def evaluations(self, training: Mapping[str, Any]) -> int:
+        """How often the held-out rows are evaluated while training.
+
+        Args:
+            training: values of `FineTuningArguments` by name, as given or as settled.
+        """
+        strategy = training.get("eval_strategy", "no")
+        if strategy == "no" and training.get("early_stopping_patience") is not None:
+            strategy = "epoch"  # as the arguments settle it
+        if strategy == "epoch":
+            return math.ceil(self.epochs)
+        if strategy != "steps":
+            return 0
+        every = training["eval_steps"] or training["logging_steps"]
+        steps = math.ceil(every * self.steps) if every < 1 else int(every)  # a share of all steps
+        return math.ceil(self.steps / max(1, steps))  # the last step is one of them
+
     def examples_before(self, step: int) -> int:
         """Examples of the first `step` optimizer steps."""
         epochs, rest = divmod(step, max(1, self.steps_per_epoch))

@@ -35,7 +35,8 @@ class Work:
         largest_step: tokens of the largest step on any rank, of those with the first two million
             examples (in any case of the first epoch).
         longest_example: a prompt with its longest answer, in tokens.
-        scored_tokens: of held-out rows, all evaluations together.
+        scored_tokens: of held-out rows, before and after training together.
+        evaluations: of the held-out rows while training.
     """
 
     steps: int
@@ -46,6 +47,7 @@ class Work:
     largest_step: int
     longest_example: int
     scored_tokens: float = 0.0
+    evaluations: int = 0
 
 
 def measure_work(
@@ -94,6 +96,7 @@ def measure_work(
         ),
         # Before and after training.
         scored_tokens=2.0 * sum(len(e.prompt_ids) + len(e.target_ids) for e in held_out),
+        evaluations=schedule.evaluations(training),
     )
 
 

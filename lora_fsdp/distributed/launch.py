@@ -13,15 +13,13 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 import yaml
 from accelerate.commands.to_fsdp2 import convert_config_to_fsdp2
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
-from transformers import TrainingArguments
 
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.errors import (
@@ -31,6 +29,9 @@ from lora_fsdp.errors import (
     FsdpSettingError,
     LaunchError,
 )
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ def read_fsdp_settings() -> FsdpSettings | None:
             "The accelerate YAML asks for FSDP1, whose flat parameters cannot mix a frozen base "
             f"with a trained adapter. The FSDP2 equivalent:\n\n{_fsdp2_equivalent()}"
         )
+    # Imported here: the launcher reads YAMLs before its first line, most of them without FSDP.
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
     plugin = read_plugin()
     for reason in unsupported_settings(plugin).values():
         raise FsdpSettingError(reason)
@@ -249,6 +253,8 @@ def launch_fingerprint() -> str:
 
 def unsupported_settings(plugin: FullyShardedDataParallelPlugin) -> dict[str, str]:
     """For each key of the YAML whose value cannot work here: what is wrong, and what to do."""
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
+
     found = {}
     if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
         found["fsdp_auto_wrap_policy"] = (

@@ -71,13 +71,18 @@ class Comparison:
 
     def save(self, folder: Path) -> None:
         """Write `metrics.json`, `predictions.csv` and `confusion_matrix.png` into `folder`."""
-        contents: dict[str, Any] = {"primary_metric": self.primary_metric, **self.facts}
+        if self.confusion is not None:
+            save_confusion_matrix_png(self.confusion, folder / "confusion_matrix.png")
+        write_predictions(self.predictions, folder / "predictions.csv")
+        self.save_facts(folder)
+
+    def save_facts(self, folder: Path, **later: Any) -> None:
+        """Write `metrics.json` into `folder`, with what has been found out `later`."""
+        contents: dict[str, Any] = {"primary_metric": self.primary_metric, **self.facts, **later}
         contents["written"] = list(self.written)
         contents["metrics"] = {name: dict(values) for name, values in self.metrics.items()}
         if self.confusion is not None:
             contents["confusion_matrix"] = self.confusion.to_dict(orient="split")
-            save_confusion_matrix_png(self.confusion, folder / "confusion_matrix.png")
-        write_predictions(self.predictions, folder / "predictions.csv")
         write_json(folder / "metrics.json", contents)
 
     def __str__(self) -> str:

@@ -302,24 +302,54 @@ def answers_of(
 
 
 def _examples(task: Task, stream: TableStream, chunk: Chunk) -> list[Example]:
-    records = enumerate(stream.records(chunk), start=chunk.first)
+    return examples_of_records(
+        task,
+        stream.records(chunk),
+        columns=chunk.columns,
+        first=chunk.first,
+        source=str(stream.path),
+    )
+
+
+def examples_of_records(
+    task: Task,
+    records: Sequence[Mapping[str, Any]],
+    *,
+    columns: Sequence[str],
+    first: int,
+    source: str,
+) -> list[Example]:
+    """Examples without a target, of rows that are to be answered.
+
+    Args:
+        task: bound.
+        records: the rows by column.
+        columns: the table's, for the message.
+        first: number of the first row.
+        source: what the message calls the table.
+
+    Raises:
+        ColumnNotFoundError: the text column is missing, or another one that the task needs.
+        MalformedRowError: a row's own choices are missing, or fewer than two.
+    """
+    numbered = enumerate(records, start=first)
     try:
-        return [_example(task, record, row=row, path=stream.path) for row, record in records]
+        return [_example(task, record, row=row, source=source) for row, record in numbered]
     except KeyError as error:
-        there = ", ".join(map(repr, chunk.columns))
+        there = ", ".join(map(repr, columns))
         raise ColumnNotFoundError(
-            f"{stream.path} has no column {error} (row {chunk.first} and after); there are "
+            f"{source} has no column {error} (row {first} and after); there are "
             f"{there}. Name the column with the text by --text_column; others must be called as "
             "in training."
         ) from error
 
 
-def _example(task: Task, record: Mapping[str, Any], *, row: int, path: Path) -> Example:
+def _example(task: Task, record: Mapping[str, Any], *, row: int, source: str) -> Example:
     example = Example(row, task.build_prompt(record), None)
     if not _has_text(example):  # it gets no answer, so it needs no choices either
         return example
     if (fault := task.input_fault(record)) is not None:
-        raise MalformedRowError(f"{path}, row {row}: {fault}. Correct the row or take it out.")
+        raise MalformedRowError(f"{source}, row {row}: {fault}. Correct the row or take it out.")
     return replace(example, choices=task.checked_choices(row, record))
 
 
@@ -336,20 +366,39 @@ def _answers(
 ) -> tuple[dict[str, list[Any]], int]:
     """The new columns, `None` where there is no text; and how many answers were left out."""
     confidence, unsure = confidence or Confidence(), 0
-    places = [place for place, example in enumerate(examples) if _has_text(example)]
-    asked = [examples[place] for place in places]
-    columns = predictor.columns(asked, coverage=confidence.coverage)
-    found = {name: list(values) for name, values in columns.items()}
+    found = answer_columns(predictor, examples, coverage=confidence.coverage)
     if confidence.least is not None:
-        given = found[predictor.task.answer_kind.answer_column]
-        for place, probability in enumerate(found["probability"]):
-            if probability is not None and probability < confidence.least:
-                given[place], unsure = None, unsure + 1
-    spread: dict[str, list[Any]] = {name: [None] * len(examples) for name in found}
-    for name, values in found.items():
+        column = predictor.task.answer_kind.answer_column
+        unsure = leave_out_unsure(found, column=column, least=confidence.least)
+    return {f"{prefix}{name}": values for name, values in found.items()}, unsure
+
+
+def answer_columns(
+    predictor: Predictor | Ensemble, examples: Sequence[Example], *, coverage: float | None = None
+) -> dict[str, list[Any]]:
+    """The new columns of N rows, `None` in a row without a text.
+
+    Args:
+        predictor: the adapter.
+        examples: the rows.
+        coverage: of the sets of answers; `None` = no sets.
+    """
+    places = [place for place, example in enumerate(examples) if _has_text(example)]
+    columns = predictor.columns([examples[place] for place in places], coverage=coverage)
+    spread: dict[str, list[Any]] = {name: [None] * len(examples) for name in columns}
+    for name, values in columns.items():
         for place, value in zip(places, values, strict=True):
             spread[name][place] = value
-    return {f"{prefix}{name}": values for name, values in spread.items()}, unsure
+    return spread
+
+
+def leave_out_unsure(columns: Mapping[str, list[Any]], *, column: str, least: float) -> int:
+    """Empty the answers that are less probable than `least`; returns how many."""
+    unsure = 0
+    for place, probability in enumerate(columns["probability"]):
+        if probability is not None and probability < least:
+            columns[column][place], unsure = None, unsure + 1
+    return unsure
 
 
 def _refuse_other_format(stream: TableStream, target: Path) -> None:

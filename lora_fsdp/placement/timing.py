@@ -43,6 +43,8 @@ _LAUNCH_SECONDS = {True: 3.4e-3, False: 4.7e-3}
 _GATHER_SECONDS = 2.7e-3
 # What a layer's kernels wait for one another in a captured graph.
 _GRAPH_SECONDS = 4e-5
+#: Parts of a run's time that depend on its machine's disk and CPU.
+NOT_PREDICTED = ("start", "read", "capture", "save", "report")
 # Outside forward and backward: the optimizer, the logs.
 _STEP_SECONDS = 1.5e-3
 
@@ -84,7 +86,7 @@ def step_seconds(
     return max(computing, launching, receiving) + summing + _STEP_SECONDS
 
 
-def run_seconds(
+def part_seconds(
     shape: ModelShape,
     layout: Layout,
     work: Work,
@@ -92,14 +94,20 @@ def run_seconds(
     *,
     sequence_tokens: int,
     link: float = math.inf,
-) -> float:
-    """Training, and scoring the held-out examples; loading the model is not counted."""
+) -> dict[str, float]:
+    """What of a run's time is predicted, by the names under which a run notes what it took.
+
+    `train`: optimizer steps; `score`: the held-out examples before and after training; `evaluate`:
+    while training. What depends on a machine's disk and CPU is in `NOT_PREDICTED`.
+    """
     training = work.steps * step_seconds(
         shape, layout, work, gpu, sequence_tokens=sequence_tokens, link=link
     )
     tokens = work.scored_tokens / layout.ranks
     rate = gpu.flops * _SHARE[shape.is_fused]
-    return training + 2.0 * shape.active_parameters * tokens / rate
+    scoring = 2.0 * shape.active_parameters * tokens / rate
+    # Scored are they twice, each evaluation is once.
+    return {"train": training, "score": scoring, "evaluate": work.evaluations * scoring / 2}
 
 
 def _passes(layout: Layout) -> float:

@@ -16,7 +16,7 @@ from lora_fsdp.placement.memory import DeviceMemory
 from lora_fsdp.placement.network import HostTraffic, host_traffic
 from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.shape import ModelShape
-from lora_fsdp.placement.timing import run_seconds
+from lora_fsdp.placement.timing import part_seconds
 
 #: FSDP as accelerate_configs/fsdp2.yaml asks for it.
 SHARDED = FsdpSettings(
@@ -45,6 +45,7 @@ class Candidate:
         yaml_is_default: whether the YAML is the recipe's, or the one that so many GPUs get.
         work: what each rank computes.
         traffic: what each host sends to others in an optimizer step.
+        seconds_by_part: what of the whole job's time is predicted (`part_seconds`).
     """
 
     gpu: Gpu
@@ -56,6 +57,7 @@ class Candidate:
     yaml_is_default: bool
     work: Work
     traffic: HostTraffic
+    seconds_by_part: Mapping[str, float]
 
     @property
     def strategy(self) -> str:
@@ -166,7 +168,7 @@ def candidates(
         layout = placement.layout
         if place and layout.replicas > 1 and layout.sharers == 1 and not placement.is_whole:
             continue  # sharded over one rank
-        seconds = run_seconds(
+        parts = part_seconds(
             shape,
             placement.layout,
             work,
@@ -174,6 +176,7 @@ def candidates(
             sequence_tokens=placement.largest.tokens,
             link=link,
         )
+        seconds = parts["train"] + parts["score"]
         sequences = max(1.0, work.step_tokens / placement.largest.tokens)
         traffic = host_traffic(shape, placement.layout, sequences=sequences)
         cost = None if price_per_hour is None else price_per_hour * count * seconds / 3600
@@ -181,7 +184,9 @@ def candidates(
         is_default = request.fsdp == asked.fsdp
         found.setdefault(
             known,
-            Candidate(gpu, count, request, placement, seconds, cost, is_default, work, traffic),
+            Candidate(
+                gpu, count, request, placement, seconds, cost, is_default, work, traffic, parts
+            ),
         )
     return list(found.values())
 

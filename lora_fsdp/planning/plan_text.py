@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from lora_fsdp.arguments.fsdp import FsdpSettings
+from lora_fsdp.placement.timing import NOT_PREDICTED
 from lora_fsdp.planning.candidates import Candidate
 from lora_fsdp.planning.links import USUAL_LINKS, megabytes, milliseconds, over_link
 from lora_fsdp.planning.plan import Plan
@@ -46,6 +47,8 @@ def candidate_as_json(candidate: Candidate, plan: Plan) -> dict[str, Any]:
         "host_bytes": candidate.host_bytes,
         "network_bytes_a_step": asdict(candidate.traffic),
         "seconds": candidate.seconds,
+        "seconds_by_part": dict(candidate.seconds_by_part),
+        "not_predicted": list(NOT_PREDICTED),
         "cost": candidate.cost,
         "options": options_for(candidate, shipped=plan.shipped),
         "accelerate": accelerate_settings(candidate),
@@ -104,6 +107,23 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s" if seconds >= 1 else "< 1 s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def whole_job(candidate: Candidate) -> str:
+    """What of the whole job's time is predicted, part by part, and what is not."""
+    parts = candidate.seconds_by_part
+    named = [f"{part} {duration(seconds)}" for part, seconds in parts.items() if seconds]
+    shape, layout = candidate.placement.shape, candidate.placement.layout
+    size = shape.base_bytes(quantized=False) / 1e9
+    others = [f"read ({size:.1f} GB of weights)" if p == "read" else p for p in NOT_PREDICTED]
+    if not layout.captured:
+        others.remove("capture")
+    if not candidate.work.scored_tokens:  # planned from numbers alone
+        others.append("score and evaluate (no held-out rows are known)")
+    return (
+        f"the whole job: {', '.join(named)}, together {duration(sum(parts.values()))}; not "
+        f"predicted, as they depend on the machine: {', '.join(others)}"
+    )
 
 
 def options_for(candidate: Candidate, *, shipped: Mapping[str, FsdpSettings | None]) -> list[str]:

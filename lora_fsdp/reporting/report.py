@@ -37,6 +37,7 @@ from lora_fsdp.reporting.sections.progress import (
 from lora_fsdp.reporting.sections.questions import questions_section
 from lora_fsdp.reporting.sections.several import several_section
 from lora_fsdp.reporting.sections.shares import shares_section
+from lora_fsdp.reporting.sections.spent import spent
 from lora_fsdp.reporting.sections.usage import base_of, usage
 from lora_fsdp.reporting.texts import one_line, setting_text
 from lora_fsdp.tasks.answers import Section
@@ -106,6 +107,7 @@ def _contents(run: RunFiles) -> dict[str, Any]:
         "free_writing": run.part(METRICS_FILE, generated_section),
         "health": run.part(DATA_HEALTH_FILE, _health),
         "progress": run.part(METRICS_FILE, progress),
+        "spent": run.part(METRICS_FILE, spent),
         "plan": run.part(METRICS_FILE, plan_against_measured),
         "fsdp": run.part(RECORD_FILE, _fsdp),
         "usage": run.part(RECORD_FILE, usage),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from sklearn.model_selection import ParameterGrid, ParameterSampler
 
 from lora_fsdp.arguments import FineTuningArguments, LoraArguments
 from lora_fsdp.errors import ArgumentError, did_you_mean
@@ -103,6 +102,9 @@ def _settings(training: FineTuningArguments) -> list[dict[str, Any]]:
     if training.grid is None:
         return [{}]
     grid = _checked(read_grid(training.grid))
+    # Imported here: it takes longer than all else in this file, and most runs have no grid.
+    from sklearn.model_selection import ParameterGrid, ParameterSampler
+
     size = len(ParameterGrid(grid))
     if not 1 <= size <= _MOST_SETTINGS:
         raise ArgumentError(

@@ -73,6 +73,7 @@ from lora_fsdp.training.hooks import (
 )
 from lora_fsdp.training.logging.figures import RunFigures
 from lora_fsdp.training.logging.progress import RunProgress
+from lora_fsdp.training.logging.time_spent import spent_on
 from lora_fsdp.training.placed import place_run
 from lora_fsdp.training.prepared import (
     PreparedRun,
@@ -483,8 +484,9 @@ class LoraTrainer(Trainer):
         Raises:
             CheckpointSaveError: they cannot be written; on every rank.
         """
-        self._give_weights_that_answer()
-        self.checkpointer.save_final(Path(str(output_dir or self.args.output_dir)))
+        with spent_on("save"):
+            self._give_weights_that_answer()
+            self.checkpointer.save_final(Path(str(output_dir or self.args.output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -494,7 +496,7 @@ class LoraTrainer(Trainer):
         The Trainer's own writes in place, pickles optimizer and random state, and lets the other
         ranks hang when rank 0 cannot write.
         """
-        with self.watchdogs.away("saving a checkpoint"):
+        with spent_on("save"), self.watchdogs.away("saving a checkpoint"):
             self.watchdogs.check_finite()
             self._give_weights_that_answer()
             if self.hp_search_backend is None and trial is None:
@@ -633,7 +635,7 @@ class LoraTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """The Trainer's, which may rightly take long."""
-        with self.watchdogs.away("evaluation"):
+        with spent_on("evaluate"), self.watchdogs.away("evaluation"):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(

@@ -463,6 +463,10 @@ class TestCommand:
         found = json.loads(capsys.readouterr().out)
         assert found["best"]["fits"]
         assert found["best"]["cost"] == pytest.approx(found["best"]["seconds"] / 3600)
+        parts = found["best"]["seconds_by_part"]
+        assert list(parts) == ["train", "score", "evaluate"]
+        assert parts["train"] + parts["score"] == pytest.approx(found["best"]["seconds"])
+        assert found["best"]["not_predicted"] == ["start", "read", "capture", "save", "report"]
         assert sum(found["best"]["bytes"].values()) == 2 * found["best"]["bytes"]["total"]
         written = yaml.safe_load(file.read_text())
         assert written["num_processes"] == 2
@@ -481,6 +485,9 @@ class TestCommand:
         assert "LlamaForCausalLM" in printed
         assert "108 examples" in printed  # 36 rows, 3 epochs
         assert "Fastest that fits" in printed
+        words = " ".join(printed.split())
+        assert re.search(r"the whole job: train .*, score .*, together .*; not predicted", words)
+        assert "read (0.0 GB of weights)" in words
 
     @pytest.mark.parametrize(
         ("options", "words"),

@@ -14,6 +14,7 @@ _KINDS = {
     r"lora-fsdp download ": "download",
     r"lora-fsdp completion ": "shell",
     r"(nohup )?lora-fsdp (train|sweep) |accelerate launch |make sentiment( ARGS=|$)": "training",
+    r"lora-fsdp serve |curl -s http://[0-9.:]+/(predict|v1/chat)": "tests/serving/test_serve.py",
     r"lora-fsdp ": "command",
     r"(\w+=\S+ )?make |export |python3 -m venv |source |python -c ": "set-up",
     r"python -m (benchmarks|tests)\.": "measurement",

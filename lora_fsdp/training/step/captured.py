@@ -23,6 +23,7 @@ from lora_fsdp.distributed.sharding import forget_broken_off_step
 from lora_fsdp.errors import CaptureError
 from lora_fsdp.placement.memory import LargestSequence
 from lora_fsdp.ranks import from_every_rank, is_joined, world_size
+from lora_fsdp.training.logging.time_spent import spent_on
 from lora_fsdp.training.step.eager import EagerStep
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,8 @@ class CapturedStep(EagerStep):
             return
         graph, failure = None, None
         try:
-            graph = self._capture(size)
+            with spent_on("capture"):
+                graph = self._capture(size)
         except CaptureError:
             raise
         except RuntimeError as error:

@@ -1,0 +1,1 @@
+"""A finished adapter behind HTTP: `lora-fsdp serve`."""
