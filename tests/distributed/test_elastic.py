@@ -65,7 +65,7 @@ def check_ledger(folder):
     by_step = {}
     for line in lines_of(folder):
         attempts = by_step.setdefault(line["step"], {})
-        attempts.setdefault(round(line["attempt"] / 5), []).append(line)
+        attempts.setdefault(line["attempt"], []).append(line)
     assert sorted(by_step) == list(range(STEPS))
     per_epoch = STEPS // EPOCHS
     for epoch in range(EPOCHS):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_fsdp import LoraTrainer
+from lora_fsdp.ranks import from_every_rank
 from lora_fsdp.scripts import configure_output
 from tests.support.runs import toy_trainer
 
@@ -25,12 +26,12 @@ def main(output: str, ledger: str, seconds: str) -> None:
     """Train; each step of each process is a line in the ledger before it is made."""
     configure_output()
     file = Path(ledger) / f"{os.environ['RANK']}-{os.getpid()}.jsonl"
-    attempt = time.time()
+    attempt: list[int] = []
     step_of_trainer = LoraTrainer.training_step
 
     def with_ledger(self: LoraTrainer, model: Any, inputs: Any, *others: Any) -> Any:
         line = {
-            "attempt": attempt,
+            "attempt": attempt[0],
             "step": self.state.global_step,
             "rows": inputs.example_rows,
             "ranks": int(self.args.world_size),
@@ -52,6 +53,9 @@ def main(output: str, ledger: str, seconds: str) -> None:
         resume_from_checkpoint="if_any",
         stall_seconds=10,
     )
+    # The same number on every rank of an attempt, and a larger one in every later attempt: the
+    # hosts of a test have one kernel, and so one clock.
+    attempt.append(from_every_rank(time.monotonic_ns())[0])
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     if int(os.environ["RANK"]) == 0:
