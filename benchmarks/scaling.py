@@ -76,6 +76,7 @@ MODELS: dict[str, PretrainedConfig] = {
         num_experts=128,
         num_experts_per_tok=8,
     ),
+    "600 GB": dense_config(300e9),  # in bfloat16
 }
 
 
@@ -239,7 +240,7 @@ def plot(found: list[Simulated], file: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "scaling"  # the same file for the same numbers
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, len(MODELS), figsize=(12, 3.6), sharey=True)
+    figure, panels = plt.subplots(1, len(MODELS), figsize=(15, 3.6), sharey=True)
     colours = {"resident": "C2", "hybrid": "C0", "full shard": "C3"}
     lines = {10: ":", 100: "--", 400: "-"}
     for panel, model in zip(panels, MODELS, strict=True):

@@ -38,7 +38,7 @@ from lora_fsdp.evaluation.untrained import AS_TRAINED
 from lora_fsdp.placement.gpus import known_gpu
 from lora_fsdp.planning.predicted import predicted
 from lora_fsdp.printing import say, visible
-from lora_fsdp.ranks import on_first_rank
+from lora_fsdp.ranks import on_first_of_hosts, on_first_rank
 from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.model_card import WriteCards, remove_model_card, try_to_write_card
 from lora_fsdp.reporting.recording.record import record_start
@@ -60,6 +60,7 @@ from lora_fsdp.training.saving.output_folder import (
     files_of,
 )
 from lora_fsdp.training.saving.run_lock import hold_folder, release_folder
+from lora_fsdp.training.saving.separate_disks import agree_on_resume
 from lora_fsdp.training.trainer import LoraTrainer
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,8 @@ def _run_one(
         trainer = _trainer(run, data, log)
     status = fsdp_status(trainer.model, traffic=trainer.host_traffic)
     # Only now: an earlier run outlives every mistake that is found before this one can start.
-    on_first_rank(lambda: _remove_earlier_run(output_dir, training_args))
+    on_these = on_first_of_hosts if training_args.save_on_each_node else on_first_rank
+    on_these(lambda: _remove_earlier_run(output_dir, training_args))
     if trainer.is_world_process_zero():
         with spent_on("report"):
             _announce(trainer, data, status)
@@ -306,7 +308,12 @@ def claim_output_folder(arguments: FineTuningArguments, *, inputs: Sequence[Path
     """
     folder = Path(arguments.output_dir or ".")
     end_with_launcher()
+    each = bool(arguments.save_on_each_node)
+    resume = agree_on_resume(folder, arguments.resume_from_checkpoint, on_each_host=each)
+    arguments.resume_from_checkpoint = resume  # type: ignore[assignment]
     on_first_rank(lambda: _claim(folder, arguments, inputs))
+    if each:
+        on_first_of_hosts(lambda: check_output_folder(folder, arguments))
     return folder
 
 

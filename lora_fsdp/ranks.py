@@ -6,6 +6,7 @@ The only place that asks the process group.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -51,6 +52,11 @@ def host() -> int:
         return 0
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
     return int(os.environ.get("GROUP_RANK", rank() // local))
+
+
+def is_first_of_host() -> bool:
+    """Whether this rank acts for its machine."""
+    return not is_joined() or int(os.environ.get("LOCAL_RANK", rank())) == 0
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> None:
@@ -121,6 +127,35 @@ def from_every_rank(value: Result) -> list[Result]:
     values: list[Result | None] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def from_rank(sender: int, value: Result) -> Result:
+    """`value` of one rank, on every rank. A collective call."""
+    if not has_others():
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=sender)
+    return held[0]
+
+
+def on_first_of_hosts(action: Callable[[], object]) -> None:
+    """Do `action` on rank 0, and then on the first rank of every other host. A collective call.
+
+    Raises:
+        LoraFsdpError: what was raised, on every rank; of another host than the first, by its name.
+    """
+    on_first_rank(action)
+    failure: LoraFsdpError | None = None
+    if is_first_of_host() and rank() != 0:
+        try:
+            action()
+        except LoraFsdpError as error:
+            failure = type(error)(f"{socket.gethostname()}: {error}")
+        except Exception as error:
+            failure = LaunchError(f"{socket.gethostname()}: {type(error).__name__}: {error}")
+    for one in from_every_rank(failure):
+        if one is not None:
+            raise one
 
 
 def check_ranks_agree(fingerprints: Mapping[str, str]) -> None:

@@ -41,7 +41,6 @@ REFUSED = {
     "optim_target_modules": "chooses among the base's weights, which are frozen",
     "parallelism_config": "is not supported: FSDP is configured by an accelerate YAML",
     "prediction_loss_only": _SCORED,
-    "save_on_each_node": "is not supported: the first process of all machines saves",
     "torch_compile": _PACKED,
     "torch_compile_backend": _PACKED,
     "torch_compile_mode": _PACKED,

@@ -266,6 +266,11 @@ class FineTuningArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ArgumentError(f"--{name} must be {least} or more, not {value}.")
+        if self.save_on_each_node and (self.seeds > 1 or self.folds or self.grid):
+            raise ArgumentError(
+                "--save_on_each_node is for one adapter: put the --output_dir of several (--seeds, "
+                "--folds, --grid) on a disk that all machines share, and remove it."
+            )
         if self.deepspeed:
             raise ArgumentError("DeepSpeed is not supported: remove --deepspeed.")
         check_optimizer(self.optim, self.optim_args)

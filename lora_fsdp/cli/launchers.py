@@ -144,7 +144,8 @@ _TORCHRUN = """\
 #!/bin/bash
 # bash @FILE@ FIRST_MACHINE     on every machine, at about the same time
 # Elastic: where a machine dies, the others start again from the last checkpoint, with as many
-# examples in a step; it may come back. Checkpoints must lie on a disk that all machines share.
+# examples in a step; it may come back. Checkpoints lie on a disk that all machines share; if there
+# is none, add --save_on_each_node true.
 set -euo pipefail
 FIRST=${1:?name the first machine, whose port 29500 is free}
 exec torchrun --nnodes 1:@MACHINES@ --nproc_per_node @GPUS@ --max_restarts 100 \\

@@ -44,8 +44,16 @@ def run_fingerprints(
     }
 
 
-# Arguments that may differ between ranks, because they concern one process only.
-_OF_ONE_RANK = {"local_rank", "log_level", "log_level_replica", "disable_tqdm", "logging_dir"}
+# Arguments that may differ between ranks, because they concern one process only; and whether to go
+# on, which `if_any` answers by each host's disk and the ranks agree on when training begins.
+_OF_ONE_RANK = {
+    "local_rank",
+    "log_level",
+    "log_level_replica",
+    "disable_tqdm",
+    "logging_dir",
+    "resume_from_checkpoint",
+}
 
 
 def digest_examples(examples: Sequence[EncodedExample]) -> str:

@@ -302,7 +302,8 @@ class LoraTrainer(Trainer):
             packed=self.packed,
             autocast=self.accelerator.autocast,
         )
-        return Checkpointer(writer, self.adapter, moves, facts)
+        each = bool(self.args.save_on_each_node)
+        return Checkpointer(writer, self.adapter, moves, facts, on_each_host=each)
 
     # ---- training -------------------------------------------------------------------------------
 

@@ -9,17 +9,14 @@ import json
 import signal
 import sys
 import time
-from collections import Counter
 
 import pytest
 
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.errors import ArgumentError
-from tests.support.elastic_run import EPOCHS, EXAMPLES_PER_STEP, ROWS
+from tests.support.elastic_run import RESULT, SIZES, check_ledger, lines_of
 from tests.support.hosts import hosts
 from tests.support.ranks import run_ranks
-
-STEPS = EPOCHS * ROWS // EXAMPLES_PER_STEP
 
 
 def words(hosts_, folder, *, seconds):
@@ -42,43 +39,17 @@ def start(hosts_, place, folder, *, seconds):
     return hosts_[place].start(given, log=log)
 
 
-def lines_of(folder):
-    found = []
-    for file in (folder / "ledger").iterdir():
-        found += [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-    return found
-
-
 def wait_for_step(folder, step, *, ranks, seconds):
     until = time.monotonic() + seconds
-    while not any(one["step"] >= step and one["ranks"] == ranks for one in lines_of(folder)):
+    while not any(
+        one["step"] >= step and one["ranks"] == ranks for one in lines_of(folder / "ledger")
+    ):
         assert time.monotonic() < until, f"no step {step} on {ranks} ranks: {logs(folder)}"
         time.sleep(0.1)
 
 
 def logs(folder):
     return "\n".join(file.read_text()[-3000:] for file in sorted(folder.glob("host*.log")))
-
-
-def check_ledger(folder):
-    """What the steps that count saw: of each, its last attempt."""
-    by_step = {}
-    for line in lines_of(folder):
-        attempts = by_step.setdefault(line["step"], {})
-        attempts.setdefault(round(line["attempt"] / 5), []).append(line)
-    assert sorted(by_step) == list(range(STEPS))
-    per_epoch = STEPS // EPOCHS
-    for epoch in range(EPOCHS):
-        seen = Counter()
-        for step in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-            last = max(by_step[step])
-            ranks = by_step[step][last]
-            assert len(ranks) == ranks[0]["ranks"]
-            rows = [row for line in ranks for row in line["rows"]]
-            assert len(rows) == EXAMPLES_PER_STEP  # however many ranks shared them
-            seen.update(rows)
-        assert set(seen.values()) == {1}
-        assert len(seen) == ROWS
 
 
 @pytest.mark.distributed
@@ -98,11 +69,11 @@ def test_a_host_dies_and_the_other_goes_on(tmp_path, way):
         assert noticed < 60, noticed
         assert processes[0].wait(timeout=120) == 0, logs(tmp_path)
         both[1].kill()
-    check_ledger(tmp_path)
-    assert {line["ranks"] for line in lines_of(tmp_path)} == {1, 2}
-    losses = json.loads((tmp_path / "run" / "losses.json").read_text())
+    check_ledger(lines_of(tmp_path / "ledger"))
+    assert {line["ranks"] for line in lines_of(tmp_path / "ledger")} == {1, 2}
+    losses = json.loads((tmp_path / "run" / RESULT).read_text())["losses"]
     whole = uninterrupted(tmp_path / "whole")
-    assert len(losses) == STEPS
+    assert len(losses) == SIZES.steps
     assert losses == pytest.approx(whole, rel=1e-3)
 
 
@@ -111,8 +82,8 @@ def uninterrupted(folder):
     with hosts(1) as one:
         process = start(one, 0, folder, seconds=0)
         assert process.wait(timeout=120) == 0, logs(folder)
-    check_ledger(folder)
-    return json.loads((folder / "run" / "losses.json").read_text())
+    check_ledger(lines_of(folder / "ledger"))
+    return json.loads((folder / "run" / RESULT).read_text())["losses"]
 
 
 @pytest.mark.distributed

@@ -47,7 +47,7 @@ def test_the_stored_numbers_are_those_of_today(found):
     # Otherwise: python -m benchmarks.scaling --plot
     stored = json.loads(FILE.read_text(encoding="utf-8"))["simulated"]
     assert [one["seconds"] for one in stored] == pytest.approx([one.seconds for one in found])
-    assert len(stored) == len(found) == 3 * 3 * len(LINKS) * len(COUNTS)
+    assert len(stored) == len(found) == 4 * 3 * len(LINKS) * len(COUNTS)
 
 
 def test_the_documentation_has_the_table_and_the_plot(found):

@@ -97,14 +97,34 @@ class Host:
         """Pull its cable."""
         _run("ip", "-n", self.namespace, "link", "set", "eth0", "down")
 
+    def mend(self) -> None:
+        """Plug its cable in again; what it sends arrives."""
+        _run("ip", "-n", self.namespace, "link", "set", "eth0", "up")
+        for state in ("permanent", "all"):
+            _run("ip", "-n", self.namespace, "neigh", "flush", "dev", "eth0", "nud", state)
+
+    def mute(self, others: Sequence[Host]) -> None:
+        """Lose every packet that it sends to others; it still gets theirs, and nobody is told.
+
+        Its packets go to a card that is not there.
+        """
+        for other in others:
+            if other is not self:
+                there = [other.address, "lladdr", "02:00:00:00:00:01", "nud", "permanent"]
+                _run("ip", "-n", self.namespace, "neigh", "replace", *there, "dev", "eth0")
+
     def kill(self) -> None:
         """End all that runs on it, at once, as where its power fails."""
+        for number in self.pids():
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+
+    def pids(self) -> list[int]:
+        """Of all processes that run on it."""
         found = subprocess.run(
             ["ip", "netns", "pids", self.namespace], capture_output=True, text=True, check=False
         )
-        for number in found.stdout.split():
-            with suppress(ProcessLookupError):
-                os.kill(int(number), signal.SIGKILL)
+        return [int(number) for number in found.stdout.split()]
 
     def _counters(self) -> dict[str, dict[str, int]]:
         shown = _run("ip", "-n", self.namespace, "-s", "-j", "link", "show", "eth0")

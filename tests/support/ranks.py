@@ -137,6 +137,27 @@ def start_ranks(
     return processes, pipes
 
 
+def start_on(
+    host: Host, function: Callable[..., Any], *arguments: Any, variables: Mapping[str, str]
+) -> BaseProcess:
+    """A process on a host that calls `function(*arguments)`; what it needs is imported already."""
+    process = _context.Process(
+        target=_main_on_host, args=(host.namespace, dict(variables), function, arguments)
+    )
+    process.start()
+    return process
+
+
+def _main_on_host(
+    namespace: str, variables: Mapping[str, str], function: Callable[..., Any], arguments: Any
+) -> None:
+    _enter(namespace)
+    os.environ.update(variables, GLOO_SOCKET_IFNAME="eth0")
+    torch.set_num_threads(1)
+    gc.freeze()
+    function(*arguments)
+
+
 def _collect(pipes: list[Connection]) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(pipes):

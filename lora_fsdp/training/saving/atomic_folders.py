@@ -81,6 +81,35 @@ def atomic_files(folder: Path, facts: Mapping[str, Any], *, last: str) -> Iterat
             raise
 
 
+@contextmanager
+def received_folder(folder: Path, *, last: str | None = None) -> Iterator[Path]:
+    """As `atomic_folder`, for a copy whose marker comes with it; with `last`, as `atomic_files`.
+
+    Raises:
+        CheckpointSaveError: it cannot be written, or what arrived is not what its marker says.
+    """
+    with _clear_message(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = _begin(folder if last is None else folder / FINAL_FILES)
+        try:
+            yield partial
+            for file in [path for path in partial.rglob("*") if path.is_file()]:
+                _flush(file)
+            try:
+                check_whole(partial)
+            except DamagedCheckpointError as error:
+                raise CheckpointSaveError(f"{folder} did not arrive whole: {error}.") from error
+            if last is None:
+                _take_place(partial, folder)
+            else:
+                (folder / last).unlink(missing_ok=True)
+                _move_files(partial, folder, last=last)
+                shutil.rmtree(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
 def add_file(folder: Path, name: str, text: str) -> None:
     """Add a file to what was saved in `folder`, and to its marker; both appear complete.
 

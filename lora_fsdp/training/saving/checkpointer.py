@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft.utils import CONFIG_NAME
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
@@ -32,6 +33,7 @@ from lora_fsdp.training.saving.checkpoints import (
     remove_old_checkpoints,
 )
 from lora_fsdp.training.saving.resume import check_can_resume
+from lora_fsdp.training.saving.separate_disks import agree_on_resume, give_to_hosts
 from lora_fsdp.training.saving.training_state import STATE_FILE, TrainingState
 from lora_fsdp.training.watching.adapter_moves import AdapterMoves
 
@@ -47,6 +49,7 @@ class Checkpointer:
         adapters: those that must be equal on every rank.
         moves: whether training has moved them; told so when an adapter is loaded.
         facts: what a checkpoint says of the run (`run_facts`).
+        on_each_host: what rank 0 writes goes to the disk of every other host as well.
         resumed: what the checkpoint that the run goes on from holds beside the adapter; `None` = it
             began anew.
     """
@@ -55,6 +58,7 @@ class Checkpointer:
     adapters: AdapterSet
     moves: AdapterMoves
     facts: dict[str, Any]
+    on_each_host: bool = False
     resumed: TrainingState | None = None
 
     # ---- saving ---------------------------------------------------------------------------------
@@ -69,10 +73,12 @@ class Checkpointer:
         answers = self.writer.answer_probes()
 
         def write() -> None:
-            with atomic_files(folder, self.facts, last="adapter_config.json") as partial:
+            with atomic_files(folder, self.facts, last=CONFIG_NAME) as partial:
                 self.writer.write(partial, answers, goes_to=folder, trained=self.moves.moved)
 
         on_first_rank(write)
+        if self.on_each_host:
+            give_to_hosts(folder, last=CONFIG_NAME)
 
     def save(
         self,
@@ -100,6 +106,11 @@ class Checkpointer:
         self.adapters.check_equal()
         answers = self.writer.answer_probes()
 
+        def tidy() -> None:
+            kept = state.best_model_checkpoint
+            keep = {folder, *([Path(kept)] if kept else [])}
+            remove_old_checkpoints(folder.parent, limit=limit, keep=keep)
+
         def write() -> None:
             with atomic_folder(folder, self.facts | {"step": state.global_step}) as partial:
                 self.writer.write(partial, answers, goes_to=folder, trained=self.moves.moved)
@@ -107,12 +118,12 @@ class Checkpointer:
                     training.write(partial)
                 state.stateful_callbacks = _states_of(callbacks)  # type: ignore[assignment]
                 state.save_to_json(str(partial / "trainer_state.json"))
-            kept = state.best_model_checkpoint
-            keep = {folder, *([Path(kept)] if kept else [])}
-            remove_old_checkpoints(folder.parent, limit=limit, keep=keep)
+            tidy()
             logger.debug("%s took %.2f s.", folder, time.perf_counter() - started)
 
         on_first_rank(write)
+        if self.on_each_host and give_to_hosts(folder):
+            tidy()
 
     # ---- loading --------------------------------------------------------------------------------
 
@@ -122,7 +133,9 @@ class Checkpointer:
         Raises:
             DamagedCheckpointError: there is no whole checkpoint to resume from.
             ResumeMismatchError: it is of a run with other data or settings.
+            RankMismatchError: the hosts do not see the same checkpoints.
         """
+        resume = agree_on_resume(run_folder, resume, on_each_host=self.on_each_host)
         checkpoint = on_first_rank(lambda: _prepare(run_folder, resume))
         self.resumed = None if checkpoint is None else self._read(checkpoint)
         return checkpoint
