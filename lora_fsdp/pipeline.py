@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -39,18 +38,20 @@ from lora_fsdp.placement.gpus import known_gpu
 from lora_fsdp.planning.predicted import predicted
 from lora_fsdp.printing import say, visible
 from lora_fsdp.ranks import on_first_rank
-from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.model_card import WriteCards, remove_model_card, try_to_write_card
 from lora_fsdp.reporting.recording.record import record_start
+from lora_fsdp.reporting.report import try_to_write_report
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.sweeps.earlier import earlier_files
 from lora_fsdp.sweeps.grid import is_several
+from lora_fsdp.sweeps.once import Once
 from lora_fsdp.sweeps.results import Summary
-from lora_fsdp.sweeps.run import RanAlone, RunAlone, Several, check_several
-from lora_fsdp.tasks import Example, Task
+from lora_fsdp.sweeps.run import Several, check_several
+from lora_fsdp.sweeps.turns import RanAlone, RunAlone
+from lora_fsdp.tasks import Task
 from lora_fsdp.training.calibrating import calibrate, save_calibration
 from lora_fsdp.training.logging.log_history import KeepLog
-from lora_fsdp.training.rivals import Untrained, rows_to_probe, score_untrained
+from lora_fsdp.training.rivals import rows_to_probe, score_untrained
 from lora_fsdp.training.saving.atomic_folders import remove_leftovers, writing_into
 from lora_fsdp.training.saving.output_folder import (
     check_inputs_stay,
@@ -60,8 +61,6 @@ from lora_fsdp.training.saving.output_folder import (
 )
 from lora_fsdp.training.saving.run_lock import hold_folder, release_folder
 from lora_fsdp.training.trainer import LoraTrainer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,16 +135,16 @@ def _finetune_several(run: _Run, task: Task | None) -> FineTuningResult:
     with ExitStack() as held:
         held.callback(release_folder, output_dir)
         held.enter_context(writing_into(output_dir))
-        several = Several(
+        once = Once(
             model=run.model,
             lora=run.lora,
             data_args=run.data,
             training=run.training,
             data=_load_data(run, task, choosing=False),
             tokenizer=load_tokenizer(run.model),
-            train_alone=partial(_run_alone, run),
         )
-        return FineTuningResult(output_dir, None, several.data.task, several.run())
+        summary = Several(once, partial(_run_alone, run)).run()
+        return FineTuningResult(output_dir, None, once.data.task, summary)
 
 
 def _run_alone(run: _Run, alone: RunAlone) -> RanAlone:
@@ -153,38 +152,37 @@ def _run_alone(run: _Run, alone: RunAlone) -> RanAlone:
     own = run._replace(lora=alone.lora, training=alone.training)
     folder = claim_output_folder(alone.training)
     try:
-        return _run_one(own, alone.data, untrained=alone.untrained, asked=alone.test)
+        return _run_one(own, alone.data, alone)
     finally:
         release_folder(folder)
 
 
-def _run_one(
-    run: _Run,
-    data: TaskData,
-    *,
-    untrained: Untrained | None = None,
-    asked: Sequence[Example] = (),
-) -> RanAlone:
+def _run_one(run: _Run, data: TaskData, alone: RunAlone | None = None) -> RanAlone:
     """Train, save and score one adapter.
 
     Args:
         run: its arguments.
         data: its examples.
-        untrained: what the untrained model gives for the reported ones, if that is known.
-        asked: further examples of which the tuned model's answers are wanted.
+        alone: as one of several: what is known already, and what else is asked.
     """
     training_args, output_dir = run.training, Path(run.training.output_dir or ".")
     set_seed(training_args.seed)  # the adapter's first values
     adapter = lora_config(run.lora, revision=run.model.model_revision)
     log = KeepLog(output_dir)
+    base = (
+        open_base(run.model, device=training_args.device, peft_config=adapter)
+        if alone is None
+        else alone.base.take(adapter)
+    )
+    tokens = (lambda examples: examples) if alone is None else alone.tokens
     trainer = LoraTrainer(
-        model=open_base(run.model, device=training_args.device, peft_config=adapter),
+        model=base,
         args=training_args,
         task=data.task,
         processing_class=load_tokenizer(run.model),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        test_dataset=data.test,
+        train_dataset=tokens(data.train),
+        eval_dataset=tokens(data.held_out),
+        test_dataset=tokens(data.test),
         peft_config=adapter,
         adapter_name_or_path=run.lora.adapter_name_or_path,
         max_length=run.data.max_length,
@@ -200,26 +198,28 @@ def _run_one(
         _announce(trainer, data, status)
         named = {"model": run.model, "adapter": run.lora, "data": run.data}
         record_start(output_dir, trainer=trainer, data=data, status=status, asked=named)
-    ran = _train_and_compare(trainer, data, log, untrained=untrained, asked=asked)
+    ran = _train_and_compare(trainer, data, log, alone)
     if trainer.is_world_process_zero():
         ran.comparison.save(output_dir)
         try_to_write_card(output_dir)
         say(f"\n{ran.comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
-        _report(output_dir)
+        if (page := try_to_write_report(output_dir)) is not None:
+            say(f"Report: {page}", flush=True)
     trainer.accelerator.wait_for_everyone()
+    if alone is not None:
+        alone.base.give_back(trainer, base)
     return ran
 
 
 def _train_and_compare(
-    trainer: LoraTrainer,
-    data: TaskData,
-    log: KeepLog,
-    *,
-    untrained: Untrained | None,
-    asked: Sequence[Example],
+    trainer: LoraTrainer, data: TaskData, log: KeepLog, alone: RunAlone | None
 ) -> RanAlone:
     reported = trainer.test_dataset or trainer.held_out
-    untrained = score_untrained(trainer, reported) if untrained is None else untrained
+    untrained = None if alone is None else alone.untrained
+    if untrained is None:
+        # Loaders draw numbers, too: dropout is to be the same where these scores are known already.
+        with torch.random.fork_rng(devices=()):
+            untrained = score_untrained(trainer, reported)
     with trainer.model.disable_adapter():
         base_texts = _generate_freely(trainer, reported)
     trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
@@ -248,6 +248,7 @@ def _train_and_compare(
             **calibrated.facts,
         },
     )
+    asked = alone.tokens(alone.test) if alone is not None else []
     return RanAlone(comparison, untrained, trainer.outputs(asked) if asked else None)
 
 
@@ -384,14 +385,6 @@ def _generate_freely(trainer: LoraTrainer, examples: Sequence[EncodedExample]) -
     )
     release_gathered(trainer.model)
     return texts
-
-
-def _report(folder: Path) -> None:
-    """Draw the report. The run is saved by now: what goes wrong here is said, and costs nothing."""
-    try:
-        say(f"Report: {folder / write_report(folder).name}", flush=True)
-    except Exception as error:  # whatever it is, it must not turn a saved run into a failed one
-        logger.error("The report could not be written (%s: %s).", type(error).__name__, error)
 
 
 def _facts(

@@ -15,6 +15,9 @@ SWEEP_FILE = "sweep.json"
 OUT_OF_FOLD_FILE = "out_of_fold.csv"
 REPORT_FILE = "comparison.html"
 _BESIDE_THE_REPORT = ("comparison.json", "comparison_figures")
+#: In an adapter's folder: its figures on the test rows; why it was stopped before its end.
+TEST_FILE = "test_metrics.json"
+STOPPED_FILE = "stopped.json"
 #: Where adapters that share a pass keep their common checkpoints, with a number.
 TOGETHER = "together"
 _FILES = (PLAN_FILE, SWEEP_FILE, OUT_OF_FOLD_FILE, REPORT_FILE, *_BESIDE_THE_REPORT)

@@ -56,6 +56,25 @@ def test_seeds_give_an_adapter_each_and_one_figure(seeds, place, capsys):
     assert not list(root.glob("together-*"))
 
 
+def test_each_of_a_pass_has_what_a_run_alone_leaves(place):
+    many = {"data": {"eval_size": 60, "max_rows": 100}}  # enough to calibrate on
+    toy_sweep(place / "many", "pass", seeds=2, rows=120, **many)
+    toy_sweep(place / "many", "alone", seed=3, step="eager", rows=120, **many)
+    alone, shared = place / "many" / "alone", place / "many" / "pass" / "seed-3"
+    names = {path.name for path in alone.iterdir()}
+    assert {"calibration.json", "report.html", "run_record.json", "data_health.json"} <= names
+    assert names - {path.name for path in shared.iterdir()} == set()
+    mine, theirs = (json.loads((one / "calibration.json").read_text()) for one in (shared, alone))
+    assert mine["temperature"] == pytest.approx(theirs["temperature"], rel=1e-4)
+    assert mine["rows"] == theirs["rows"] == 60
+    mine, theirs = (json.loads((one / "run_record.json").read_text()) for one in (shared, alone))
+    assert mine.keys() == theirs.keys()
+    for key in ("task", "training_rows", "examples_per_step", "asking", "prompt", "splits"):
+        assert mine[key] == theirs[key], key
+    mine, theirs = (json.loads((one / "metrics.json").read_text()) for one in (shared, alone))
+    assert mine["calibration"]["after"] == pytest.approx(theirs["calibration"]["after"], rel=1e-4)
+
+
 def test_each_is_a_plain_peft_folder_that_answers_as_it_was_scored(seeds, place):
     base, _ = prepared(place)
     folder = place / "seeds" / "seed-4"
@@ -122,13 +141,13 @@ def test_what_is_finished_is_not_done_again(seeds, place, monkeypatch):
     (root / "seed-4" / "metrics.json").unlink()  # killed before it was scored
     before = adapter_of(root / "seed-4")
     trained = []
-    original = sweep_run.Several._train_together
+    original = sweep_run.train_over_one_pass
 
-    def noting(self, base, number, members, untrained):
+    def noting(once, number, members):
         trained.extend(members)
-        original(self, base, number, members, untrained)
+        original(once, number, members)
 
-    monkeypatch.setattr(sweep_run.Several, "_train_together", noting)
+    monkeypatch.setattr(sweep_run, "train_over_one_pass", noting)
     found = toy_sweep(place, "resumed", seeds=3, resume_from_checkpoint="true")
     assert trained == ["seed-4", "seed-5"]
     assert found.summary.spread(0) == seeds.summary.spread(0)

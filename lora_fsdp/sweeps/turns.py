@@ -1,0 +1,89 @@
+"""Adapters that share no pass: each trained as its own run, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lora_fsdp.arguments import FineTuningArguments, LoraArguments
+from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.data.rows import TaskData
+from lora_fsdp.evaluation.comparison import Comparison
+from lora_fsdp.printing import say
+from lora_fsdp.ranks import on_first_rank, rank
+from lora_fsdp.sweeps.grid import Asked
+from lora_fsdp.sweeps.kept_base import KeptBase
+from lora_fsdp.sweeps.once import Once
+from lora_fsdp.tasks import Example
+from lora_fsdp.tasks.answers import ModelOutputs
+from lora_fsdp.training.rivals import Untrained
+
+
+@dataclass(frozen=True)
+class RunAlone:
+    """What an adapter is trained with in its turn.
+
+    Attributes:
+        lora, training: its own arguments.
+        data: its examples.
+        tokens: the same as token ids.
+        base: the base, to be taken and given back.
+        untrained: what the untrained model gives for its held-out rows, if that is known.
+        test: rows of which only the tuned model's answers are wanted.
+    """
+
+    lora: LoraArguments
+    training: FineTuningArguments
+    data: TaskData
+    tokens: Callable[[Sequence[Example]], list[EncodedExample]]
+    base: KeptBase
+    untrained: Untrained | None
+    test: list[Example]
+
+
+@dataclass(frozen=True)
+class RanAlone:
+    """What it came to, and what the untrained model gives for its held-out rows.
+
+    `test` is `None` where there are no test rows.
+    """
+
+    comparison: Comparison
+    untrained: Untrained
+    test: ModelOutputs | None
+
+
+def train_in_turn(
+    once: Once,
+    one: Asked,
+    arguments: FineTuningArguments,
+    *,
+    train_alone: Callable[[RunAlone], RanAlone],
+) -> None:
+    """Train one adapter by itself, into its folder, and score it. A collective call.
+
+    Args:
+        once: what all adapters have in common.
+        one: the adapter.
+        arguments: its own.
+        train_alone: trains and scores.
+    """
+    folder = once.root / one.name
+    goes_on = once.training.resume_from_checkpoint and any(folder.glob("checkpoint-*"))
+    arguments.resume_from_checkpoint = True if goes_on else None  # type: ignore[assignment]
+    arguments.overwrite_output_dir = True  # what is left of a session that was killed
+    if rank() == 0:
+        say(f"\n{one.name}:", flush=True)
+    ran = train_alone(
+        RunAlone(
+            one.adapter(once.lora),
+            arguments,
+            once.data_of(one),
+            once.tokens,
+            once.base,
+            once.untrained.get(one.fold),
+            once.rows.test,
+        )
+    )
+    once.know(one.fold, ran.untrained, ran.comparison)
+    on_first_rank(lambda: once.write_results(one.name, ran.comparison, ran.test))
