@@ -45,7 +45,7 @@ from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.sweeps.earlier import earlier_files
 from lora_fsdp.sweeps.grid import is_several
 from lora_fsdp.sweeps.once import Once
-from lora_fsdp.sweeps.results import Summary
+from lora_fsdp.sweeps.outcome.summary import Summary
 from lora_fsdp.sweeps.run import Several, check_several
 from lora_fsdp.sweeps.turns import RanAlone, RunAlone
 from lora_fsdp.tasks import Task

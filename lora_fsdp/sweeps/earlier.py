@@ -13,14 +13,21 @@ PLAN_FILE = "sweep_plan.json"
 SWEEP_FILE = "sweep.json"
 #: With folds, every row answered by an adapter that had not learnt from it.
 OUT_OF_FOLD_FILE = "out_of_fold.csv"
-REPORT_FILE = "comparison.html"
-_BESIDE_THE_REPORT = ("comparison.json", "comparison_figures")
+#: The page about all of them, and the one that sets every two side by side.
+REPORT_FILE = "report.html"
+COMPARISON_FILE = "comparison.html"
+_PAGES = (
+    REPORT_FILE, "report.json", "report_figures",
+    COMPARISON_FILE, "comparison.json", "comparison_figures",
+)  # fmt: skip
 #: In an adapter's folder: its figures on the test rows; why it was stopped before its end.
 TEST_FILE = "test_metrics.json"
+#: A key of the first.
+TEST_INTERVAL = "interval"
 STOPPED_FILE = "stopped.json"
 #: Where adapters that share a pass keep their common checkpoints, with a number.
 TOGETHER = "together"
-_FILES = (PLAN_FILE, SWEEP_FILE, OUT_OF_FOLD_FILE, REPORT_FILE, *_BESIDE_THE_REPORT)
+_FILES = (PLAN_FILE, SWEEP_FILE, OUT_OF_FOLD_FILE, *_PAGES)
 
 
 def earlier_files(root: Path) -> list[Path]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
@@ -15,11 +17,12 @@ from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArgument
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.rows import TaskData, encoder_of
 from lora_fsdp.evaluation.comparison import Comparison
-from lora_fsdp.evaluation.metrics import evaluation_metrics
-from lora_fsdp.evaluation.outputs import write_json
+from lora_fsdp.evaluation.intervals import PairedBootstrap
+from lora_fsdp.evaluation.metrics import answers_of, evaluation_metrics
+from lora_fsdp.evaluation.outputs import TUNED, write_json
 from lora_fsdp.evaluation.verdict import BASELINE
 from lora_fsdp.reporting.run_files import METRICS_FILE
-from lora_fsdp.sweeps.earlier import STOPPED_FILE, TEST_FILE
+from lora_fsdp.sweeps.earlier import STOPPED_FILE, TEST_FILE, TEST_INTERVAL
 from lora_fsdp.sweeps.grid import Asked, asked_adapters
 from lora_fsdp.sweeps.kept_base import KeptBase
 from lora_fsdp.sweeps.rows import RowsOfRun, rows_of_run
@@ -136,6 +139,31 @@ class Once:
         """Write an adapter's figures into its folder; for one rank to call."""
         folder = self.root / name
         if test is not None:
-            metrics = evaluation_metrics(self.data.task, self.tokens(self.rows.test), test)
+            metrics: dict[str, Any] = dict(self._test_metrics(test))
+            metrics[TEST_INTERVAL] = self._test_interval(test, metrics)
             write_json(folder / TEST_FILE, metrics)
         comparison.save(folder)  # last: `metrics.json` says that the adapter is finished
+
+    def _test_metrics(self, test: ModelOutputs) -> Mapping[str, float]:
+        return evaluation_metrics(self.data.task, self.tokens(self.rows.test), test)
+
+    def _test_interval(
+        self, test: ModelOutputs, metrics: Mapping[str, float]
+    ) -> list[float] | None:
+        """Of the deciding metric over other test rows; `None` where rows do not give it."""
+        examples, task = self.rows.test, self.data.task
+        kind, metric = task.answer_kind, task.primary_metric
+        scores = kind.row_scores(metric, examples, test)
+        weights = kind.row_weights(metric, examples, test)
+        bootstrap = PairedBootstrap(
+            answers_of(task, examples),
+            {TUNED: ["" if one is None else one for one in kind.answers(examples, test)]},
+            labels=kind.labels,
+            scores={} if scores is None else {(TUNED, metric): scores},
+            weights={} if weights is None else {(TUNED, metric): weights},
+        )
+        if not bootstrap.knows(TUNED, metric):
+            return None
+        found = bootstrap.interval(TUNED, metric)
+        same = np.isclose(found.value, metrics[metric], atol=1e-6)
+        return [found.low, found.high] if same else None

@@ -19,10 +19,10 @@ from lora_fsdp.ranks import on_first_rank, rank
 from lora_fsdp.sweeps.earlier import PLAN_FILE
 from lora_fsdp.sweeps.grid import asked_adapters
 from lora_fsdp.sweeps.once import Once
+from lora_fsdp.sweeps.outcome.summary import Summary
+from lora_fsdp.sweeps.outcome.summing_up import sum_up
 from lora_fsdp.sweeps.passes import train_over_one_pass
-from lora_fsdp.sweeps.results import Summary
 from lora_fsdp.sweeps.sharing import Groups, group
-from lora_fsdp.sweeps.summing_up import sum_up
 from lora_fsdp.sweeps.turns import RanAlone, RunAlone, train_in_turn
 
 _Members = Mapping[str, tuple[FineTuningArguments, LoraConfig]]

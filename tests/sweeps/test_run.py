@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lora_fsdp.sweeps.run as sweep_run
+from lora_fsdp.cli.main import main
 from lora_fsdp.errors import ArgumentError, OutputFolderError, ResumeMismatchError
 from lora_fsdp.evaluation.prediction import Predictor
 from tests.support.ranks import launch_environment, run_ranks
@@ -132,6 +133,37 @@ def test_a_grid_is_chosen_by_validation_rows_and_told_on_the_test_rows(place, ca
     trained = json.loads((place / "grid" / "run-2" / "metrics.json").read_text())["training_rows"]
     assert len(validation) == 12
     assert trained == 60 - 12 - 12
+
+
+def test_a_sweep_has_one_page_that_its_folder_alone_gives_again(place, capsys):
+    root = place / "grid"
+    page = (root / "report.html").read_text()
+    contents = json.loads((root / "report.json").read_text())
+    assert [line["is_best"] for line in contents["settings"]].count(True) == 1
+    means = [line["mean"] for line in contents["settings"]]
+    assert means == sorted(means, reverse=True)
+    assert contents["curves"].keys() == {"run-1", "run-2", "run-3", "run-4"}
+    assert all(contents["curves"].values())
+    for name in ("run-1", "run-4"):
+        assert f'href="{name}/report.html"' in page
+        assert (root / name / "report.html").is_file()
+    for name in ("settings", "loss"):
+        assert (root / "report_figures" / f"{name}.svg").is_file()
+    (root / "report.html").unlink()
+    assert main(["report", str(root)]) == 0
+    again = (root / "report.html").read_text()
+    assert again.replace(_moment(again), "") == page.replace(_moment(page), "")
+
+
+def _moment(page):
+    return page[page.index("Written ") :][:30]
+
+
+def test_a_page_of_seeds_says_both_spreads(seeds, place):
+    contents = json.loads((place / "seeds" / "report.json").read_text())
+    [line] = contents["settings"]
+    assert line["low"] < line["mean"] < line["high"]
+    assert line["deviation"] == pytest.approx(seeds.summary.spread(0).deviation)
 
 
 def test_what_is_finished_is_not_done_again(seeds, place, monkeypatch):
