@@ -106,13 +106,14 @@ def test_the_more_settings_are_tried_the_more_is_taken_off_the_best():
     # All are as good as each other (0.7): whichever is the best was lucky.
     corrections, errors = [], []
     for count in (2, 5, 20):
-        found = []
+        found, alike = [], 0
         for seed in range(12):
             members = [drawn_member(str(n), n, 0.7, seed=seed) for n in range(count)]
             choice = summary(*members, chooses=True).choice
             found.append((choice.score, choice.corrected))
-            assert len(choice.not_worse) >= 0.75 * (count - 1)  # chance, and so it says
+            alike += len(choice.not_worse)
         score, corrected = np.mean(found, axis=0)
+        assert alike >= 0.9 * 12 * (count - 1)  # the differences are chance, and so it says
         corrections.append(score - corrected)
         errors.append((score - 0.7, corrected - 0.7))
     assert 0 < corrections[0] < corrections[1] < corrections[2]

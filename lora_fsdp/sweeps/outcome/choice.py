@@ -71,7 +71,8 @@ def chosen(settings: Mapping[int, Sequence[MemberResult]], best: int, metric: st
     picked = drawn.argmax(axis=0)
     optimism = drawn[picked, np.arange(drawn.shape[1])].mean() - table[picked, 0].mean()
     place = numbers.index(best)
-    tail = 100 * (1 - CONFIDENCE) / (len(numbers) - 1)
+    # The best is above the others by definition: both tails of a difference are its own.
+    tail = 100 * (1 - CONFIDENCE) / 2 / (len(numbers) - 1)
     behind = np.percentile(drawn[place] - drawn, tail, axis=1)
     return Choice(
         best,
