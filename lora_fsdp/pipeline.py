@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -44,10 +44,12 @@ from lora_fsdp.reporting.report import try_to_write_report
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.sweeps.earlier import earlier_files
 from lora_fsdp.sweeps.grid import is_several
+from lora_fsdp.sweeps.kept_base import OpenBase
 from lora_fsdp.sweeps.once import Once
 from lora_fsdp.sweeps.outcome.summary import Summary
 from lora_fsdp.sweeps.run import Several, check_several
-from lora_fsdp.sweeps.turns import RanAlone, RunAlone
+from lora_fsdp.sweeps.stopping import StopAtShare
+from lora_fsdp.sweeps.turns import RanAlone, RunAlone, TrainAlone
 from lora_fsdp.tasks import Task
 from lora_fsdp.training.calibrating import calibrate, save_calibration
 from lora_fsdp.training.logging.log_history import KeepLog
@@ -143,7 +145,8 @@ def _finetune_several(run: _Run, task: Task | None) -> FineTuningResult:
             data=_load_data(run, task, choosing=False),
             tokenizer=load_tokenizer(run.model),
         )
-        summary = Several(once, partial(_run_alone, run)).run()
+        alone = TrainAlone(partial(_run_alone, run), partial(_run_to_share, run))
+        summary = Several(once, alone).run()
         return FineTuningResult(output_dir, None, once.data.task, summary)
 
 
@@ -157,6 +160,23 @@ def _run_alone(run: _Run, alone: RunAlone) -> RanAlone:
         release_folder(folder)
 
 
+def _run_to_share(run: _Run, alone: RunAlone, share: float) -> float:
+    """One adapter of several up to a share of its steps, with a checkpoint there: its score."""
+    own = run._replace(lora=alone.lora, training=alone.training)
+    folder = claim_output_folder(alone.training)
+    try:
+        trainer, base, _ = _begin(own, alone.data, alone)
+        stop = StopAtShare(trainer, share)
+        if (known := on_first_rank(stop.known)) is None:
+            trainer.add_callback(stop)
+            trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+            known = stop.score
+        alone.base.give_back(trainer, base)
+        return float(cast(float, known))
+    finally:
+        release_folder(folder)
+
+
 def _run_one(run: _Run, data: TaskData, alone: RunAlone | None = None) -> RanAlone:
     """Train, save and score one adapter.
 
@@ -165,11 +185,30 @@ def _run_one(run: _Run, data: TaskData, alone: RunAlone | None = None) -> RanAlo
         data: its examples.
         alone: as one of several: what is known already, and what else is asked.
     """
+    trainer, base, log = _begin(run, data, alone)
+    output_dir = Path(run.training.output_dir or ".")
+    ran = _train_and_compare(trainer, data, log, alone)
+    if trainer.is_world_process_zero():
+        ran.comparison.save(output_dir)
+        try_to_write_card(output_dir)
+        say(f"\n{ran.comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
+        if (page := try_to_write_report(output_dir)) is not None:
+            say(f"Report: {page}", flush=True)
+    trainer.accelerator.wait_for_everyone()
+    if alone is not None:
+        alone.base.give_back(trainer, base)
+    return ran
+
+
+def _begin(
+    run: _Run, data: TaskData, alone: RunAlone | None
+) -> tuple[LoraTrainer, OpenBase, KeepLog]:
+    """Make the trainer, say what is about to happen, and write that down."""
     training_args, output_dir = run.training, Path(run.training.output_dir or ".")
     set_seed(training_args.seed)  # the adapter's first values
     adapter = lora_config(run.lora, revision=run.model.model_revision)
     log = KeepLog(output_dir)
-    base = (
+    base: OpenBase = (
         open_base(run.model, device=training_args.device, peft_config=adapter)
         if alone is None
         else alone.base.take(adapter)
@@ -198,17 +237,7 @@ def _run_one(run: _Run, data: TaskData, alone: RunAlone | None = None) -> RanAlo
         _announce(trainer, data, status)
         named = {"model": run.model, "adapter": run.lora, "data": run.data}
         record_start(output_dir, trainer=trainer, data=data, status=status, asked=named)
-    ran = _train_and_compare(trainer, data, log, alone)
-    if trainer.is_world_process_zero():
-        ran.comparison.save(output_dir)
-        try_to_write_card(output_dir)
-        say(f"\n{ran.comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
-        if (page := try_to_write_report(output_dir)) is not None:
-            say(f"Report: {page}", flush=True)
-    trainer.accelerator.wait_for_everyone()
-    if alone is not None:
-        alone.base.give_back(trainer, base)
-    return ran
+    return trainer, base, log
 
 
 def _train_and_compare(

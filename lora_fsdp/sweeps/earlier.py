@@ -11,6 +11,12 @@ from lora_fsdp.errors import ArgumentError, DamagedRunError, LoraFsdpError, Outp
 PLAN_FILE = "sweep_plan.json"
 #: What it came to.
 SWEEP_FILE = "sweep.json"
+#: With successive halving, what each adapter scored at the end of each stage.
+HALVING_FILE = "halving.json"
+#: In an adapter's folder: where a stage of a shared pass left it.
+STAGE_FILE = "stage_state.safetensors"
+#: In an adapter's folder: its scores where its turns ended, by the step.
+STAGE_SCORES_FILE = "stage_scores.json"
 #: With folds, every row answered by an adapter that had not learnt from it.
 OUT_OF_FOLD_FILE = "out_of_fold.csv"
 #: The page about all of them, and the one that sets every two side by side.
@@ -27,7 +33,7 @@ TEST_INTERVAL = "interval"
 STOPPED_FILE = "stopped.json"
 #: Where adapters that share a pass keep their common checkpoints, with a number.
 TOGETHER = "together"
-_FILES = (PLAN_FILE, SWEEP_FILE, OUT_OF_FOLD_FILE, *_PAGES)
+_FILES = (PLAN_FILE, SWEEP_FILE, HALVING_FILE, OUT_OF_FOLD_FILE, *_PAGES)
 
 
 def earlier_files(root: Path) -> list[Path]:
@@ -38,7 +44,7 @@ def earlier_files(root: Path) -> list[Path]:
     """
     if not (root / PLAN_FILE).is_file():
         return []
-    names = [*_FILES, *(path.name for path in root.glob(f"{TOGETHER}-[0-9]"))]
+    names = [*_FILES, *(path.name for path in root.glob(f"{TOGETHER}-*"))]
     found = [root / name for name in dict.fromkeys([*members(root), *names])]
     there = [path for path in found if path.exists() or path.is_symlink()]
     for path in there:

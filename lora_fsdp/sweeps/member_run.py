@@ -22,13 +22,15 @@ from lora_fsdp.data.rows import TaskData
 from lora_fsdp.data.sampling import ScoringSequences
 from lora_fsdp.distributed.status import fsdp_status
 from lora_fsdp.evaluation.comparison import Comparison, compare
-from lora_fsdp.evaluation.outputs import LOG_FILE
+from lora_fsdp.evaluation.metrics import evaluation_metrics
+from lora_fsdp.evaluation.outputs import LOG_FILE, write_atomically
 from lora_fsdp.evaluation.untrained import AS_TRAINED
 from lora_fsdp.placement.decide import Placement
 from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.reporting.model_card import try_to_write_card
 from lora_fsdp.reporting.recording.record import record_start
 from lora_fsdp.reporting.report import try_to_write_report
+from lora_fsdp.sweeps.earlier import STAGE_FILE
 from lora_fsdp.sweeps.grid import Asked
 from lora_fsdp.sweeps.once import Once
 from lora_fsdp.tasks.answers import ModelOutputs
@@ -37,6 +39,7 @@ from lora_fsdp.training.prepared import longest_answer
 from lora_fsdp.training.rivals import rows_to_probe, score_base
 from lora_fsdp.training.saving.adapter_writer import AdapterWriter
 from lora_fsdp.training.saving.atomic_folders import atomic_files
+from lora_fsdp.training.saving.state_file import read_state, write_state
 from lora_fsdp.training.scorer import RunScorer
 from lora_fsdp.training.together.loop import AdaptersTogether
 from lora_fsdp.training.together.members import Member
@@ -152,6 +155,24 @@ class MemberRun:
             )
         )
 
+    def go_on_from_stage(self) -> None:
+        """Go on from where an earlier stage has left the adapter, if there was one."""
+        if (self.folder / STAGE_FILE).is_file():
+            self.member.put_back(read_state(self.folder / STAGE_FILE))
+
+    def leave_stage(self) -> float:
+        """Keep all that its next step depends on; its score on its held-out rows."""
+
+        def write() -> None:
+            state = self.member.state()
+            write_atomically(self.folder / STAGE_FILE, lambda draft: write_state(draft, state))
+
+        on_first_rank(write)
+        with self.together.only(self.member):
+            outputs = self.scorer.outputs(self._loader(self.held_out))
+        task = self.data.task
+        return float(evaluation_metrics(task, self.held_out, outputs)[task.primary_metric])
+
     def save_and_score(self, seconds: float) -> None:
         """Save the adapter as its own run would, then score it and report on it.
 
@@ -168,6 +189,7 @@ class MemberRun:
 
         def write() -> None:
             self._write_log()
+            (self.folder / STAGE_FILE).unlink(missing_ok=True)
             once.write_results(self.asked.name, comparison, test)
             try_to_write_card(self.folder)
             try_to_write_report(self.folder)

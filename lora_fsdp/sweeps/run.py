@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 from peft import LoraConfig
 from transformers import PreTrainedModel
@@ -16,14 +19,16 @@ from lora_fsdp.errors import ArgumentError, ResumeMismatchError
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.printing import say
 from lora_fsdp.ranks import on_first_rank, rank
-from lora_fsdp.sweeps.earlier import PLAN_FILE
+from lora_fsdp.sweeps.earlier import PLAN_FILE, STOPPED_FILE, TOGETHER
 from lora_fsdp.sweeps.grid import asked_adapters
+from lora_fsdp.sweeps.halving import Scores, Stage, best_settings, stages
 from lora_fsdp.sweeps.once import Once
+from lora_fsdp.sweeps.outcome.member import is_loss
 from lora_fsdp.sweeps.outcome.summary import Summary
 from lora_fsdp.sweeps.outcome.summing_up import sum_up
-from lora_fsdp.sweeps.passes import train_over_one_pass
+from lora_fsdp.sweeps.passes import note_stopped, train_over_one_pass
 from lora_fsdp.sweeps.sharing import Groups, group
-from lora_fsdp.sweeps.turns import RanAlone, RunAlone, train_in_turn
+from lora_fsdp.sweeps.turns import TrainAlone, train_in_turn
 
 _Members = Mapping[str, tuple[FineTuningArguments, LoraConfig]]
 
@@ -34,11 +39,11 @@ class Several:
 
     Attributes:
         once: what they have in common.
-        train_alone: trains and scores one adapter by itself, into its folder.
+        train_alone: trains and scores one adapter by itself.
     """
 
     once: Once
-    train_alone: Callable[[RunAlone], RanAlone]
+    train_alone: TrainAlone
 
     def run(self) -> Summary:
         """Train and score every adapter that is not finished yet, and sum up.
@@ -53,14 +58,69 @@ class Several:
             one.name: (one.arguments(once.training, once.root), once.config(one))
             for one in once.asked
         }
-        groups = self.groups(members)
-        self._announce(groups)
-        on_first_rank(lambda: self._note_plan(members))
-        for number, names in enumerate(groups.together):
-            train_over_one_pass(once, number, {name: members[name] for name in names})
-        for name in groups.apart:
-            train_in_turn(once, once.of(name), members[name][0], train_alone=self.train_alone)
+        self._announce(self.groups(members))
+        on_first_rank(self._note_plan)
+        if once.training.search == "halving":
+            self._halve(members)
+        else:
+            self._train(members)
+        for left in once.root.glob(f"{TOGETHER}-*"):  # of a session that was killed
+            on_first_rank(partial(shutil.rmtree, left, ignore_errors=True))
         return on_first_rank(lambda: sum_up(once))
+
+    def _train(
+        self,
+        members: _Members,
+        stage: Stage | None = None,
+        note: Callable[[Mapping[str, float | None]], None] = lambda scores: None,
+    ) -> None:
+        """Train those that are not finished, to the end or up to that of a stage.
+
+        Args:
+            members: arguments and settings of each, by its name.
+            stage: up to where; `None` = to the end.
+            note: is told the scores at the end of a stage.
+        """
+        groups = self.groups(members)
+        for names in groups.together:
+            sharing = {name: members[name] for name in names}
+            note(train_over_one_pass(self.once, sharing, stage))
+        for name in groups.apart:
+            one, arguments = self.once.of(name), members[name][0]
+            score = train_in_turn(
+                self.once, one, arguments, train_alone=self.train_alone, stage=stage
+            )
+            note({name: score})
+
+    def _halve(self, members: _Members) -> None:
+        """Train all up to a share of their steps, and the best ones on, stage by stage."""
+        once, sign = self.once, -1 if is_loss(self.once.data.task.primary_metric) else 1
+        setting_of = {one.name: one.setting for one in once.asked}
+        *early, last = stages(len(set(setting_of.values())))
+        resumes = bool(once.training.resume_from_checkpoint)
+        scores, left = on_first_rank(lambda: Scores.begin(once.root, resumes)), list(members)
+        for stage, after in pairwise([*early, last]):
+            missing = [name for name in left if name not in scores.at(stage.number)]
+            note = partial(self._note_scores, scores, stage)
+            self._train({name: members[name] for name in missing}, stage, note)
+            found = {name: scores.at(stage.number).get(name) for name in left}
+            on = best_settings(found, setting_of, keep=after.settings, sign=sign)
+            out = [name for name in left if setting_of[name] not in on]
+            on_first_rank(partial(self._leave_out, out, stage))
+            left = [name for name in left if name not in out]
+        self._train({name: members[name] for name in left}, last)
+
+    def _note_scores(self, scores: Scores, stage: Stage, found: Mapping[str, float | None]) -> None:
+        scores.at(stage.number).update(found)
+        on_first_rank(scores.save)
+
+    def _leave_out(self, names: Sequence[str], stage: Stage) -> None:
+        """Say who does not go on, and write it into their folders."""
+        say(f"\nAfter {stage.described}: {', '.join(names)} left out.", flush=True)
+        for name in names:
+            folder = self.once.root / name
+            if not (folder / STOPPED_FILE).is_file():  # where it has diverged, that stands there
+                note_stopped(folder, f"left out after {stage.described}")
 
     def groups(self, members: _Members) -> Groups:
         """Who of those that are not finished shares a pass."""
@@ -97,7 +157,7 @@ class Several:
             say(f"  finished before: {', '.join(done)}")
         say("", flush=True)
 
-    def _note_plan(self, members: _Members) -> None:
+    def _note_plan(self) -> None:
         """What this run consists of, or the check that it is what the folder holds."""
         once = self.once
         plan = {
@@ -135,8 +195,6 @@ def check_several(training: FineTuningArguments, data: DataArguments) -> None:
                     f"--folds holds every row out once, so that --{name} would be ignored: leave "
                     "one out."
                 )
-    if training.samples is not None and training.grid is None:
-        raise ArgumentError("--samples takes settings of a --grid at random: give one.")
     if isinstance(training.resume_from_checkpoint, str):
         raise ArgumentError(
             "Several adapters go on from where each of them was: --resume_from_checkpoint true."

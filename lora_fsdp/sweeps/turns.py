@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from transformers.trainer_utils import SaveStrategy
 
 from lora_fsdp.arguments import FineTuningArguments, LoraArguments
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.rows import TaskData
+from lora_fsdp.errors import NonFiniteError
 from lora_fsdp.evaluation.comparison import Comparison
 from lora_fsdp.printing import say
 from lora_fsdp.ranks import on_first_rank, rank
 from lora_fsdp.sweeps.grid import Asked
+from lora_fsdp.sweeps.halving import Stage
 from lora_fsdp.sweeps.kept_base import KeptBase
 from lora_fsdp.sweeps.once import Once
+from lora_fsdp.sweeps.passes import note_stopped
 from lora_fsdp.tasks import Example
 from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.training.rivals import Untrained
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,13 +63,27 @@ class RanAlone:
     test: ModelOutputs | None
 
 
+@dataclass(frozen=True)
+class TrainAlone:
+    """How one adapter is trained by itself: both are collective calls.
+
+    Attributes:
+        to_the_end: trains, saves and scores it, in its folder.
+        to_share: trains it up to a share of its steps, leaves a checkpoint, and gives its score.
+    """
+
+    to_the_end: Callable[[RunAlone], RanAlone]
+    to_share: Callable[[RunAlone, float], float]
+
+
 def train_in_turn(
     once: Once,
     one: Asked,
     arguments: FineTuningArguments,
     *,
-    train_alone: Callable[[RunAlone], RanAlone],
-) -> None:
+    train_alone: TrainAlone,
+    stage: Stage | None = None,
+) -> float | None:
     """Train one adapter by itself, into its folder, and score it. A collective call.
 
     Args:
@@ -67,23 +91,44 @@ def train_in_turn(
         one: the adapter.
         arguments: its own.
         train_alone: trains and scores.
+        stage: up to where; `None` = to the end.
+
+    Returns:
+        of a stage, its score on its validation rows, `None` if it has diverged.
     """
     folder = once.root / one.name
-    goes_on = once.training.resume_from_checkpoint and any(folder.glob("checkpoint-*"))
+    later = stage is not None and stage.number > 0
+    goes_on = (once.training.resume_from_checkpoint or later) and any(folder.glob("checkpoint-*"))
     arguments.resume_from_checkpoint = True if goes_on else None  # type: ignore[assignment]
     arguments.overwrite_output_dir = True  # what is left of a session that was killed
     if rank() == 0:
         say(f"\n{one.name}:", flush=True)
-    ran = train_alone(
-        RunAlone(
-            one.adapter(once.lora),
-            arguments,
-            once.data_of(one),
-            once.tokens,
-            once.base,
-            once.untrained.get(one.fold),
-            once.rows.test,
-        )
+    alone = RunAlone(
+        one.adapter(once.lora),
+        arguments,
+        once.data_of(one),
+        once.tokens,
+        once.base,
+        once.untrained.get(one.fold),
+        once.rows.test,
     )
+    try:
+        if stage is not None and stage.share < 1:
+            return train_alone.to_share(alone, stage.share)
+        ran = train_alone.to_the_end(alone)
+    except NonFiniteError as error:  # on every rank
+        why = " ".join(str(error).split())
+        on_first_rank(lambda: note_stopped(folder, why))
+        logger.warning("%s stops: %s. The others go on.", one.name, why)
+        return None
     once.know(one.fold, ran.untrained, ran.comparison)
     on_first_rank(lambda: once.write_results(one.name, ran.comparison, ran.test))
+    if later and SaveStrategy(arguments.save_strategy) is SaveStrategy.NO:
+        on_first_rank(lambda: _remove_checkpoints(folder))
+    return None
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Those that stages have left, where none were asked for."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)

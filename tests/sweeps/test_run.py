@@ -175,9 +175,9 @@ def test_what_is_finished_is_not_done_again(seeds, place, monkeypatch):
     trained = []
     original = sweep_run.train_over_one_pass
 
-    def noting(once, number, members):
+    def noting(once, members, stage):
         trained.extend(members)
-        original(once, number, members)
+        return original(once, members, stage)
 
     monkeypatch.setattr(sweep_run, "train_over_one_pass", noting)
     found = toy_sweep(place, "resumed", seeds=3, resume_from_checkpoint="true")
@@ -214,7 +214,7 @@ def test_one_that_diverges_is_named_in_the_table_and_the_others_are_told(place):
     ("settings", "says"),
     [
         ({"folds": 3, "seeds": 2}, "--folds goes with neither"),
-        ({"samples": 3, "seeds": 2}, "--samples takes settings of a --grid"),
+        ({"trials": 3, "seeds": 2}, "--trials takes settings of a --grid"),
         ({"seeds": 2, "max_hours": 1.0}, "--max_hours is for a run of one adapter"),
         ({"seeds": 2, "resume_from_checkpoint": "runs/x/checkpoint-3"}, "resume_from_checkpoint"),
         ({"folds": 2, "data": {"eval_file": "other.csv"}}, "--eval_file would be ignored"),
