@@ -32,12 +32,16 @@ class Asked:
     seed: int = 0
     fold: int | None = None
 
+    @property
+    def training_values(self) -> dict[str, Any]:
+        """What the grid sets of the training's arguments."""
+        return {name: value for name, value in self.values.items() if name in OF_TRAINING}
+
     def arguments(self, training: FineTuningArguments, root: Path) -> FineTuningArguments:
         """Its run's own."""
         own = copy.copy(training)
         alone = {"seeds": 1, "folds": None, "grid": None, "trials": None, "search": "grid"}
-        given = {name: value for name, value in self.values.items() if name in OF_TRAINING}
-        for name, value in {**alone, **given, "seed": self.seed}.items():
+        for name, value in {**alone, **self.training_values, "seed": self.seed}.items():
             setattr(own, name, value)
         own.output_dir = str(root / self.name)
         own.resume_from_checkpoint = None
