@@ -68,8 +68,10 @@ def chosen(settings: Mapping[int, Sequence[MemberResult]], best: int, metric: st
     numbers = list(found)
     table = sign * np.stack([found[number] for number in numbers])  # [settings, 1 + draws]
     drawn = table[:, 1:]
-    picked = drawn.argmax(axis=0)
-    optimism = drawn[picked, np.arange(drawn.shape[1])].mean() - table[picked, 0].mean()
+    # Of some metrics a resample's mean is not that of the rows (macro-F1 of a rare label).
+    centred = drawn - drawn.mean(axis=1, keepdims=True) + table[:, :1]
+    picked = centred.argmax(axis=0)
+    optimism = (centred[picked, np.arange(drawn.shape[1])] - table[picked, 0]).mean()
     place = numbers.index(best)
     # The best is above the others by definition: both tails of a difference are its own.
     tail = 100 * (1 - CONFIDENCE) / 2 / (len(numbers) - 1)
@@ -77,7 +79,7 @@ def chosen(settings: Mapping[int, Sequence[MemberResult]], best: int, metric: st
     return Choice(
         best,
         float(sign * table[place, 0]),
-        float(sign * (table[place, 0] - max(optimism, 0.0))),
+        float(sign * (table[place, 0] - optimism)),
         [
             number
             for number, low in zip(numbers, behind, strict=True)
