@@ -42,14 +42,14 @@ from lora_fsdp.reporting.model_card import WriteCards, remove_model_card, try_to
 from lora_fsdp.reporting.recording.record import record_start
 from lora_fsdp.reporting.report import try_to_write_report
 from lora_fsdp.reporting.run_files import RECORD_FILES
+from lora_fsdp.sweeps.checking import check_several
 from lora_fsdp.sweeps.earlier import earlier_files
 from lora_fsdp.sweeps.grid import is_several
 from lora_fsdp.sweeps.kept_base import OpenBase
 from lora_fsdp.sweeps.once import Once
 from lora_fsdp.sweeps.outcome.summary import Summary
-from lora_fsdp.sweeps.run import Several, check_several
-from lora_fsdp.sweeps.stopping import StopAtShare
-from lora_fsdp.sweeps.turns import RanAlone, RunAlone, TrainAlone
+from lora_fsdp.sweeps.run import Several
+from lora_fsdp.sweeps.turns import RanAlone, RunAlone, StopAtShare, TrainAlone
 from lora_fsdp.tasks import Task
 from lora_fsdp.training.calibrating import calibrate, save_calibration
 from lora_fsdp.training.logging.log_history import KeepLog
@@ -125,7 +125,7 @@ def _load_data(run: _Run, task: Task | None, *, choosing: bool) -> TaskData:
 
 def _finetune_several(run: _Run, task: Task | None) -> FineTuningResult:
     """Train several adapters, each into a folder of its own in the output folder."""
-    check_several(run.training, run.data)
+    check_several(run.training, run.data, run.lora)
     if run.lora.adapter_name_or_path is not None:
         raise ArgumentError(
             "--adapter_name_or_path goes on with one adapter, and several are to be trained: leave "

@@ -92,14 +92,14 @@ def _settings(
         ArgumentError: there is no such sweep.
     """
     from lora_fsdp.arguments import FineTuningArguments
+    from lora_fsdp.sweeps.checking import check_contradictions
     from lora_fsdp.sweeps.grid import asked_adapters, is_several
-    from lora_fsdp.sweeps.run import check_several
 
     of_sweep = ("seeds", "folds", "grid", "search", "trials", "seed", "output_dir")
     asks = FineTuningArguments(**{name: training[name] for name in of_sweep})
     if not is_several(asks):
         return {}
-    check_several(asks, data)
+    check_contradictions(asks, data)
     firsts = {one.setting: one for one in reversed(asked_adapters(asks))}
     return {one.name: (one.training_values, one.adapter(lora)) for _, one in sorted(firsts.items())}
 

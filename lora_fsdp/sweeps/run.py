@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -12,15 +13,15 @@ from itertools import pairwise
 from peft import LoraConfig
 from transformers import PreTrainedModel
 
-from lora_fsdp.arguments import DataArguments, FineTuningArguments
+from lora_fsdp.adapter.targets import resolve_targets
+from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.folders import read_json_object
 from lora_fsdp.compute.architectures import why_apart
-from lora_fsdp.errors import ArgumentError, ResumeMismatchError
+from lora_fsdp.errors import ResumeMismatchError, TargetModulesError
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.printing import say
 from lora_fsdp.ranks import on_first_rank, rank
 from lora_fsdp.sweeps.earlier import PLAN_FILE, STOPPED_FILE, TOGETHER
-from lora_fsdp.sweeps.grid import asked_adapters
 from lora_fsdp.sweeps.halving import Scores, Stage, best_settings, stages
 from lora_fsdp.sweeps.once import Once
 from lora_fsdp.sweeps.outcome.member import is_loss
@@ -58,7 +59,9 @@ class Several:
             one.name: (one.arguments(once.training, once.root), once.config(one))
             for one in once.asked
         }
-        self._announce(self.groups(members))
+        groups = self.groups(members)
+        self._check_targets(members)
+        self._announce(groups)
         on_first_rank(self._note_plan)
         if once.training.search == "halving":
             self._halve(members)
@@ -134,6 +137,16 @@ class Several:
             why_all_apart=self._why_all_apart(model),
         )
 
+    def _check_targets(self, members: _Members) -> None:
+        """Refuse targets that the base does not have, of whichever adapter, before it is read."""
+        first = self.once.asked[0]
+        model = self.once.base.look(self.once.config(first))
+        for name, (_, config) in members.items():
+            try:
+                resolve_targets(model, deepcopy(config))
+            except TargetModulesError as error:
+                raise TargetModulesError(f"{name}: {error}") from error
+
     def _why_all_apart(self, model: PreTrainedModel) -> str | None:
         """Why no adapters of this base and task can share a pass; `None` = nothing says so."""
         task = self.once.data.task
@@ -177,28 +190,3 @@ class Several:
                     "started with, or choose another --output_dir."
                 )
         write_json(file, plan)
-
-
-def check_several(training: FineTuningArguments, data: DataArguments) -> None:
-    """Refuse what a run of several adapters cannot do, before anything is read.
-
-    Raises:
-        ArgumentError: names the options.
-    """
-    asked_adapters(training)
-    if training.folds is not None and (training.seeds > 1 or training.grid is not None):
-        raise ArgumentError("--folds goes with neither --seeds nor --grid: keep one of them.")
-    if training.folds is not None:
-        for name in ("eval_file", "test_file", "test_size"):
-            if getattr(data, name) is not None:
-                raise ArgumentError(
-                    f"--folds holds every row out once, so that --{name} would be ignored: leave "
-                    "one out."
-                )
-    if isinstance(training.resume_from_checkpoint, str):
-        raise ArgumentError(
-            "Several adapters go on from where each of them was: --resume_from_checkpoint true."
-        )
-    for name in ("push_to_hub", "max_hours"):
-        if getattr(training, name):
-            raise ArgumentError(f"--{name} is for a run of one adapter: leave it out.")
