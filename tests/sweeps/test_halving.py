@@ -88,7 +88,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("at_once", [2, 1], ids=["pass", "turns"])
-@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize("calls", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_and_gone_on_with_it_is_the_same(at_once, calls, tmp_path, monkeypatch):
     """Killed after the first or the third pass or turn: within a stage, and about its end."""
     halved(tmp_path, "whole", adapters_at_once=at_once)
@@ -122,6 +122,7 @@ def test_killed_and_gone_on_with_it_is_the_same(at_once, calls, tmp_path, monkey
             assert same(tmp_path / "whole" / member["name"], tmp_path / "killed" / member["name"])
 
 
+@pytest.mark.slow
 def test_a_stage_whose_score_was_lost_is_scored_again_and_not_trained_on(tmp_path):
     halved(tmp_path, "once", adapters_at_once=1, save_strategy="steps", save_steps=100)
     shutil.copytree(tmp_path / "once", tmp_path / "again")

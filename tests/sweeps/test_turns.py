@@ -23,7 +23,13 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("kind", SETTINGS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind == "dropout" else [pytest.mark.slow])
+        for kind in SETTINGS
+    ],
+)
 def test_each_in_its_turn_is_its_own_run_to_the_bit(kind, tmp_path):
     settings = {**SETTINGS[kind]}
     toy_sweep(tmp_path, "turns", **settings)
