@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,10 +10,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import gather_object
+from peft import LoraConfig
 from transformers import set_seed
 
 from lora_fsdp.adapter.attach import lora_config
@@ -39,15 +39,19 @@ from lora_fsdp.placement.gpus import known_gpu
 from lora_fsdp.planning.predicted import predicted
 from lora_fsdp.printing import say, visible
 from lora_fsdp.ranks import on_first_of_hosts, on_first_rank
-from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.model_card import WriteCards, remove_model_card, try_to_write_card
 from lora_fsdp.reporting.recording.record import record_start
+from lora_fsdp.reporting.report import try_to_write_report
 from lora_fsdp.reporting.run_files import RECORD_FILES
+from lora_fsdp.sweeps.checking import check_several
 from lora_fsdp.sweeps.earlier import earlier_files
 from lora_fsdp.sweeps.grid import is_several
-from lora_fsdp.sweeps.results import Summary
-from lora_fsdp.sweeps.run import RanAlone, RunAlone, Several, check_several
-from lora_fsdp.tasks import Example, Task
+from lora_fsdp.sweeps.kept_base import OpenBase
+from lora_fsdp.sweeps.once import Once
+from lora_fsdp.sweeps.outcome.summary import Summary
+from lora_fsdp.sweeps.run import Several
+from lora_fsdp.sweeps.turns import RanAlone, RunAlone, StopAtShare, TrainAlone
+from lora_fsdp.tasks import Task
 from lora_fsdp.training.calibrating import calibrate, save_calibration
 from lora_fsdp.training.logging.log_history import KeepLog
 from lora_fsdp.training.logging.time_spent import measured, seconds_by_part, spent_on
@@ -62,8 +66,6 @@ from lora_fsdp.training.saving.output_folder import (
 from lora_fsdp.training.saving.run_lock import hold_folder, release_folder
 from lora_fsdp.training.saving.separate_disks import agree_on_resume
 from lora_fsdp.training.trainer import LoraTrainer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _load_data(run: _Run, task: Task | None, *, choosing: bool) -> TaskData:
 
 def _finetune_several(run: _Run, task: Task | None) -> FineTuningResult:
     """Train several adapters, each into a folder of its own in the output folder."""
-    check_several(run.training, run.data)
+    check_several(run.training, run.data, run.lora)
     if run.lora.adapter_name_or_path is not None:
         raise ArgumentError(
             "--adapter_name_or_path goes on with one adapter, and several are to be trained: leave "
@@ -145,16 +147,17 @@ def _finetune_several(run: _Run, task: Task | None) -> FineTuningResult:
     with ExitStack() as held:
         held.callback(release_folder, output_dir)
         held.enter_context(writing_into(output_dir))
-        several = Several(
+        once = Once(
             model=run.model,
             lora=run.lora,
             data_args=run.data,
             training=run.training,
             data=_load_data(run, task, choosing=False),
             tokenizer=load_tokenizer(run.model),
-            train_alone=partial(_run_alone, run),
         )
-        return FineTuningResult(output_dir, None, several.data.task, several.run())
+        alone = TrainAlone(partial(_run_alone, run), partial(_run_to_share, run))
+        summary = Several(once, alone).run()
+        return FineTuningResult(output_dir, None, once.data.task, summary)
 
 
 def _run_alone(run: _Run, alone: RunAlone) -> RanAlone:
@@ -163,31 +166,69 @@ def _run_alone(run: _Run, alone: RunAlone) -> RanAlone:
     folder = claim_output_folder(alone.training)
     try:
         with measured():
-            return _run_one(own, alone.data, untrained=alone.untrained, asked=alone.test)
+            return _run_one(own, alone.data, alone)
     finally:
         release_folder(folder)
 
 
-def _run_one(
-    run: _Run,
-    data: TaskData,
-    *,
-    untrained: Untrained | None = None,
-    asked: Sequence[Example] = (),
-) -> RanAlone:
+def _run_to_share(run: _Run, alone: RunAlone, share: float) -> float:
+    """One adapter of several up to a share of its steps, with a checkpoint there: its score."""
+    own = run._replace(lora=alone.lora, training=alone.training)
+    folder = claim_output_folder(alone.training)
+    try:
+        trainer, base, _ = _begin(own, alone.data, alone)
+        stop = StopAtShare(trainer, share)
+        if (known := on_first_rank(stop.known)) is None:
+            trainer.add_callback(stop)
+            trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+            known = stop.score
+        alone.base.give_back(trainer, base)
+        return float(cast(float, known))
+    finally:
+        release_folder(folder)
+
+
+def _run_one(run: _Run, data: TaskData, alone: RunAlone | None = None) -> RanAlone:
     """Train, save and score one adapter.
 
     Args:
         run: its arguments.
         data: its examples.
-        untrained: what the untrained model gives for the reported ones, if that is known.
-        asked: further examples of which the tuned model's answers are wanted.
+        alone: as one of several: what is known already, and what else is asked.
     """
+    trainer, base, log = _begin(run, data, alone)
+    output_dir = Path(run.training.output_dir or ".")
+    ran = _train_and_compare(trainer, data, log, alone)
+    if trainer.is_world_process_zero():
+        with spent_on("report"):
+            ran.comparison.save(output_dir)
+            try_to_write_card(output_dir)
+            comparison = f"\n{ran.comparison}\n"
+            say(f"{comparison}\nAdapter, metrics and predictions: {output_dir}", flush=True)
+            if (page := try_to_write_report(output_dir)) is not None:
+                say(f"Report: {page}", flush=True)
+        ran.comparison.save_facts(output_dir, seconds_by_part=seconds_by_part())
+    trainer.accelerator.wait_for_everyone()
+    if alone is not None:
+        alone.base.give_back(trainer, base)
+    return ran
+
+
+def _begin(
+    run: _Run, data: TaskData, alone: RunAlone | None
+) -> tuple[LoraTrainer, OpenBase, KeepLog]:
+    """Make the trainer, say what is about to happen, and write that down."""
     training_args, output_dir = run.training, Path(run.training.output_dir or ".")
     set_seed(training_args.seed)  # the adapter's first values
     log = KeepLog(output_dir)
+    adapter = lora_config(run.lora, revision=run.model.model_revision)
     with spent_on("read"):
-        trainer = _trainer(run, data, log)
+        base: OpenBase = (
+            open_base(run.model, device=training_args.device, peft_config=adapter)
+            if alone is None
+            else alone.base.take(adapter)
+        )
+        trainer = _trainer(run, data, base, adapter, alone, log)
     status = fsdp_status(trainer.model, traffic=trainer.host_traffic)
     # Only now: an earlier run outlives every mistake that is found before this one can start.
     on_these = on_first_of_hosts if training_args.save_on_each_node else on_first_rank
@@ -197,52 +238,47 @@ def _run_one(
             _announce(trainer, data, status)
             named = {"model": run.model, "adapter": run.lora, "data": run.data}
             record_start(output_dir, trainer=trainer, data=data, status=status, asked=named)
-    ran = _train_and_compare(trainer, data, log, untrained=untrained, asked=asked)
-    if trainer.is_world_process_zero():
-        with spent_on("report"):
-            ran.comparison.save(output_dir)
-            try_to_write_card(output_dir)
-            comparison = f"\n{ran.comparison}\n"
-            say(f"{comparison}\nAdapter, metrics and predictions: {output_dir}", flush=True)
-            _report(output_dir)
-        ran.comparison.save_facts(output_dir, seconds_by_part=seconds_by_part())
-    trainer.accelerator.wait_for_everyone()
-    return ran
+    return trainer, base, log
 
 
-def _trainer(run: _Run, data: TaskData, log: KeepLog) -> LoraTrainer:
+def _trainer(
+    run: _Run,
+    data: TaskData,
+    base: OpenBase,
+    adapter: LoraConfig,
+    alone: RunAlone | None,
+    log: KeepLog,
+) -> LoraTrainer:
     """The trainer, with base and adapter in place."""
-    output_dir = Path(run.training.output_dir or ".")
-    adapter = lora_config(run.lora, revision=run.model.model_revision)
+    tokens = (lambda examples: examples) if alone is None else alone.tokens
     return LoraTrainer(
-        model=open_base(run.model, device=run.training.device, peft_config=adapter),
+        model=base,
         args=run.training,
         task=data.task,
         processing_class=load_tokenizer(run.model),
-        train_dataset=data.train,
-        eval_dataset=data.held_out,
-        test_dataset=data.test,
+        train_dataset=tokens(data.train),
+        eval_dataset=tokens(data.held_out),
+        test_dataset=tokens(data.test),
         peft_config=adapter,
         adapter_name_or_path=run.lora.adapter_name_or_path,
         max_length=run.data.max_length,
         chat_template=run.data.chat_template,
         chat_template_kwargs=run.data.template_kwargs(),
         thinking=run.data.thinking,
-        callbacks=[log, WriteCards(output_dir)],
+        callbacks=[log, WriteCards(Path(run.training.output_dir or "."))],
     )
 
 
 def _train_and_compare(
-    trainer: LoraTrainer,
-    data: TaskData,
-    log: KeepLog,
-    *,
-    untrained: Untrained | None,
-    asked: Sequence[Example],
+    trainer: LoraTrainer, data: TaskData, log: KeepLog, alone: RunAlone | None
 ) -> RanAlone:
     reported = trainer.test_dataset or trainer.held_out
     with spent_on("score"):
-        untrained = score_untrained(trainer, reported) if untrained is None else untrained
+        untrained = None if alone is None else alone.untrained
+        if untrained is None:
+            # Loaders draw numbers, too: dropout is to be the same where these are known already.
+            with torch.random.fork_rng(devices=()):
+                untrained = score_untrained(trainer, reported)
         with trainer.model.disable_adapter():
             base_texts = _generate_freely(trainer, reported)
     with spent_on("train"):
@@ -253,7 +289,7 @@ def _train_and_compare(
             try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)
     with spent_on("score"):
         return _compared(
-            trainer, data, log, trained.metrics, untrained=untrained, asked=asked, texts=base_texts
+            trainer, data, log, trained.metrics, alone, untrained=untrained, texts=base_texts
         )
 
 
@@ -262,9 +298,9 @@ def _compared(
     data: TaskData,
     log: KeepLog,
     trained: dict[str, float],
+    alone: RunAlone | None,
     *,
     untrained: Untrained,
-    asked: Sequence[Example],
     texts: list[str],
 ) -> RanAlone:
     """The tuned model's scores beside all others; `texts` are the untrained one's own."""
@@ -291,6 +327,7 @@ def _compared(
             **calibrated.facts,
         },
     )
+    asked = alone.tokens(alone.test) if alone is not None else []
     return RanAlone(comparison, untrained, trainer.outputs(asked) if asked else None)
 
 
@@ -432,14 +469,6 @@ def _generate_freely(trainer: LoraTrainer, examples: Sequence[EncodedExample]) -
     )
     release_gathered(trainer.model)
     return texts
-
-
-def _report(folder: Path) -> None:
-    """Draw the report. The run is saved by now: what goes wrong here is said, and costs nothing."""
-    try:
-        say(f"Report: {folder / write_report(folder).name}", flush=True)
-    except Exception as error:  # whatever it is, it must not turn a saved run into a failed one
-        logger.error("The report could not be written (%s: %s).", type(error).__name__, error)
 
 
 def _facts(

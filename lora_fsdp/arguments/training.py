@@ -144,8 +144,15 @@ class FineTuningArguments(TrainingArguments):
         "Train an adapter for every combination: learning_rate=1e-4,3e-4 lora_r=8,32, or a YAML "
         "file. The best is chosen by validation rows and told on the held-out rows.",
     )
-    samples: int | None = option(
-        None, "Of the combinations of --grid, take so many at random (--seed)."
+    search: Literal["grid", "random", "halving"] = option(
+        "grid",
+        "Which settings of --grid are tried to their end: all, --trials of them at random, or by "
+        "successive halving (all begin, and the best third goes on at each of a few stages).",
+    )
+    trials: int | None = option(
+        None,
+        "Of the settings of --grid, draw so many at random (--seed); with a range, as in "
+        "learning_rate=1e-4..1e-2, from between its ends.",
     )
     adapters_at_once: int | None = option(
         None,
@@ -262,7 +269,7 @@ class FineTuningArguments(TrainingArguments):
                 "--label_smoothing_factor must be from 0 to less than 1, not "
                 f"{self.label_smoothing_factor}."
             )
-        for name, least in (("seeds", 1), ("folds", 2), ("samples", 1), ("adapters_at_once", 1)):
+        for name, least in (("seeds", 1), ("folds", 2), ("trials", 1), ("adapters_at_once", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ArgumentError(f"--{name} must be {least} or more, not {value}.")

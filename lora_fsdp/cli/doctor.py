@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_fsdp.arguments import DataArguments, LoraArguments, ModelArguments
 from lora_fsdp.arguments.option import option
@@ -60,6 +60,7 @@ def doctor(options: DoctorOptions, launch: LaunchOptions, arguments: Sequence[st
     model, lora, data, training = OptionParser(classes, positional="data_file").parse_values(
         arguments
     )
+    settings = _settings(training, LoraArguments(**lora), DataArguments(**data))
     machine = Machine.here(output_dir=Path(training["output_dir"]))
     config, processes = launched_config(launch, gpus=len(machine.gpus))
     with _quietly():
@@ -71,6 +72,7 @@ def doctor(options: DoctorOptions, launch: LaunchOptions, arguments: Sequence[st
             accelerate_config=config,
             num_processes=processes,
             machine=machine,
+            settings=settings,
         )
     counted = [Severity.ERROR, *([Severity.WARNING] if options.strict else [])]
     passed = not any(found.of(severity) for severity in counted)
@@ -79,6 +81,27 @@ def doctor(options: DoctorOptions, launch: LaunchOptions, arguments: Sequence[st
     else:
         _print(found)
     return 0 if passed else FOUND_ERRORS
+
+
+def _settings(
+    training: Mapping[str, Any], lora: LoraArguments, data: DataArguments
+) -> dict[str, tuple[Mapping[str, Any], LoraArguments]]:
+    """The settings of a sweep, by the names of their first adapters; none of one adapter.
+
+    Raises:
+        ArgumentError: there is no such sweep.
+    """
+    from lora_fsdp.arguments import FineTuningArguments
+    from lora_fsdp.sweeps.checking import check_contradictions
+    from lora_fsdp.sweeps.grid import asked_adapters, is_several
+
+    of_sweep = ("seeds", "folds", "grid", "search", "trials", "seed", "output_dir")
+    asks = FineTuningArguments(**{name: training[name] for name in of_sweep})
+    if not is_several(asks):
+        return {}
+    check_contradictions(asks, data)
+    firsts = {one.setting: one for one in reversed(asked_adapters(asks))}
+    return {one.name: (one.training_values, one.adapter(lora)) for _, one in sorted(firsts.items())}
 
 
 @contextmanager

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lora_fsdp.data.workload import Work
     from lora_fsdp.placement.request import Request
     from lora_fsdp.planning.plan import Plan
+    from lora_fsdp.sweeps.plan import SweepPlan
 
 
 @dataclass
@@ -87,10 +88,47 @@ def plan(options: PlanOptions, launch: LaunchOptions, arguments: Sequence[str]) 
         "a model folder, a name on the Hub, or a size such as 70B",
     )
     _refuse_impossible(options, training, max_length=data_args.max_length)
+    from lora_fsdp.planning.plan_text import accelerate_yaml, plan_as_json
+    from lora_fsdp.sweeps.grid import asked_adapters, is_several
+    from lora_fsdp.sweeps.plan import plan_sweep
+
+    arguments_of_run = FineTuningArguments(**training)
+    several = is_several(arguments_of_run)
+    if several:
+        asked_adapters(arguments_of_run)  # a mistake in the grid is said before anything is read
+    make = _planner(options, launch, model_args, data_args)
+    lora_args = LoraArguments(**lora)
+    found = make(training, lora_args)
+    sweep = None
+    if several:
+        sweep = plan_sweep(
+            arguments_of_run,
+            lora_args,
+            plan=found,
+            plan_of=lambda other, adapter: make({**training, **other}, adapter),
+        )
+    if options.output is not None and found.best is not None:
+        _write_yaml(Path(options.output), accelerate_yaml(found, found.best))
+    if options.json:
+        own = {"sweep": None if sweep is None else sweep.to_json()} if several else {}
+        print_json(plan_as_json(found) | own)
+    else:
+        _print(found, options.output)
+        if several:
+            _print_sweep(sweep)
+    return 0
+
+
+def _planner(
+    options: PlanOptions,
+    launch: LaunchOptions,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+) -> Callable[[Mapping[str, Any], LoraArguments], Plan]:
+    """Plans a run of these training arguments, by name, and of an adapter's."""
     from lora_fsdp.adapter.attach import lora_config
     from lora_fsdp.planning.models import planned_config
     from lora_fsdp.planning.plan import make_plan
-    from lora_fsdp.planning.plan_text import accelerate_yaml, plan_as_json
     from lora_fsdp.planning.question import question_of_recipe
 
     config = planned_config(
@@ -100,26 +138,30 @@ def plan(options: PlanOptions, launch: LaunchOptions, arguments: Sequence[str]) 
     )
     hosts, link = _network(options, launch)
     suggested = suggested_config if hosts == 1 else lambda gpus: "fsdp2_hosts"
-    question = question_of_recipe(
-        config,
-        model_args=model_args,
-        adapter=lora_config(LoraArguments(**lora)),
-        training=training,
-        work=_work(options, training, model_args, data_args),
-        yaml_for=lambda gpus: find_config(launch.accelerate_config or suggested(gpus)),
-        shipped={name: find_config(name) for name in ("fsdp2", "fsdp2_offload")},
-        is_open=launch.accelerate_config is None,
-        hosts=hosts,
-    )
-    price = training["price_per_hour"]
-    found = make_plan(question, gpus=options.gpus, price_per_hour=price, hosts=hosts, link=link)
-    if options.output is not None and found.best is not None:
-        _write_yaml(Path(options.output), accelerate_yaml(found, found.best))
-    if options.json:
-        print_json(plan_as_json(found))
-    else:
-        _print(found, options.output)
-    return 0
+
+    def make(training: Mapping[str, Any], lora: LoraArguments) -> Plan:
+        question = question_of_recipe(
+            config,
+            model_args=model_args,
+            adapter=lora_config(lora),
+            training=training,
+            work=_work(options, training, model_args, data_args),
+            yaml_for=lambda gpus: find_config(launch.accelerate_config or suggested(gpus)),
+            shipped={name: find_config(name) for name in ("fsdp2", "fsdp2_offload")},
+            is_open=launch.accelerate_config is None,
+            hosts=hosts,
+        )
+        price = training["price_per_hour"]
+        return make_plan(question, gpus=options.gpus, price_per_hour=price, hosts=hosts, link=link)
+
+    return make
+
+
+def _print_sweep(sweep: SweepPlan | None) -> None:
+    from lora_fsdp.planning.plan_text import duration
+
+    for line in ["Nothing fits for any adapter."] if sweep is None else sweep.lines(duration):
+        write_words(line)
 
 
 def _network(options: PlanOptions, launch: LaunchOptions) -> tuple[int, float]:

@@ -1,8 +1,9 @@
-"""`lora-fsdp report`: a page about a run, or about several side by side."""
+"""`lora-fsdp report`: a page about a run, a sweep, or about several runs side by side."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import Command, print_json
@@ -26,9 +27,15 @@ def report(options: ReportOptions) -> int:
     if not options.runs:
         raise ArgumentError("RUNS is missing: name the output folder of a run, or of several.")
     from lora_fsdp.reporting import write_comparison, write_report
+    from lora_fsdp.sweeps.earlier import SWEEP_FILE
+    from lora_fsdp.sweeps.outcome.page import write_sweep_report
+    from lora_fsdp.sweeps.outcome.summing_up import read_summary
 
-    if len(options.runs) == 1:
-        page = write_report(options.runs[0])
+    root = Path(options.runs[0])
+    if len(options.runs) == 1 and (root / SWEEP_FILE).is_file():
+        page = write_sweep_report(root, read_summary(root))
+    elif len(options.runs) == 1:
+        page = write_report(root)
     else:
         page = write_comparison(options.runs, options.output)
     if options.json:

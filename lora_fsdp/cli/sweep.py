@@ -39,7 +39,9 @@ COMMANDS = (
         "which is best.",
         examples=(
             "sweep --config recipe.yaml --grid learning_rate=1e-4,3e-4 lora_r=8,32 --seeds 3",
-            "sweep --config recipe.yaml --grid examples/grid.yaml --samples 6",
+            "sweep --config recipe.yaml --grid examples/grid.yaml --search random --trials 6",
+            "sweep --config recipe.yaml --grid learning_rate=1e-4..1e-2 lora_r=4,8,32 \\\n"
+            "      --search halving --trials 12",
             "sweep --config recipe.yaml --folds 5",
         ),
         options=(LaunchOptions, ModelArguments, LoraArguments, DataArguments),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ RULES: Mapping[str, Sequence[Rule]] = {
 }
 
 
+#: The subjects in which settings of a sweep differ.
+OF_SETTINGS = ("Training arguments", "Adapter")
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """What the rules say.
@@ -68,6 +72,7 @@ def diagnose(
     num_processes: int | None = None,
     task: Task | None = None,
     machine: Machine | None = None,
+    settings: Mapping[str, tuple[Mapping[str, Any], LoraArguments]] | None = None,
 ) -> Diagnosis:
     """Examine a run before anything expensive: no weights are read and no process is started.
 
@@ -80,6 +85,8 @@ def diagnose(
         num_processes: instead of the YAML's number.
         task: stands in for `data_args.task`.
         machine: where it is to run; `None` = here.
+        settings: of a sweep, by name: the arguments that differ from `training`, and the adapter's.
+            Training arguments and adapter are examined for each of them.
     """
     case = Case(
         model_args=model_args,
@@ -91,21 +98,43 @@ def diagnose(
         task=task,
         machine=machine or Machine.here(output_dir=Path(str(training.get("output_dir") or "."))),
     )
-    return _examined(case)
+    cases = {
+        name: replace(case, training={**training, **values}, lora_args=adapter)
+        for name, (values, adapter) in (settings or {}).items()
+    }
+    return _examined(case, cases)
 
 
-def _examined(case: Case) -> Diagnosis:
+def _examined(case: Case, settings: Mapping[str, Case]) -> Diagnosis:
     findings: list[Finding] = []
     checked, unchecked = [], []
+    of_settings = [rule for subject in OF_SETTINGS for rule in RULES[subject]]
     for rule in (rule for rules in RULES.values() for rule in rules):
         try:
-            findings += _findings(rule, case)
+            if settings and rule in of_settings:
+                findings += _findings_of_settings(rule, settings)
+            else:
+                findings += _findings(rule, case)
             checked.append(rule.name)
         except UnknownFactError:
             unchecked.append(rule.name)
     order = list(Severity)
     findings.sort(key=lambda finding: order.index(finding.severity))
     return Diagnosis(findings, checked, unchecked)
+
+
+def _findings_of_settings(rule: Rule, settings: Mapping[str, Case]) -> list[Finding]:
+    """Each problem once, with the names of those that have it where not all do."""
+    found: dict[Finding, list[str]] = {}
+    for name, case in settings.items():
+        for finding in _findings(rule, case):
+            found.setdefault(finding, []).append(name)
+    return [
+        finding
+        if len(names) == len(settings)
+        else replace(finding, sentence=f"{', '.join(names)}: {finding.sentence}")
+        for finding, names in found.items()
+    ]
 
 
 def _findings(rule: Rule, case: Case) -> list[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,14 +133,15 @@ def compare(
         written: see `generated_texts`.
         ways: other readings of what the model gives without the adapter (`ways_of_reading`); the
             best stands for it, with the loss of `untrained`.
-        rivals: answers of further systems to `held_out`, by their name.
+        rivals: answers of further systems to `held_out`, by their name; of a baseline that is
+            among them, none are made.
         calibrated: `tuned` with calibrated probabilities, which are then shown, with the answers
             that they make; the loss stays that of `tuned`.
     """
     kind, tested = task.answer_kind, [encoded.example for encoded in held_out]
     classic = on_first_rank(lambda: kind.classic(train, tested))
     baselines = {
-        **on_first_rank(lambda: _baselines(task, train, tested)),
+        **on_first_rank(lambda: _baselines(task, train, tested, known=rivals or {})),
         **{name: kind.answers(tested, outputs) for name, outputs in classic.items()},
         **(rivals or {}),
     }
@@ -268,10 +269,15 @@ def _mean(scores: Sequence[float], weights: Sequence[float] | None) -> float:
 
 
 def _baselines(
-    task: Task, train: Sequence[Example], held_out: Sequence[Example]
+    task: Task,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    *,
+    known: Collection[str],
 ) -> dict[str, list[str]]:
     """The baselines' answers to the held-out examples."""
     labels = answers_of(task, train)
     texts = [example.prompt.content for example in train]
     tested = [example.prompt.content for example in held_out]
-    return {name: BASELINES[name](texts, labels, tested) for name in task.answer_kind.rivals}
+    names = [name for name in task.answer_kind.rivals if name not in known]
+    return {name: BASELINES[name](texts, labels, tested) for name in names}

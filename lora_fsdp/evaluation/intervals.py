@@ -110,7 +110,7 @@ class PairedBootstrap:
 
     def interval(self, system: str, metric: str) -> Interval:
         """A system's score by a metric that it `knows`."""
-        return _interval(self._scores(system, metric))
+        return _interval(self.scores(system, metric))
 
     def difference(self, first: str, second: str, metric: str, *, of: int = 1) -> Interval:
         """By how much `first` scores above `second` on the same rows.
@@ -121,10 +121,10 @@ class PairedBootstrap:
             of: how many such differences are looked at; with 95 % confidence all their intervals
                 hold (Bonferroni).
         """
-        return _interval(self._scores(first, metric) - self._scores(second, metric), of=of)
+        return _interval(self.scores(first, metric) - self.scores(second, metric), of=of)
 
-    def _scores(self, system: str, metric: str) -> np.ndarray:
-        """[1 + draws]"""
+    def scores(self, system: str, metric: str) -> np.ndarray:
+        """[1 + draws] a score that is `known`: of the rows as they are, then of each sample."""
         if (system, metric) in self._kinds:
             return self._mean_scores(system, metric)
         targets, answers = self._kinds["target"], self._kinds[f"answer {system}"]

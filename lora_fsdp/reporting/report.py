@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
@@ -41,6 +42,8 @@ from lora_fsdp.reporting.sections.spent import spent
 from lora_fsdp.reporting.sections.usage import base_of, usage
 from lora_fsdp.reporting.texts import one_line, setting_text
 from lora_fsdp.tasks.answers import Section
+
+logger = logging.getLogger(__name__)
 
 # What the page shows of these files; the keys are those of `data_health` and `FsdpStatus`.
 _HEALTH_PARTS: dict[str, tuple[str, ...]] = {
@@ -85,6 +88,15 @@ def write_report(run_folder: str | Path) -> Path:
     page = run.folder / "report.html"
     write_page(page, "report.html.jinja", contents, run_pictures(contents))
     return page
+
+
+def try_to_write_report(folder: Path) -> Path | None:
+    """As `write_report`; what goes wrong is said and ends nothing: the run is saved by now."""
+    try:
+        return folder / write_report(folder).name
+    except Exception as error:  # whatever it is, it must not turn a saved run into a failed one
+        logger.error("The report could not be written (%s: %s).", type(error).__name__, error)
+        return None
 
 
 def _contents(run: RunFiles) -> dict[str, Any]:

@@ -11,13 +11,29 @@ from lora_fsdp.errors import ArgumentError, DamagedRunError, LoraFsdpError, Outp
 PLAN_FILE = "sweep_plan.json"
 #: What it came to.
 SWEEP_FILE = "sweep.json"
+#: With successive halving, what each adapter scored at the end of each stage.
+HALVING_FILE = "halving.json"
+#: In an adapter's folder: where a stage of a shared pass left it.
+STAGE_FILE = "stage_state.safetensors"
+#: In an adapter's folder: its scores where its turns ended, by the step.
+STAGE_SCORES_FILE = "stage_scores.json"
 #: With folds, every row answered by an adapter that had not learnt from it.
 OUT_OF_FOLD_FILE = "out_of_fold.csv"
-REPORT_FILE = "comparison.html"
-_BESIDE_THE_REPORT = ("comparison.json", "comparison_figures")
+#: The page about all of them, and the one that sets every two side by side.
+REPORT_FILE = "report.html"
+COMPARISON_FILE = "comparison.html"
+_PAGES = (
+    REPORT_FILE, "report.json", "report_figures",
+    COMPARISON_FILE, "comparison.json", "comparison_figures",
+)  # fmt: skip
+#: In an adapter's folder: its figures on the test rows; why it was stopped before its end.
+TEST_FILE = "test_metrics.json"
+#: A key of the first.
+TEST_INTERVAL = "interval"
+STOPPED_FILE = "stopped.json"
 #: Where adapters that share a pass keep their common checkpoints, with a number.
 TOGETHER = "together"
-_FILES = (PLAN_FILE, SWEEP_FILE, OUT_OF_FOLD_FILE, REPORT_FILE, *_BESIDE_THE_REPORT)
+_FILES = (PLAN_FILE, SWEEP_FILE, HALVING_FILE, OUT_OF_FOLD_FILE, *_PAGES)
 
 
 def earlier_files(root: Path) -> list[Path]:
@@ -28,7 +44,7 @@ def earlier_files(root: Path) -> list[Path]:
     """
     if not (root / PLAN_FILE).is_file():
         return []
-    names = [*_FILES, *(path.name for path in root.glob(f"{TOGETHER}-[0-9]"))]
+    names = [*_FILES, *(path.name for path in root.glob(f"{TOGETHER}-*"))]
     found = [root / name for name in dict.fromkeys([*members(root), *names])]
     there = [path for path in found if path.exists() or path.is_symlink()]
     for path in there:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from lora_fsdp.evaluation.calibration import (
     figures,
     fit_calibration,
 )
+from lora_fsdp.tasks import Task
 from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.training.saving.atomic_folders import add_file
 from lora_fsdp.training.trainer import LoraTrainer
@@ -50,37 +51,60 @@ def calibrate(
         reported: the rows of the report.
         tuned: its outputs for them.
     """
-    apart, kind = bool(trainer.test_dataset), trainer.task.answer_kind
-    rows = list(trainer.held_out) if apart else list(reported)
+    apart = bool(trainer.test_dataset)
+    rows = list(trainer.held_out) if apart else None
+    return calibrate_outputs(trainer.task, reported, tuned, apart=rows, outputs_of=trainer.outputs)
+
+
+def calibrate_outputs(
+    task: Task,
+    reported: Sequence[EncodedExample],
+    tuned: ModelOutputs,
+    *,
+    apart: Sequence[EncodedExample] | None = None,
+    outputs_of: Callable[[Sequence[EncodedExample]], ModelOutputs] | None = None,
+) -> CalibratedRun:
+    """As `calibrate`, of any model's outputs.
+
+    Args:
+        task: what was learnt.
+        reported: the rows of the report.
+        tuned: the outputs for them.
+        apart: rows that are not reported on, to be fitted on; `None` = there are none.
+        outputs_of: the model's outputs for those.
+    """
+    kind = task.answer_kind
+    rows = reported if apart is None else apart
     # What is generated has no candidates, and what is no one candidate no right one.
     known = all(one.label is not None and not one.shares for one in [*rows, *reported])
-    if kind.generates_text or not known or not _is_likeliest(trainer, reported, tuned):
+    if kind.generates_text or not known or not _is_likeliest(task, reported, tuned):
         return CalibratedRun(None, None, {"calibration": None})
-    outputs = trainer.outputs(rows) if apart else tuned
-    found = fit_calibration(outputs.log_likelihoods, _right(rows), labels=kind.labels, apart=apart)
+    outputs = tuned if apart is None or outputs_of is None else outputs_of(rows)
+    is_apart = apart is not None
+    found = fit_calibration(
+        outputs.log_likelihoods, _right(rows), labels=kind.labels, apart=is_apart
+    )
     if found is None:
         return CalibratedRun(None, None, {"calibration": None})
     calibration, crossed = found
-    calibrated = calibration.of(tuned) if apart else replace(tuned, log_likelihoods=crossed)
+    calibrated = calibration.of(tuned) if is_apart else replace(tuned, log_likelihoods=crossed)
     facts = {
         "temperature": calibration.temperature,
         "biases": dict(zip(calibration.labels, calibration.biases, strict=False)),
         "rows": calibration.rows,
-        "apart": apart,
+        "apart": is_apart,
         "before": figures(tuned.log_likelihoods, _right(reported)),
         "after": figures(calibrated.log_likelihoods, _right(reported)),
     }
     return CalibratedRun(calibration, calibrated, {"calibration": facts})
 
 
-def _is_likeliest(
-    trainer: LoraTrainer, reported: Sequence[EncodedExample], tuned: ModelOutputs
-) -> bool:
+def _is_likeliest(task: Task, reported: Sequence[EncodedExample], tuned: ModelOutputs) -> bool:
     """Whether answers stay as they are where all probabilities draw nearer to each other.
 
     Not those that are a mean or pass a threshold: they have a calibration of another kind.
     """
-    kind, examples = trainer.task.answer_kind, [one.example for one in reported]
+    kind, examples = task.answer_kind, [one.example for one in reported]
     flatter = replace(tuned, log_likelihoods=tuned.log_likelihoods / 4)
     return list(kind.answers(examples, tuned)) == list(kind.answers(examples, flatter))
 

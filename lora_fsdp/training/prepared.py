@@ -83,10 +83,10 @@ def prepare_run(
     settings: FsdpSettings | None,
     objective: Objective,
     encoder: Encoder,
-    train: Sequence[Example],
-    held_out: Sequence[Example],
+    train: Sequence[Example] | Sequence[EncodedExample],
+    held_out: Sequence[Example] | Sequence[EncodedExample],
     peft_config: LoraConfig | None,
-    test: Sequence[Example] = (),
+    test: Sequence[Example] | Sequence[EncodedExample] = (),
     start: AdapterFolder | None = None,
 ) -> PreparedRun:
     """Tokenise, attach the adapter, and compare the ranks: a collective call.
@@ -136,7 +136,9 @@ def prepare_run(
         held_out=to_score[: len(held_out)],
         test=to_score[len(held_out) :],
         base_fingerprint=base_fingerprint,
-        probes=build_probes(encoder, [*train, *held_out]),
+        probes=build_probes(
+            encoder, [one.example for one in [*to_train, *to_score[: len(held_out)]]]
+        ),
         request=request,
         schedule=Schedule.of(vars(args), rows=len(to_train), ranks=args.world_size),
         work=work_as(packing),

@@ -248,6 +248,7 @@ BROKEN = [
     ("lora-rank-too-large", change(lora={"lora_r": 64}), "32"),
     ("lora-alpha", change(lora={"lora_alpha": 0}), "--lora_alpha 0"),
     ("lora-scale", change(lora={"lora_alpha": 800}), "100"),
+    ("learning-rate-diverges", change(training={"learning_rate": 0.5}), "--learning_rate 0.5"),
     ("dropout-with-shared-prefix",
      change(lora={"lora_dropout": 0.1}, training={"share_prefix": "always"}), "dropout masks"),
     ("lora-on-head", change(lora={"lora_target_modules": ["lm_head"]}), "output head"),

@@ -27,6 +27,7 @@ from lora_fsdp.evaluation.outputs import LOG_FILE, PROBE
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.reporting import write_report
 from lora_fsdp.reporting.recording.environment import _masked, launch_command, source_commit
+from lora_fsdp.reporting.report import try_to_write_report
 from lora_fsdp.reporting.run_files import RECORD_FILES
 from lora_fsdp.training.logging.log_history import KeepLog
 from tests.support.runs import toy_trainer
@@ -169,7 +170,7 @@ def test_a_resumed_run_keeps_one_log(tmp_path: Path) -> None:
 
 def test_a_failed_report_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "metrics.json").write_text("{")
-    lora_fsdp.pipeline._report(tmp_path)
+    assert try_to_write_report(tmp_path) is None
     [line] = [record.getMessage() for record in caplog.records]
     assert line.startswith("The report could not be written (DamagedRunError: ")
     assert "metrics.json is damaged" in line

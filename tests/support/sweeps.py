@@ -39,10 +39,14 @@ def prepared(folder: Path, rows: int = 60) -> tuple[str, str]:
 
 
 def toy_sweep(
-    folder: Path, output: str = "run", data: dict[str, Any] | None = None, **settings: Any
+    folder: Path,
+    output: str = "run",
+    data: dict[str, Any] | None = None,
+    rows: int = 60,
+    **settings: Any,
 ) -> FineTuningResult:
     """`finetune` with the arguments of a short toy run and these."""
-    base, table = prepared(folder)
+    base, table = prepared(folder, rows)
     lora = {name: settings.pop(name) for name in _OF_THE_ADAPTER if name in settings}
     defaults: dict[str, Any] = {
         "num_train_epochs": 1,

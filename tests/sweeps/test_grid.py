@@ -14,6 +14,7 @@ def training(**settings):
 
 def test_one_adapter_is_not_several():
     assert not is_several(training())
+    assert is_several(training(search="halving"))  # which is refused, and not ignored
     assert is_several(training(seeds=2))
     assert is_several(training(folds=2))
     assert is_several(training(grid=["lora_r=4"]))
@@ -79,12 +80,51 @@ def test_a_mapping_in_a_recipe(tmp_path):
     ]
 
 
-def test_samples_of_the_grid_are_different_and_seeded():
+def test_trials_of_the_grid_are_different_and_seeded():
     grid = ["learning_rate=1e-4,2e-4,3e-4", "lora_r=4,8,16"]
-    once, again = (asked_adapters(training(grid=grid, samples=4)) for _ in range(2))
+    once, again = (asked_adapters(training(grid=grid, search="random", trials=4)) for _ in range(2))
     assert [one.values for one in once] == [one.values for one in again]
     assert len({str(dict(one.values)) for one in once}) == 4
-    assert len(asked_adapters(training(grid=grid, samples=99))) == 9
+    assert len(asked_adapters(training(grid=grid, search="random", trials=99))) == 9
+
+
+def test_values_are_drawn_from_between_the_ends_of_a_range():
+    grid = ["learning_rate=1e-5..1e-2", "lora_r=2..9", "weight_decay=0.0..0.1", "seed=3"]
+    once, again = (asked_adapters(training(grid=grid, search="random", trials=40)) for _ in "ab")
+    assert [one.values for one in once] == [one.values for one in again]
+    rates = [one.values["learning_rate"] for one in once]
+    assert all(1e-5 <= rate <= 1e-2 for rate in rates)
+    assert 8 < sum(rate < 3e-4 for rate in rates) < 32  # by the logarithm
+    ranks = {one.values["lora_r"] for one in once}
+    assert all(isinstance(rank, int) for rank in ranks)
+    assert min(ranks) == 2
+    assert max(ranks) == 9
+    assert all(0 <= one.values["weight_decay"] <= 0.1 for one in once)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"trials": 3}, "--trials takes settings of a --grid"),
+        ({"search": "random"}, "--search random takes settings of a --grid"),
+        ({"search": "halving", "seeds": 1}, "--search halving takes settings of a --grid"),
+        ({"search": "halving", "seeds": 1, "folds": 3}, "takes settings of a --grid"),
+        ({"grid": ["lora_r=4,8"], "trials": 2}, "--search grid takes all"),
+        ({"grid": ["lora_r=4,8"], "search": "random"}, "needs --trials"),
+        ({"grid": ["lora_r=4..8"]}, "lora_r is a range"),
+        ({"grid": ["lora_r=4..8"], "search": "halving"}, "lora_r is a range"),
+        ({"grid": ["lora_r=8..4"], "search": "random", "trials": 2}, "to a larger one"),
+        ({"grid": ["optim=a..b"], "search": "random", "trials": 2}, "--grid optim=a"),
+        ({"grid": ["lora_r=4..8,9"], "search": "random", "trials": 2}, "a range, or values"),
+        ({"grid": ["lora_r=4..x"], "search": "random", "trials": 2}, "invalid int value: 'x'"),
+        ({"grid": ["lora_r=4..9"], "search": "random", "trials": 5000}, "at most 1,000"),
+    ],
+    ids=str,
+)
+def test_a_search_that_cannot_be_is_refused(settings, says):
+    with pytest.raises(ArgumentError, match=says) as caught:
+        asked_adapters(training(seeds=settings.pop("seeds", 2), **settings))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +135,15 @@ def test_samples_of_the_grid_are_different_and_seeded():
         (["lora_r=1.5"], "--grid lora_r=1.5: invalid int value: '1.5'"),
         (["output_dir=a,b"], "it cannot differ between the adapters of a sweep"),
         (["step=eager,fused"], "it cannot differ between"),
+        (["max_length=64,128"], "it cannot differ between"),
+        (["dtype=float32,bfloat16"], "it cannot differ between"),
+        (["adapter_name_or_path=a,b"], "it cannot differ between"),
+        (["task=sentiment,topic"], "learn one task from one table; start a sweep for each task"),
+        (["data_file=a.csv,b.csv"], "start a sweep for each data_file"),
+        (["lora_rank=8,16"], "Did you mean 'lora_r"),
+        (["seed=x"], "--grid seed=x: invalid int value"),
+        (["optim=adamx"], "--grid optim=adamx"),
+        (["lr_scheduler_type=lineer"], "--grid lr_scheduler_type=lineer"),
         (["learning_rate"], "give name=value,value"),
         (["learning_rate="], "give name=value,value"),
         (["lora_r=4", "lora_r=8"], "names lora_r twice"),
@@ -113,7 +162,7 @@ def test_mistakes_are_one_sentence(grid, says):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["seeds", "folds", "samples", "adapters_at_once"])
+@pytest.mark.parametrize("name", ["seeds", "folds", "trials", "adapters_at_once"])
 def test_numbers_below_the_least_are_refused(name):
     with pytest.raises(ArgumentError, match=f"--{name} must be"):
         training(**{name: 0})

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from lora_fsdp.evaluation.ensemble import averaged
-from lora_fsdp.sweeps.results import MemberResult, Spread, Summary
+from lora_fsdp.sweeps.outcome.member import MemberResult, Spread
+from lora_fsdp.sweeps.outcome.summary import Summary
 from lora_fsdp.tasks.answers import ModelOutputs
 
 
@@ -90,6 +91,48 @@ def test_a_setting_of_which_one_diverged_is_not_chosen_and_is_named():
     all_gone = summary(member("b", 0, 0.0, stopped="its loss was not finite at step 2 of 9"))
     assert all_gone.best is None
     assert "Every adapter diverged: lower --learning_rate." in str(all_gone)
+
+
+def drawn_member(name, setting, chance, *, rows=100, seed=0):
+    """Right on so many of its rows, by its own luck."""
+    right = np.random.default_rng((seed, setting)).random(rows) < chance
+    table = pd.DataFrame({"row": range(rows), "text": "x", "target": "yes", "base": "no"})
+    table["tuned"] = np.where(right, "yes", "no")
+    metrics = {"tuned": {"accuracy": right.mean()}, "untrained": {"accuracy": 0.0}}
+    return MemberResult(name, setting, {"lora_r": setting}, 0, None, None, metrics, table)
+
+
+def test_the_more_settings_are_tried_the_more_is_taken_off_the_best():
+    # All are as good as each other (0.7): whichever is the best was lucky.
+    corrections, errors = [], []
+    for count in (2, 5, 20):
+        found, alike = [], 0
+        for seed in range(12):
+            members = [drawn_member(str(n), n, 0.7, seed=seed) for n in range(count)]
+            choice = summary(*members, chooses=True).choice
+            found.append((choice.score, choice.corrected))
+            alike += len(choice.not_worse)
+        score, corrected = np.mean(found, axis=0)
+        assert alike >= 0.9 * 12 * (count - 1)  # the differences are chance, and so it says
+        corrections.append(score - corrected)
+        errors.append((score - 0.7, corrected - 0.7))
+    assert 0 < corrections[0] < corrections[1] < corrections[2]
+    for before, after in errors[1:]:  # nearer to the truth than the best's own figure
+        assert abs(after) < abs(before)
+
+
+def test_what_is_better_by_more_than_chance_is_told_apart():
+    members = [drawn_member("low", 0, 0.2), drawn_member("high", 1, 0.9)]
+    found = summary(*members, chooses=True)
+    assert found.choice.not_worse == []
+    assert found.choice.corrected == pytest.approx(found.choice.score, abs=0.01)
+    assert "The others are worse by more than chance." in str(found)
+
+
+def test_without_answers_row_by_row_nothing_is_said_of_the_choice():
+    members = [member("a", 0, 0.7), member("b", 1, 0.9)]
+    members[1].metrics["tuned"]["accuracy"] = 0.3  # a metric of the task's own, by that name
+    assert summary(*members, chooses=True).choice is None
 
 
 def test_an_ensemble_has_the_mean_of_the_probabilities():

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lora_fsdp.sweeps.run as sweep_run
+from lora_fsdp.cli.main import main
 from lora_fsdp.errors import ArgumentError, OutputFolderError, ResumeMismatchError
 from lora_fsdp.evaluation.prediction import Predictor
 from tests.support.ranks import launch_environment, run_ranks
@@ -54,6 +55,25 @@ def test_seeds_give_an_adapter_each_and_one_figure(seeds, place, capsys):
     assert written["settings"][0]["spread"]["macro_f1"]["count"] == 3
     assert (root / "comparison.html").is_file()
     assert not list(root.glob("together-*"))
+
+
+def test_each_of_a_pass_has_what_a_run_alone_leaves(place):
+    many = {"data": {"eval_size": 60, "max_rows": 100}}  # enough to calibrate on
+    toy_sweep(place / "many", "pass", seeds=2, rows=120, **many)
+    toy_sweep(place / "many", "alone", seed=3, step="eager", rows=120, **many)
+    alone, shared = place / "many" / "alone", place / "many" / "pass" / "seed-3"
+    names = {path.name for path in alone.iterdir()}
+    assert {"calibration.json", "report.html", "run_record.json", "data_health.json"} <= names
+    assert names - {path.name for path in shared.iterdir()} == set()
+    mine, theirs = (json.loads((one / "calibration.json").read_text()) for one in (shared, alone))
+    assert mine["temperature"] == pytest.approx(theirs["temperature"], rel=1e-4)
+    assert mine["rows"] == theirs["rows"] == 60
+    mine, theirs = (json.loads((one / "run_record.json").read_text()) for one in (shared, alone))
+    assert mine.keys() == theirs.keys()
+    for key in ("task", "training_rows", "examples_per_step", "asking", "prompt", "splits"):
+        assert mine[key] == theirs[key], key
+    mine, theirs = (json.loads((one / "metrics.json").read_text()) for one in (shared, alone))
+    assert mine["calibration"]["after"] == pytest.approx(theirs["calibration"]["after"], rel=1e-4)
 
 
 def test_each_is_a_plain_peft_folder_that_answers_as_it_was_scored(seeds, place):
@@ -115,6 +135,37 @@ def test_a_grid_is_chosen_by_validation_rows_and_told_on_the_test_rows(place, ca
     assert trained == 60 - 12 - 12
 
 
+def test_a_sweep_has_one_page_that_its_folder_alone_gives_again(place, capsys):
+    root = place / "grid"
+    page = (root / "report.html").read_text()
+    contents = json.loads((root / "report.json").read_text())
+    assert [line["is_best"] for line in contents["settings"]].count(True) == 1
+    means = [line["mean"] for line in contents["settings"]]
+    assert means == sorted(means, reverse=True)
+    assert contents["curves"].keys() == {"run-1", "run-2", "run-3", "run-4"}
+    assert all(contents["curves"].values())
+    for name in ("run-1", "run-4"):
+        assert f'href="{name}/report.html"' in page
+        assert (root / name / "report.html").is_file()
+    for name in ("settings", "loss"):
+        assert (root / "report_figures" / f"{name}.svg").is_file()
+    (root / "report.html").unlink()
+    assert main(["report", str(root)]) == 0
+    again = (root / "report.html").read_text()
+    assert again.replace(_moment(again), "") == page.replace(_moment(page), "")
+
+
+def _moment(page):
+    return page[page.index("Written ") :][:30]
+
+
+def test_a_page_of_seeds_says_both_spreads(seeds, place):
+    contents = json.loads((place / "seeds" / "report.json").read_text())
+    [line] = contents["settings"]
+    assert line["low"] < line["mean"] < line["high"]
+    assert line["deviation"] == pytest.approx(seeds.summary.spread(0).deviation)
+
+
 def test_what_is_finished_is_not_done_again(seeds, place, monkeypatch):
     root = place / "resumed"
     shutil.copytree(place / "seeds", root)
@@ -122,13 +173,13 @@ def test_what_is_finished_is_not_done_again(seeds, place, monkeypatch):
     (root / "seed-4" / "metrics.json").unlink()  # killed before it was scored
     before = adapter_of(root / "seed-4")
     trained = []
-    original = sweep_run.Several._train_together
+    original = sweep_run.train_over_one_pass
 
-    def noting(self, base, number, members, untrained):
+    def noting(once, members, stage):
         trained.extend(members)
-        original(self, base, number, members, untrained)
+        return original(once, members, stage)
 
-    monkeypatch.setattr(sweep_run.Several, "_train_together", noting)
+    monkeypatch.setattr(sweep_run, "train_over_one_pass", noting)
     found = toy_sweep(place, "resumed", seeds=3, resume_from_checkpoint="true")
     assert trained == ["seed-4", "seed-5"]
     assert found.summary.spread(0) == seeds.summary.spread(0)
@@ -163,7 +214,7 @@ def test_one_that_diverges_is_named_in_the_table_and_the_others_are_told(place):
     ("settings", "says"),
     [
         ({"folds": 3, "seeds": 2}, "--folds goes with neither"),
-        ({"samples": 3, "seeds": 2}, "--samples takes settings of a --grid"),
+        ({"trials": 3, "seeds": 2}, "--trials takes settings of a --grid"),
         ({"seeds": 2, "max_hours": 1.0}, "--max_hours is for a run of one adapter"),
         ({"seeds": 2, "resume_from_checkpoint": "runs/x/checkpoint-3"}, "resume_from_checkpoint"),
         ({"folds": 2, "data": {"eval_file": "other.csv"}}, "--eval_file would be ignored"),

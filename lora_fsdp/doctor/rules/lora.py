@@ -125,6 +125,30 @@ def _scale(case: Case) -> Iterator[Problem]:
         )
 
 
+@RULES.warning(
+    "learning-rate-diverges",
+    "`--learning_rate` above the size of the adapter's first values, with an optimizer that moves "
+    "each value by about the learning rate.",
+    "Lower --learning_rate: 1e-4 to 2e-3 is usual.",
+)
+def _learning_rate(case: Case) -> Iterator[Problem]:
+    arguments = case.arguments.value
+    # As PEFT draws A by default; others begin otherwise.
+    if case.lora.value.init_lora_weights is not True or "adam" not in str(arguments.optim).lower():
+        return
+    widths = [
+        value.shape[1]
+        for name, value in case.adapted.value.named_parameters()
+        if ".lora_A." in name
+    ]
+    if widths and arguments.learning_rate > (bound := 1 / math.sqrt(max(widths))):
+        yield Problem(
+            f"--learning_rate {arguments.learning_rate:g}: Adam moves each value of the adapter by "
+            f"about that much a step, and A begins within ±{bound:.2g}: the first steps replace "
+            "it, and training is likely to diverge."
+        )
+
+
 @RULES.note(
     "dropout-with-shared-prefix",
     "`--share_prefix always` with dropout.",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import keyword
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from lora_fsdp.data.encoding import Encoder
+from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.rows import TaskData
 from lora_fsdp.tasks.example import TEXT_PLACEHOLDER, Prompt
-from lora_fsdp.training.trainer import LoraTrainer
 
 # Stands for the n-th placeholder while a prompt is laid out: letters of no alphabet, which no
 # instruction and no template holds.
@@ -18,7 +17,23 @@ _MARKER = re.compile("\ue000(\\d+)\ue001")
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 
 
-def asking(trainer: LoraTrainer, data: TaskData) -> dict[str, Any] | None:
+class AskedRun(Protocol):
+    """What is looked at of a run."""
+
+    @property
+    def encoder(self) -> Encoder: ...
+
+    @property
+    def train_dataset(self) -> Sequence[EncodedExample]: ...
+
+    @property
+    def held_out(self) -> Sequence[EncodedExample]: ...
+
+    @property
+    def test_dataset(self) -> Sequence[EncodedExample]: ...
+
+
+def asking(trainer: AskedRun, data: TaskData) -> dict[str, Any] | None:
     """The prompt in pieces, the answers and the end token; `None` where no row stands for others.
 
     Every second piece of the prompt, from the second on, is the name of what a row has there.

@@ -6,34 +6,70 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
+from lora_fsdp.arguments import FineTuningArguments
+from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.folders import sha256_of_file
 from lora_fsdp.data.checking import row_digests
-from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.rows import TaskData
 from lora_fsdp.distributed.status import FsdpStatus
 from lora_fsdp.evaluation.metrics import answers_of
 from lora_fsdp.evaluation.outputs import write_json
+from lora_fsdp.placement.decide import Placement
 from lora_fsdp.printing import without_secrets
 from lora_fsdp.reporting.recording.asking import asking
 from lora_fsdp.reporting.recording.data_health import HELD_OUT, TRAINING, data_health
 from lora_fsdp.reporting.recording.environment import environment, launch_command
 from lora_fsdp.reporting.run_files import DATA_HEALTH_FILE, RECORD_FILE, TRAINED_ON
 from lora_fsdp.tasks import Example
-from lora_fsdp.training.trainer import LoraTrainer
 
 _SAMPLE_CHARACTERS = 200
 # What `TrainingArguments` works out by itself from the machine or from other arguments.
 _DERIVED = {"accelerator_config", "dataloader_pin_memory", "do_eval", "use_cpu"}
 
 
+class RecordedRun(Protocol):
+    """What a record asks of a run: a `LoraTrainer`, or one adapter of several."""
+
+    @property
+    def args(self) -> FineTuningArguments: ...
+
+    @property
+    def fsdp_settings(self) -> FsdpSettings | None: ...
+
+    @property
+    def placement(self) -> Placement: ...
+
+    @property
+    def examples_per_step(self) -> int: ...
+
+    @property
+    def share_prefix(self) -> bool: ...
+
+    @property
+    def encoder(self) -> Encoder: ...
+
+    @property
+    def max_new_tokens(self) -> int: ...
+
+    @property
+    def train_dataset(self) -> Sequence[EncodedExample]: ...
+
+    @property
+    def held_out(self) -> Sequence[EncodedExample]: ...
+
+    @property
+    def test_dataset(self) -> Sequence[EncodedExample]: ...
+
+
 def record_start(
     folder: Path,
     *,
-    trainer: LoraTrainer,
+    trainer: RecordedRun,
     data: TaskData,
     status: FsdpStatus,
     asked: Mapping[str, Any],
@@ -75,7 +111,7 @@ def record_start(
     write_json(folder / DATA_HEALTH_FILE, data_health(rows, labels=data.task.answer_kind.labels))
 
 
-def _facts(trainer: LoraTrainer, data: TaskData) -> dict[str, Any]:
+def _facts(trainer: RecordedRun, data: TaskData) -> dict[str, Any]:
     kind = data.task.answer_kind
     return {
         "task": data.task.name,
@@ -110,11 +146,11 @@ def _rows(
     )
 
 
-def _scored(trainer: LoraTrainer) -> list[EncodedExample]:
+def _scored(trainer: RecordedRun) -> list[EncodedExample]:
     return [*trainer.held_out, *trainer.test_dataset]
 
 
-def _sample_prompt(trainer: LoraTrainer, held_out: Sequence[Example]) -> dict[str, Any] | None:
+def _sample_prompt(trainer: RecordedRun, held_out: Sequence[Example]) -> dict[str, Any] | None:
     """A prompt as the model sees it, for the snippet that asks the adapter."""
     if not held_out:
         return None

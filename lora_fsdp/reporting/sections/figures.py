@@ -120,6 +120,37 @@ def curve_picture(
         return Picture(name, title, _described(title, curves, levels or {}), _svg(figure))
 
 
+def settings_picture(name: str, title: str, settings: Sequence[Mapping[str, Any]]) -> Picture:
+    """Settings of a sweep below each other: a bar for the rows, a dot for each adapter.
+
+    Args:
+        name: of the file.
+        title: the score.
+        settings: from the top; each with its "name", the "scores" of its adapters, their "mean"
+            with "low" and "high" over other rows (`None` = not known), and "is_best".
+    """
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 1.0 + 0.32 * len(settings)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        for place, one in enumerate(settings):
+            color = SERIES[1 if one["is_best"] else 0]
+            if one["low"] is not None:
+                axes.plot([one["low"], one["high"]], [place] * 2, color=color, linewidth=1.6)
+            if one["mean"] is not None:
+                axes.plot([one["mean"]], [place], color=color, marker="|", markersize=11)
+            axes.plot(one["scores"], [place] * len(one["scores"]), "o", color=color, markersize=4)
+        axes.set_yticks(range(len(settings)), [_short(str(one["name"])) for one in settings])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        parts = "; ".join(
+            f"{one['name']}: " + ("none" if one["mean"] is None else f"{one['mean']:.4g}")
+            for one in settings
+        )
+        text = f"{title} by setting, the mean over its adapters. {parts}."
+        return Picture(name, title, text, _svg(figure))
+
+
 def calibration_picture(found: Mapping[str, Any]) -> Picture:
     """Accuracy against confidence, a point a bin, its area by the bin's rows."""
     title = "accuracy by confidence"

@@ -184,7 +184,7 @@ class AdaptersTogether:
                 adapter=self.adapters.adapters[name],
                 steps=TrainingSteps(
                     list(plan.train),
-                    examples_per_step=self._examples_per_step(plan),
+                    examples_per_step=self.examples_per_step(plan),
                     rank=self.args.process_index,
                     world_size=self.args.world_size,
                     seed=plan.order_seed,
@@ -198,7 +198,8 @@ class AdaptersTogether:
             for name, plan in zip(self.names, self.plans, strict=True)
         ]
 
-    def _examples_per_step(self, plan: MemberPlan) -> int:
+    def examples_per_step(self, plan: MemberPlan) -> int:
+        """Of an adapter, over all ranks."""
         own = plan.args
         return int(
             own.per_device_train_batch_size * own.gradient_accumulation_steps * own.world_size

@@ -55,6 +55,7 @@ class Member:
         step: optimizer steps made.
         moved: whether one of them had a learning rate.
         stopped: why it was stopped before its end; `None` = it was not.
+        until: the step after which it leaves the pass, to go on in another; `None` = its last.
         log: entries as the Trainer's `log_history` has them.
     """
 
@@ -69,6 +70,7 @@ class Member:
     step: int = 0
     moved: bool = False
     stopped: str | None = None
+    until: int | None = None
     log: list[dict[str, Any]] = field(default_factory=list)
     _epoch: int = 0
     _loss: float = 0.0
@@ -77,7 +79,9 @@ class Member:
     @property
     def is_live(self) -> bool:
         """Whether it has a step left to make."""
-        return self.stopped is None and self.step < self.last
+        return self.stopped is None and self.step < (
+            self.last if self.until is None else self.until
+        )
 
     def share(self) -> TrainingStep:
         """This rank's share of its next step."""
@@ -118,7 +122,9 @@ class Member:
     def state(self) -> dict[str, Any]:
         """All that its next step depends on, for `write_state`."""
         return {
-            "parameters": {name: value.data for name, value in self.adapter.parameters.items()},
+            "parameters": {
+                self._alone(name): value.data for name, value in self.adapter.parameters.items()
+            },
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "step": self.step,
@@ -131,12 +137,16 @@ class Member:
     def put_back(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
         for name, value in self.adapter.parameters.items():
-            value.data.copy_(state["parameters"][name])
+            value.data.copy_(state["parameters"][self._alone(name)])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.step, self.moved, self.stopped = state["step"], state["moved"], state["stopped"]
         self.log = state["log"]
         self._loss, self._losses = state["since_log"]
+
+    def _alone(self, name: str) -> str:
+        """A parameter's name in a model of this adapter alone, whatever it is called in a pass."""
+        return name.replace(f".{self.adapter_name}.", ".default.")
 
     def _note(self, norm: float, *, rate: float) -> None:
         self.log.append(

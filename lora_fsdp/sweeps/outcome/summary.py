@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,72 +16,13 @@ from lora_fsdp.evaluation.comparison import write_predictions
 from lora_fsdp.evaluation.outputs import TUNED, UNTRAINED, shown_metrics, write_json
 from lora_fsdp.evaluation.verdict import name_of, score_table, score_text
 from lora_fsdp.sweeps.earlier import OUT_OF_FOLD_FILE, SWEEP_FILE
-
-# Lower is better.
-_LOSSES = ("loss",)
-
-
-@dataclass(frozen=True)
-class MemberResult:
-    """What one adapter came to.
-
-    Attributes:
-        name: of its folder.
-        setting: number of its setting.
-        values: what the grid sets.
-        seed, fold: as in `Asked`.
-        stopped: why it was stopped before its end; it has no scores then.
-        metrics: of every system, as in `metrics.json`.
-        predictions: row by row, as in `predictions.csv`.
-        test: the tuned model's metrics on the test rows, if there are any.
-    """
-
-    name: str
-    setting: int
-    values: Mapping[str, Any]
-    seed: int
-    fold: int | None
-    stopped: str | None
-    metrics: Mapping[str, Mapping[str, float]]
-    predictions: pd.DataFrame | None
-    test: Mapping[str, float] | None = None
-
-    def score(self, metric: str) -> float:
-        """The tuned model's; NaN if it was stopped."""
-        return float(self.metrics.get(TUNED, {}).get(metric, math.nan))
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A mean over adapters with its standard deviation.
-
-    Attributes:
-        mean: of those that were trained to their end.
-        deviation: standard deviation over them (n - 1); NaN for a single one.
-        count: how many there are.
-    """
-
-    mean: float
-    deviation: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of all `values` that are numbers."""
-        known = np.array([value for value in values if not math.isnan(value)], dtype=float)
-        mean = float(known.mean()) if len(known) else math.nan
-        deviation = float(known.std(ddof=1)) if len(known) > 1 else math.nan
-        return cls(mean, deviation, len(known))
-
-    def __str__(self) -> str:
-        if math.isnan(self.deviation):
-            return score_text(self.mean)
-        return f"{score_text(self.mean)} ± {score_text(self.deviation)}"
+from lora_fsdp.sweeps.outcome.choice import Choice, chosen, over_rows
+from lora_fsdp.sweeps.outcome.member import MemberResult, Spread, is_loss
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All adapters of a run.
+    """All adapters of a run, and what they say together.
 
     Attributes:
         members: in the order in which they were asked for.
@@ -108,21 +50,30 @@ class Summary:
         return Spread.of([member.score(name) for member in self.settings[setting]])
 
     @property
-    def best(self) -> int | None:
-        """The setting with the best mean on its validation rows; `None` if all have diverged.
-
-        One of whose adapters some have diverged is no choice.
-        """
-        whole = {
-            number: self.spread(number).mean
+    def eligible(self) -> dict[int, list[MemberResult]]:
+        """The settings that may be chosen: one of whose adapters some were stopped is no choice."""
+        return {
+            number: members
             for number, members in self.settings.items()
             if not any(member.stopped for member in members)
+            and not math.isnan(self.spread(number).mean)
         }
-        whole = {number: mean for number, mean in whole.items() if not math.isnan(mean)}
-        if not whole:
+
+    @property
+    def best(self) -> int | None:
+        """The setting with the best mean on its validation rows; `None` if all have diverged."""
+        sign = -1 if is_loss(self.primary_metric) else 1
+        return max(self.eligible, key=lambda number: sign * self.spread(number).mean, default=None)
+
+    @cached_property
+    def choice(self) -> Choice | None:
+        """How far choosing the best can be trusted; `None` where nothing is chosen, or where the
+        metric is not known row by row.
+        """
+        best = self.best
+        if not self.chooses or best is None:
             return None
-        sign = -1 if self.primary_metric in _LOSSES else 1
-        return max(whole, key=lambda number: sign * whole[number])
+        return chosen(self.eligible, best, self.primary_metric)
 
     @property
     def pooled(self) -> pd.DataFrame | None:
@@ -143,6 +94,7 @@ class Summary:
         return {
             "primary_metric": self.primary_metric,
             "over": self.over,
+            "chooses": self.chooses,
             "members": [
                 {
                     "name": one.name,
@@ -162,6 +114,7 @@ class Summary:
                     "spread": {
                         metric: _finite(vars(self.spread(number, metric))) for metric in metrics
                     },
+                    "over_rows": self._over_rows_json(number),
                 }
                 for number, members in self.settings.items()
             ],
@@ -175,7 +128,7 @@ class Summary:
         write_json(root / SWEEP_FILE, self.to_json())
 
     def __str__(self) -> str:
-        return "\n".join([*self._table(), "", *self._conclusion()])
+        return "\n".join([*self._table(), "", *self.conclusion])
 
     # ---- in words -------------------------------------------------------------------------------
 
@@ -203,7 +156,9 @@ class Summary:
             for line in [header, *lines]
         ]
 
-    def _conclusion(self) -> list[str]:
+    @property
+    def conclusion(self) -> list[str]:
+        """What they say together, in sentences."""
         metric = name_of(self.primary_metric)
         if (best := self.best) is None:
             return ["Every adapter diverged: lower --learning_rate."]
@@ -221,13 +176,43 @@ class Summary:
             f"Best of {count} settings by {metric} on {_rows(members)} validation rows: {values} "
             f"({spread}{'' if spread.count == 1 else f', {spread.count} seeds'})."
         ]
+        lines += self._choice_lines()
         if members[0].test is not None:
             test = Spread.of([float((one.test or {})[self.primary_metric]) for one in members])
             lines.append(
-                f"On the test rows, by which nothing was chosen: {test}. The figure on the "
-                f"validation rows is the best of {count} and so too high."
+                f"On the test rows, by which nothing was chosen: {test}{self._test_rows(members)}. "
+                f"The figure on the validation rows is the best of {count} and so too high."
             )
         return lines
+
+    def _choice_lines(self) -> list[str]:
+        if (choice := self.choice) is None:
+            return []
+        others = len(self.eligible) - 1
+        beside = (
+            "The others are worse by more than chance."
+            if not choice.not_worse
+            else f"Of the other {others}, {len(choice.not_worse)} cannot be told from it on these "
+            "rows."
+        )
+        return [
+            f"Less what choosing among {others + 1} adds: {score_text(choice.corrected)}. {beside}"
+        ]
+
+    def _test_rows(self, members: Sequence[MemberResult]) -> str:
+        """How far the test rows alone let one adapter's figure vary."""
+        known = [one for one in members if one.test is not None and one.test_interval is not None]
+        if not known:
+            return ""
+        scores = [float((one.test or {})[self.primary_metric]) for one in known]
+        middle = known[int(np.argsort(scores)[(len(scores) - 1) // 2])]
+        low, high = map(score_text, middle.test_interval or ())
+        return f" (other test rows: {low} to {high}, 95 % interval of {middle.name})"
+
+    def _over_rows_json(self, number: int) -> dict[str, Any] | None:
+        members = [one for one in self.settings[number] if one.stopped is None]
+        found = over_rows(members, self.primary_metric) if members else None
+        return None if found is None else asdict(found)
 
     def _pooled_line(self, what: str, spread: Spread) -> str:
         pooled = self.pooled
@@ -275,6 +260,7 @@ class Summary:
             "adapters": [one.name for one in members],
             "settings_tried": len(self.settings),
             "validation": _finite(vars(self.spread(best))),
+            "choice": None if self.choice is None else asdict(self.choice),
             "test": _finite(vars(Spread.of(test))) if test else None,
         }
 
