@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sklearn.model_selection import ParameterGrid, ParameterSampler
-
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.sweeps.values import Range, checked_grid, read_grid
@@ -42,6 +40,9 @@ def tried_settings(training: FineTuningArguments) -> list[dict[str, Any]]:
         )
     if ranges:
         return _drawn(grid, int(training.trials or 1), seed=int(training.seed))
+    # Imported here: it takes longer than all else in this file, and most runs have no grid.
+    from sklearn.model_selection import ParameterGrid
+
     size = len(ParameterGrid(grid))
     if not 1 <= size <= _MOST_SETTINGS:
         raise ArgumentError(
@@ -65,6 +66,8 @@ def _drawn(
     """So many settings, seeded; without ranges, all of them different."""
     if count > _MOST_SETTINGS:
         raise ArgumentError(f"--trials {count:,}: give at most {_MOST_SETTINGS:,}.")
+    from sklearn.model_selection import ParameterSampler
+
     spaces = [{name: _space(values) for name, values in one.items()} for one in grid]
     chosen = ParameterSampler(spaces, n_iter=count, random_state=seed)
     return [{name: _plain(value) for name, value in one.items()} for one in chosen]
