@@ -49,6 +49,7 @@ LAYERS = (
     "failures",
     "scripts",
     "notebook",
+    "evaluating",
     "cli",
 )
 
