@@ -14,6 +14,8 @@ if TYPE_CHECKING:
         ModelArguments,
     )
     from lora_fsdp.errors import LoraFsdpError
+    from lora_fsdp.estimator import LoraClassifier
+    from lora_fsdp.evaluation.prediction import Predictor
     from lora_fsdp.pipeline import FineTuningResult, finetune
     from lora_fsdp.tasks import (
         ClassificationTask,
@@ -36,10 +38,12 @@ __all__ = [
     "FineTuningResult",
     "GenerationTask",
     "LoraArguments",
+    "LoraClassifier",
     "LoraFsdpError",
     "LoraTrainer",
     "ModelArguments",
     "MultipleChoiceTask",
+    "Predictor",
     "Prompt",
     "Task",
     "finetune",
@@ -60,10 +64,12 @@ _HOMES = {
     "FineTuningResult": "lora_fsdp.pipeline",
     "GenerationTask": "lora_fsdp.tasks",
     "LoraArguments": "lora_fsdp.arguments",
+    "LoraClassifier": "lora_fsdp.estimator",
     "LoraFsdpError": "lora_fsdp.errors",
     "LoraTrainer": "lora_fsdp.training.trainer",
     "ModelArguments": "lora_fsdp.arguments",
     "MultipleChoiceTask": "lora_fsdp.tasks",
+    "Predictor": "lora_fsdp.evaluation.prediction",
     "Prompt": "lora_fsdp.tasks",
     "Task": "lora_fsdp.tasks",
     "finetune": "lora_fsdp.pipeline",

@@ -26,7 +26,7 @@ from lora_fsdp.errors import (
 )
 from lora_fsdp.evaluation.ensemble import Ensemble
 from lora_fsdp.evaluation.outputs import write_atomically, write_json
-from lora_fsdp.evaluation.prediction import Predictor
+from lora_fsdp.evaluation.prediction import Predictor, examples_of_texts
 from lora_fsdp.tasks import Example, Task
 
 _JOB_FILE = "job.json"
@@ -262,24 +262,6 @@ def _unsure_of(file: Path) -> int:
 def _part_of(examples: Sequence[Example], chunk: Chunk, file: Path) -> _Part:
     without_text = [example.row for example in examples if not _has_text(example)]
     return _Part(file, len(chunk), False, without_text)
-
-
-def examples_of_texts(task: Task, texts: Mapping[int, str], *, advice: str) -> list[Example]:
-    """Examples of a task that asks about one column, by the rows' numbers.
-
-    Raises:
-        ArgumentError: the task needs more than one text; the message ends with `advice`.
-    """
-    column = str(task.options().get("text_column") or "text")
-    try:
-        return [
-            Example(number, task.build_prompt({column: text}), None, task.build_choices({}))
-            for number, text in texts.items()
-        ]
-    except KeyError as error:
-        raise ArgumentError(
-            f"Task {task.name!r} asks about more than one column and needs {error}, too: {advice}"
-        ) from error
 
 
 def answers_of(
