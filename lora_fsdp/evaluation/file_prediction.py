@@ -8,7 +8,7 @@ output, which also appears in one rename.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -174,7 +174,7 @@ def _parts(
         if workers.does(number):
             yield _answer_chunk(task, stream, chunk, file, answer=answer)
         elif workers.is_first:
-            yield _part_of(_examples(task, stream, chunk), chunk, file)
+            yield _part_of(examples_of_chunk(task, stream, chunk), chunk, file)
 
 
 def check_confidence(predictor: Predictor | Ensemble, confidence: Confidence) -> None:
@@ -218,8 +218,8 @@ def _check_beginning(
     chunk = next(stream.chunks(chunk_rows), None)
     if chunk is None:
         raise NoRowsError(f"{stream.path} holds no rows.")
-    _examples(predictor.task, stream, chunk)
-    _refuse_taken_names(answer([])[0], chunk)
+    examples_of_chunk(predictor.task, stream, chunk)
+    refuse_taken_names(answer([])[0], chunk)
 
 
 class _Part(NamedTuple):
@@ -239,10 +239,10 @@ def _answer_chunk(
 ) -> _Part:
     """Write the chunk with its answers to `file`, if an earlier call has not."""
     resumed = file.is_file()
-    examples = _examples(task, stream, chunk)
+    examples = examples_of_chunk(task, stream, chunk)
     if not resumed:
         added, unsure = answer(examples)
-        _refuse_taken_names(added, chunk)
+        refuse_taken_names(added, chunk)
         if unsure:  # before the answers, which say that the chunk is done
             write_json(_unsure_file(file), {"unsure": unsure})
         write_atomically(file, partial(stream.write, chunk, added))
@@ -283,7 +283,8 @@ def answers_of(
     return [{name: values[i] for name, values in columns.items()} for i in range(len(texts))]
 
 
-def _examples(task: Task, stream: TableStream, chunk: Chunk) -> list[Example]:
+def examples_of_chunk(task: Task, stream: TableStream, chunk: Chunk) -> list[Example]:
+    """`examples_of_records` of some rows of a table."""
     return examples_of_records(
         task,
         stream.records(chunk),
@@ -394,7 +395,12 @@ def _refuse_other_format(stream: TableStream, target: Path) -> None:
         raise OutputFileError(f"{target} is the input: name another --output.")
 
 
-def _refuse_taken_names(added: Mapping[str, Any], chunk: Chunk) -> None:
+def refuse_taken_names(added: Iterable[str], chunk: Chunk) -> None:
+    """Refuse new columns that a table already has.
+
+    Raises:
+        ArgumentError: names them.
+    """
     if taken := [name for name in added if name in chunk.columns]:
         raise ArgumentError(
             f"The table already has {', '.join(map(repr, taken))}: give the new columns other "

@@ -13,11 +13,20 @@ PLAN_FILE = "sweep_plan.json"
 SWEEP_FILE = "sweep.json"
 #: With folds, every row answered by an adapter that had not learnt from it.
 OUT_OF_FOLD_FILE = "out_of_fold.csv"
+#: Of those rows, the ones whose label may be wrong.
+LABEL_ERRORS_FILE = "label_errors.csv"
 REPORT_FILE = "comparison.html"
 _BESIDE_THE_REPORT = ("comparison.json", "comparison_figures")
 #: Where adapters that share a pass keep their common checkpoints, with a number.
 TOGETHER = "together"
-_FILES = (PLAN_FILE, SWEEP_FILE, OUT_OF_FOLD_FILE, REPORT_FILE, *_BESIDE_THE_REPORT)
+_FILES = (
+    PLAN_FILE,
+    SWEEP_FILE,
+    OUT_OF_FOLD_FILE,
+    LABEL_ERRORS_FILE,
+    REPORT_FILE,
+    *_BESIDE_THE_REPORT,
+)
 
 
 def earlier_files(root: Path) -> list[Path]:

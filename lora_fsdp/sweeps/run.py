@@ -41,6 +41,7 @@ from lora_fsdp.reporting.run_files import METRICS_FILE, read_run
 from lora_fsdp.reporting.side_by_side import write_comparison
 from lora_fsdp.sweeps.earlier import PLAN_FILE, REPORT_FILE, TOGETHER
 from lora_fsdp.sweeps.grid import Asked, asked_adapters
+from lora_fsdp.sweeps.label_errors import write_label_errors
 from lora_fsdp.sweeps.results import MemberResult, Summary
 from lora_fsdp.sweeps.rows import RowsOfRun, rows_of_run
 from lora_fsdp.sweeps.sharing import Groups, group
@@ -459,6 +460,9 @@ class Several:
         )
         summary.save(self.root)
         say(f"\n{summary}", flush=True)
+        labels = self.data.task.answer_kind.labels
+        if (line := write_label_errors(summary.pooled, labels, self.root)) is not None:
+            say(line, flush=True)
         self._report(summary)
         return summary
 
