@@ -50,7 +50,8 @@ _OF_A_FOLDER = (
 )  # fmt: skip
 _OF_HELD_OUT_ROWS = (
     "eval_", "do_", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-    "early_stopping_", "per_device_eval_", "probe_rows", "generate_examples", "batch_eval_metrics",
+    "early_stopping_", "per_device_eval_", "probe_rows", "untrained_shots",
+    "generate_examples", "batch_eval_metrics",
     "prediction_loss_only", "include_for_metrics",
 )  # fmt: skip
 _OF_SEVERAL = ("seeds", "folds", "grid", "samples", "adapters_at_once", "max_hours")

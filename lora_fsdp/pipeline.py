@@ -26,7 +26,7 @@ from lora_fsdp.base.streaming import open_base
 from lora_fsdp.data.checking import check_task_data
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.formats.several import input_paths
-from lora_fsdp.data.rows import TaskData, load_task_data, without_refused_rows
+from lora_fsdp.data.rows import TaskData, encoder_of, load_task_data, without_refused_rows
 from lora_fsdp.distributed.hosts import compare_hosts
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
@@ -49,6 +49,7 @@ from lora_fsdp.sweeps.results import Summary
 from lora_fsdp.sweeps.run import RanAlone, RunAlone, Several, check_several
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.training.calibrating import calibrate, save_calibration
+from lora_fsdp.training.few_shot import check_shots, draw_shots, encode_with_shots
 from lora_fsdp.training.logging.log_history import KeepLog
 from lora_fsdp.training.logging.time_spent import measured, seconds_by_part, spent_on
 from lora_fsdp.training.rivals import Untrained, rows_to_probe, score_untrained
@@ -138,6 +139,8 @@ def _finetune_several(run: _Run, task: Task | None) -> FineTuningResult:
             "--adapter_name_or_path goes on with one adapter, and several are to be trained: leave "
             "it out, or start a run for each."
         )
+    if run.training.untrained_shots:
+        raise ArgumentError("--untrained_shots is for a run of one adapter: leave it out.")
     output_dir = Path(run.training.output_dir or ".")
     end_with_launcher()
     on_first_rank(lambda: claim_for_several(output_dir, run.training, inputs=_input_paths(run)))
@@ -184,6 +187,8 @@ def _run_one(
     """
     training_args, output_dir = run.training, Path(run.training.output_dir or ".")
     set_seed(training_args.seed)  # the adapter's first values
+    adapter = lora_config(run.lora, revision=run.model.model_revision)
+    shown = _with_shots(run, data)
     log = KeepLog(output_dir)
     with spent_on("read"):
         trainer = _trainer(run, data, log)
@@ -228,6 +233,37 @@ def _trainer(run: _Run, data: TaskData, log: KeepLog) -> LoraTrainer:
         thinking=run.data.thinking,
         callbacks=[log, WriteCards(output_dir)],
     )
+    status = fsdp_status(trainer.model, traffic=trainer.host_traffic)
+    # Only now: an earlier run outlives every mistake that is found before this one can start.
+    on_first_rank(lambda: _remove_earlier_run(output_dir, training_args))
+    if trainer.is_world_process_zero():
+        _announce(trainer, data, status)
+        named = {"model": run.model, "adapter": run.lora, "data": run.data}
+        record_start(output_dir, trainer=trainer, data=data, status=status, asked=named)
+    ran = _train_and_compare(trainer, data, log, untrained=untrained, asked=asked, with_shots=shown)
+    if trainer.is_world_process_zero():
+        ran.comparison.save(output_dir)
+        try_to_write_card(output_dir)
+        say(f"\n{ran.comparison}\n\nAdapter, metrics and predictions: {output_dir}", flush=True)
+        _report(output_dir)
+    trainer.accelerator.wait_for_everyone()
+    return ran
+
+
+def _with_shots(run: _Run, data: TaskData) -> list[EncodedExample]:
+    """The reported rows with `--untrained_shots` in their prompts; none where not asked for."""
+    if not run.training.untrained_shots:
+        return []
+    check_shots(data.task, [*data.train, *data.scored])
+    encoder = encoder_of(run.data, load_tokenizer(run.model), task=data.task)
+    shots = draw_shots(
+        encoder,
+        data.train,
+        count=run.training.untrained_shots,
+        besides=data.scored,
+        seed=int(run.training.seed),
+    )
+    return encode_with_shots(encoder, data.reported, shots)
 
 
 def _train_and_compare(
@@ -237,6 +273,7 @@ def _train_and_compare(
     *,
     untrained: Untrained | None,
     asked: Sequence[Example],
+    with_shots: Sequence[EncodedExample],
 ) -> RanAlone:
     reported = trainer.test_dataset or trainer.held_out
     with spent_on("score"):
@@ -245,6 +282,11 @@ def _train_and_compare(
             base_texts = _generate_freely(trainer, reported)
     with spent_on("train"):
         trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if untrained is None:
+        untrained = score_untrained(trainer, reported, with_shots=with_shots)
+    with trainer.model.disable_adapter():
+        base_texts = _generate_freely(trainer, reported)
+    trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
     if trainer.is_world_process_zero():
         with spent_on("report"):
