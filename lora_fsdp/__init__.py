@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_fsdp.data.tables import read_table as load_table
     from lora_fsdp.doctor import Machine, MachineGpu, diagnose
     from lora_fsdp.errors import DataError, LoraFsdpError
+    from lora_fsdp.estimator import LoraClassifier
     from lora_fsdp.evaluating import Evaluation, evaluate
     from lora_fsdp.evaluation.prediction import Predictor
     from lora_fsdp.notebook import Report, launch
@@ -49,6 +50,7 @@ __all__ = [
     "FineTuningResult",
     "GenerationTask",
     "LoraArguments",
+    "LoraClassifier",
     "LoraFsdpError",
     "LoraTrainer",
     "Machine",
@@ -89,6 +91,7 @@ _HOMES = {
     "FineTuningResult": "lora_fsdp.pipeline",
     "GenerationTask": "lora_fsdp.tasks",
     "LoraArguments": "lora_fsdp.arguments",
+    "LoraClassifier": "lora_fsdp.estimator",
     "LoraFsdpError": "lora_fsdp.errors",
     "LoraTrainer": "lora_fsdp.training.trainer",
     "Machine": "lora_fsdp.doctor",

@@ -26,7 +26,7 @@ from lora_fsdp.base.streaming import open_base
 from lora_fsdp.data.checking import check_task_data
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.formats.several import input_paths
-from lora_fsdp.data.rows import TaskData, load_task_data, without_refused_rows
+from lora_fsdp.data.rows import TaskData, encoder_of, load_task_data, without_refused_rows
 from lora_fsdp.distributed.hosts import compare_hosts
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
@@ -53,6 +53,7 @@ from lora_fsdp.sweeps.run import Several
 from lora_fsdp.sweeps.turns import RanAlone, RunAlone, StopAtShare, TrainAlone
 from lora_fsdp.tasks import Task
 from lora_fsdp.training.calibrating import calibrate, save_calibration
+from lora_fsdp.training.few_shot import check_shots, draw_shots, encode_with_shots
 from lora_fsdp.training.logging.log_history import KeepLog
 from lora_fsdp.training.logging.time_spent import measured, seconds_by_part, spent_on
 from lora_fsdp.training.rivals import Untrained, rows_to_probe, score_untrained
@@ -196,9 +197,10 @@ def _run_one(run: _Run, data: TaskData, alone: RunAlone | None = None) -> RanAlo
         data: its examples.
         alone: as one of several: what is known already, and what else is asked.
     """
+    shown = _with_shots(run, data)
     trainer, base, log = _begin(run, data, alone)
     output_dir = Path(run.training.output_dir or ".")
-    ran = _train_and_compare(trainer, data, log, alone)
+    ran = _train_and_compare(trainer, data, log, alone, with_shots=shown)
     if trainer.is_world_process_zero():
         with spent_on("report"):
             ran.comparison.save(output_dir)
@@ -269,8 +271,29 @@ def _trainer(
     )
 
 
+def _with_shots(run: _Run, data: TaskData) -> list[EncodedExample]:
+    """The reported rows with `--untrained_shots` in their prompts; none where not asked for."""
+    if not run.training.untrained_shots:
+        return []
+    check_shots(data.task, [*data.train, *data.scored])
+    encoder = encoder_of(run.data, load_tokenizer(run.model), task=data.task)
+    shots = draw_shots(
+        encoder,
+        data.train,
+        count=run.training.untrained_shots,
+        besides=data.scored,
+        seed=int(run.training.seed),
+    )
+    return encode_with_shots(encoder, data.reported, shots)
+
+
 def _train_and_compare(
-    trainer: LoraTrainer, data: TaskData, log: KeepLog, alone: RunAlone | None
+    trainer: LoraTrainer,
+    data: TaskData,
+    log: KeepLog,
+    alone: RunAlone | None,
+    *,
+    with_shots: Sequence[EncodedExample],
 ) -> RanAlone:
     reported = trainer.test_dataset or trainer.held_out
     with spent_on("score"):
@@ -278,7 +301,7 @@ def _train_and_compare(
         if untrained is None:
             # Loaders draw numbers, too: dropout is to be the same where these are known already.
             with torch.random.fork_rng(devices=()):
-                untrained = score_untrained(trainer, reported)
+                untrained = score_untrained(trainer, reported, with_shots=with_shots)
         with trainer.model.disable_adapter():
             base_texts = _generate_freely(trainer, reported)
     with spent_on("train"):

@@ -47,6 +47,7 @@ LAYERS = (
     "options",
     "sweeps",
     "pipeline",
+    "estimator",
     "failures",
     "scripts",
     "notebook",

@@ -123,6 +123,12 @@ class FineTuningArguments(TrainingArguments):
         "Training rows that the frozen probe reads before training, one forward each; it is a "
         "rival in the report. 0 = no probe.",
     )
+    untrained_shots: int = option(
+        0,
+        "Examples of training rows in the prompt of the untrained model, a further way of reading "
+        "it as a rival in the report: one more pass over the scored rows. Tuning and predicting "
+        "are not changed.",
+    )
     max_new_tokens: int | None = option(
         None,
         "Longest answer that is generated, in tokens. Not given: the longest training "
@@ -261,7 +267,8 @@ class FineTuningArguments(TrainingArguments):
             raise ArgumentError(f"--max_hours must be more than 0, not {self.max_hours}.")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ArgumentError(f"--max_new_tokens must be 1 or more, not {self.max_new_tokens}.")
-        for name in ("stall_seconds", "drift_check_steps", "flat_loss_steps", "probe_rows"):
+        for name in ("stall_seconds", "drift_check_steps", "flat_loss_steps", "probe_rows",
+                     "untrained_shots"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}.")
         if not 0 <= self.label_smoothing_factor < 1:

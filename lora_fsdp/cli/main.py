@@ -29,6 +29,7 @@ MODULES = (
     "evaluate",
     "predict",
     "serve",
+    "next",
     "compare",
     "report",
     "verify",

@@ -11,9 +11,8 @@ import pandas as pd
 
 from lora_fsdp.errors import DataFileNotFoundError
 from lora_fsdp.evaluation.comparison import generated_texts
-from lora_fsdp.evaluation.file_prediction import examples_of_texts
 from lora_fsdp.evaluation.outputs import PredictionRow
-from lora_fsdp.evaluation.prediction import Predictor
+from lora_fsdp.evaluation.prediction import Predictor, examples_of_texts
 
 _ADVICE = (
     "a run's predictions.csv holds one text a row. Use lora-fsdp evaluate on the table instead."

@@ -8,7 +8,7 @@ output, which also appears in one rename.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from lora_fsdp.errors import (
 )
 from lora_fsdp.evaluation.ensemble import Ensemble
 from lora_fsdp.evaluation.outputs import write_atomically, write_json
-from lora_fsdp.evaluation.prediction import Predictor
+from lora_fsdp.evaluation.prediction import Predictor, examples_of_texts
 from lora_fsdp.tasks import Example, Task
 
 _JOB_FILE = "job.json"
@@ -174,7 +174,7 @@ def _parts(
         if workers.does(number):
             yield _answer_chunk(task, stream, chunk, file, answer=answer)
         elif workers.is_first:
-            yield _part_of(_examples(task, stream, chunk), chunk, file)
+            yield _part_of(examples_of_chunk(task, stream, chunk), chunk, file)
 
 
 def check_confidence(predictor: Predictor | Ensemble, confidence: Confidence) -> None:
@@ -218,8 +218,8 @@ def _check_beginning(
     chunk = next(stream.chunks(chunk_rows), None)
     if chunk is None:
         raise NoRowsError(f"{stream.path} holds no rows.")
-    _examples(predictor.task, stream, chunk)
-    _refuse_taken_names(answer([])[0], chunk)
+    examples_of_chunk(predictor.task, stream, chunk)
+    refuse_taken_names(answer([])[0], chunk)
 
 
 class _Part(NamedTuple):
@@ -239,10 +239,10 @@ def _answer_chunk(
 ) -> _Part:
     """Write the chunk with its answers to `file`, if an earlier call has not."""
     resumed = file.is_file()
-    examples = _examples(task, stream, chunk)
+    examples = examples_of_chunk(task, stream, chunk)
     if not resumed:
         added, unsure = answer(examples)
-        _refuse_taken_names(added, chunk)
+        refuse_taken_names(added, chunk)
         if unsure:  # before the answers, which say that the chunk is done
             write_json(_unsure_file(file), {"unsure": unsure})
         write_atomically(file, partial(stream.write, chunk, added))
@@ -264,24 +264,6 @@ def _part_of(examples: Sequence[Example], chunk: Chunk, file: Path) -> _Part:
     return _Part(file, len(chunk), False, without_text)
 
 
-def examples_of_texts(task: Task, texts: Mapping[int, str], *, advice: str) -> list[Example]:
-    """Examples of a task that asks about one column, by the rows' numbers.
-
-    Raises:
-        ArgumentError: the task needs more than one text; the message ends with `advice`.
-    """
-    column = str(task.options().get("text_column") or "text")
-    try:
-        return [
-            Example(number, task.build_prompt({column: text}), None, task.build_choices({}))
-            for number, text in texts.items()
-        ]
-    except KeyError as error:
-        raise ArgumentError(
-            f"Task {task.name!r} asks about more than one column and needs {error}, too: {advice}"
-        ) from error
-
-
 def answers_of(
     predictor: Predictor | Ensemble,
     texts: Sequence[str],
@@ -301,7 +283,8 @@ def answers_of(
     return [{name: values[i] for name, values in columns.items()} for i in range(len(texts))]
 
 
-def _examples(task: Task, stream: TableStream, chunk: Chunk) -> list[Example]:
+def examples_of_chunk(task: Task, stream: TableStream, chunk: Chunk) -> list[Example]:
+    """`examples_of_records` of some rows of a table."""
     return examples_of_records(
         task,
         stream.records(chunk),
@@ -412,7 +395,12 @@ def _refuse_other_format(stream: TableStream, target: Path) -> None:
         raise OutputFileError(f"{target} is the input: name another --output.")
 
 
-def _refuse_taken_names(added: Mapping[str, Any], chunk: Chunk) -> None:
+def refuse_taken_names(added: Iterable[str], chunk: Chunk) -> None:
+    """Refuse new columns that a table already has.
+
+    Raises:
+        ArgumentError: names them.
+    """
     if taken := [name for name in added if name in chunk.columns]:
         raise ArgumentError(
             f"The table already has {', '.join(map(repr, taken))}: give the new columns other "

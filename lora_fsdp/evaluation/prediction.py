@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from lora_fsdp.compute.fusing import Fusing
 from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.packing import Packing
-from lora_fsdp.errors import AdapterVerificationError
+from lora_fsdp.errors import AdapterVerificationError, ArgumentError, EmptyTextError
 from lora_fsdp.evaluation.calibration import Calibration, answer_sets, read_calibration
 from lora_fsdp.evaluation.generation import LEAST_NEW_TOKENS, generate_answers, generate_texts
 from lora_fsdp.evaluation.metrics import model_outputs
@@ -117,6 +117,24 @@ def read_encoder(folder: Path, saved: dict[str, Any]) -> Encoder:
         chat_template_kwargs=saved["chat_template_kwargs"],
         thinking=saved["thinking"],
     )
+
+
+def examples_of_texts(task: Task, texts: Mapping[int, str], *, advice: str) -> list[Example]:
+    """Examples of a task that asks about one column, by the rows' numbers.
+
+    Raises:
+        ArgumentError: the task needs more than one text; the message ends with `advice`.
+    """
+    column = str(task.options().get("text_column") or "text")
+    try:
+        return [
+            Example(number, task.build_prompt({column: text}), None, task.build_choices({}))
+            for number, text in texts.items()
+        ]
+    except KeyError as error:
+        raise ArgumentError(
+            f"Task {task.name!r} asks about more than one column and needs {error}, too: {advice}"
+        ) from error
 
 
 def _fastest(model: PeftModel, *, device: torch.device, longest: int, packs: bool) -> PackedModel:
@@ -211,6 +229,23 @@ class Predictor:
         )
         longest = saved["max_new_tokens"]
         return cls(encoder.task, encoder, packed, device, longest, calibration)
+
+    def predict(self, texts: Sequence[str]) -> pd.DataFrame:
+        """The answers to N texts: a row each, in order, with the columns of `lora-fsdp predict`.
+
+        Raises:
+            EmptyTextError: there is nothing in a text; the message gives its number (from 1).
+            ArgumentError: the task asks about more than one column (`outputs` takes its examples).
+        """
+        if isinstance(texts, str):
+            raise ArgumentError("Predictor.predict takes a list of texts: give [text].")
+        asked = dict(enumerate(texts, start=1))
+        empty = next((number for number, text in asked.items() if not str(text).strip()), None)
+        if empty is not None:
+            raise EmptyTextError(f"Text {empty} of {len(asked)} is empty: leave it out.")
+        advice = "make examples of rows (Task.examples) and ask for Predictor.columns."
+        examples = examples_of_texts(self.task, asked, advice=advice)
+        return pd.DataFrame({name: list(v) for name, v in self.columns(examples).items()})
 
     def score(self, examples: Sequence[Example] | Sequence[EncodedExample]) -> Scores:
         """Scores of every answer, as during training; `examples` may be encoded already."""

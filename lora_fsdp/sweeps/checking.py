@@ -53,7 +53,7 @@ def check_contradictions(training: FineTuningArguments, data: DataArguments) -> 
         raise ArgumentError(
             "Several adapters go on from where each of them was: --resume_from_checkpoint true."
         )
-    for name in ("push_to_hub", "max_hours"):
+    for name in ("push_to_hub", "max_hours", "untrained_shots"):
         if getattr(training, name):
             raise ArgumentError(f"--{name} is for a run of one adapter: leave it out.")
 

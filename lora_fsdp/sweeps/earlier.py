@@ -19,6 +19,8 @@ STAGE_FILE = "stage_state.safetensors"
 STAGE_SCORES_FILE = "stage_scores.json"
 #: With folds, every row answered by an adapter that had not learnt from it.
 OUT_OF_FOLD_FILE = "out_of_fold.csv"
+#: Of those rows, the ones whose label may be wrong.
+LABEL_ERRORS_FILE = "label_errors.csv"
 #: The page about all of them, and the one that sets every two side by side.
 REPORT_FILE = "report.html"
 COMPARISON_FILE = "comparison.html"
@@ -33,7 +35,7 @@ TEST_INTERVAL = "interval"
 STOPPED_FILE = "stopped.json"
 #: Where adapters that share a pass keep their common checkpoints, with a number.
 TOGETHER = "together"
-_FILES = (PLAN_FILE, SWEEP_FILE, HALVING_FILE, OUT_OF_FOLD_FILE, *_PAGES)
+_FILES = (PLAN_FILE, SWEEP_FILE, HALVING_FILE, OUT_OF_FOLD_FILE, LABEL_ERRORS_FILE, *_PAGES)
 
 
 def earlier_files(root: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from lora_fsdp.data.sampling import ScoringSequence
 from lora_fsdp.evaluation.metrics import answers_of
 from lora_fsdp.evaluation.outputs import PROBE
 from lora_fsdp.evaluation.probing import probe_answers, shared_tokens
+from lora_fsdp.evaluation.untrained import AS_TRAINED
 from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.tasks import Task
 from lora_fsdp.tasks.answers import ModelOutputs
@@ -38,17 +39,33 @@ class Untrained:
     facts: Mapping[str, Any]
 
 
-def score_untrained(trainer: LoraTrainer, reported: Sequence[EncodedExample]) -> Untrained:
+def score_untrained(
+    trainer: LoraTrainer,
+    reported: Sequence[EncodedExample],
+    *,
+    with_shots: Sequence[EncodedExample] = (),
+) -> Untrained:
     """Score the base on the reported rows, and read its states of them and of training rows.
 
     A collective call.
+
+    Args:
+        trainer: has the base.
+        reported: the rows.
+        with_shots: the same with examples in their prompts, for further ways of reading the base.
     """
-    return score_base(
+    found = score_base(
         trainer.scorer,
         trainer.get_eval_dataloader,
         learnt=rows_to_probe(trainer.task, trainer.args, trainer.train_dataset),
         reported=reported,
     )
+    if not with_shots:
+        return found
+    ways, _ = trainer.scorer.untrained(trainer.get_eval_dataloader(with_shots))
+    shown = f"{trainer.args.untrained_shots} examples in the prompt"
+    more = {shown if way == AS_TRAINED else f"{shown}, {way}": out for way, out in ways.items()}
+    return replace(found, ways={**found.ways, **more})
 
 
 def score_base(

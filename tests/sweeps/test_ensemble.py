@@ -10,8 +10,7 @@ import pytest
 from lora_fsdp.cli.main import main
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.ensemble import Ensemble
-from lora_fsdp.evaluation.file_prediction import examples_of_texts
-from lora_fsdp.evaluation.prediction import Predictor
+from lora_fsdp.evaluation.prediction import Predictor, examples_of_texts
 from lora_fsdp.sweeps.earlier import adapters_of
 from tests.support.sweeps import toy_sweep
 from tests.support.tiny import toy_table

@@ -19,6 +19,7 @@ from lora_fsdp.sweeps.earlier import (
     TEST_INTERVAL,
 )
 from lora_fsdp.sweeps.grid import Asked
+from lora_fsdp.sweeps.label_errors import write_label_errors
 from lora_fsdp.sweeps.once import Once
 from lora_fsdp.sweeps.outcome.member import MemberResult
 from lora_fsdp.sweeps.outcome.page import write_sweep_report
@@ -37,6 +38,9 @@ def sum_up(once: Once) -> Summary:
     )
     summary.save(once.root)
     say(f"\n{summary}", flush=True)
+    labels = once.data.task.answer_kind.labels
+    if (line := write_label_errors(summary.pooled, labels, once.root)) is not None:
+        say(line, flush=True)
     folders = [once.root / one.name for one in summary.members if one.stopped is None]
     if len(folders) > 1:
         _try_to_write(lambda: write_comparison(folders, once.root / COMPARISON_FILE))

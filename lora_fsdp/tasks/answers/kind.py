@@ -92,6 +92,7 @@ class AnswerKind(ABC):
         objective: what is minimised, by its name in `training/step/objectives/choice.py`.
         reading: how an answer is read from the likelihoods, as a sentence of the model card; "" =
             the likeliest one is the answer, or the generated text is.
+        asked_alike: whether every row is asked the same questions, each with the same options.
         needs_reference: whether an answer is read from the frozen base's log-likelihoods as well.
     """
 
@@ -105,6 +106,7 @@ class AnswerKind(ABC):
     objective: ClassVar[str] = "supervised"
     reading: ClassVar[str] = ""
     needs_reference: ClassVar[bool] = False
+    asked_alike: ClassVar[bool] = False
 
     @abstractmethod
     def candidates(self, example: Example) -> Sequence[str]:
@@ -135,6 +137,10 @@ class AnswerKind(ABC):
     def probabilities(self, outputs: ModelOutputs) -> Sequence[float | None]:
         """[N], from 0 to 1, of each answer given; `None` where it is not known."""
         return outputs.probabilities.max(axis=1, initial=0.0).tolist()
+
+    def probabilities_by_question(self, outputs: ModelOutputs) -> Sequence[np.ndarray]:
+        """Of each question [N, options] float64 probabilities; where all rows are `asked_alike`."""
+        return [outputs.probabilities]
 
     def metrics(
         self, targets: Sequence[str], predictions: Sequence[str | None]

@@ -168,7 +168,7 @@ class Questions(AnswerKind):
         columns: dict[str, Sequence[Any]] = {}
         chosen, certainties = self._chosen(outputs), self._certainties(outputs)
         for place, (question, given) in enumerate(
-            zip(self.questions, self._by_question(outputs), strict=True)
+            zip(self.questions, self.probabilities_by_question(outputs), strict=True)
         ):
             columns[f"{ANSWER_TO}{question.column}"] = [
                 question.options[option] for option in chosen[:, place].tolist()
@@ -183,8 +183,8 @@ class Questions(AnswerKind):
         listed = (f"{one.ask} ({', '.join(one.options)})" for one in self.questions)
         return "; ".join(listed)
 
-    def _by_question(self, outputs: ModelOutputs) -> list[np.ndarray]:
-        """[N, options] probabilities of each question's."""
+    def probabilities_by_question(self, outputs: ModelOutputs) -> Sequence[np.ndarray]:
+        """[N, options] of each question."""
         scores = outputs.log_likelihoods.astype(np.float64).reshape(-1, sum(self.sizes))
         found, first = [], 0
         for size in self.sizes:
@@ -196,13 +196,13 @@ class Questions(AnswerKind):
 
     def _chosen(self, outputs: ModelOutputs) -> np.ndarray:
         """[N, questions] places of the answers."""
-        given = zip(self.questions, self._by_question(outputs), strict=True)
+        given = zip(self.questions, self.probabilities_by_question(outputs), strict=True)
         return np.stack([question.chosen(one) for question, one in given], axis=1)
 
     def _certainties(self, outputs: ModelOutputs) -> np.ndarray:
         """[N, questions] probabilities of the answers."""
         places = self._chosen(outputs).T
-        given = zip(self._by_question(outputs), places, strict=True)
+        given = zip(self.probabilities_by_question(outputs), places, strict=True)
         rows = np.arange(places.shape[1])
         return np.stack([one[rows, chosen] for one, chosen in given], axis=1)
 

@@ -32,6 +32,7 @@ class SeveralLabels(AnswerKind):
     description = "any number of labels at once, a yes or no for each"
     report_sections = (Section.SEVERAL, Section.CHOICES)
     answer_column = "predicted_labels"
+    asked_alike = True
     reading = (
         "Every label is a question of its own: after the prompt stand the label, a colon, and yes "
         "or no, and the label is given where yes is likely enough."
@@ -59,6 +60,10 @@ class SeveralLabels(AnswerKind):
     def answers(self, examples: Sequence[Example], outputs: ModelOutputs) -> Sequence[str | None]:
         """The labels that apply."""
         return self._named(self.applying(outputs) >= self.thresholds)
+
+    def probabilities_by_question(self, outputs: ModelOutputs) -> Sequence[np.ndarray]:
+        """Yes and no of each label."""
+        return [np.stack([yes, 1 - yes], axis=1) for yes in self.applying(outputs).T]
 
     def applying(self, outputs: ModelOutputs) -> np.ndarray:
         """[N, K] float64, the probability that each label applies: of yes against no."""

@@ -1,0 +1,1 @@
+"""Rows without answers: which of them to label next."""
