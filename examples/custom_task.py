@@ -3,8 +3,7 @@
 accelerate launch examples/custom_task.py --model_name_or_path MODEL --data_file tickets.csv
 """
 
-from lora_fsdp import ClassificationTask, finetune, register_task
-from lora_fsdp.scripts import parse_arguments
+from lora_fsdp import ClassificationTask, finetune, parse_arguments, register_task
 
 
 @register_task

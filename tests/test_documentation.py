@@ -241,8 +241,20 @@ def test_custom_task_is_short_and_the_one_in_the_readme() -> None:
 
 def test_the_chinese_readme_has_the_commands_of_the_english_one() -> None:
     english, chinese = (ROOT / name for name in ("README.md", "README.zh-CN.md"))
-    for language in ("bash", "python"):
+    for language in ("bash", "python", "text"):
         assert blocks(chinese, language) == blocks(english, language)
+    # Likewise the headings, in order, by their level; and the pages that it links to.
+    levels, links = (
+        [re.findall(pattern, FENCE.sub("", page.read_text(encoding="utf-8")), flags=re.MULTILINE)
+         for page in (english, chinese)]
+        for pattern in (r"^#+(?= )", r"\]\(((?:docs|examples)/[^)]*|[A-Z]+(?:\.md)?)\)")
+    )  # fmt: skip
+    assert levels[0] == levels[1]
+    assert set(links[0]) == set(links[1]) - {"README.md"}
+
+
+def test_the_readme_is_one_screen_and_a_little() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_trainings_of_a_reader_who_follows_the_pages_get_folders_of_their_own() -> None:

@@ -50,6 +50,7 @@ LAYERS = (
     "failures",
     "scripts",
     "notebook",
+    "evaluating",
     "cli",
 )
 

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.adapter import AdapterOptions, load_predictor
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import table_text, write
-from lora_fsdp.errors import NoRowsError
-
-if TYPE_CHECKING:
-    from lora_fsdp.tasks import Example
 
 
 @dataclass
@@ -59,41 +52,13 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
     predictor = load_predictor(
         adapter, label_column=options.label_column, calibrated=options.calibrated == "true"
     )
-    from lora_fsdp.evaluation.metrics import (
-        confusion_matrix,
-        evaluation_metrics,
-        labels_without_rows,
-        with_loss_of,
-    )
+    from lora_fsdp.evaluating import evaluate as measure
 
-    dropped = 0
-    if options.on_bad_rows == "drop":
-        table, dropped = predictor.task.drop_bad_rows(table)
-    task = predictor.task.bind(table, for_training=False)
-    examples = task.examples(table)
-    if options.on_bad_rows == "drop":
-        taken = [one for one in examples if predictor.encoder.refusal(one) is None]
-        examples, dropped = taken, dropped + len(examples) - len(taken)
-        if not examples:
-            raise NoRowsError(f"{path}: the chat template takes no row.")
-    encoded = predictor.encoder.encode(examples)
-    raw = predictor.outputs(encoded)
-    outputs = predictor.calibrated(raw)
-    trained_on = _trained_on(Path(adapter.adapter), examples)
-    found: dict[str, Any] = {
-        "adapter": adapter.adapter,
-        "data_file": path,
-        "rows": len(examples),
-        "rows_left_out": dropped,
-        "rows_trained_on": None if trained_on is None else len(trained_on),
-        "first_row_trained_on": trained_on[0].row if trained_on else None,
-        "rows_shortened": sum(example.shortened for example in encoded),
-        "labels_without_rows": labels_without_rows(task, examples),
-        "metrics": with_loss_of(
-            evaluation_metrics(task, encoded, raw), evaluation_metrics(task, encoded, outputs)
-        ),
-    }
-    matrix = confusion_matrix(task, encoded, outputs)
+    measured = measure(
+        adapter.adapter, table, predictor=predictor, on_bad_rows=options.on_bad_rows, name=path
+    )
+    found: dict[str, Any] = {"adapter": adapter.adapter, "data_file": path, **vars(measured)}
+    matrix = found.pop("confusion_matrix")
     if matrix is not None:
         found["confusion_matrix"] = matrix.to_dict(orient="split")
     if options.json:
@@ -101,24 +66,6 @@ def evaluate(options: EvaluateOptions, adapter: AdapterOptions) -> int:
     else:
         _print(found)
     return 0
-
-
-def _trained_on(adapter: Path, examples: Sequence[Example]) -> list[Example] | None:
-    """The examples that the adapter was trained on; `None` if its folder does not say."""
-    from lora_fsdp.data.checking import known_again
-    from lora_fsdp.reporting.run_files import RECORD_FILE, TRAINED_ON
-
-    # A checkpoint's run keeps its record in the folder above.
-    is_checkpoint = adapter.absolute().name.startswith("checkpoint-")
-    folder = adapter.absolute().parent if is_checkpoint else adapter
-    try:
-        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # a copy without it, or a damaged one
-        return None
-    known = record.get(TRAINED_ON) if isinstance(record, dict) else None
-    if not isinstance(known, list):
-        return None
-    return known_again(examples, {one for one in known if isinstance(one, str)})
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from peft import PeftModel
 
@@ -234,6 +235,18 @@ class Predictor:
             return model_outputs(encoded, scores, texts=texts, reference=reference)
         nothing = np.zeros((len(encoded), len(kind.labels)))
         return ModelOutputs(nothing, nothing, texts)
+
+    def answers(self, table: pd.DataFrame) -> pd.DataFrame:
+        """A copy of `table` with the columns that `lora-fsdp predict` adds.
+
+        Args:
+            table: rows with the training table's text columns (`load_table`); each needs a text.
+
+        Raises:
+            DataError: a column is missing, or a row has no text.
+        """
+        examples = self.task.examples(table, with_targets=False)
+        return table.assign(**{name: list(v) for name, v in self.columns(examples).items()})
 
     def columns(
         self, examples: Sequence[Example], *, coverage: float | None = None

@@ -67,7 +67,7 @@ def test_the_documentation_has_every_point(gpu):
 
 
 def test_two_gpus(monkeypatch):
-    """As the documentation says, and within what README says."""
+    """As the documentation says, and within what docs/speed.md says."""
     monkeypatch.chdir(ROOT)
     runs = json.loads((RESULTS / "h200-x2.json").read_text(encoding="utf-8"))["runs"]
     table = table_of_ranks(runs)
