@@ -53,6 +53,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "in at least 90 % of rows",
         "drawn 500 times",
     ),
+    "docs/sweeps.md": ("with 95 % confidence",),
 }
 
 # Of the results' keys, which hold a unit's values, and what one of them is in that unit.

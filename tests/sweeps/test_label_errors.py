@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lora_fsdp.sweeps.label_errors import label_errors, write_label_errors
+from lora_fsdp.sweeps.outcome.label_errors import label_errors, write_label_errors
 from tests.support.sweeps import toy_sweep
 from tests.support.tiny import LABELS
 

@@ -19,8 +19,8 @@ from lora_fsdp.sweeps.earlier import (
     TEST_INTERVAL,
 )
 from lora_fsdp.sweeps.grid import Asked
-from lora_fsdp.sweeps.label_errors import write_label_errors
 from lora_fsdp.sweeps.once import Once
+from lora_fsdp.sweeps.outcome.label_errors import write_label_errors
 from lora_fsdp.sweeps.outcome.member import MemberResult
 from lora_fsdp.sweeps.outcome.page import write_sweep_report
 from lora_fsdp.sweeps.outcome.summary import Summary
