@@ -95,6 +95,7 @@ def attach_adapter(
             first values depend on weights that the base has not got.
     """
     check_settings(config)
+    config.base_model_name_or_path = None  # settings may be attached anew; PEFT warns of that
     transposed = config.fan_in_fan_out
     resolve_targets(base, config)
     if stored is not None and (reason := needs_weights(config)):

@@ -61,9 +61,9 @@ TRAINING_OPTIONS = {
     "grid": "Train an adapter for every combination: learning_rate=1e-4,3e-4 lora_r=8,32, or "
     "a YAML file. The best is chosen by validation rows and told on the held-out "
     "rows.",
-    "search": "Which settings of --grid are tried to their end: grid (all), random (--trials of "
-    "them), halving (all begin, and the best third goes on at each of a few stages).",
-    "trials": "Of the settings of --grid, draw so many at random (--seed); of a range, as in "
+    "search": "Which settings of --grid are tried to their end: all, --trials of them at random, "
+    "or by successive halving (all begin, and the best third goes on at each of a few stages).",
+    "trials": "Of the settings of --grid, draw so many at random (--seed); with a range, as in "
     "learning_rate=1e-4..1e-2, from between its ends.",
     "adapters_at_once": "The most adapters that share a pass over the base; 1 = one after the "
     "other. Without it 8 on a CPU, and 1 on GPUs, where CUDA graphs of one are faster.",

@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_fsdp.compute.attention import dense_mask
 from lora_fsdp.compute.packed_model import PackedModel, keeps_logits
+from lora_fsdp.compute.recurrent.layers import follows_trees
 from lora_fsdp.data.packing import PackedSequence
 from lora_fsdp.errors import UnsupportedModelError
 
@@ -62,6 +63,16 @@ def why_apart(config: LoraConfig) -> str | None:
     return None
 
 
+def why_model_apart(base: nn.Module) -> str | None:
+    """Why no adapters of a base can share a pass; `None` = its layers do not say so.
+
+    Each part has a mask of its own, but no tree of its own.
+    """
+    if follows_trees(base):
+        return "recurrent states of the base would run from one adapter's part into the next"
+    return None
+
+
 class SharedPass:
     """Routes each part of a sequence to its own adapter of a model that has several.
 
@@ -77,6 +88,11 @@ class SharedPass:
     """
 
     def __init__(self, packed: PackedModel) -> None:
+        if (reason := why_model_apart(packed.base)) is not None:
+            raise UnsupportedModelError(
+                f"Adapters of {type(packed.base).__name__} cannot share a pass: {reason}. Train "
+                "them one after the other (--adapters_at_once 1)."
+            )
         self.packed = packed
         self._parts = _ONE_PART
         head = packed.base.get_output_embeddings()

@@ -25,7 +25,7 @@ from lora_fsdp.base.fingerprints import fingerprint_base
 from lora_fsdp.compute.architectures import why_apart as why_sequences_apart
 from lora_fsdp.compute.architectures import windows_of
 from lora_fsdp.compute.packed_model import PackedModel
-from lora_fsdp.compute.shared_pass import SharedPass, why_apart
+from lora_fsdp.compute.shared_pass import SharedPass, why_apart, why_model_apart
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.packing import PackedSequence
 from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences
@@ -243,7 +243,7 @@ def _shared(packed: PackedModel, configs: Sequence[LoraConfig]) -> SharedPass | 
     """One pass for all adapters, where each of them can share it: dropout is off by now."""
     is_sdpa = packed.base.config._attn_implementation == "sdpa"
     at_work = [replace(config, lora_dropout=0.0) for config in configs]
-    if not is_sdpa or any(why_apart(config) for config in at_work):
+    if not is_sdpa or why_model_apart(packed.base) or any(map(why_apart, at_work)):
         return None
     return SharedPass(packed)
 

@@ -17,6 +17,7 @@ from lora_fsdp.adapter.targets import resolve_targets
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.folders import read_json_object
 from lora_fsdp.compute.architectures import why_apart
+from lora_fsdp.compute.shared_pass import why_model_apart
 from lora_fsdp.errors import ResumeMismatchError, TargetModulesError
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.printing import say
@@ -152,7 +153,7 @@ class Several:
         task = self.once.data.task
         if (objective := task.answer_kind.objective) != "supervised":
             return f"task {task.name} is learnt by the objective {objective}"
-        return why_apart(model)
+        return why_apart(model) or why_model_apart(model)
 
     def _announce(self, groups: Groups) -> None:
         if rank() != 0:

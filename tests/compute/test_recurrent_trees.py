@@ -15,7 +15,9 @@ from lora_fsdp.compute.packing_check import why_not_packed
 from lora_fsdp.compute.recurrent import functions, layers
 from lora_fsdp.compute.recurrent.layers import follows_trees
 from lora_fsdp.compute.recurrent.tree import SequenceTree
+from lora_fsdp.compute.shared_pass import SharedPass
 from lora_fsdp.data.packing import Pack, Packing, Tree
+from lora_fsdp.errors import UnsupportedModelError
 from tests.compute.test_packed_gradients import one_by_one, relative_error, take_gradients
 from tests.support.token_mixers import FOLLOWING_TREES, adapted_family
 
@@ -208,3 +210,10 @@ def test_levels_of_a_tree():
         [1, 6, 7],
         [6, 7, 8],
     ]
+
+
+@pytest.mark.parametrize("family", FOLLOWING_TREES)
+def test_several_adapters_share_no_pass(family):
+    """Which gives each part of a sequence a mask of its own, and no tree."""
+    with pytest.raises(UnsupportedModelError, match="recurrent"):
+        SharedPass(PackedModel(adapted_family(family)))

@@ -104,7 +104,7 @@ def test_what_is_recomputed_in_a_graph_keeps_no_random_state(tmp_path, monkeypat
     plain = toy_trainer(tmp_path / "plain", gradient_checkpointing=True, max_steps=1)
     assert checkpointing_options(plain).get("preserve_rng_state", True)
     monkeypatch.setattr(Step, "is_captured", True)
-    monkeypatch.setattr("lora_fsdp.training.trainer.CapturedStep", eager_step)
+    monkeypatch.setattr("lora_fsdp.training.placed.CapturedStep", eager_step)
     trainer = toy_trainer(tmp_path / "graph", gradient_checkpointing=True, max_steps=1)
     assert checkpointing_options(trainer) == {"use_reentrant": False, "preserve_rng_state": False}
 

@@ -72,6 +72,7 @@ def _write_tables(folder: Path) -> None:
         "tickets": tickets,
         "new": tweets.head(5),
         "new_tickets": tickets.head(5),
+        "pool": tweets[["text"]],
         # Its labels under another name too, one of them none that is known.
         "test": tweets.head(8).assign(team=["?", *tweets["sentiment"][1:8]]),
     }
