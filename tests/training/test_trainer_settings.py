@@ -63,6 +63,7 @@ HONOURED = set(
         "save_strategy",
         "save_steps",
         "save_total_limit",
+        "save_on_each_node",
         "push_to_hub",
         "hub_token",
         "hub_private_repo",
