@@ -54,7 +54,7 @@ class FineTuningArguments(TrainingArguments):
         "auto",
         "Lay many examples into one sequence, kept apart by a mask. auto = where the model keeps "
         "them apart, which is checked on the model itself; otherwise, and with never, each "
-        "example has a sequence of its own, as recurrent models and ALiBi need it. always = "
+        "example has a sequence of its own, as ALiBi and some recurrent models need it. always = "
         "refuse models that cannot be packed.",
     )
     max_tokens_per_row: int | None = option(

@@ -18,6 +18,7 @@ from lora_fsdp.compute.packed_model import (
     plain_logits,
 )
 from lora_fsdp.compute.recurrent.layers import follows_trees
+from lora_fsdp.compute.shared_pass import SharedPass
 from lora_fsdp.data.packing import Batch, Pack, PackedSequence, Packing, Tree
 from lora_fsdp.errors import UnsupportedModelError
 
@@ -93,6 +94,34 @@ def why_not_packed(
                 which = f"{len(sample)} of this run's in {sum(map(len, sample))} tokens"
                 return _differs(packed, difference, f"packed examples ({which})")
     return None
+
+
+@torch.no_grad()
+def why_not_shared(
+    shared: SharedPass, *, device: torch.device, sample: Sequence[Tree] = ()
+) -> str | None:
+    """Compare parts of one shared pass with the same in sequences of their own, by the base alone.
+
+    A collective call under FSDP.
+
+    Args:
+        shared: over a model that may be packed.
+        device: where sequences are computed.
+        sample: examples that fill a part as the run's will be filled.
+
+    Returns:
+        in words how far they differ; `None` = no further than rounding.
+    """
+    packed = shared.packed
+    with _laid(packed, Packing.PACKED), shared.only(None):
+        parts = [_short_trees(packed), _branching_trees(packed), *([sample] if sample else [])]
+        sequences = [_lay(packed, trees).to(device) for trees in parts]
+        together = torch.cat(shared.label_log_probs(sequences, [None] * len(sequences)))
+        alone = torch.cat([packed.label_log_probs(sequence) for sequence in sequences])
+    difference = (together - alone).abs().mean().item()
+    if difference < _rounding(packed):
+        return None
+    return _differs(packed, difference, "parts of a pass that adapters share")
 
 
 @torch.no_grad()

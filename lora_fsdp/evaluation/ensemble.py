@@ -25,6 +25,7 @@ from lora_fsdp.base.fingerprints import fingerprint_base
 from lora_fsdp.compute.architectures import why_apart as why_sequences_apart
 from lora_fsdp.compute.architectures import windows_of
 from lora_fsdp.compute.packed_model import PackedModel
+from lora_fsdp.compute.packing_check import why_not_shared
 from lora_fsdp.compute.shared_pass import SharedPass, why_apart, why_model_apart
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.packing import PackedSequence
@@ -134,7 +135,10 @@ class Ensemble:
         with ensemble.only(names[0]):
             checked = checked_packing(packed, choice, device=device)
         # Examples apart are computed without masks, and by an adapter at a time.
-        return replace(ensemble, shared=None) if checked.packing.is_apart else ensemble
+        if shared is None or checked.packing.is_apart:
+            return replace(ensemble, shared=None)
+        together = why_not_shared(shared, device=device) is None
+        return ensemble if together else replace(ensemble, shared=None)
 
     @property
     def calibration(self) -> None:

@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 
+from lora_fsdp.compute import shared_pass
 from lora_fsdp.compute.architectures import why_apart
 from lora_fsdp.compute.packed_model import PackedModel
-from lora_fsdp.compute.packing_check import why_not_packed
+from lora_fsdp.compute.packing_check import why_not_packed, why_not_shared
 from lora_fsdp.compute.recurrent import functions, layers
 from lora_fsdp.compute.recurrent.layers import follows_trees
 from lora_fsdp.compute.recurrent.tree import SequenceTree
@@ -19,10 +20,11 @@ from lora_fsdp.compute.shared_pass import SharedPass
 from lora_fsdp.data.packing import Pack, Packing, Tree
 from lora_fsdp.errors import UnsupportedModelError
 from tests.compute.test_packed_gradients import one_by_one, relative_error, take_gradients
+from tests.support.tiny import adapted_model
 from tests.support.token_mixers import FOLLOWING_TREES, adapted_family
 
 CPU = torch.device("cpu")
-#: Of gradients in float32; one by one in another order they differ by 5e-7.
+#: Of gradients in float32; right-padded batches differ by up to 1.3e-6.
 ROUNDING = 4e-6
 #: Whose grouped matmuls know no float64.
 WITH_EXPERTS = ("qwen3_next", "jamba")
@@ -217,3 +219,16 @@ def test_several_adapters_share_no_pass(family):
     """Which gives each part of a sequence a mask of its own, and no tree."""
     with pytest.raises(UnsupportedModelError, match="recurrent"):
         SharedPass(PackedModel(adapted_family(family)))
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2"])
+def test_the_live_check_finds_a_shared_pass_that_is_not_as_alone(monkeypatch, family):
+    """Whatever the layers say of themselves."""
+    monkeypatch.setattr(shared_pass, "why_model_apart", lambda base: None)
+    shared = SharedPass(PackedModel(adapted_family(family)))
+    assert "differently" in why_not_shared(shared, device=CPU, sample=branching())
+
+
+def test_the_live_check_lets_plain_attention_share_a_pass():
+    shared = SharedPass(PackedModel(adapted_model("llama")))
+    assert why_not_shared(shared, device=CPU, sample=branching()) is None

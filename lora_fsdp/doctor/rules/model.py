@@ -105,7 +105,7 @@ def _packing_impossible(case: Case) -> None:
 
 @RULES.note(
     "examples-apart",
-    "Each example gets a sequence of its own: recurrent layers, ALiBi, or `--packing never`.",
+    "Each example gets a sequence of its own: ALiBi, some recurrent layers, or `--packing never`.",
     "Nothing to do; models that can be packed train faster.",
 )
 def _examples_apart(case: Case) -> Iterator[Problem]:

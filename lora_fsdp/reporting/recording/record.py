@@ -14,14 +14,14 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.folders import sha256_of_file
 from lora_fsdp.data.checking import row_digests
-from lora_fsdp.data.encoding import EncodedExample, Encoder
+from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.rows import TaskData
 from lora_fsdp.distributed.status import FsdpStatus
 from lora_fsdp.evaluation.metrics import answers_of
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.placement.decide import Placement
 from lora_fsdp.printing import without_secrets
-from lora_fsdp.reporting.recording.asking import asking
+from lora_fsdp.reporting.recording.asking import AskedRun, asking
 from lora_fsdp.reporting.recording.data_health import HELD_OUT, TRAINING, data_health
 from lora_fsdp.reporting.recording.environment import environment, launch_command
 from lora_fsdp.reporting.run_files import DATA_HEALTH_FILE, RECORD_FILE, TRAINED_ON
@@ -32,7 +32,7 @@ _SAMPLE_CHARACTERS = 200
 _DERIVED = {"accelerator_config", "dataloader_pin_memory", "do_eval", "use_cpu"}
 
 
-class RecordedRun(Protocol):
+class RecordedRun(AskedRun, Protocol):
     """What a record asks of a run: a `LoraTrainer`, or one adapter of several."""
 
     @property
@@ -51,19 +51,7 @@ class RecordedRun(Protocol):
     def share_prefix(self) -> bool: ...
 
     @property
-    def encoder(self) -> Encoder: ...
-
-    @property
     def max_new_tokens(self) -> int: ...
-
-    @property
-    def train_dataset(self) -> Sequence[EncodedExample]: ...
-
-    @property
-    def held_out(self) -> Sequence[EncodedExample]: ...
-
-    @property
-    def test_dataset(self) -> Sequence[EncodedExample]: ...
 
 
 def record_start(

@@ -28,7 +28,7 @@ from lora_fsdp.base.fingerprints import fingerprint_base
 from lora_fsdp.base.streaming import StoredBase, WholeBase
 from lora_fsdp.compute.architectures import check_architecture, check_token_ids
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
-from lora_fsdp.compute.packing_check import check_packing, sample_of
+from lora_fsdp.compute.packing_check import check_packing, sample_of, why_not_shared
 from lora_fsdp.compute.shared_pass import SharedPass, why_apart
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.packing import PackedSequence
@@ -38,7 +38,7 @@ from lora_fsdp.distributed.drift import check_no_drift
 from lora_fsdp.distributed.launch import accelerate_without_fsdp, read_fsdp_settings
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
-from lora_fsdp.errors import ArgumentError, TrainingInterrupted
+from lora_fsdp.errors import ArgumentError, TrainingInterrupted, UnsupportedModelError
 from lora_fsdp.ranks import check_ranks_agree, rank, sum_over_ranks
 from lora_fsdp.training.checks import check_arguments, check_targets
 from lora_fsdp.training.placing import place_for_training, request_of_run
@@ -174,6 +174,10 @@ class AdaptersTogether:
         sample = sample_of(trees, tokens=max(largest.tokens, largest.scored))
         with self.shared.only(self.names[0]):
             check_packing(self.packed, device=self.device, sample=sample)
+        if (reason := why_not_shared(self.shared, device=self.device, sample=sample)) is not None:
+            raise UnsupportedModelError(
+                f"{reason}: train them one after the other (--adapters_at_once 1)."
+            )
         release_gathered(self.model)
 
     def _members(self) -> list[Member]:
