@@ -47,7 +47,7 @@ _SLURM = """\
 #SBATCH --output=@NAME@-%j.log
 # SIGTERM, which Slurm sends two minutes before the end, leaves a checkpoint; requeued, it goes on.
 set -euo pipefail
-FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+FIRST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export FIRST
 srun --kill-on-bad-exit=1 bash -c 'exec lora-fsdp train \\
   --config @RECIPE@ --accelerate_config @YAML@ \\
@@ -66,7 +66,7 @@ workdir: .
 setup: |
   pip install lora-fsdp
 run: |
-  FIRST=$(echo "$SKYPILOT_NODE_IPS" | head -n 1)
+  FIRST=$(echo "$SKYPILOT_NODE_IPS" | sed -n 1p)
   exec lora-fsdp train \\
     --config @RECIPE@ --accelerate_config @YAML@ \\
     --num_machines "$SKYPILOT_NUM_NODES" \\

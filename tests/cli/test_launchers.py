@@ -86,7 +86,8 @@ def test_it_starts_the_entry_with_options_that_it_takes(tmp_path, launcher):
     programs.mkdir()
     for name, line in {
         "lora-fsdp": 'printf "%s\\n" "$@"',
-        "scontrol": "printf '10.0.0.1\\n10.0.0.2\\n'",
+        # As many names as fill a pipe: whoever leaves after the first ends the program that prints.
+        "scontrol": "printf '10.0.0.%d\\n' $(seq 20000)",
         "srun": 'shift; exec "$@"',
     }.items():
         (programs / name).write_text(f"#!/bin/bash\n{line}\n")
