@@ -3,8 +3,9 @@
 The model behind every name is a toy, the tables have some dozens of rows, trainings stop after two
 steps, and downloads come from a server on this machine. Of a training the launch is asked for its
 command line, and what that starts in every process runs here, in one. Those of README and of
-`docs/from-1-to-8-gpus.md`, and all of `accelerate launch`, are also launched as they stand: one
-with `make` and one with `accelerate` by `make test`, all by `make campaigns`.
+`docs/from-1-to-8-gpus.md`, and all of `accelerate launch`, are also launched as they stand. `make
+test` runs README's commands and launches two, one with `make` and one with `accelerate`; `make
+campaigns` runs all.
 
 `make`, set-up and measurements: test_documented_setup.py. The Chinese README has the English one's
 commands (test_documentation.py). What nothing runs is listed with its reason, and what has a test
@@ -62,6 +63,14 @@ LAUNCHED = [c for c in TRAININGS if is_launched(c)]
 OFTEN = [c for c in LAUNCHED if c.startswith("make") or "examples/custom_task.py" in c]
 RESUMED = [c for c in TRAININGS if " ".join(RESUME) in c]
 HERE = [c for c in TRAININGS if c not in OFTEN and c not in RESUMED]
+# With what they ask.
+FIRST_PAGE = [*commands_of("README.md"), "make sentiment"]
+
+
+def each(commands: list[str], often: list[str] = FIRST_PAGE) -> pytest.MarkDecorator:
+    """A test for each command; `make test` runs those of `often`, and campaigns the others."""
+    marked = [pytest.param(c, marks=() if c in often else pytest.mark.slow) for c in commands]
+    return pytest.mark.parametrize("command", marked)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +99,7 @@ def at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 # ---- before a training --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [c for c in of_kind("command") if is_doctor(c)])
+@each([c for c in of_kind("command") if is_doctor(c)])
 def test_doctor(command: str, at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words_of(command)[1:]) == ENDS_WITH.get(command, 0), capsys.readouterr().out
 
@@ -99,9 +108,7 @@ def test_doctor(command: str, at_home: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    "command", [pytest.param(c, marks=() if c in OFTEN else pytest.mark.slow) for c in LAUNCHED]
-)
+@each(LAUNCHED, OFTEN)
 def test_launched(command: str, folder: Path) -> None:
     done = subprocess.run(
         launched_words(command),
@@ -116,7 +123,7 @@ def test_launched(command: str, folder: Path) -> None:
     assert any(words in done.stdout for words in DONE)
 
 
-@pytest.mark.parametrize("command", HERE)
+@each(HERE)
 def test_in_one_process(command: str, at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if command.startswith("accelerate"):
         script, *words = launched_words(command)[6:]
@@ -128,7 +135,7 @@ def test_in_one_process(command: str, at_home: Path, capsys: pytest.CaptureFixtu
     assert any(words in out for words in DONE)
 
 
-@pytest.mark.parametrize("command", RESUMED)
+@each(RESUMED)
 def test_resumed(
     command: str,
     at_home: Path,
@@ -162,7 +169,7 @@ def train(command: str, more: list[str], capsys: pytest.CaptureFixture[str]) -> 
 # ---- everything else ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [c for c in of_kind("command") if not is_doctor(c)])
+@each([c for c in of_kind("command") if not is_doctor(c)])
 def test_others(command: str, at_home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for output in (*at_home.glob("answers.*"), *at_home.glob("next.csv")):  # of the page before
         output.unlink()
