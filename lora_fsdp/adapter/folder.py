@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from lora_fsdp.base.folders import open_safetensors, read_json_object
 from lora_fsdp.base.layers import base_model
@@ -127,7 +128,7 @@ def load_with_peft(adapter: AdapterFolder, base: PreTrainedModel) -> PeftModel:
 
 def skeleton_like(base: PreTrainedModel) -> PreTrainedModel:
     """A model of the same class and settings as `base`, on the meta device."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         skeleton = type(base)(copy.deepcopy(base.config))
     skeleton.tie_weights()
     return skeleton

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from lora_fsdp.base.folders import (
     contained_file,
@@ -184,7 +185,7 @@ def base_skeleton(folder: Path, *, trust_remote_code: bool = False) -> PreTraine
     contained_file(folder, "config.json")
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             skeleton = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, *LOADING_ERRORS) as error:
         raise UnsupportedModelError(

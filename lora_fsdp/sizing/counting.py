@@ -22,6 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.adapter.ownership import trainable_parameters
@@ -138,7 +139,7 @@ def build_on_meta(
         UnsupportedModelError: it is not a causal language model's.
     """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             model: PreTrainedModel = auto_class(config).from_config(
                 config,
                 dtype=dtype,

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from lora_fsdp.adapter.attach import has_dropout
 from lora_fsdp.arguments import FineTuningArguments
@@ -184,7 +185,7 @@ def request_of_run(
 def count(model: PeftModel, *, stay: str | None, packed: bool) -> ModelShape:
     """The sizes of a model, counted on a copy without numbers."""
     base = base_model(model)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         skeleton = type(base)._from_config(copy.deepcopy(base.config), dtype=base.dtype)
     skeleton.tie_weights()
     adapter = cast(LoraConfig, model.peft_config[str(model.active_adapter)])
