@@ -23,6 +23,7 @@ from lora_fsdp import (
     ModelArguments,
     finetune,
 )
+from lora_fsdp.claiming import claim_output_folder
 from lora_fsdp.errors import (
     ArgumentError,
     DataFileNotFoundError,
@@ -35,7 +36,6 @@ from lora_fsdp.errors import (
     TokenizerNotFoundError,
     UnknownTaskError,
 )
-from lora_fsdp.pipeline import claim_output_folder
 from lora_fsdp.training.saving.output_folder import check_output_folder
 from tests.support.ranks import launch_environment
 from tests.support.runs import toy_trainer

@@ -46,6 +46,7 @@ LAYERS = (
     "recipes",
     "options",
     "sweeps",
+    "claiming",
     "pipeline",
     "estimator",
     "failures",

@@ -9,6 +9,7 @@ import numpy as np
 
 from lora_fsdp.data.control_tokens import ControlTokens, tokenize
 from lora_fsdp.data.encoding import EncodedExample, Encoder
+from lora_fsdp.data.rows import TaskData
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.tasks import Example, Prompt, Task
 
@@ -123,3 +124,16 @@ def encode_with_shots(
             f"{encoder.max_length}: raise it to {lengths[longest]} or more, or show fewer."
         )
     return encoder.encode(asked)
+
+
+def rows_with_shots(
+    encoder: Encoder, data: TaskData, *, count: int, seed: int
+) -> list[EncodedExample]:
+    """The rows that are reported on, with `count` training rows as examples in their prompts.
+
+    Raises:
+        ArgumentError: the rows cannot be shown, too few can, or they do not fit.
+    """
+    check_shots(data.task, [*data.train, *data.scored])
+    shots = draw_shots(encoder, data.train, count=count, besides=data.scored, seed=seed)
+    return encode_with_shots(encoder, data.reported, shots)

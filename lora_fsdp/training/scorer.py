@@ -16,7 +16,7 @@ from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import ScoringSequence, ScoringSequences
 from lora_fsdp.distributed.sharding import release_gathered
-from lora_fsdp.evaluation.generation import generate_answers
+from lora_fsdp.evaluation.generation import generate_answers, generate_texts
 from lora_fsdp.evaluation.metrics import model_outputs
 from lora_fsdp.evaluation.probing import MeanStates
 from lora_fsdp.evaluation.scoring import Scores, base_alone, score_sequences
@@ -73,6 +73,21 @@ class RunScorer:
             [example.prompt_ids for example in examples],
             device=self.device,
             max_new_tokens=self.max_new_tokens,
+            end_token_id=self.encoder.end_token_id,
+            packing=self.packed.packing_of_prompts,
+        )
+        release_gathered(self.model)
+        return texts
+
+    def sample(self, examples: Sequence[EncodedExample], *, temperature: float) -> list[str]:
+        """The text that the model generates after each prompt, at a temperature; 0 = greedily."""
+        texts = generate_texts(
+            self.model,
+            self.encoder.tokenizer,
+            [example.prompt_ids for example in examples],
+            device=self.device,
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
             end_token_id=self.encoder.end_token_id,
             packing=self.packed.packing_of_prompts,
         )

@@ -331,7 +331,7 @@ def _markers(campaign: Campaign, random_: random.Random, work: Path) -> str:
 def _outputs(campaign: Campaign, random_: random.Random, work: Path) -> str:
     """What the user has in an output folder stays, whatever it is called."""
     from lora_fsdp import FineTuningArguments
-    from lora_fsdp.pipeline import claim_output_folder
+    from lora_fsdp.claiming import claim_output_folder
     from lora_fsdp.training.saving.run_lock import release_folder
     from tests.fuzz.hostile_places import listing, users_things
 

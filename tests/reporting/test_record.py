@@ -22,6 +22,7 @@ from lora_fsdp import (
     ModelArguments,
     finetune,
 )
+from lora_fsdp.claiming import claim_output_folder
 from lora_fsdp.errors import OutputFolderError
 from lora_fsdp.evaluation.outputs import LOG_FILE, PROBE
 from lora_fsdp.evaluation.prediction import Predictor
@@ -197,12 +198,12 @@ def test_a_record_alone_does_not_keep_another_run_out(tmp_path: Path) -> None:
     for name in RECORD_FILES:
         (tmp_path / name).write_text("{}")
     arguments = FineTuningArguments(output_dir=str(tmp_path))
-    assert lora_fsdp.pipeline.claim_output_folder(arguments) == tmp_path
+    assert claim_output_folder(arguments) == tmp_path
     (tmp_path / "report.html").write_text("a report that someone asked for")
     with pytest.raises(OutputFolderError):
-        lora_fsdp.pipeline.claim_output_folder(arguments)
+        claim_output_folder(arguments)
     arguments.overwrite_output_dir = True
-    assert lora_fsdp.pipeline.claim_output_folder(arguments) == tmp_path
+    assert claim_output_folder(arguments) == tmp_path
 
 
 def test_the_log_is_written_as_it_comes(tmp_path: Path) -> None:
