@@ -39,6 +39,7 @@ def test_it_is_committed_without_outputs() -> None:
     assert [cell for cell in cells if cell.outputs or cell.execution_count] == []
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_it_runs_top_to_bottom_on_toys(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch

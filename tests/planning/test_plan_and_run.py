@@ -118,7 +118,12 @@ def test_texts_are_as_long_as_a_run_would_leave_them(capsys):
 
 
 @pytest.mark.parametrize(
-    ("model", "gpus"), [("7B", "2xRTX4090"), ("70B", "2xRTX4090"), ("7B", "1xSmall:4GB:9TFLOPS")]
+    ("model", "gpus"),
+    [
+        ("7B", "2xRTX4090"),
+        pytest.param("70B", "2xRTX4090", marks=pytest.mark.slow),
+        ("7B", "1xSmall:4GB:9TFLOPS"),
+    ],
 )
 def test_what_is_printed_chooses_what_is_shown(tmp_path, capsys, model, gpus):
     """Each strategy's options and YAML, given back to the plan, are the same strategy."""
