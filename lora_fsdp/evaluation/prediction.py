@@ -17,6 +17,7 @@ from peft import PeftModel
 from lora_fsdp.adapter.folder import (
     ADAPTER_FILE,
     attach_saved,
+    find_base,
     load_with_peft,
     read_adapter_folder,
 )
@@ -26,7 +27,7 @@ from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.fingerprints import fingerprint_base
 from lora_fsdp.base.folders import read_json_object, sha256_of_file
 from lora_fsdp.base.layers import base_model
-from lora_fsdp.base.loading import load_tokenizer
+from lora_fsdp.base.loading import TOKENIZER_FILES, load_tokenizer
 from lora_fsdp.compute.architectures import why_apart, windows_of
 from lora_fsdp.compute.fusing import Fusing
 from lora_fsdp.compute.packed_model import PackedModel
@@ -75,7 +76,9 @@ def read_task(folder: Path) -> dict[str, Any]:
     """
     if not (folder / TASK_FILE).is_file():
         raise AdapterVerificationError(
-            f"{folder} holds no {TASK_FILE}: give the output folder of a finished run."
+            f"{folder} holds no {TASK_FILE}: give the output folder of a finished run, or, of an "
+            "adapter that was trained elsewhere, say how it is asked (--task, --labels, "
+            "--instruction)."
         )
     # Adapters of 0.1.0 do not say how long their answers may be; all of them were packed. Of a chat
     # template they know no arguments, and their answers follow the prompt at once.
@@ -107,10 +110,42 @@ def read_task(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def read_encoder(folder: Path, saved: dict[str, Any]) -> Encoder:
-    """How an adapter is prompted, of what `read_task` gave."""
+def as_asked(folder: Path, task: Task, *, max_length: int, chat_template: bool) -> dict[str, Any]:
+    """In the form of `read_task`, how an adapter is asked that was trained elsewhere.
+
+    Raises:
+        ArgumentError: the adapter's folder says it itself.
+    """
+    if (folder / TASK_FILE).is_file():
+        raise ArgumentError(
+            f"{folder} says itself how it is asked ({TASK_FILE}): leave out --task, --labels, "
+            "--instruction, --task_options, --max_length and --chat_template."
+        )
+    return {
+        "task": task.name,
+        "options": task.options(),
+        "max_length": max_length,
+        "chat_template": chat_template,
+        "chat_template_kwargs": {},
+        "thinking": "auto",
+        "max_new_tokens": max_length // 2,
+        "examples_share_sequences": True,
+    }
+
+
+def read_encoder(
+    folder: Path, saved: dict[str, Any], *, tokenizer: ModelArguments | None = None
+) -> Encoder:
+    """How an adapter is prompted, of what `read_task` gave.
+
+    Args:
+        folder: the adapter's.
+        saved: how it is asked.
+        tokenizer: where the tokenizer is; `None` = in the adapter's folder.
+    """
+    here = ModelArguments(model_name_or_path=str(folder.absolute()))
     return Encoder(
-        load_tokenizer(ModelArguments(model_name_or_path=str(folder.absolute()))),
+        load_tokenizer(tokenizer or here),
         task=get_task(saved["task"], saved["options"]),
         max_length=saved["max_length"],
         chat_template=saved["chat_template"],
@@ -190,6 +225,7 @@ class Predictor:
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         trust_remote_code: bool = False,
         calibrated: bool = True,
+        asked: dict[str, Any] | None = None,
     ) -> Predictor:
         """Load base, adapter, tokenizer and task from an adapter's folder.
 
@@ -199,6 +235,8 @@ class Predictor:
             dtype: in which the base is loaded; auto = bfloat16 on a GPU, float32 on a CPU.
             trust_remote_code: run Python code that comes with the base. No adapter can ask for it.
             calibrated: read the calibration of the probabilities, if there is one.
+            asked: how an adapter is asked that was trained elsewhere (`as_asked`); its tokenizer is
+                the base's if its folder has none.
 
         Raises:
             AdapterVerificationError: the folder is not one that this library wrote, or is damaged.
@@ -207,9 +245,13 @@ class Predictor:
             UnknownTaskError: import the module that registers the task first.
         """
         path = Path(folder)
-        saved = read_task(path)
+        saved = read_task(path) if asked is None else asked
         adapter, proof = read_adapter_folder(path), read_proof(path)
-        encoder = read_encoder(path, saved)
+        tokenizer = None
+        if asked is not None and not any((path / file).exists() for file in TOKENIZER_FILES):
+            name, revision = find_base(adapter, given=base, beside=None)
+            tokenizer = ModelArguments(name, revision, trust_remote_code=trust_remote_code)
+        encoder = read_encoder(path, saved, tokenizer=tokenizer)
         calibration = None
         if calibrated:
             digest = sha256_of_file(path / ADAPTER_FILE)

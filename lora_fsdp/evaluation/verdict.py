@@ -231,6 +231,7 @@ def _verdict(table: dict[str, Any], *, tuned: float) -> dict[str, Any]:
         "headline": headline,
         "detail": _detail(table, margin, tuned=tuned),
         "rival": best,
+        "winner": {"yes": "tuned", "no": best}.get(outcome),
         "metric": metric,
         "tuned": tuned,
         "rival_score": tuned - margin["value"],

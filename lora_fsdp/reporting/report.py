@@ -28,6 +28,7 @@ from lora_fsdp.reporting.sections.answers import (
     generated_section,
     labels_section,
 )
+from lora_fsdp.reporting.sections.briefs import briefs
 from lora_fsdp.reporting.sections.numbers import numbers_section
 from lora_fsdp.reporting.sections.progress import (
     curves,
@@ -37,6 +38,7 @@ from lora_fsdp.reporting.sections.progress import (
 )
 from lora_fsdp.reporting.sections.questions import questions_section
 from lora_fsdp.reporting.sections.several import several_section
+from lora_fsdp.reporting.sections.sharding import sharding
 from lora_fsdp.reporting.sections.shares import shares_section
 from lora_fsdp.reporting.sections.spent import spent
 from lora_fsdp.reporting.sections.usage import base_of, usage
@@ -45,7 +47,7 @@ from lora_fsdp.tasks.answers import Section
 
 logger = logging.getLogger(__name__)
 
-# What the page shows of these files; the keys are those of `data_health` and `FsdpStatus`.
+# What the page shows of this file; the keys are those of `data_health`.
 _HEALTH_PARTS: dict[str, tuple[str, ...]] = {
     "exact_duplicates": ("groups", "rows", "largest"),
     "near_duplicates": ("groups", "rows", "largest"),
@@ -65,7 +67,6 @@ _SECTIONS: dict[Section, Callable[[pd.DataFrame], dict[str, Any]]] = {
     Section.SEVERAL: several_section,
     Section.SHARES: shares_section,
 }
-_FSDP_PARTS = ("ranks", "groups", "base_parameters", "base_dtype", "adapter_dtype", "settings")
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -121,11 +122,12 @@ def _contents(run: RunFiles) -> dict[str, Any]:
         "progress": run.part(METRICS_FILE, progress),
         "spent": run.part(METRICS_FILE, spent),
         "plan": run.part(METRICS_FILE, plan_against_measured),
-        "fsdp": run.part(RECORD_FILE, _fsdp),
+        "fsdp": run.part(RECORD_FILE, sharding),
         "usage": run.part(RECORD_FILE, usage),
     }
     for section in run.part(METRICS_FILE, lambda run: [Section(name) for name in run.sections]):
         contents[section] = run.part(PREDICTIONS_FILE, partial(_section, section))
+    contents["briefs"] = run.part(METRICS_FILE, lambda run: briefs(contents))
     return contents
 
 
@@ -147,13 +149,6 @@ def _health(run: RunFiles) -> dict[str, Any] | None:
     for part, keys in _HEALTH_PARTS.items():
         parts[part] = {key: parts[part][key] for key in keys} if keys else parts[part]
     return parts
-
-
-def _fsdp(run: RunFiles) -> dict[str, Any] | None:
-    status = (run.record or {}).get("fsdp")
-    if status is None:
-        return None
-    return {key: status[key] for key in _FSDP_PARTS}
 
 
 def _missing(run: RunFiles) -> list[str]:

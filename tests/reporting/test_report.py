@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ import pandas as pd
 import pytest
 
 import lora_fsdp
-from lora_fsdp.errors import ArgumentError, DamagedRunError, RunNotFoundError
+from lora_fsdp.arguments.fsdp import FsdpSettings
+from lora_fsdp.cli.main import main
+from lora_fsdp.errors import ArgumentError, DamagedRunError, PdfError, RunNotFoundError
 from lora_fsdp.reporting import write_comparison, write_report
+from lora_fsdp.reporting.pdf import write_pdf
 from lora_fsdp.reporting.sections.figures import SERIES
+from lora_fsdp.reporting.sections.sharding import _IN_WORDS
 from lora_fsdp.tasks import Example, Prompt, Task
 from tests.support.reported import HOSTILE, HOSTILE_TEXTS, made_up_run, save_run
 
@@ -407,3 +412,69 @@ def test_it_takes_two(two: list[Path], tmp_path: Path) -> None:
     for folders in ([], two[:1], [two[0], two[0]]):
         with pytest.raises(ArgumentError, match="two or more different runs"):
             write_comparison(folders, tmp_path)
+
+
+def test_a_pdf_is_refused_where_there_is_no_browser(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lora_fsdp.reporting.pdf._BROWSERS", ("no-such-browser",))
+    assert main(["report", str(copy), "--pdf"]) != 0
+    said = capsys.readouterr().err
+    assert "--pdf needs a browser to print with" in said
+    assert "Traceback" not in said
+    assert not (copy / "report.html").exists()
+
+
+def test_a_browser_that_prints_nothing_is_an_error(tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text("<title>x</title>")
+    for program, said in (("false", "it said nothing"), (str(tmp_path / "none"), "No such file")):
+        with pytest.raises(PdfError, match=said):
+            write_pdf(page, program=program)
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_settings_of_fsdp_are_sentences(copy: Path) -> None:
+    record = json.loads((copy / "run_record.json").read_text())
+    record["fsdp"]["settings"] = asdict(
+        FsdpSettings(
+            reshard_after_forward=True,
+            offload=False,
+            activation_checkpointing=True,
+            layer_classes=("LlamaDecoderLayer",),
+            wrap_layers=True,
+            replicas=2,
+        )
+    )
+    (copy / "run_record.json").write_text(json.dumps(record))
+    page = Page(write_report(copy))
+    for sentence in (
+        "A gathered layer is freed after its forward pass and gathered again for backward.",
+        "The shards are kept on the devices that compute.",
+        "Activations are computed again in the backward pass.",
+        "Groups are layers of class LlamaDecoderLayer.",
+        "There are 2 copies of the sharded base (hybrid sharding).",
+    ):
+        assert sentence in page.words
+    # Every field of the settings is spoken of: a new one needs its sentence.
+    assert {*_IN_WORDS, "layer_classes", "replicas"} == {one.name for one in fields(FsdpSettings)}
+
+
+def test_a_section_that_found_nothing_is_folded_and_says_so(tmp_path: Path) -> None:
+    texts = [f"{word} {number}" for number in range(400) for word in ("late", "bag")]
+    run = made_up_run(tmp_path / "clean", texts=texts, skill=40.0)
+    health = json.loads((run / "data_health.json").read_text())
+    for part in ("exact_duplicates", "near_duplicates", "contradictions"):
+        health[part] = health[part] | {"rows": 0, "groups": 0}
+    for part in ("exact", "near"):
+        health["leaks"][part]["rows"] = 0
+    health["suspected_training_labels"] = None
+    (run / "data_health.json").write_text(json.dumps(health))
+    path = write_report(run)
+    briefs = contents(path)["briefs"]
+    assert briefs["mistakes"] == "none among 60 held-out rows"
+    assert briefs["health"] == "nothing found"
+    assert "Looked for and not found: same text as another row;" in Page(path).words
+    health["leaks"]["near"]["rows"] = 2
+    (run / "data_health.json").write_text(json.dumps(health))
+    assert contents(write_report(run))["briefs"]["health"] is None

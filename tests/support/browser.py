@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import itertools
 import json
 import os
@@ -18,6 +19,18 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 TIMEOUT_SECONDS = 120
+#: axe-core's rules for WCAG 2.1 A and AA, and what axe holds to be good practice.
+AXE_RULES = ("wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice")
+_KEYS = {"Tab": 9, "Enter": 13, "ArrowRight": 39}
+
+
+def axe_core() -> str | None:
+    """The source of axe-core (https://github.com/dequelabs/axe-core), if a package has it here."""
+    # Its own imports want Playwright, which is not needed for the script.
+    package = importlib.util.find_spec("axe_playwright_python")
+    folders = [] if package is None else package.submodule_search_locations or []
+    scripts = (Path(folder, "axe.min.js") for folder in folders)
+    return next((one.read_text(encoding="utf-8") for one in scripts if one.is_file()), None)
 
 
 class Browser:
@@ -55,11 +68,29 @@ class Browser:
             time.sleep(0.05)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression on the page."""
-        result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        """The value of a JavaScript expression on the page, waited for if it is a promise."""
+        result = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in result:
             raise RuntimeError(result["exceptionDetails"]["text"] + expression)
         return result["result"].get("value")
+
+    def press(self, key: str) -> None:
+        """Press and release a key, as a person at the keyboard does."""
+        facts = {"key": key, "code": key, "windowsVirtualKeyCode": _KEYS[key]}
+        if key == "Enter":
+            facts["text"] = "\r"
+        self.call("Input.dispatchKeyEvent", type="keyDown", **facts)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **facts)
+
+    def violations(self, axe: str) -> list[str]:
+        """What axe-core, whose source `axe` is, finds wrong with the page."""
+        self.evaluate(f"{axe};0")
+        return self.evaluate(
+            f"axe.run(document, {{runOnly: {json.dumps(AXE_RULES)}}}).then(r => r.violations.map("
+            "v => `${v.id}: ${v.nodes.map(n => n.html.slice(0, 120)).slice(0, 3).join(' ')}`))"
+        )
 
     def picture(self, path: Path, *, height: int | None = None) -> None:
         """Save the whole page, or its first `height` pixels, as PNG."""

@@ -115,8 +115,10 @@ def curve_picture(
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if len(curves) + len(levels or {}) > 1:
-            # Beside and not over the curves.
-            figure.legend(loc="outside lower left", fontsize=8.5, ncols=2, columnspacing=1.2)
+            # Beside and not over the curves; two long names do not fit beside each other.
+            names = [*curves, *(levels or {})]
+            columns = 2 if max(map(len, names)) <= _LONGEST_NAME // 2 else 1
+            figure.legend(loc="outside lower left", fontsize=8.5, ncols=columns, columnspacing=1.2)
         return Picture(name, title, _described(title, curves, levels or {}), _svg(figure))
 
 
