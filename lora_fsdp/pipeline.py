@@ -28,6 +28,7 @@ from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.formats.several import input_paths
 from lora_fsdp.data.rows import TaskData, encoder_of, load_task_data, without_refused_rows
 from lora_fsdp.distributed.hosts import compare_hosts
+from lora_fsdp.distributed.lost_hosts import watch_hosts
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.distributed.status import FsdpStatus, fsdp_status
@@ -108,6 +109,7 @@ def finetune(
 
 def _finetune(run: _Run, task: Task | None) -> FineTuningResult:
     model_args, lora_args, data_args, training_args = run
+    watch_hosts()
     compare_hosts(_inputs(model_args, data_args, lora_args))
     if is_several(training_args):
         return _finetune_several(run, task)

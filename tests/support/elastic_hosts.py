@@ -21,8 +21,9 @@ from tests.support.hosts import Host
 from tests.support.ranks import start_on
 
 PORT = 29500
-#: How long what is left may take until it makes steps again.
-NOTICED_SECONDS = 60.0
+#: How long what is left may take until it makes steps again: a minute until a lost host is noticed
+#: at the latest, and then the start of processes on a machine that may be busy.
+NOTICED_SECONDS = 90.0
 
 
 class HungError(AssertionError):
@@ -58,7 +59,10 @@ class ElasticHosts:
         log = self.folder / f"host{place}.log"
         self.agents[place] = start_on(
             self.hosts[place], _agent, place, self._given(), self.disk(place), log,
-            variables={"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            variables={
+                "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # as the file for torchrun sets it
+            },
         )  # fmt: skip
 
     def kill(self, place: int) -> None:
