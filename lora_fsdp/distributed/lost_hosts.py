@@ -40,7 +40,7 @@ EXIT_CODE = 70  # as for a rank that stalls
 #: Until a host whose kernel does not answer is lost.
 LOST_SECONDS = 30
 #: How long a host may take, after the first process came, until its first process comes.
-START_SECONDS = 55
+START_SECONDS = 45
 #: For a main thread that has failed for the same reason, and says more about it.
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.5

@@ -107,6 +107,7 @@ class Campaign:
             self._compare(run)
             shutil.rmtree(folder)
         except AssertionError as error:
+            run.ask_for_stacks()
             figures.wrong.append(f"run {figures.runs - 1}: {type(error).__name__}: {error}")
             print(f"!! {figures.wrong[-1]} (see {folder})", flush=True)
         finally:

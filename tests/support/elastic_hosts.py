@@ -7,6 +7,7 @@ takes a second instead of ten.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import time
@@ -152,6 +153,14 @@ class ElasticHosts:
         """Each row once an epoch, in the steps that count."""
         check_ledger(self.lines(), self.sizes)
 
+    def ask_for_stacks(self) -> None:
+        """Have every process write where it is to its host's log."""
+        for host in self.hosts:
+            for number in host.pids():
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGUSR1)
+        time.sleep(1.0)
+
     def logs(self) -> str:
         """The end of what each host printed."""
         files = sorted(self.folder.glob("host*.log"))
@@ -173,6 +182,7 @@ def _agent(place: int, given: tuple[Any, ...], disk: Path, log: Path) -> None:
     with log.open("a") as opened:
         os.dup2(opened.fileno(), 1)
         os.dup2(opened.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)  # its fork, the worker, too
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=len(addresses),
