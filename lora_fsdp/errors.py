@@ -58,7 +58,8 @@ subclasses the standard exception it stands for, so that ``except ValueError`` k
     ├── WatchdogError(RuntimeError)     a run that went wrong while it ran
     │   ├── NonFiniteError(FloatingPointError)
     │   ├── RankDriftError
-    │   └── StalledRankError(TimeoutError)
+    │   ├── StalledRankError(TimeoutError)
+    │   └── LostHostError(ConnectionError)
     ├── CaptureError(RuntimeError)      a step as a CUDA graph, with the gathers in it
     └── TrainingInterrupted(SystemExit) stopped on request, with a checkpoint; exit code 75
 """
@@ -287,6 +288,10 @@ class RankDriftError(WatchdogError):
 
 class StalledRankError(WatchdogError, TimeoutError):
     """A rank makes no progress; it ends the process with 70, since its main thread cannot."""
+
+
+class LostHostError(WatchdogError, ConnectionError):
+    """Another machine of the run is gone: its processes ended, its power or its network failed."""
 
 
 class CaptureError(LoraFsdpError, RuntimeError):

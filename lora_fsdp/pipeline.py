@@ -22,6 +22,7 @@ from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.formats.several import input_paths
 from lora_fsdp.data.rows import TaskData, encoder_of, load_task_data, without_refused_rows
 from lora_fsdp.distributed.hosts import compare_hosts
+from lora_fsdp.distributed.lost_hosts import watch_hosts
 from lora_fsdp.distributed.status import fsdp_status
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.comparison import Comparison, compare, generated_texts
@@ -87,6 +88,7 @@ def finetune(
 
 
 def _finetune(run: _Run, task: Task | None) -> FineTuningResult:
+    watch_hosts()
     compare_hosts(run.inputs)
     if is_several(run.training):
         return _finetune_several(run, task)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import transformers
 
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
+from lora_fsdp.distributed.lost_hosts import watch_hosts
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.failures import report_failure
 from lora_fsdp.options import OptionParser
@@ -52,6 +53,7 @@ def parse_arguments(*, task: str, arguments: Sequence[str] | None = None) -> Run
 def configure_output() -> None:
     """Our log lines from rank 0, libraries only when they warn, our errors without a traceback."""
     end_with_launcher()
+    watch_hosts()
     process_began()
     is_first = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(format="%(message)s", stream=sys.stdout)

@@ -62,7 +62,12 @@ def predict(options: PredictOptions, adapter: AdaptersOptions) -> int:
     """Answer a text or a table."""
     if (options.text is None) == (options.data_file is None):
         raise ArgumentError("Name a table (predict new.csv) or give one --text, not both.")
-    return _one_text(options, adapter) if options.text is not None else _table(options, adapter)
+    if options.text is not None:
+        return _one_text(options, adapter)
+    from lora_fsdp.distributed.lost_hosts import watching_hosts
+
+    with watching_hosts():
+        return _table(options, adapter)
 
 
 def _one_text(options: PredictOptions, adapter: AdaptersOptions) -> int:

@@ -19,6 +19,7 @@ from lora_fsdp.distributed.launch_files import (
     read_launch,
     read_launch_yaml,
 )
+from lora_fsdp.distributed.lost_hosts import watching_hosts
 from lora_fsdp.errors import LaunchError
 from lora_fsdp.pipeline import finetune
 from lora_fsdp.printing import say
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     gc.freeze()
     given = take_accelerate_config(sys.argv[1:] if arguments is None else arguments)
     run = parse_arguments(task="", arguments=given)
-    result = finetune(**run)
+    with watching_hosts():  # no longer: an engine's process may live on
+        result = finetune(**run)
     if run["training_args"].process_index == 0:
         folder = shlex.quote(str(result.output_dir))
         if result.task.takes_one_text:

@@ -43,6 +43,7 @@ from lora_fsdp.data.sampling import (
     shares_of_step,
 )
 from lora_fsdp.distributed.launch import accelerate_without_fsdp, read_fsdp_settings
+from lora_fsdp.distributed.lost_hosts import watch_hosts
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.evaluation.metrics import confusion_matrix, evaluation_metrics
@@ -169,6 +170,7 @@ class LoraTrainer(Trainer):
         **unused: Never,
     ) -> None:
         refuse_unused_arguments(positional, unused, known=_ARGUMENTS)
+        watch_hosts()
         own_args = given_arguments(args)
         self.fsdp_settings = read_fsdp_settings()
         check_arguments(own_args, self.fsdp_settings, max_length=max_length)

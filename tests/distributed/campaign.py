@@ -5,7 +5,8 @@
 A run is on two to four hosts made of network namespaces, one rank each, under torchrun's agents; on
 a disk that all share, or on one disk a host. While it starts, between steps and while it saves, a
 host is killed, loses its cable, or is heard by nobody (a half-open connection); lost hosts come
-back and join. The first host holds torchrun's store: with it all end, and the same command goes on.
+back and join while the others train, which must make steps with them. The first host holds
+torchrun's store: with it all end, and the same command goes on.
 
 A run must finish; what is left must make steps again within 60 s; the ledger must hold every row
 once an epoch; and losses and adapter must be, to the bit, those of a run without any mishap whose
@@ -36,7 +37,8 @@ from tests.support.ranks import run_ranks
 
 SIZES = Sizes(rows=48, epochs=3, examples=12, save_steps=2, stall_seconds=4.0)
 STEP_SECONDS = 0.25
-WAYS = ("killed", "killed while starting", "killed while saving", "cut off", "half open", "joins")
+WAYS = ("killed", "cut off", "half open", "joins")
+MOMENTS = ("between steps", "while starting", "while saving")
 
 
 @dataclass
@@ -105,6 +107,7 @@ class Campaign:
             self._compare(run)
             shutil.rmtree(folder)
         except AssertionError as error:
+            run.ask_for_stacks()
             figures.wrong.append(f"run {figures.runs - 1}: {type(error).__name__}: {error}")
             print(f"!! {figures.wrong[-1]} (see {folder})", flush=True)
         finally:
@@ -114,65 +117,68 @@ class Campaign:
 
     def _mishaps(self, run: ElasticHosts, losses: int) -> None:
         began = 0
-        for _ in range(losses):
+        while losses > 0 and run.result() is None:
             running = run.running()
             gone = [place for place in range(len(run.hosts)) if place not in running]
             way = self.random.choice(WAYS)
             if gone and (way == "joins" or len(running) == 1):
                 began = time.monotonic_ns()
-                place = self.random.choice(gone)
-                run.start(place)
-                self._goes_on(run, "joins", began, ranks=len(running) + 1)
+                run.start(self.random.choice(gone))
+                self._joined(run, began, ranks=len(running) + 1)
                 continue
             if way == "joins":
                 way = "killed"
-            if not self._moment(run, way, began):
+            moment = self.random.choice(MOMENTS)
+            if not self._moment(run, moment, began):
                 return
             # The first host is lost less often: all end with it.
             place = self.random.choice([one for one in (0, *running, *running) if one in running])
             began = time.monotonic_ns()
-            if way == "cut off":
-                run.cut(place)
-            elif way == "half open":
-                run.mute(place)
-            else:
-                run.kill(place)
-            first = " (with the store)" if place == 0 else ""
+            {"killed": run.kill, "cut off": run.cut, "half open": run.mute}[way](place)
+            losses -= 1
+            named = f"{way} {moment}" + (" (with the store)" if place == 0 else "")
             if place == 0:
-                self._all_end(run, way + first)
+                self._all_end(run, named)
                 continue
-            self._goes_on(run, way, began, ranks=None)
+            self._goes_on(run, named, began)
             run.replace(place)
 
-    def _moment(self, run: ElasticHosts, way: str, began: int) -> bool:
+    def _moment(self, run: ElasticHosts, moment: str, began: int) -> bool:
         """Wait for it; whether the run was not over before."""
-        if way == "killed while starting":
-            time.sleep(self.random.uniform(0.0, 2.0))
+        if moment == "while starting":
+            time.sleep(self.random.uniform(0.0, 3.0))
             return run.result() is None
-        more = self.random.randint(0, 3)
-        steps = len({line["step"] for line in run.lines(after=began)})
-        wanted = max(2, steps + more)  # a step was made, so that the silence is counted
+        wanted = 1 + self.random.randint(0, 3)
 
         def made() -> bool:
             return len({line["step"] for line in run.lines(after=began)}) >= wanted
 
         there = run.wait(made, seconds=NOTICED_SECONDS)
-        if there and way == "killed while saving":
+        if there and moment == "while saving":
             there = run.wait(run.is_saving, seconds=NOTICED_SECONDS)
         else:
             time.sleep(self.random.uniform(0.0, STEP_SECONDS))
         return there and run.result() is None
 
-    def _goes_on(self, run: ElasticHosts, way: str, began: int, *, ranks: int | None) -> None:
-        """Wait until steps are made in an attempt that began after the event."""
-
-        def made() -> bool:
-            return any(ranks in (None, line["ranks"]) for line in run.lines(after=began))
-
+    def _goes_on(self, run: ElasticHosts, way: str, began: int) -> None:
+        """Wait until steps are made in an attempt that began after the event, or all have ended."""
         self.figures.events[way] += 1
-        if run.wait(made, seconds=NOTICED_SECONDS):
+        if run.wait(lambda: run.lines(after=began), seconds=NOTICED_SECONDS):
             took = (time.monotonic_ns() - began) / 1e9
             self.figures.seconds.setdefault(way, []).append(took)
+
+    def _joined(self, run: ElasticHosts, began: int, *, ranks: int) -> None:
+        """Wait until the one that has come back takes part in steps; none may end of it."""
+        self.figures.events["joins"] += 1
+
+        def made() -> bool:
+            return any(line["ranks"] == ranks for line in run.lines(after=began))
+
+        if run.wait(made, seconds=NOTICED_SECONDS):
+            took = (time.monotonic_ns() - began) / 1e9
+            self.figures.seconds.setdefault("joins", []).append(took)
+        elif run.result() is None:
+            raise HungError(f"a host came back, and {ranks - 1} others ended")
 
     def _all_end(self, run: ElasticHosts, way: str) -> None:
         """The store is gone: nobody hangs. Then all are started by the same command."""

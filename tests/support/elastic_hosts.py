@@ -7,6 +7,7 @@ takes a second instead of ten.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import time
@@ -21,8 +22,9 @@ from tests.support.hosts import Host
 from tests.support.ranks import start_on
 
 PORT = 29500
-#: How long what is left may take until it makes steps again.
-NOTICED_SECONDS = 60.0
+#: How long what is left may take until it makes steps again: a minute until a lost host is noticed
+#: at the latest, and then the start of processes on a machine that may be busy.
+NOTICED_SECONDS = 90.0
 
 
 class HungError(AssertionError):
@@ -58,7 +60,10 @@ class ElasticHosts:
         log = self.folder / f"host{place}.log"
         self.agents[place] = start_on(
             self.hosts[place], _agent, place, self._given(), self.disk(place), log,
-            variables={"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            variables={
+                "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # as the file for torchrun sets it
+            },
         )  # fmt: skip
 
     def kill(self, place: int) -> None:
@@ -148,6 +153,14 @@ class ElasticHosts:
         """Each row once an epoch, in the steps that count."""
         check_ledger(self.lines(), self.sizes)
 
+    def ask_for_stacks(self) -> None:
+        """Have every process write where it is to its host's log."""
+        for host in self.hosts:
+            for number in host.pids():
+                with suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGUSR1)
+        time.sleep(1.0)
+
     def logs(self) -> str:
         """The end of what each host printed."""
         files = sorted(self.folder.glob("host*.log"))
@@ -169,6 +182,7 @@ def _agent(place: int, given: tuple[Any, ...], disk: Path, log: Path) -> None:
     with log.open("a") as opened:
         os.dup2(opened.fileno(), 1)
         os.dup2(opened.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)  # its fork, the worker, too
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=len(addresses),

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from lora_fsdp import LoraTrainer
+from lora_fsdp.distributed.lost_hosts import watching_hosts
 from lora_fsdp.ranks import from_every_rank
 from lora_fsdp.scripts import configure_output
 from tests.support.runs import toy_trainer
@@ -97,6 +98,11 @@ def train(
         return step_of_trainer(self, model, inputs, *others)
 
     LoraTrainer.training_step = with_ledger  # type: ignore[method-assign]
+    with watching_hosts():
+        return _train(output, sizes, attempt, **changes)
+
+
+def _train(output: str, sizes: Sizes, attempt: list[int], **changes: Any) -> LoraTrainer:
     trainer = elastic_trainer(output, sizes, callbacks=[Ranks()], **changes)
     # The same number on every rank of an attempt, and a larger one in every later attempt: the
     # hosts of a test have one kernel, and so one clock.
