@@ -22,6 +22,7 @@ from lora_fsdp.adapter.settings import (
 )
 from lora_fsdp.adapter.targets import resolve_targets
 from lora_fsdp.arguments import LoraArguments
+from lora_fsdp.base.experts.packed import add_lora_to_numbers
 from lora_fsdp.base.streaming import StoredBase, needs_weights
 from lora_fsdp.errors import ArgumentError, TargetModulesError
 
@@ -114,6 +115,7 @@ def attach_adapter(
         raise
     except _PEFT_ERRORS as error:
         raise TargetModulesError(f"PEFT cannot adapt {type(base).__name__}: {error}") from error
+    add_lora_to_numbers(model)
     if transposed and not config.fan_in_fan_out:
         raise ArgumentError(
             f"fan_in_fan_out: the modules of {type(base).__name__} are not stored that way."
@@ -162,6 +164,7 @@ def attach_adapters(
                 model.add_adapter(name, config)
         except _PEFT_ERRORS as error:
             raise TargetModulesError(f"PEFT cannot adapt {type(base).__name__}: {error}") from error
+    add_lora_to_numbers(model)
     cast(LoraModel, model.base_model).set_adapter(list(configs))
     for parameter in trainable_parameters(model).values():
         parameter.data = parameter.data.float()

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from lora_fsdp.base.experts.packed import add_lora_to_numbers
 from lora_fsdp.base.folders import open_safetensors, read_json_object
 from lora_fsdp.base.layers import base_model
 from lora_fsdp.errors import (
@@ -161,6 +162,7 @@ def attach_saved(adapter: AdapterFolder, base: PreTrainedModel) -> PeftModel:
     config = copy.deepcopy(adapter.config)
     with _peft_at_work(adapter, base):
         model = PeftModel.from_pretrained(base, str(adapter.path), config=config)
+    add_lora_to_numbers(model)
     return model.eval()
 
 
@@ -178,6 +180,7 @@ def attach_another(adapter: AdapterFolder, model: PeftModel, *, name: str) -> No
     with _peft_at_work(adapter, base_model(model)):
         model.add_adapter(name, copy.deepcopy(adapter.config))
         set_peft_model_state_dict(model, dict(adapter.tensors), adapter_name=name)
+    add_lora_to_numbers(model)
     for key, parameter in model.named_parameters():
         if f".{name}." in f"{key}.":
             parameter.data = parameter.data.float()

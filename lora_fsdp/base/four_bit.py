@@ -10,7 +10,10 @@ Needs bitsandbytes (`pip install "lora-fsdp[4bit]"`), which is imported here and
 
 from __future__ import annotations
 
+# autograd.Function's forward and backward take what each function needs.
+# mypy: disable-error-code="override, no-untyped-call"
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -18,14 +21,16 @@ from bitsandbytes import matmul_4bit
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
+from torch.autograd import Function
 from transformers import PreTrainedModel
 
 from lora_fsdp.base.quantized_layers import QUANTIZED_WHILE_READ, QuantizedLayer
 from lora_fsdp.errors import UnsupportedModelError
 
-_BLOCK = 64
+#: Values that share a scale.
+BLOCK = 64
 _NF4: dict[str, Any] = {
-    "blocksize": _BLOCK,
+    "blocksize": BLOCK,
     "compress_statistics": True,
     "quant_type": "nf4",
 }
@@ -86,42 +91,77 @@ class FourBitLinear(Linear4bit, QuantizedLayer):
     @torch.no_grad()
     def unpack(self, out: torch.Tensor) -> torch.Tensor:
         """Write the weight's numbers into `out` [out, in], contiguous."""
-        if not out.is_cuda or out.numel() % _BLOCK:  # the kernel takes whole blocks
-            return out.copy_(dequantize_4bit(self.weight, self.quant_state))
-        return self.unpack_all([self], out)
+        return nf4_numbers(self.weight, self.quant_state, out)
 
     @classmethod
     @torch.no_grad()
     def unpack_all(cls, layers: Sequence[QuantizedLayer], out: torch.Tensor) -> torch.Tensor:
         """Write the numbers of several layers' weights into `out`, one below the other."""
-        whole = all(layer.in_features * layer.out_features % _BLOCK == 0 for layer in layers)
+        whole = all(layer.in_features * layer.out_features % BLOCK == 0 for layer in layers)
         if not out.is_cuda or not whole:
             return super().unpack_all(layers, out)
-        from lora_fsdp.base import nf4_kernel
-
         states = [cast(FourBitLinear, layer).quant_state for layer in layers]
-        nf4_kernel.unpack_nf4(
-            [
-                nf4_kernel.Nf4(
-                    layer.weight.detach().view(torch.uint8),
-                    scales=state.absmax,
-                    scales_of_scales=state.state2.absmax,
-                    offset=state.offset,
-                )
-                for layer, state in zip(layers, states, strict=True)
-            ],
-            out,
-            values=states[0].code,  # the same in all: NF4's, and bitsandbytes' own for scales
-            scale_values=states[0].state2.code,
-        )
-        return out
+        return _by_kernel([layer.weight for layer in layers], states, out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T + bias, in the layer's dtype."""
-        result: torch.Tensor = matmul_4bit(
-            x.to(self.compute_dtype), self.weight, bias=self.bias, quant_state=self.quant_state
-        )
+        computed = x.to(self.compute_dtype)
+        if not x.is_cuda and self.in_features % BLOCK:
+            result = cast(torch.Tensor, _MatmulOfRows.apply(computed, self))
+            return (result if self.bias is None else result + self.bias).to(x.dtype)
+        result = matmul_4bit(computed, self.weight, bias=self.bias, quant_state=self.quant_state)
         return result.to(x.dtype)
+
+
+class _MatmulOfRows(Function):
+    """x W^T where a row of W ends within a block, which bitsandbytes on a CPU gets wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: FourBitLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return x @ _numbers_of(layer).t()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ _numbers_of(ctx.layer), None
+
+
+def _numbers_of(layer: FourBitLinear) -> torch.Tensor:
+    shape = (layer.out_features, layer.in_features)
+    return layer.unpack(torch.empty(shape, dtype=layer.compute_dtype, device=layer.weight.device))
+
+
+@torch.no_grad()
+def nf4_numbers(packed: torch.Tensor, scales: QuantState, out: torch.Tensor) -> torch.Tensor:
+    """Write the numbers of a packed tensor into `out`, contiguous."""
+    if out.is_cuda and out.numel() % BLOCK == 0:  # the kernel takes whole blocks
+        return _by_kernel([packed], [scales], out)
+    # As one long row: of shorter ones, bitsandbytes on a CPU begins a block with each.
+    flat = copy(scales)
+    flat.shape = torch.Size([out.numel()])
+    return out.copy_(dequantize_4bit(packed, flat).view(out.shape))
+
+
+def _by_kernel(
+    packed: Sequence[torch.Tensor], states: Sequence[QuantState], out: torch.Tensor
+) -> torch.Tensor:
+    from lora_fsdp.base import nf4_kernel
+
+    nf4_kernel.unpack_nf4(
+        [
+            nf4_kernel.Nf4(
+                one.detach().view(torch.uint8),
+                scales=state.absmax,
+                scales_of_scales=state.state2.absmax,
+                offset=state.offset,
+            )
+            for one, state in zip(packed, states, strict=True)
+        ],
+        out,
+        values=states[0].code,  # the same in all: NF4's, and bitsandbytes' own for scales
+        scale_values=states[0].state2.code,
+    )
+    return out
 
 
 def packed_shape(shape: torch.Size, dtype: torch.dtype) -> tuple[int, int]:
@@ -143,8 +183,7 @@ def replace_linear_layers(model: PreTrainedModel, *, dtype: torch.dtype) -> None
     """Put 4-bit layers, still empty, in place of all linear layers but the output head.
 
     Raises:
-        UnsupportedModelError: there are none (GPT-2 has layers of its own kind), or most weights
-            are elsewhere (in experts).
+        UnsupportedModelError: there are none (GPT-2 has layers of its own kind).
     """
     head = model.get_output_embeddings()
     linear = [
@@ -156,12 +195,6 @@ def replace_linear_layers(model: PreTrainedModel, *, dtype: torch.dtype) -> None
         raise UnsupportedModelError(
             f"{type(model).__name__} has no linear layers that could be kept in 4 bits: run "
             "without --load_in_4bit."
-        )
-    parameters = model.named_parameters()  # a convolution's last side is short
-    if stacked := [name for name, p in parameters if p.dim() == 3 and min(p.shape[1:]) > 8]:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} keeps the weights of all experts of a layer in one tensor ("
-            f"{stacked[0]}, say), which is not kept in 4 bits: run without --load_in_4bit."
         )
     for name, module in linear:
         model.set_submodule(name, FourBitLinear(module, dtype=dtype))

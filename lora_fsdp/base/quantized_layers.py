@@ -12,6 +12,8 @@ from copy import deepcopy
 import torch
 from torch import nn
 
+from lora_fsdp.base.experts.packed import PackedExperts, plain_experts
+
 #: In a base's quantization settings: its files are not quantised (`--load_in_4bit`).
 QUANTIZED_WHILE_READ = "quantized_while_read"
 
@@ -48,14 +50,17 @@ class QuantizedLayer(nn.Module):
 
 
 def unpacked(module: nn.Module) -> nn.Module:
-    """The module itself, or a copy with plain linear layers in place of its packed ones.
+    """The module itself, or a copy with plain layers and experts in place of its packed ones.
 
     Their weights are the packed ones' numbers, or on the meta device where those have none yet.
     """
-    packed = [part for part in module.modules() if isinstance(part, QuantizedLayer)]
-    if not packed:
-        return module
-    return deepcopy(module, {id(layer): _plain(layer) for layer in packed})
+    plain: dict[int, nn.Module] = {}
+    for part in module.modules():
+        if isinstance(part, QuantizedLayer):
+            plain[id(part)] = _plain(part)
+        elif isinstance(part, PackedExperts):
+            plain[id(part)] = plain_experts(part)
+    return deepcopy(module, plain) if plain else module
 
 
 def _plain(layer: QuantizedLayer) -> nn.Linear:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.conversion.model_weights import ModelWeights
+from lora_fsdp.base.experts.packed import PackedExperts, PackedParameter
 from lora_fsdp.base.fingerprints import BaseFingerprint, base_parameters
 from lora_fsdp.base.loading import load_base, resolve_dtype
 from lora_fsdp.base.multimodal import drop_towers
@@ -117,7 +118,14 @@ class StoredBase:
     ) -> None:
         parameter = _parameter_at(places)
         owner, attribute = places[0]
-        if isinstance(owner, QuantizedLayer) and attribute == "weight":
+        if isinstance(owner, PackedExperts) and attribute in owner.packings:
+            packed = owner.packings[attribute].quantize(self.weights.reader(name), device=device)
+            if not isinstance(parameter, DTensor):
+                _set(places, PackedParameter(packed.to(keep_on), requires_grad=False))
+                return
+            filled = torch.empty_like(parameter, device=keep_on, requires_grad=False)
+            _copy_shard(filled, packed.__getitem__)
+        elif isinstance(owner, QuantizedLayer) and attribute == "weight":
             # The full tensor: the scales are relative to their mean over all of it.
             packed = owner.quantize(self.weights.read(name).to(device))
             if not isinstance(parameter, DTensor):
@@ -218,9 +226,11 @@ def open_base(
             ) from error
         return WholeBase(arguments, device, str(error), peft_config or saved)
     if arguments.load_in_4bit:
+        from lora_fsdp.base.experts.four_bit import pack_experts
         from lora_fsdp.base.four_bit import replace_linear_layers
 
         replace_linear_layers(model, dtype=dtype)
+        pack_experts(model, dtype=dtype)
     return StoredBase(model, weights)
 
 
@@ -290,12 +300,12 @@ def _empty_places(modules: Iterable[nn.Module]) -> list[_Places]:
 
 def _parameter_at(places: _Places) -> nn.Parameter:
     owner, attribute = places[0]
-    return owner.get_parameter(attribute)
+    return cast(nn.Parameter, owner._parameters[attribute])  # not what packed experts make of it
 
 
 def _set(places: _Places, parameter: nn.Parameter) -> None:
     for owner, attribute in places:
-        owner.register_parameter(attribute, parameter)
+        owner._parameters[attribute] = parameter
 
 
 def _stand_in(meta: nn.Parameter) -> nn.Parameter:

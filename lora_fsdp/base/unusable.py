@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lora_fsdp.base.experts.packed import PackedExperts
 from lora_fsdp.base.quantized_layers import QuantizedLayer
 
 # No trained weight comes near it; squared by a norm after a few layers it would overflow.
@@ -24,6 +25,12 @@ def unusable_weight(model: nn.Module) -> str | None:
         model: with or without an adapter.
     """
     packed = {id(one.weight) for one in model.modules() if isinstance(one, QuantizedLayer)}
+    packed |= {
+        id(one._parameters[name])
+        for one in model.modules()
+        if isinstance(one, PackedExperts)
+        for name in one.packings
+    }
     largest, where = 0.0, ""
     for live_name, parameter in model.named_parameters():
         name = re.sub(r"\.(base_layer|original_module)(?=\.)", "", live_name)
