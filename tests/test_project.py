@@ -52,6 +52,7 @@ LAYERS = (
     "scripts",
     "notebook",
     "evaluating",
+    "embedded",
     "cli",
 )
 
