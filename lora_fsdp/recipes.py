@@ -10,13 +10,43 @@ from typing import Any
 import yaml
 
 from lora_fsdp.arguments.peers import about_unknown
-from lora_fsdp.errors import ArgumentError
+from lora_fsdp.errors import ArgumentError, did_you_mean
 
 #: Far above any real recipe. References make a small file a huge one, so they count in full.
 _LARGEST_BYTES = 1_000_000
 _MOST_VALUES = 10_000
 # Options that name a file that lies with a recipe.
 _FILES = ("data_file", "eval_file", "test_file", "task_file")
+
+
+def shipped_folder() -> Path:
+    """Where `accelerate_configs` and `examples` are.
+
+    `setup.py` puts them into the package when it is built, and a checkout has them beside it.
+    """
+    package = Path(__file__).resolve().parent
+    return package if (package / "accelerate_configs").is_dir() else package.parent
+
+
+def find_recipe(name: str | Path) -> Path:
+    """A recipe by its path, or a shipped one by its name (`rating`, or with its folder).
+
+    Raises:
+        ArgumentError: there is neither; the message names those that are shipped.
+    """
+    file = Path(name)
+    if file.is_file():
+        return file
+    shipped = {path.stem: path for path in _shipped_recipes()}
+    stem = file.name.removesuffix(".yaml")
+    if stem in shipped and file.parent.as_posix() in (".", "examples/recipes"):
+        return shipped[stem]
+    hint = did_you_mean(stem, shipped) or f" Shipped are: {', '.join(shipped)}."
+    raise ArgumentError(f"There is no recipe {file.absolute()}: check --config.{hint}")
+
+
+def _shipped_recipes() -> list[Path]:
+    return sorted((shipped_folder() / "examples" / "recipes").glob("*.yaml"))
 
 
 def read_recipe(
@@ -28,7 +58,7 @@ def read_recipe(
     or task file that is not in the working directory is looked for beside the recipe.
 
     Args:
-        path: a YAML file with options as keys, without the dashes.
+        path: a YAML file with options as keys, without the dashes; or the name of a shipped one.
         options: the names that there are.
         others_allowed: pass over other keys, which are another command's.
 
@@ -36,9 +66,7 @@ def read_recipe(
         ArgumentError: it is missing, no YAML, no mapping, or has an unknown key; the message
             suggests the nearest.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ArgumentError(f"There is no recipe {file.absolute()}: check --config.")
+    file = find_recipe(path)
     if file.stat().st_size > _LARGEST_BYTES:
         raise ArgumentError(f"The recipe {file} is larger than 1 MB: it is no recipe.")
     contents = _parse(file)
@@ -59,14 +87,21 @@ def read_recipe(
 
 
 def _found(key: str, value: Any, recipe: Path) -> Any:
-    """A file's name as it is, or beside the recipe if only there is such a file."""
+    """A file's name as it is, or where the recipe is if only there is such a file.
+
+    A shipped recipe names its table from the folder that both were shipped in.
+    """
     if isinstance(value, list) and key in _FILES:
         return [_found(key, one, recipe) for one in value]
     if key not in _FILES or not isinstance(value, str) or Path(value).is_absolute():
         return value
     try:
-        beside = recipe.parent / value
-        return str(beside) if not Path(value).exists() and beside.exists() else value
+        if Path(value).exists():
+            return value
+        folders = [recipe.parent]
+        if recipe.resolve() in _shipped_recipes():
+            folders.append(shipped_folder())
+        return next((str(at / value) for at in folders if (at / value).exists()), value)
     except (OSError, ValueError):  # no name that a file can have
         return value
 

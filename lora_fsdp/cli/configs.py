@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_fsdp.errors import ArgumentError, did_you_mean
+from lora_fsdp.recipes import shipped_folder
 
 
 def config_folder() -> Path:
-    """Where the shipped YAMLs are: `setup.py` puts them into the package when it is built."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "accelerate_configs"
-    return installed if installed.is_dir() else package.parent / "accelerate_configs"
+    """Where the shipped YAMLs are."""
+    return shipped_folder() / "accelerate_configs"
 
 
 def find_config(name: str) -> Path:

@@ -19,6 +19,7 @@ from lora_fsdp.printing import ignore_known_warnings, say
 
 # In the order in which one needs them. A command's module is imported when it is called.
 MODULES = (
+    "demo",
     "init",
     "download",
     "tasks",

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
     pytest.mark.skipif(
         not (MODEL / "tokenizer.json").exists() or not TWEETS.exists(),
-        reason="needs the prepared default: python examples/prepare_default.py",
+        reason="needs the prepared default: lora-fsdp demo --prepare_only",
     ),
 ]
 

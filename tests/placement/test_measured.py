@@ -25,7 +25,7 @@ def points_of(gpu):
 
 
 pytestmark = pytest.mark.skipif(
-    not DATA.exists(), reason="needs the prepared default: python examples/prepare_default.py"
+    not DATA.exists(), reason="needs the prepared default: lora-fsdp demo --prepare_only"
 )
 
 

@@ -32,7 +32,7 @@ def found():
 
 
 @pytest.mark.skipif(
-    not DATA.exists(), reason="needs the prepared default: python examples/prepare_default.py"
+    not DATA.exists(), reason="needs the prepared default: lora-fsdp demo --prepare_only"
 )
 def test_every_measured_point_is_within_fifteen_percent(monkeypatch):
     monkeypatch.chdir(ROOT)  # where the benchmarks find their data
