@@ -25,8 +25,9 @@ from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import open_base
 from lora_fsdp.data.checking import check_task_data
 from lora_fsdp.data.encoding import EncodedExample
+from lora_fsdp.data.few_shot import check_room, check_shots, draw_shots
 from lora_fsdp.data.formats.several import input_paths
-from lora_fsdp.data.rows import TaskData, encoder_of, load_task_data, without_refused_rows
+from lora_fsdp.data.rows import TaskData, encoder_of, load_task_data, settled_rows
 from lora_fsdp.distributed.hosts import compare_hosts
 from lora_fsdp.distributed.orphans import end_with_launcher
 from lora_fsdp.distributed.sharding import release_gathered
@@ -53,7 +54,6 @@ from lora_fsdp.sweeps.run import Several
 from lora_fsdp.sweeps.turns import RanAlone, RunAlone, StopAtShare, TrainAlone
 from lora_fsdp.tasks import Task
 from lora_fsdp.training.calibrating import calibrate, save_calibration
-from lora_fsdp.training.few_shot import check_shots, draw_shots, encode_with_shots
 from lora_fsdp.training.logging.log_history import KeepLog
 from lora_fsdp.training.logging.time_spent import measured, seconds_by_part, spent_on
 from lora_fsdp.training.rivals import Untrained, rows_to_probe, score_untrained
@@ -131,7 +131,8 @@ class _Run(NamedTuple):
 
 def _load_data(run: _Run, task: Task | None, *, choosing: bool) -> TaskData:
     data = load_task_data(run.data, seed=run.training.seed, task=task, choosing=choosing)
-    return without_refused_rows(run.data, data, lambda: load_tokenizer(run.model))
+    seed = int(run.training.seed)
+    return settled_rows(run.data, data, lambda: load_tokenizer(run.model), seed=seed)
 
 
 def _finetune_several(run: _Run, task: Task | None) -> FineTuningResult:
@@ -267,6 +268,7 @@ def _trainer(
         chat_template=run.data.chat_template,
         chat_template_kwargs=run.data.template_kwargs(),
         thinking=run.data.thinking,
+        shots=data.shots,
         callbacks=[log, WriteCards(Path(run.training.output_dir or "."))],
     )
 
@@ -275,6 +277,11 @@ def _with_shots(run: _Run, data: TaskData) -> list[EncodedExample]:
     """The reported rows with `--untrained_shots` in their prompts; none where not asked for."""
     if not run.training.untrained_shots:
         return []
+    if data.shots:
+        raise ArgumentError(
+            "--few_shot shows examples to the untrained model as well, so it is that rival: leave "
+            "out --untrained_shots."
+        )
     check_shots(data.task, [*data.train, *data.scored])
     encoder = encoder_of(run.data, load_tokenizer(run.model), task=data.task)
     shots = draw_shots(
@@ -283,8 +290,12 @@ def _with_shots(run: _Run, data: TaskData) -> list[EncodedExample]:
         count=run.training.untrained_shots,
         besides=data.scored,
         seed=int(run.training.seed),
+        option="untrained_shots",
     )
-    return encode_with_shots(encoder, data.reported, shots)
+    shows = encoder.showing(shots)
+    asked = shows.encode(data.reported)
+    check_room(shows, asked, option="untrained_shots")
+    return asked
 
 
 def _train_and_compare(
@@ -458,6 +469,9 @@ def _announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     say(f"  answers: {visible(answers, lines=False)}")
     if (chat := trainer.encoder.chat) is not None and chat.announcement:
         say(f"  answers stand {visible(chat.announcement, lines=False)}")
+    if data.shots:
+        numbers = ", ".join(str(shot.row) for shot in data.shots)
+        say(f"  every prompt shows these rows, which are not trained on (--few_shot): {numbers}")
     if data.dropped:
         say(f"  rows left out as unusable: {data.dropped}")
     say(f"  rows whose text was shortened to fit: {trainer.shortened}")

@@ -188,6 +188,10 @@ def _data(run: RunFiles) -> dict[str, Any]:
         "validation rows": record.get("validation_rows"),
         "test rows": record.get("held_out_rows") if is_test else None,
         "split": "; ".join(map(str, record.get("splits") or ())) or None,
+        "rows that every prompt shows, not trained on": ", ".join(
+            map(str, record.get("shown_rows") or ())
+        )
+        or None,
         "rows left out": record.get("rows_left_out"),
         "sample": f"{arguments['max_rows']} rows at random" if arguments.get("max_rows") else None,
     }

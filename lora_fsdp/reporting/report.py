@@ -193,6 +193,7 @@ def _asked(run: RunFiles) -> dict[str, Any]:
         "held_out_rows": record.get("held_out_rows", metrics.get("held_out_rows")),
         "validation_rows": record.get("validation_rows", metrics.get("validation_rows")),
         "splits": [one_line(line) for line in record.get("splits") or ()],
+        "shown_rows": [one_line(str(row)) for row in record.get("shown_rows") or ()],
         "rows_left_out": record.get("rows_left_out", metrics.get("rows_left_out")),
         "device": record.get("device"),
         "settings": {

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -51,6 +51,7 @@ from lora_fsdp.placement.network import HostTraffic, host_traffic
 from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.tasks import Task
 from lora_fsdp.tasks.answers import ModelOutputs
+from lora_fsdp.tasks.shots import Shot
 from lora_fsdp.training.checks import check_arguments
 from lora_fsdp.training.given import (
     Base,
@@ -118,6 +119,7 @@ class LoraTrainer(Trainer):
         chat_template: put prompts through the tokenizer's chat template.
         chat_template_kwargs: further arguments of that template.
         thinking: where an answer stands in a template with a thinking block (`ChatTemplate`).
+        shots: rows that every prompt shows with their answers (`TaskData.shots`).
         objective: what is minimised; `None` = what the task's kind of answer is trained with,
             supervised learning of the targets if it does not say otherwise.
         callbacks: further callbacks.
@@ -163,6 +165,7 @@ class LoraTrainer(Trainer):
         chat_template: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         thinking: str = "auto",
+        shots: Sequence[Shot] = (),
         objective: Objective | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
@@ -185,6 +188,7 @@ class LoraTrainer(Trainer):
             chat_template=chat_template,
             chat_template_kwargs=chat_template_kwargs,
             thinking=thinking,
+            shots=shots,
         )
         run = prepare_run(
             given_base(model, peft_config=peft_config, device=own_args.device),

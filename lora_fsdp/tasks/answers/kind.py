@@ -130,6 +130,17 @@ class AnswerKind(ABC):
             return example.shares
         return [float(text == example.target) for text in self.candidates(example)]
 
+    def shown(self, example: Example) -> str:
+        """The right answer of a row that a prompt shows as an example, as it stands there.
+
+        Where questions stand before the answers (`contexts`), each that the row answers has a line.
+        """
+        contexts = self.contexts(example)
+        if not contexts:
+            return example.target or ""
+        asked = zip(contexts, self.candidates(example), self.shares(example), strict=True)
+        return "\n".join(f"{context}{text}" for context, text, share in asked if share > 0)
+
     def answer_of(self, example: Example) -> str:
         """The right answer, as metrics compare it with those of `answers`."""
         return (example.target or "").strip()
