@@ -53,7 +53,7 @@ from lora_fsdp.sweeps.outcome.summary import Summary
 from lora_fsdp.sweeps.run import Several
 from lora_fsdp.sweeps.turns import RanAlone, RunAlone, StopAtShare, TrainAlone
 from lora_fsdp.tasks import Task
-from lora_fsdp.training.calibrating import calibrate, save_calibration
+from lora_fsdp.training.calibrating import calibrate, decide, save_calibration, save_decided
 from lora_fsdp.training.logging.log_history import KeepLog
 from lora_fsdp.training.logging.time_spent import measured, seconds_by_part, spent_on
 from lora_fsdp.training.rivals import Untrained, rows_to_probe, score_untrained
@@ -345,6 +345,9 @@ def _compared(
     if (calibration := calibrated.calibration) is not None:
         folder = Path(str(trainer.args.output_dir))
         on_first_rank(lambda: save_calibration(calibration, folder))
+    decided = decide(trainer)
+    if (task := decided.task) is not None:
+        on_first_rank(lambda: save_decided(task, Path(str(trainer.args.output_dir))))
     comparison = compare(
         data.task,
         train=data.train,
@@ -354,11 +357,13 @@ def _compared(
         rivals=untrained.answers,
         tuned=tuned,
         calibrated=calibrated.outputs,
+        decided=decided.task,
         written=generated_texts(data.task, data.reported, base=texts, tuned=tuned_texts),
         facts={
             **_facts(trainer, data, trained, first_step=log.first_step),
             **untrained.facts,
             **calibrated.facts,
+            **decided.facts,
         },
     )
     asked = alone.tokens(alone.test) if alone is not None else []

@@ -92,6 +92,8 @@ class AnswerKind(ABC):
         objective: what is minimised, by its name in `training/step/objectives/choice.py`.
         reading: how an answer is read from the likelihoods, as a sentence of the model card; "" =
             the likeliest one is the answer, or the generated text is.
+        decided: what decides an answer beside the likelihoods, such as thresholds, as part of a
+            sentence; "" = nothing.
         asked_alike: whether every row is asked the same questions, each with the same options.
         needs_reference: whether an answer is read from the frozen base's log-likelihoods as well.
     """
@@ -107,6 +109,7 @@ class AnswerKind(ABC):
     reading: ClassVar[str] = ""
     needs_reference: ClassVar[bool] = False
     asked_alike: ClassVar[bool] = False
+    decided: str = ""
 
     @abstractmethod
     def candidates(self, example: Example) -> Sequence[str]:
@@ -144,6 +147,13 @@ class AnswerKind(ABC):
     def answer_of(self, example: Example) -> str:
         """The right answer, as metrics compare it with those of `answers`."""
         return (example.target or "").strip()
+
+    def as_decided(self, examples: Sequence[Example], outputs: ModelOutputs) -> ModelOutputs:
+        """Outputs of a rival of the tuned model, as if the answers were decided for it as well.
+
+        What decides the rival's answer to a row is chosen by other rows than that one.
+        """
+        return outputs
 
     def probabilities(self, outputs: ModelOutputs) -> Sequence[float | None]:
         """[N], from 0 to 1, of each answer given; `None` where it is not known."""
