@@ -245,8 +245,7 @@ def _work(
     data = settled_rows(data_args, data, lambda: tokenizer, seed=training["seed"])
     encoder = encoder_of(data_args, tokenizer, task=data.task, shots=data.shots)
     train, held_out = encoder.encode(data.train), encoder.encode(data.scored)
-    smoothing = float(training["label_smoothing_factor"] or 0.0)
-    tree_of = objective_of(data.task, smoothing=smoothing).tree
+    tree_of = objective_of(data.task, training).tree
     return lambda ranks, request: measure_work(
         training,
         train,

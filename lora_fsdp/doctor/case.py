@@ -170,8 +170,7 @@ class Case:
     @fact
     def objective(self) -> Objective:
         """What is minimised."""
-        smoothing = float(self.arguments.value.label_smoothing_factor)
-        return objective_of(self.rows.value.task, smoothing=smoothing)
+        return objective_of(self.rows.value.task, vars(self.arguments.value))
 
     @fact
     def encoder(self) -> Encoder:

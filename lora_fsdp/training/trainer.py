@@ -89,7 +89,7 @@ from lora_fsdp.training.saving.resume import facts_once_placed
 from lora_fsdp.training.saving.run_lock import run_lock
 from lora_fsdp.training.saving.training_state import LoopState, TrainingState
 from lora_fsdp.training.scorer import RunScorer
-from lora_fsdp.training.step.objectives.choice import objective_of
+from lora_fsdp.training.step.objectives.choice import SETTINGS, objective_of
 from lora_fsdp.training.step.objectives.objective import Objective
 from lora_fsdp.training.watching.adapter_moves import AdapterMoves
 from lora_fsdp.training.watching.watchdogs import Watchdogs
@@ -726,14 +726,14 @@ class LoraTrainer(Trainer):
 
 
 def _objective(given: Objective | None, args: FineTuningArguments, task: Task) -> Objective:
-    smoothing = float(args.label_smoothing_factor)
     if given is None:
-        return objective_of(task, smoothing=smoothing)
-    if smoothing:
-        raise ArgumentError(
-            f"--label_smoothing_factor is of the task's own objective, and {type(given).__name__} "
-            "was given in its place: remove one of them."
-        )
+        return objective_of(task, vars(args))
+    for name in SETTINGS:
+        if getattr(args, name):
+            raise ArgumentError(
+                f"--{name} is of the task's own objective, and {type(given).__name__} "
+                "was given in its place: remove one of them."
+            )
     return given
 
 

@@ -90,6 +90,7 @@ class AnswerKind(ABC):
         report_sections: the report's sections about answers that fit.
         answer_column: the column with the answer in the output of `lora-fsdp predict`.
         objective: what is minimised, by its name in `training/step/objectives/choice.py`.
+        losses: the options, beside label smoothing, that change what is minimised and fit.
         reading: how an answer is read from the likelihoods, as a sentence of the model card; "" =
             the likeliest one is the answer, or the generated text is.
         decided: what decides an answer beside the likelihoods, such as thresholds, as part of a
@@ -106,6 +107,7 @@ class AnswerKind(ABC):
     report_sections: ClassVar[Sequence[Section]] = (Section.CHOICES,)
     answer_column: ClassVar[str] = "predicted_answer"
     objective: ClassVar[str] = "supervised"
+    losses: ClassVar[Sequence[str]] = ()
     reading: ClassVar[str] = ""
     needs_reference: ClassVar[bool] = False
     asked_alike: ClassVar[bool] = False

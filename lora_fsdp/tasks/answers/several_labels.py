@@ -36,6 +36,7 @@ class SeveralLabels(AnswerKind):
     report_sections = (Section.SEVERAL, Section.CHOICES)
     answer_column = "predicted_labels"
     asked_alike = True
+    losses = ("focal_gamma",)
     reading = (
         "Every label is a question of its own: after the prompt stand the label, a colon, and yes "
         "or no, and the label is given where yes is likely enough."
