@@ -25,6 +25,8 @@ from lora_fsdp.adapter.attach import lora_config
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.streaming import open_base
+from lora_fsdp.data.few_shot import take_shots
+from lora_fsdp.data.rows import encoder_of
 from lora_fsdp.errors import (
     ArgumentError,
     ColumnNotFoundError,
@@ -39,11 +41,14 @@ from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.ranks import world_size
 from lora_fsdp.tasks import ClassificationTask, Example
 from lora_fsdp.tasks.cells import label_text
+from lora_fsdp.tasks.shots import Shot
 from lora_fsdp.tasks.weights import check_weights, weighted
 from lora_fsdp.training.trainer import LoraTrainer
 
 _TEXT, _LABEL, _WEIGHT = "text", "label", "sample_weight"
-_OF_THE_ROWS = ("class_weights", "max_length", "chat_template", "chat_template_kwargs", "thinking")
+_OF_THE_ROWS = (
+    "class_weights", "max_length", "chat_template", "chat_template_kwargs", "thinking", "few_shot",
+)  # fmt: skip
 # `fit` learns from every row that it is given and leaves the adapter in the object.
 _OF_A_FOLDER = (
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_", "push_to_hub", "hub_",
@@ -256,6 +261,11 @@ class LoraClassifier(ClassifierMixin, BaseEstimator):
         lora = LoraArguments(**self._given(LoraArguments))
         adapter = lora_config(lora, revision=model.model_revision)
         tokenizer = load_tokenizer(model)
+        shots: Sequence[Shot] = ()
+        if data.few_shot:
+            encoder = encoder_of(data, tokenizer, task=task)
+            seed = int(training.seed)
+            shots, examples = take_shots(encoder, examples, count=data.few_shot, seed=seed)
         set_seed(training.seed)  # the adapter's first values
         trainer = LoraTrainer(
             model=open_base(model, device=training.device, peft_config=adapter),
@@ -269,6 +279,7 @@ class LoraClassifier(ClassifierMixin, BaseEstimator):
             chat_template=data.chat_template,
             chat_template_kwargs=data.template_kwargs(),
             thinking=data.thinking,
+            shots=shots,
         )
         trainer.train()
         trainer.save_model()

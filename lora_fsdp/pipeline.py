@@ -20,7 +20,7 @@ from lora_fsdp.base.streaming import open_base
 from lora_fsdp.claiming import claimed, claimed_for_several, remove_earlier_run
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.formats.several import input_paths
-from lora_fsdp.data.rows import TaskData, encoder_of, load_task_data, without_refused_rows
+from lora_fsdp.data.rows import TaskData, encoder_of, load_task_data, settled_rows
 from lora_fsdp.distributed.hosts import compare_hosts
 from lora_fsdp.distributed.lost_hosts import watch_hosts
 from lora_fsdp.distributed.status import fsdp_status
@@ -42,7 +42,7 @@ from lora_fsdp.sweeps.outcome.summary import Summary
 from lora_fsdp.sweeps.run import Several
 from lora_fsdp.sweeps.turns import RanAlone, RunAlone, StopAtShare, TrainAlone
 from lora_fsdp.tasks import Task
-from lora_fsdp.training.calibrating import calibrate, save_calibration
+from lora_fsdp.training.calibrating import calibrate, decide, save_calibration, save_decided
 from lora_fsdp.training.few_shot import rows_with_shots
 from lora_fsdp.training.logging.log_history import KeepLog
 from lora_fsdp.training.logging.time_spent import measured, seconds_by_part, spent_on
@@ -119,7 +119,8 @@ class _Run(NamedTuple):
 
 def _load_data(run: _Run, task: Task | None, *, choosing: bool) -> TaskData:
     data = load_task_data(run.data, seed=run.training.seed, task=task, choosing=choosing)
-    return without_refused_rows(run.data, data, lambda: load_tokenizer(run.model))
+    seed = int(run.training.seed)
+    return settled_rows(run.data, data, lambda: load_tokenizer(run.model), seed=seed)
 
 
 def _finetune_several(run: _Run, task: Task | None) -> FineTuningResult:
@@ -246,6 +247,7 @@ def _trainer(
         chat_template=run.data.chat_template,
         chat_template_kwargs=run.data.template_kwargs(),
         thinking=run.data.thinking,
+        shots=data.shots,
         callbacks=[log, WriteCards(Path(run.training.output_dir or "."))],
     )
 
@@ -297,6 +299,9 @@ def _compared(
     if (calibration := calibrated.calibration) is not None:
         folder = Path(str(trainer.args.output_dir))
         on_first_rank(lambda: save_calibration(calibration, folder))
+    decided = decide(trainer)
+    if (task := decided.task) is not None:
+        on_first_rank(lambda: save_decided(task, Path(str(trainer.args.output_dir))))
     comparison = compare(
         data.task,
         train=data.train,
@@ -306,11 +311,13 @@ def _compared(
         rivals=untrained.answers,
         tuned=tuned,
         calibrated=calibrated.outputs,
+        decided=decided.task,
         written=generated_texts(data.task, data.reported, base=texts, tuned=tuned_texts),
         facts={
             **facts_of_run(trainer, data, trained, first_step=log.first_step),
             **untrained.facts,
             **calibrated.facts,
+            **decided.facts,
         },
     )
     asked = alone.tokens(alone.test) if alone is not None else []

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from lora_fsdp.arguments.adapter import parse_json_object
 from lora_fsdp.arguments.option import option
+from lora_fsdp.errors import ArgumentError
 
 
 @dataclass
@@ -84,7 +85,17 @@ class DataArguments:
         "auto = empty where there is a block, else none.",
     )
 
+    few_shot: int = option(
+        0,
+        "Training rows that every prompt shows with their answers, as many of each label as can "
+        "be. They are computed once a packed sequence, are not trained on, and go with the "
+        "adapter: predict and serve show the same.",
+    )
+
     def __post_init__(self) -> None:
+        # A bool is an int to Python.
+        if not isinstance(self.few_shot, int) or self.few_shot is True or self.few_shot < 0:
+            raise ArgumentError(f"--few_shot must be 0 (none) or more, not {self.few_shot!r}.")
         if isinstance(self.task_options, str):
             self.task_options = parse_json_object("task_options", self.task_options)
         if isinstance(self.chat_template_kwargs, str):

@@ -129,6 +129,16 @@ class FineTuningArguments(TrainingArguments):
         "it as a rival in the report: one more pass over the scored rows. Tuning and predicting "
         "are not changed.",
     )
+    focal_gamma: float = option(
+        0.0,
+        "Focal loss: each right answer's loss times (1 - its likelihood) to this power, so that "
+        "what is known already counts less. 0 = off. Not for free text, shares, numbers or pairs.",
+    )
+    ranked_weight: float = option(
+        0.0,
+        "Scores on a scale: so many times the ranked probability score is added to the loss, which "
+        "makes a level far off cost more than one next to it. 0 = off.",
+    )
     max_new_tokens: int | None = option(
         None,
         "Longest answer that is generated, in tokens. Not given: the longest training "
@@ -271,6 +281,10 @@ class FineTuningArguments(TrainingArguments):
                      "untrained_shots"):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ArgumentError(f"--{name} must be 0 (off) or more, not {getattr(self, name)}.")
+        for name in ("focal_gamma", "ranked_weight"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 <= value <= 100):
+                raise ArgumentError(f"--{name} must be from 0 (off) to 100, not {value}.")
         if not 0 <= self.label_smoothing_factor < 1:
             raise ArgumentError(
                 "--label_smoothing_factor must be from 0 to less than 1, not "

@@ -237,16 +237,15 @@ def _work(
         )
     from lora_fsdp.arguments.training import chooses_checkpoint
     from lora_fsdp.base.loading import load_tokenizer
-    from lora_fsdp.data.rows import encoder_of, load_task_data, without_refused_rows
+    from lora_fsdp.data.rows import encoder_of, load_task_data, settled_rows
     from lora_fsdp.training.step.objectives.choice import objective_of
 
     data = load_task_data(data_args, seed=training["seed"], choosing=chooses_checkpoint(training))
     tokenizer = load_tokenizer(model_args)
-    data = without_refused_rows(data_args, data, lambda: tokenizer)
-    encoder = encoder_of(data_args, tokenizer, task=data.task)
+    data = settled_rows(data_args, data, lambda: tokenizer, seed=training["seed"])
+    encoder = encoder_of(data_args, tokenizer, task=data.task, shots=data.shots)
     train, held_out = encoder.encode(data.train), encoder.encode(data.scored)
-    smoothing = float(training["label_smoothing_factor"] or 0.0)
-    tree_of = objective_of(data.task, smoothing=smoothing).tree
+    tree_of = objective_of(data.task, training).tree
     return lambda ranks, request: measure_work(
         training,
         train,

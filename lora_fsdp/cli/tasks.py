@@ -13,6 +13,7 @@ from lora_fsdp.arguments import DataArguments
 from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.command import Command, print_json, required
 from lora_fsdp.cli.terminal import table_text, write
+from lora_fsdp.errors import ArgumentError
 from lora_fsdp.tasks import get_task, list_tasks
 from lora_fsdp.tasks.files import import_task_file
 
@@ -96,13 +97,10 @@ def _shown(value: Any) -> str:
 def check(options: CheckOptions, data_args: DataArguments) -> int:
     """The task's view of a table: prompts as the model gets them, then counts and warnings."""
     from lora_fsdp.data.checking import check_task_data
-    from lora_fsdp.data.rows import load_task_data, without_refused_rows
+    from lora_fsdp.data.rows import load_task_data
 
     data = load_task_data(data_args, seed=options.seed)
-    encoder = _encoder(options, data_args, data)
-    if encoder is not None:
-        tokenizer = encoder.tokenizer
-        data = without_refused_rows(data_args, data, lambda: tokenizer)
+    data, encoder = _settled(options, data_args, data)
     examples = [*data.train, *data.scored]
     encoded = None if encoder is None else encoder.encode(examples)
     found = check_task_data(data, encoded)
@@ -125,15 +123,25 @@ def check(options: CheckOptions, data_args: DataArguments) -> int:
     return 0
 
 
-def _encoder(options: CheckOptions, data_args: DataArguments, data: TaskData) -> Encoder | None:
+def _settled(
+    options: CheckOptions, data_args: DataArguments, data: TaskData
+) -> tuple[TaskData, Encoder | None]:
+    """The rows as a run takes them, and what makes tokens of them if a model is named."""
     if not options.model_name_or_path:
-        return None
+        if data_args.few_shot:
+            raise ArgumentError(
+                "--few_shot: which rows a prompt shows depends on the tokenizer, too: name the "
+                "model by --model_name_or_path."
+            )
+        return data, None
     from lora_fsdp.arguments import ModelArguments
     from lora_fsdp.base.loading import load_tokenizer
-    from lora_fsdp.data.rows import encoder_of
+    from lora_fsdp.data.rows import encoder_of, settled_rows
 
     model = ModelArguments(model_name_or_path=options.model_name_or_path)
-    return encoder_of(data_args, load_tokenizer(model), task=data.task)
+    tokenizer = load_tokenizer(model)
+    data = settled_rows(data_args, data, lambda: tokenizer, seed=options.seed)
+    return data, encoder_of(data_args, tokenizer, task=data.task, shots=data.shots)
 
 
 def _row_facts(example: Example, tokens: EncodedExample | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lora_fsdp.errors import (
     UnknownLabelError,
 )
 from lora_fsdp.tasks import Example, Prompt, Task
+from lora_fsdp.tasks.shots import Shot, shown_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ class Encoder:
         chat_template_kwargs: further arguments of that template (`{"enable_thinking": false}`).
         thinking: where an answer stands in a template that has a place for reasoning
             (`ChatTemplate`).
+        shots: rows that every prompt shows with their answers before its own, in a chat template as
+            messages.
 
     Attributes:
         chat: how the chat template is rendered; `None` without.
@@ -97,6 +100,7 @@ class Encoder:
         chat_template: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         thinking: str = "auto",
+        shots: Sequence[Shot] = (),
     ) -> None:
         end_of_answer(tokenizer, chat_template=False)  # that there is one
         self.chat: ChatTemplate | None = None
@@ -112,9 +116,24 @@ class Encoder:
         self.kind = task.answer_kind
         self.max_length = max_length
         self.chat_template = chat_template
+        self.shots = tuple(shots)
         self._continuation_ids = lru_cache(maxsize=4096)(self._tokenize_continuation)
         self._shared_ids = lru_cache(maxsize=256)(self._encode_shared)
         self._frame = lru_cache(maxsize=4096)(self._build_frame)
+
+    def showing(
+        self, shots: Sequence[Shot] | None = None, *, max_length: int | None = None
+    ) -> Encoder:
+        """The same with other rows in its prompts, or another longest example; `None` = as here."""
+        return Encoder(
+            self.tokenizer,
+            task=self.task,
+            max_length=self.max_length if max_length is None else max_length,
+            chat_template=self.chat_template,
+            chat_template_kwargs=None if self.chat is None else self.chat.arguments,
+            thinking="auto" if self.chat is None else self.chat.thinking,
+            shots=self.shots if shots is None else shots,
+        )
 
     def encode(
         self, examples: Sequence[Example] | Sequence[EncodedExample]
@@ -162,14 +181,15 @@ class Encoder:
         return rendered
 
     def render(self, prompt: Prompt) -> str:
-        """The prompt as the model sees it."""
+        """The prompt as the model sees it, behind the rows that it shows."""
         if self.chat is None:
             if prompt.turns:
                 raise ArgumentError(
                     f"Task {self.task.name!r} gives conversations, which a chat template lays out: "
                     "set --chat_template true, with a chat model's tokenizer."
                 )
-            return str(prompt)
+            return str(shown_before(prompt, self.shots))
+        prompt = shown_before(prompt, self.shots, as_turns=True)
         turns = [{"role": role, "content": content} for role, content in prompt.turns]
         turns.append({"role": "user", "content": prompt.message})
         return self.chat.render(turns)
@@ -235,10 +255,11 @@ class Encoder:
                 too_long = middle
         ids = ids_with(fits)
         if len(ids) > budget or fits == 0:
+            shown = f", the {len(self.shots)} rows of --few_shot" if self.shots else ""
             raise RowTooLongError(
                 f"Row {example.row}: what is never shortened (instruction, answer, a row's other "
-                f"columns) leaves no room for the text within --max_length {self.max_length}; "
-                "raise it or shorten the instruction."
+                f"columns{shown}) leaves no room for the text within --max_length "
+                f"{self.max_length}; raise it or shorten the instruction."
             )
         return ids
 
@@ -372,7 +393,7 @@ class Encoder:
         Returns:
             The frames, one more than there are texts, and how many control tokens they have.
         """
-        frames = [before, after]
+        frames = [shown_before(Prompt(before, "", after), self.shots).before, after]
         if self.chat_template:
             turns = tuple((role, MARKER) for role in roles)
             frames = self.render(Prompt(before, MARKER, after, turns=turns)).split(MARKER)

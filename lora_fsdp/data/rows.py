@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_fsdp.arguments import DataArguments
 from lora_fsdp.data.encoding import Encoder
+from lora_fsdp.data.few_shot import take_shots
 from lora_fsdp.data.splits import (
     TEST,
     TRAIN,
@@ -29,6 +30,7 @@ from lora_fsdp.tasks import Example, Task, get_task
 from lora_fsdp.tasks.files import import_task_file
 from lora_fsdp.tasks.guessing import guess_task
 from lora_fsdp.tasks.renaming import new_names
+from lora_fsdp.tasks.shots import Shot
 from lora_fsdp.tasks.weights import bad_weights, check_weights, weighted
 
 logger = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class TaskData:
         test: those that are scored before and after training and decide nothing; empty = the
             held-out ones are also what is reported.
         splits: where the parts come from, a line each.
+        shots: rows that every prompt shows with their answers; they are not trained on.
     """
 
     task: Task
@@ -56,6 +59,7 @@ class TaskData:
     dropped: int
     test: list[Example] = field(default_factory=list)
     splits: tuple[str, ...] = ()
+    shots: tuple[Shot, ...] = ()
 
     @property
     def reported(self) -> list[Example]:
@@ -119,9 +123,19 @@ def load_task_data(
 
 
 def encoder_of(
-    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, task: Task
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    task: Task,
+    shots: Sequence[Shot] = (),
 ) -> Encoder:
     """The encoder that the arguments describe.
+
+    Args:
+        arguments: the run's.
+        tokenizer: the base's.
+        task: bound.
+        shots: rows that its prompts show (`TaskData.shots`).
 
     Raises:
         ArgumentError, UnsafeFileError: the tokenizer's chat template does not allow what they ask.
@@ -133,7 +147,36 @@ def encoder_of(
         chat_template=arguments.chat_template,
         chat_template_kwargs=arguments.template_kwargs(),
         thinking=arguments.thinking,
+        shots=shots,
     )
+
+
+def settled_rows(
+    arguments: DataArguments,
+    data: TaskData,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+    *,
+    seed: int,
+) -> TaskData:
+    """`data` as a run takes it: without refused conversations, and with what its prompts show.
+
+    Args:
+        arguments: as for `load_task_data`.
+        data: what it found.
+        tokenizer: loads the tokenizer, if it is needed.
+        seed: of the draw of shown rows.
+
+    Raises:
+        NoRowsError: the chat template refuses every row to train on.
+        ArgumentError: there are too few rows to show.
+    """
+    data = without_refused_rows(arguments, data, tokenizer)
+    count = arguments.few_shot
+    if not count or not data.train:
+        return data
+    encoder = encoder_of(arguments, tokenizer(), task=data.task)
+    shots, train = take_shots(encoder, data.train, count=count, besides=data.scored, seed=seed)
+    return replace(data, train=train, shots=shots)
 
 
 def without_refused_rows(

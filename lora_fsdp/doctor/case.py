@@ -19,7 +19,7 @@ from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.stored_weights import BaseWeights, base_folder, base_skeleton
 from lora_fsdp.data.checking import TaskCheck, check_task_data
 from lora_fsdp.data.encoding import EncodedExample, Encoder
-from lora_fsdp.data.rows import TaskData, encoder_of, load_task_data, without_refused_rows
+from lora_fsdp.data.rows import TaskData, encoder_of, load_task_data, settled_rows
 from lora_fsdp.distributed.launch import fsdp_requested, read_fsdp_settings, read_plugin
 from lora_fsdp.distributed.launch_files import Launch, as_launched, read_launch, read_launch_yaml
 from lora_fsdp.doctor.fact import UnknownFactError, fact
@@ -170,18 +170,24 @@ class Case:
     @fact
     def objective(self) -> Objective:
         """What is minimised."""
-        smoothing = float(self.arguments.value.label_smoothing_factor)
-        return objective_of(self.rows.value.task, smoothing=smoothing)
+        return objective_of(self.rows.value.task, vars(self.arguments.value))
 
     @fact
     def encoder(self) -> Encoder:
         """What turns examples into tokens."""
-        return encoder_of(self.data_args, self.tokenizer.value, task=self.rows.value.task)
+        rows = self.settled.value
+        return encoder_of(self.data_args, self.tokenizer.value, task=rows.task, shots=rows.shots)
+
+    @fact
+    def settled(self) -> TaskData:
+        """The rows as the run takes them."""
+        tokenizer, seed = self.tokenizer, int(self.training.get("seed", 42))
+        return settled_rows(self.data_args, self.rows.value, lambda: tokenizer.value, seed=seed)
 
     @fact
     def sample(self) -> TaskData:
         """The rows that are tokenised: all, or evenly spread ones of a long table."""
-        rows = without_refused_rows(self.data_args, self.rows.value, lambda: self.tokenizer.value)
+        rows = self.settled.value
         held_out = _spread(rows.held_out, LOOKED_AT // 5)
         test = _spread(rows.test, LOOKED_AT // 5)
         return replace(rows, train=_spread(rows.train, LOOKED_AT), held_out=held_out, test=test)

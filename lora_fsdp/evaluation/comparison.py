@@ -33,7 +33,7 @@ from lora_fsdp.evaluation.outputs import (
     write_text,
 )
 from lora_fsdp.evaluation.untrained import AS_TRAINED, best_way
-from lora_fsdp.evaluation.verdict import BASELINE, score_table, untrained_note, ways_of
+from lora_fsdp.evaluation.verdict import BASELINE, score_notes, score_table, ways_of
 from lora_fsdp.printing import visible
 from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.tasks import Example, Task
@@ -92,7 +92,7 @@ class Comparison:
         rows = [PredictionRow(*values) for values in sample[fields].itertuples(index=False)]
         parts = [
             f"Held-out rows: {len(self.predictions)}",
-            "\n".join([format_metrics_table(self.metrics, keys), *untrained_note(self.facts)]),
+            "\n".join([format_metrics_table(self.metrics, keys), *score_notes(self.facts)]),
             format_predictions_table(rows),
             *map(format_generated, self.written),
             self.verdict(),
@@ -123,6 +123,7 @@ def compare(
     ways: Mapping[str, ModelOutputs] | None = None,
     rivals: Mapping[str, Sequence[str]] | None = None,
     calibrated: ModelOutputs | None = None,
+    decided: Task | None = None,
 ) -> Comparison:
     """Metrics of all systems on the held-out examples.
 
@@ -137,17 +138,26 @@ def compare(
             among them, none are made.
         calibrated: `tuned` with calibrated probabilities, which are then shown, with the answers
             that they make; the loss stays that of `tuned`.
+        decided: `task` with what validation rows have decided of the tuned model's answers. The
+            others' are then decided as well, crosswise by these rows (`AnswerKind.as_decided`).
     """
-    kind, tested = task.answer_kind, [encoded.example for encoded in held_out]
+    tested = [encoded.example for encoded in held_out]
+    as_asked = evaluation_metrics(task, held_out, untrained)
+    ways = ways or {AS_TRAINED: untrained}
+    task = decided or task
+    kind = task.answer_kind
     classic = on_first_rank(lambda: kind.classic(train, tested))
+    if decided is not None:
+        classic = {name: kind.as_decided(tested, one) for name, one in classic.items()}
+        ways = {name: kind.as_decided(tested, one) for name, one in ways.items()}
+        untrained = kind.as_decided(tested, untrained)
     baselines = {
         **on_first_rank(lambda: _baselines(task, train, tested, known=rivals or {})),
         **{name: kind.answers(tested, outputs) for name, outputs in classic.items()},
         **(rivals or {}),
     }
-    as_asked = evaluation_metrics(task, held_out, untrained)
-    way, by_way = best_way(task, held_out, ways or {AS_TRAINED: untrained})
-    untrained = (ways or {}).get(way, untrained)
+    way, by_way = best_way(task, held_out, ways)
+    untrained = ways.get(way, untrained)
     raw, tuned = tuned, calibrated or tuned
     chance, truth = kind.chance(tested), answers_of(task, tested)
     metrics = {

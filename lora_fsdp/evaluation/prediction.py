@@ -43,6 +43,7 @@ from lora_fsdp.placement.packing import choose_packing
 from lora_fsdp.sizing.packing import checked_packing
 from lora_fsdp.tasks import Example, Task, get_task
 from lora_fsdp.tasks.answers import ModelOutputs
+from lora_fsdp.tasks.shots import shots_as_json, shots_of_json
 
 TASK_FILE = "task.json"
 #: Column with the sets of answers that `--coverage` asks for.
@@ -64,6 +65,7 @@ def save_task(
         "thinking": "auto" if encoder.chat is None else encoder.chat.thinking,
         "max_new_tokens": max_new_tokens,
         "examples_share_sequences": not packing.is_apart,
+        "few_shot": shots_as_json(encoder.shots),
     }
     write_json(Path(folder) / TASK_FILE, contents)
 
@@ -88,6 +90,7 @@ def read_task(folder: Path) -> dict[str, Any]:
         "examples_share_sequences": True,
         "chat_template_kwargs": {},
         "thinking": "none" if saved.get("chat_template") is True else "auto",
+        "few_shot": [],
     }
     saved = {**former, **saved}
     kinds = {
@@ -99,6 +102,7 @@ def read_task(folder: Path) -> dict[str, Any]:
         "thinking": str,
         "max_new_tokens": int,
         "examples_share_sequences": bool,
+        "few_shot": list,
     }
     for key, kind in kinds.items():
         # A bool is an int to Python.
@@ -107,6 +111,12 @@ def read_task(folder: Path) -> dict[str, Any]:
                 f"{folder / TASK_FILE} is damaged: {key} must be {kind.__name__}, not "
                 f"{str(saved.get(key))[:80]!r}."
             )
+    try:
+        shots_of_json(saved["few_shot"])
+    except ValueError as error:
+        raise AdapterVerificationError(
+            f"{folder / TASK_FILE} is damaged: few_shot, {error}."
+        ) from error
     return saved
 
 
@@ -151,6 +161,7 @@ def read_encoder(
         chat_template=saved["chat_template"],
         chat_template_kwargs=saved["chat_template_kwargs"],
         thinking=saved["thinking"],
+        shots=shots_of_json(saved["few_shot"]),
     )
 
 

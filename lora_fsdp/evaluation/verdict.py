@@ -284,8 +284,8 @@ def ways_of(facts: Mapping[str, Any]) -> int:
     return max(1, len((facts.get("untrained") or {}).get("by_way") or {}))
 
 
-def untrained_note(facts: Mapping[str, Any]) -> list[str]:
-    """Which way of asking the untrained model is shown, and how much a probe has read."""
+def score_notes(facts: Mapping[str, Any]) -> list[str]:
+    """How scores come about that a table does not say: readings, a probe, thresholds."""
     lines = []
     if (count := ways_of(facts)) > 1:
         way = facts["untrained"]["way"]
@@ -294,6 +294,11 @@ def untrained_note(facts: Mapping[str, Any]) -> list[str]:
         lines.append(
             "The frozen probe, a regression on the untrained model's hidden states, has learnt "
             f"from {rows:,} training rows."
+        )
+    if decided := facts.get("decided"):
+        lines.append(
+            f"What is given as an answer, {decided['rows']:,} validation rows have decided: "
+            f"{decided['says']}. For every other system the other half of these rows has."
         )
     return lines
 

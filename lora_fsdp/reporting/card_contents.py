@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented
 
 from lora_fsdp.evaluation.outputs import TUNED
-from lora_fsdp.evaluation.verdict import untrained_note
+from lora_fsdp.evaluation.verdict import score_notes
 from lora_fsdp.reporting.run_files import RunFiles
 from lora_fsdp.reporting.texts import one_line, setting_text
 
@@ -56,7 +56,7 @@ def card_contents(
         "data": _data(run),
         "held_out_rows": record.get("held_out_rows"),
         "is_test": record.get("validation_rows") is not None,
-        "notes": untrained_note(run.metrics) if finished and run.metrics else [],
+        "notes": score_notes(run.metrics) if finished and run.metrics else [],
         "calibrated": run.metrics.get("calibration") if finished and run.metrics else None,
         "scores": run.metrics["metrics"] if finished and run.metrics else {},
         "metrics": _metric_names(run) if finished else [],
@@ -188,6 +188,10 @@ def _data(run: RunFiles) -> dict[str, Any]:
         "validation rows": record.get("validation_rows"),
         "test rows": record.get("held_out_rows") if is_test else None,
         "split": "; ".join(map(str, record.get("splits") or ())) or None,
+        "rows that every prompt shows, not trained on": ", ".join(
+            map(str, record.get("shown_rows") or ())
+        )
+        or None,
         "rows left out": record.get("rows_left_out"),
         "sample": f"{arguments['max_rows']} rows at random" if arguments.get("max_rows") else None,
     }

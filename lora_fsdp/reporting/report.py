@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from lora_fsdp.evaluation.intervals import CONFIDENCE, DRAWS
-from lora_fsdp.evaluation.verdict import untrained_note
+from lora_fsdp.evaluation.verdict import score_notes
 from lora_fsdp.reporting.rendering import write_page
 from lora_fsdp.reporting.run_files import (
     DATA_HEALTH_FILE,
@@ -112,7 +112,7 @@ def _contents(run: RunFiles) -> dict[str, Any]:
         "statistics": {"confidence": CONFIDENCE, "draws": DRAWS},
         "asked": run.part(RECORD_FILE, _asked),
         "scores": run.part(METRICS_FILE, lambda run: run.scores),
-        "notes": run.part(METRICS_FILE, lambda run: untrained_note(run.metrics or {})),
+        "notes": run.part(METRICS_FILE, lambda run: score_notes(run.metrics or {})),
         "calibrated": run.part(METRICS_FILE, _calibrated),
         "curves": found,
         "not_finite": not_finite(found),
@@ -188,6 +188,7 @@ def _asked(run: RunFiles) -> dict[str, Any]:
         "held_out_rows": record.get("held_out_rows", metrics.get("held_out_rows")),
         "validation_rows": record.get("validation_rows", metrics.get("validation_rows")),
         "splits": [one_line(line) for line in record.get("splits") or ()],
+        "shown_rows": [one_line(str(row)) for row in record.get("shown_rows") or ()],
         "rows_left_out": record.get("rows_left_out", metrics.get("rows_left_out")),
         "device": record.get("device"),
         "settings": {

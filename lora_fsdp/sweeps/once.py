@@ -97,7 +97,8 @@ class Once:
     @cached_property
     def encoder(self) -> Encoder:
         """Of all examples."""
-        return encoder_of(self.data_args, self.tokenizer, task=self.data.task)
+        data = self.data
+        return encoder_of(self.data_args, self.tokenizer, task=data.task, shots=data.shots)
 
     @cached_property
     def _encoded(self) -> dict[int, EncodedExample]:

@@ -89,7 +89,7 @@ def _attached(
         plans=plans,
         encoder=once.encoder,
         held_out=once.tokens(once.data.held_out),
-        objective=objective_of(once.data.task, smoothing=0.0),
+        objective=objective_of(once.data.task),
     )
     return base, together
 

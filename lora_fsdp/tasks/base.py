@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_fsdp.errors import IncompleteTaskError, MalformedRowError
-from lora_fsdp.tasks.answers import AnswerKind, ClosedSet, FreeText, OwnChoices
+from lora_fsdp.tasks.answers import AnswerKind, ClosedSet, FreeText, ModelOutputs, OwnChoices
 from lora_fsdp.tasks.cells import records
 from lora_fsdp.tasks.example import TEXT_PLACEHOLDER, Example, Prompt
 
@@ -199,6 +199,20 @@ class Task:
     ) -> dict[str, float]:
         """Metrics of the answers to `examples`, all with targets; `None` = no answer."""
         return self.compute_metrics([self.answer_of(example) for example in examples], answers)
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether validation rows are to decide something of its answers (`decided_by`)."""
+        return False
+
+    def decided_by(self, examples: Sequence[Example], outputs: ModelOutputs) -> Task:
+        """The same task with what validation rows decide of its answers, such as thresholds.
+
+        Args:
+            examples: rows that are neither trained on nor reported on.
+            outputs: the tuned model's, for them.
+        """
+        return self
 
     def to_prompt_completion(
         self, examples: Sequence[Example], *, conversational: bool = False

@@ -7,13 +7,20 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 import pandas as pd
 
 from lora_fsdp.errors import ArgumentError, SingleLabelError
-from lora_fsdp.tasks.answers.several_labels import JOINT, NONE, SeveralLabels
+from lora_fsdp.tasks.answers import ModelOutputs
+from lora_fsdp.tasks.answers.several_labels import (
+    JOINT,
+    NONE,
+    SeveralLabels,
+    chosen_thresholds,
+)
 from lora_fsdp.tasks.cells import cell_text, cell_value, label_text, records
 from lora_fsdp.tasks.columns import ColumnTask
-from lora_fsdp.tasks.example import Prompt
+from lora_fsdp.tasks.example import Example, Prompt
 from lora_fsdp.tasks.registry import register_task
 
 
@@ -130,6 +137,23 @@ class MultilabelTask(ColumnTask):
         there = set(self._labels_of(row))
         applies = [float(label in there) for label in self.labels or ()]
         return tuple(share for yes in applies for share in (yes, 1 - yes))
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether nobody has said the thresholds."""
+        return self.thresholds is None
+
+    def decided_by(self, examples: Sequence[Example], outputs: ModelOutputs) -> Self:
+        """With the threshold of each label that has the best F1 on these rows."""
+        kind = self.answer_kind
+        right = np.array([example.shares[::2] for example in examples], dtype=bool)
+        found = chosen_thresholds(right, kind.applying(outputs))
+        task = copy.copy(self)
+        task.thresholds = {
+            label: round(value, 6)
+            for label, value in zip(kind.options, found.tolist(), strict=True)
+        }
+        return task
 
     def compute_metrics(
         self, targets: Sequence[str], predictions: Sequence[str | None]

@@ -1,7 +1,8 @@
-"""The calibration of a finished run: fitted on held-out rows, saved beside the adapter."""
+"""What rows that were not trained on say of a finished run: its calibration, its thresholds."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from lora_fsdp.evaluation.calibration import (
     figures,
     fit_calibration,
 )
+from lora_fsdp.evaluation.prediction import TASK_FILE, read_task
 from lora_fsdp.tasks import Task
 from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.training.saving.atomic_folders import add_file
@@ -36,6 +38,19 @@ class CalibratedRun:
 
     calibration: Calibration | None
     outputs: ModelOutputs | None
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class DecidedTask:
+    """A task with what validation rows decide of its answers.
+
+    Attributes:
+        task: for the adapter and the report; `None` = nothing was decided.
+        facts: for `metrics.json`.
+    """
+
+    task: Task | None
     facts: Mapping[str, Any]
 
 
@@ -107,6 +122,32 @@ def _is_likeliest(task: Task, reported: Sequence[EncodedExample], tuned: ModelOu
     kind, examples = task.answer_kind, [one.example for one in reported]
     flatter = replace(tuned, log_likelihoods=tuned.log_likelihoods / 4)
     return list(kind.answers(examples, tuned)) == list(kind.answers(examples, flatter))
+
+
+def decide(trainer: LoraTrainer) -> DecidedTask:
+    """What the rows that are not reported on decide of the answers, where there are such rows.
+
+    A collective call.
+
+    Args:
+        trainer: after training.
+    """
+    task, rows = trainer.task, list(trainer.held_out)
+    # Without rows for the test, the validation rows are those of the report.
+    if not trainer.test_dataset or not rows or not task.is_undecided:
+        return DecidedTask(None, {})
+    decided = task.decided_by([one.example for one in rows], trainer.outputs(rows))
+    before, after = task.options(), decided.options()
+    options = {name: value for name, value in after.items() if value != before.get(name)}
+    facts = {"rows": len(rows), "options": options, "says": decided.answer_kind.decided}
+    return DecidedTask(decided, {"decided": facts})
+
+
+def save_decided(task: Task, folder: Path) -> None:
+    """Write it into `task.json` beside the adapter in `folder`; for one rank to call."""
+    saved = read_task(folder)
+    saved["options"] = task.options()
+    add_file(folder, TASK_FILE, json.dumps(saved, ensure_ascii=False, indent=2) + "\n")
 
 
 def save_calibration(calibration: Calibration, folder: Path) -> None:

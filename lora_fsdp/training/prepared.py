@@ -23,6 +23,7 @@ from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase, WholeBase
 from lora_fsdp.compute.architectures import check_architecture, check_token_ids
 from lora_fsdp.data.encoding import EncodedExample, Encoder
+from lora_fsdp.data.few_shot import check_room
 from lora_fsdp.data.packing import Packing
 from lora_fsdp.data.schedule import Schedule
 from lora_fsdp.data.workload import Work, measure_work
@@ -102,6 +103,7 @@ def prepare_run(
         raise ArgumentError("Give adapter_name_or_path, or a model that already has an adapter.")
     to_train, to_score = encoder.encode(train), encoder.encode([*held_out, *test])
     check_targets(to_train)
+    check_room(encoder, [*to_train, *to_score], option="few_shot")
     if (base := _empty(model)) is not None:
         check_token_ids(base, [*to_train, *to_score], encoder.tokenizer)
     if isinstance(model, WholeBase):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
@@ -52,6 +52,7 @@ from lora_fsdp.placement.network import HostTraffic, host_traffic
 from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.tasks import Task
 from lora_fsdp.tasks.answers import ModelOutputs
+from lora_fsdp.tasks.shots import Shot
 from lora_fsdp.training.checks import check_arguments
 from lora_fsdp.training.given import (
     Base,
@@ -89,7 +90,7 @@ from lora_fsdp.training.saving.resume import facts_once_placed
 from lora_fsdp.training.saving.run_lock import run_lock
 from lora_fsdp.training.saving.training_state import LoopState, TrainingState
 from lora_fsdp.training.scorer import RunScorer
-from lora_fsdp.training.step.objectives.choice import objective_of
+from lora_fsdp.training.step.objectives.choice import SETTINGS, objective_of
 from lora_fsdp.training.step.objectives.objective import Objective
 from lora_fsdp.training.watching.adapter_moves import AdapterMoves
 from lora_fsdp.training.watching.watchdogs import Watchdogs
@@ -119,6 +120,7 @@ class LoraTrainer(Trainer):
         chat_template: put prompts through the tokenizer's chat template.
         chat_template_kwargs: further arguments of that template.
         thinking: where an answer stands in a template with a thinking block (`ChatTemplate`).
+        shots: rows that every prompt shows with their answers (`TaskData.shots`).
         objective: what is minimised; `None` = what the task's kind of answer is trained with,
             supervised learning of the targets if it does not say otherwise.
         callbacks: further callbacks.
@@ -164,6 +166,7 @@ class LoraTrainer(Trainer):
         chat_template: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         thinking: str = "auto",
+        shots: Sequence[Shot] = (),
         objective: Objective | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
@@ -187,6 +190,7 @@ class LoraTrainer(Trainer):
             chat_template=chat_template,
             chat_template_kwargs=chat_template_kwargs,
             thinking=thinking,
+            shots=shots,
         )
         run = prepare_run(
             given_base(model, peft_config=peft_config, device=own_args.device),
@@ -724,14 +728,14 @@ class LoraTrainer(Trainer):
 
 
 def _objective(given: Objective | None, args: FineTuningArguments, task: Task) -> Objective:
-    smoothing = float(args.label_smoothing_factor)
     if given is None:
-        return objective_of(task, smoothing=smoothing)
-    if smoothing:
-        raise ArgumentError(
-            f"--label_smoothing_factor is of the task's own objective, and {type(given).__name__} "
-            "was given in its place: remove one of them."
-        )
+        return objective_of(task, vars(args))
+    for name in SETTINGS:
+        if getattr(args, name):
+            raise ArgumentError(
+                f"--{name} is of the task's own objective, and {type(given).__name__} "
+                "was given in its place: remove one of them."
+            )
     return given
 
 

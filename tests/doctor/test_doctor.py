@@ -205,7 +205,7 @@ BROKEN = [
     ("checkpointing-twice",
      change(training={"gradient_checkpointing": True},
             fsdp={"fsdp_activation_checkpointing": True}), "fsdp_activation_checkpointing"),
-    ("nothing-to-smooth",
+    ("loss-does-not-fit",
      change(training={"label_smoothing_factor": 0.1}, task=GenerationTask(label_column="label")),
      "free text"),
     ("rows-too-short", change(training={"max_tokens_per_row": 100}), "--max_tokens_per_row 100"),

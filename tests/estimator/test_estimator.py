@@ -56,6 +56,15 @@ def fitted(base):
     return classifier(base).fit(TEXTS, LABELS)
 
 
+def test_few_shot_goes_with_the_adapter(base, tmp_path):
+    made = classifier(base, few_shot=3, max_length=256, num_train_epochs=1).fit(TEXTS, LABELS)
+    assert made.get_params()["few_shot"] == 3
+    shown = Predictor.from_adapter(made.save_adapter(tmp_path / "saved")).encoder.shots
+    assert sorted(shot.answer.strip() for shot in shown) == sorted(set(LABELS))
+    assert {shot.prompt.text for shot in shown} < set(TEXTS)
+    assert made.n_iter_ == 3  # 21 rows, 8 a step
+
+
 def asked_one_by_one(base, folder, texts, labels):
     """[texts, labels] probabilities by PEFT and transformers alone, a forward each."""
     from peft import PeftModel

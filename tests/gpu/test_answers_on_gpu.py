@@ -25,7 +25,7 @@ pytestmark = [
 @pytest.mark.parametrize("name", CASES)
 def test_captured_gradients_are_the_plain_ones(name, smoothing) -> None:
     task, encoded = encoded_rows(name)
-    objective = objective_of(task, smoothing=smoothing)
+    objective = objective_of(task, {"label_smoothing_factor": smoothing})
     trees = [objective.tree(example) for example in encoded]
     some = [pack.lay() for pack in plan_packs(trees, max_tokens=300, share_prefix=True)]
     assert len(some) > 1

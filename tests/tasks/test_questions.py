@@ -95,7 +95,7 @@ def test_five_questions_cost_a_third_of_the_tokens() -> None:
         task = QuestionsTask(questions=asked).bind(rows)
         encoder = Encoder(tokenizer, task=task, max_length=512)
         [one, _] = encoder.encode(task.examples(rows))
-        learnt = objective_of(task, smoothing=0.0).tree(one)
+        learnt = objective_of(task).tree(one)
         scored = len(one.prompt_ids) + sum(len(ids) - 1 for ids in one.candidate_ids)
         return len(learnt), scored
 

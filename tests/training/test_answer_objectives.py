@@ -6,7 +6,7 @@ Run: python -m pytest tests/training/test_answer_objectives.py
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,14 @@ from torch.nn import functional
 
 from lora_fsdp import FineTuningArguments, LoraTrainer
 from lora_fsdp.adapter.ownership import trainable_parameters
+from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import EncodedExample, Encoder
+from lora_fsdp.data.packing import Tree, pack_sequence
+from lora_fsdp.errors import ArgumentError
 from lora_fsdp.tasks import Task, get_task
+from lora_fsdp.training.step.objectives.focal import Focal
+from lora_fsdp.training.step.objectives.ranked import Ranked
+from lora_fsdp.training.step.objectives.supervised import Supervised
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.tiny import adapted_model, randomise_adapter, tiny_tokenizer, toy_table
 
@@ -37,6 +43,8 @@ class Case:
         branches: what continues it: texts that are given, and texts that are scored after them.
         loss: of a row: its loss and what it counts, by the scores of the branches, those of the
             base, and their numbers of tokens.
+        settings: of the run.
+        weights: whether rows do not count alike.
     """
 
     task: str
@@ -47,6 +55,12 @@ class Case:
     loss: Callable[
         [pd.Series, torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, float]
     ]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    weights: bool = False
+
+    def weight(self, row: int) -> float:
+        """How much a row counts."""
+        return 0.5 + row % 3 if self.weights else 1.0
 
     def table(self) -> pd.DataFrame:
         """24 rows."""
@@ -187,6 +201,51 @@ CASES = {
         in_part_right(lambda cells: [float(score == cells.rating) for score in SCORES]),
     ),
 }
+GAMMA, SCALE = 1.5, 0.7
+
+
+def focal(shares: Callable[[pd.Series], Sequence[float]]) -> Callable[..., Any]:
+    """Of the right branches alone: an answer's loss is less, the likelier it is."""
+
+    def loss(cells, scores, reference, lengths):
+        right = torch.tensor(shares(cells)) > 0
+        likelihoods = scores[right].exp()
+        losses = -((1 - likelihoods) ** GAMMA) * likelihoods.log()
+        return losses.sum(), float(lengths[right].sum())
+
+    return loss
+
+
+def ranked(cells, scores, reference, lengths):
+    place = SCORES.index(cells.rating)
+    below = scores.softmax(0).cumsum(0)[:-1]
+    distance = (below - torch.tensor([float(k >= place) for k in range(3)])).square().sum()
+    count = float(lengths[place])
+    return SCALE * count * distance - scores[place], count
+
+
+LOSSES = {
+    "rating, ranked": replace(
+        CASES["rating"], loss=ranked, settings={"ranked_weight": SCALE}, weights=True
+    ),
+    "rating, focal": replace(
+        CASES["rating"],
+        loss=focal(lambda cells: [float(score == cells.rating) for score in SCORES]),
+        settings={"focal_gamma": GAMMA},
+    ),
+    "questions, focal": replace(
+        CASES["questions"],
+        loss=focal(
+            lambda cells: [
+                float(cells[one["column"]] in (str(option), f"{option}.0"))
+                for one in ASKED
+                for option in one.get("labels", one.get("scores"))
+            ]
+        ),
+        settings={"focal_gamma": GAMMA},
+        weights=True,
+    ),
+}
 WAYS = {
     "one rank": ({}, 1, None),
     "several sequences": ({"max_tokens_per_row": 128}, 1, None),
@@ -203,20 +262,21 @@ def encoded_rows(name: str) -> tuple[Task, list[EncodedExample]]:
 
 
 def trainer_of(folder, name, options) -> LoraTrainer:
-    case, model = CASES[name], adapted_model()
+    case, model = (CASES | LOSSES)[name], adapted_model()
     randomise_adapter(model)
     task = case.bound()
+    rows = [replace(one, weight=case.weight(one.row)) for one in task.examples(case.table())]
     settings = {
         "per_device_train_batch_size": 8, "seed": 3, "save_strategy": "no", "disable_tqdm": True,
         "output_dir": str(folder),
     }  # fmt: skip
     return LoraTrainer(
         model=model,
-        args=FineTuningArguments(**settings | options),
+        args=FineTuningArguments(**settings | case.settings | options),
         task=task,
         processing_class=tiny_tokenizer(),
-        train_dataset=task.examples(case.table()),
-        eval_dataset=task.examples(case.table()),
+        train_dataset=rows,
+        eval_dataset=rows,
         max_length=128,
     )
 
@@ -265,7 +325,8 @@ def by_hand(case, rows):
         with model.disable_adapter(), torch.no_grad():
             reference, _ = branch_scores(model, case, cells)
         loss, count = case.loss(cells, scores, reference, lengths)
-        total, counted = total + loss, counted + count
+        weight = case.weight(row)
+        total, counted = total + weight * loss, counted + weight * count
     loss = total / counted
     loss.backward()
     return loss.item(), {n: p.grad for n, p in trainable_parameters(model).items()}
@@ -275,7 +336,29 @@ def by_hand(case, rows):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CASES)
 def test_everything_is_as_one_by_one(name, way, tmp_path) -> None:
-    case, (options, world_size, environment) = CASES[name], WAYS[way]
+    compared(CASES[name], name, WAYS[way], tmp_path)
+
+
+ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+WAYS_OF_LOSSES = {
+    "one rank": ({}, 1, None),
+    "several sequences": ({"max_tokens_per_row": 128, "step": "eager"}, 1, None),
+    "apart": ({"share_prefix": "never", "packing": "never"}, 1, None),
+    "two ranks, accumulated": (ACCUMULATED, 2, None),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("way", WAYS_OF_LOSSES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_choice_are_as_one_by_one(name, way, tmp_path) -> None:
+    if way.startswith("two ranks") and name == "rating, focal":
+        pytest.skip("the other two are launched")
+    compared(LOSSES[name], name, WAYS_OF_LOSSES[way], tmp_path)
+
+
+def compared(case, name, way, tmp_path) -> None:
+    options, world_size, environment = way
     if world_size == 1:
         ranks = [found_by_training(tmp_path, name, options)]
     else:
@@ -310,3 +393,45 @@ def test_scores_are_as_one_by_one(name, tmp_path) -> None:
         losses.append(case.loss(table.loc[row], scores, reference, lengths))
     mean = sum(loss for loss, _ in losses).item() / sum(count for _, count in losses)
     assert found["eval_loss"] == pytest.approx(mean, rel=1e-5)
+
+
+def test_without_weight_and_power_they_are_cross_entropy() -> None:
+    _, rows = encoded_rows("rating")
+    found = []
+    for objective in (Supervised(), Focal(0.0), Ranked(0.0)):
+        model = adapted_model()
+        randomise_adapter(model)
+        sequence = pack_sequence([objective.tree(one) for one in rows], share_prefix=True)
+        sequence = sequence.padded(tokens=len(sequence) + 9, labels=sequence.labels.shape[1] + 5)
+        loss = objective.loss(sequence, PackedModel(model).label_log_probs(sequence), None)
+        loss.backward()
+        gradients = [p.grad.flatten() for p in trainable_parameters(model).values()]
+        found.append((loss.item(), torch.cat(gradients), sum(map(objective.count, rows))))
+    for loss, gradient, count in found[1:]:
+        assert (loss, count) == (pytest.approx(found[0][0], rel=1e-5), found[0][2])
+        assert (gradient - found[0][1]).norm() <= 2e-6 * found[0][1].norm()
+
+
+def test_an_answer_that_is_certain_has_a_finite_gradient() -> None:
+    log_probs = torch.zeros(2, requires_grad=True)
+    sequence = pack_sequence([Tree([5, 6], [[7, 0]], [1.0])], share_prefix=True)
+    Focal(0.5).loss(sequence, log_probs, None).backward()
+    assert log_probs.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "says"),
+    [
+        ("regression", {"focal_gamma": 2.0}, "--focal_gamma 2 cannot be minimised for task 'reg"),
+        ("soft_classification", {"focal_gamma": 2.0}, "--focal_gamma 2 cannot"),
+        ("preference", {"focal_gamma": 2.0}, "--focal_gamma 2 cannot"),
+        ("multilabel", {"ranked_weight": 1.0}, r"leave it out \(--focal_gamma can\)"),
+        ("rating", {"ranked_weight": 1.0, "focal_gamma": 1.0}, "keep one of them"),
+        ("rating", {"ranked_weight": 1.0, "label_smoothing_factor": 0.1}, "keep one of them"),
+        ("rating", {"ranked_weight": -1.0}, r"--ranked_weight must be from 0 \(off\) to 100"),
+        ("rating", {"focal_gamma": float("nan")}, "--focal_gamma must be from 0"),
+    ],
+)
+def test_a_loss_that_does_not_fit_is_refused(name, settings, says, tmp_path) -> None:
+    with pytest.raises(ArgumentError, match=says):
+        trainer_of(tmp_path, name, settings)

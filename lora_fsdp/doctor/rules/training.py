@@ -72,11 +72,12 @@ def _numbers(case: Case) -> Iterator[Problem]:
 
 
 @RULES.error(
-    "nothing-to-smooth",
-    "`--label_smoothing_factor` on free text: there is no label set to divide it among.",
-    "Leave --label_smoothing_factor out.",
+    "loss-does-not-fit",
+    "`--label_smoothing_factor`, `--focal_gamma` or `--ranked_weight` for answers without such a "
+    "loss (free text has no label set to smooth over), or two of them.",
+    "Leave it out.",
 )
-def _nothing_to_smooth(case: Case) -> Iterator[Problem]:
+def _loss_does_not_fit(case: Case) -> Iterator[Problem]:
     if (error := case.objective.error) is not None:
         yield Problem(str(error))
 

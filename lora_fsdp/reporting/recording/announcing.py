@@ -22,6 +22,9 @@ def announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     say(f"  answers: {visible(answers, lines=False)}")
     if (chat := trainer.encoder.chat) is not None and chat.announcement:
         say(f"  answers stand {visible(chat.announcement, lines=False)}")
+    if data.shots:
+        numbers = ", ".join(str(shot.row) for shot in data.shots)
+        say(f"  every prompt shows these rows, which are not trained on (--few_shot): {numbers}")
     if data.dropped:
         say(f"  rows left out as unusable: {data.dropped}")
     say(f"  rows whose text was shortened to fit: {trainer.shortened}")

@@ -110,6 +110,7 @@ def _facts(trainer: RecordedRun, data: TaskData) -> dict[str, Any]:
         "held_out_rows": len(data.reported),
         "validation_rows": len(data.held_out) if data.test else None,
         "splits": list(data.splits),
+        "shown_rows": [shot.row for shot in data.shots] or None,
         "rows_left_out": data.dropped,
         "processes": trainer.args.world_size,
         "device": trainer.args.device.type,

@@ -35,6 +35,7 @@ class ClosedSet(AnswerKind):
     rivals: ClassVar[Sequence[str]] = (MAJORITY, TFIDF)
     report_sections: ClassVar[Sequence[Section]] = (Section.ANSWERS,)
     answer_column = "predicted_label"
+    losses: ClassVar[Sequence[str]] = ("focal_gamma",)
     asked_alike = True
 
     def __init__(self, labels: Sequence[str], target_of: Callable[[str], str]) -> None:

@@ -30,6 +30,7 @@ class Distribution(ClosedSet):
     description = "a probability for each label, as the rows have shares of them"
     rivals = ()
     report_sections = (Section.ANSWERS, Section.SHARES)
+    losses = ()  # of no answer alone it can be said that it is the right one
 
     def __init__(self, labels: Sequence[str], target_of: Callable[[str], str]) -> None:
         super().__init__(labels, target_of)

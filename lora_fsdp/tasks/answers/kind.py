@@ -90,8 +90,11 @@ class AnswerKind(ABC):
         report_sections: the report's sections about answers that fit.
         answer_column: the column with the answer in the output of `lora-fsdp predict`.
         objective: what is minimised, by its name in `training/step/objectives/choice.py`.
+        losses: the options, beside label smoothing, that change what is minimised and fit.
         reading: how an answer is read from the likelihoods, as a sentence of the model card; "" =
             the likeliest one is the answer, or the generated text is.
+        decided: what decides an answer beside the likelihoods, such as thresholds, as part of a
+            sentence; "" = nothing.
         asked_alike: whether every row is asked the same questions, each with the same options.
         needs_reference: whether an answer is read from the frozen base's log-likelihoods as well.
     """
@@ -104,9 +107,11 @@ class AnswerKind(ABC):
     report_sections: ClassVar[Sequence[Section]] = (Section.CHOICES,)
     answer_column: ClassVar[str] = "predicted_answer"
     objective: ClassVar[str] = "supervised"
+    losses: ClassVar[Sequence[str]] = ()
     reading: ClassVar[str] = ""
     needs_reference: ClassVar[bool] = False
     asked_alike: ClassVar[bool] = False
+    decided: str = ""
 
     @abstractmethod
     def candidates(self, example: Example) -> Sequence[str]:
@@ -130,9 +135,27 @@ class AnswerKind(ABC):
             return example.shares
         return [float(text == example.target) for text in self.candidates(example)]
 
+    def shown(self, example: Example) -> str:
+        """The right answer of a row that a prompt shows as an example, as it stands there.
+
+        Where questions stand before the answers (`contexts`), each that the row answers has a line.
+        """
+        contexts = self.contexts(example)
+        if not contexts:
+            return example.target or ""
+        asked = zip(contexts, self.candidates(example), self.shares(example), strict=True)
+        return "\n".join(f"{context}{text}" for context, text, share in asked if share > 0)
+
     def answer_of(self, example: Example) -> str:
         """The right answer, as metrics compare it with those of `answers`."""
         return (example.target or "").strip()
+
+    def as_decided(self, examples: Sequence[Example], outputs: ModelOutputs) -> ModelOutputs:
+        """Outputs of a rival of the tuned model, as if the answers were decided for it as well.
+
+        What decides the rival's answer to a row is chosen by other rows than that one.
+        """
+        return outputs
 
     def probabilities(self, outputs: ModelOutputs) -> Sequence[float | None]:
         """[N], from 0 to 1, of each answer given; `None` where it is not known."""

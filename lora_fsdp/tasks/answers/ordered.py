@@ -34,6 +34,7 @@ class OrderedScores(ClosedSet):
     rivals = ()
     report_sections = (Section.SCORES, Section.ANSWERS)
     answer_column = "predicted_score"
+    losses = ("focal_gamma", "ranked_weight")
     reading = (
         "The answer is the level nearest to the expected value: the levels' mean, each weighed by "
         "the likelihood of its text with the end token."

@@ -21,6 +21,7 @@ class OwnChoices(AnswerKind):
     name = "own_choices"
     description = "one of each row's own choices, the likeliest"
     answer_column = "predicted_choice"
+    losses = ("focal_gamma",)
 
     def candidates(self, example: Example) -> Sequence[str]:
         """The row's choices."""

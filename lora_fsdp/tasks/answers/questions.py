@@ -63,6 +63,7 @@ class Questions(AnswerKind):
     description = "an answer to each of several questions about one text"
     report_sections = (Section.QUESTIONS,)
     answer_column = "answers"
+    losses = ("focal_gamma",)
     reading = (
         "Every question is asked by itself after the prompt; its answer is the likeliest one, or "
         "of scores the one nearest to the expected value."

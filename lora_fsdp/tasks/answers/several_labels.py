@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ NONE, JOINT = "none", "; "
 _YES, _NO = " yes", " no"
 MICRO, MACRO, SUBSET = "micro_f1", "macro_f1", "subset_accuracy"
 _AT_CHOSEN = "_at_thresholds"
+# Fewer rows of a label say nothing about its threshold.
+LEAST_ROWS = 5
 
 
 class SeveralLabels(AnswerKind):
@@ -33,6 +36,7 @@ class SeveralLabels(AnswerKind):
     report_sections = (Section.SEVERAL, Section.CHOICES)
     answer_column = "predicted_labels"
     asked_alike = True
+    losses = ("focal_gamma",)
     reading = (
         "Every label is a question of its own: after the prompt stand the label, a colon, and yes "
         "or no, and the label is given where yes is likely enough."
@@ -43,7 +47,11 @@ class SeveralLabels(AnswerKind):
     ) -> None:
         self.options = tuple(options)
         given = thresholds or {}
+        self._are_given = bool(given)
         self.thresholds = np.array([given.get(label, 0.5) for label in self.options])
+        named = zip(self.options, self.thresholds.tolist(), strict=True)
+        own = [f"{label} from {value:.3g}" for label, value in named if value != 0.5]
+        self.decided = ", ".join([*own, "others from 0.5"] if len(own) < len(self.options) else own)
 
     def objective_settings(self) -> dict[str, Any]:
         """Which candidates are the answers to one question."""
@@ -106,20 +114,37 @@ class SeveralLabels(AnswerKind):
     def metrics_of_outputs(
         self, examples: Sequence[Example], outputs: ModelOutputs
     ) -> dict[str, float]:
-        """F1 with a threshold for each label that other rows have chosen.
+        """F1 with a threshold for each label that other rows have chosen, where none is given.
 
         The thresholds of every other row are those with the best F1 on the rows between them, so
         that no row has a part in its own.
         """
         right = self._matrix([self.answer_of(example) for example in examples])
-        applying, given = self.applying(outputs), np.zeros(right.shape, dtype=bool)
-        for half in (slice(0, None, 2), slice(1, None, 2)):
-            other = slice(1 - half.start, None, 2)
-            given[half] = applying[half] >= best_thresholds(right[other], applying[other])
+        if self._are_given:
+            return {}
+        given = self.applying(outputs) >= self._crosswise(right, self.applying(outputs))
         return {
             f"{MICRO}{_AT_CHOSEN}": _micro_f1(right, given),
             f"{MACRO}{_AT_CHOSEN}": _macro_f1(right, given),
         }
+
+    def as_decided(self, examples: Sequence[Example], outputs: ModelOutputs) -> ModelOutputs:
+        """Every yes moved so far that the kind's thresholds mean what the rival's own would."""
+        applying = self.applying(outputs)
+        right = self._matrix([self.answer_of(example) for example in examples])
+        own = self._crosswise(right, applying)
+        moved = _logit(applying) - _logit(own) + _logit(self.thresholds)
+        # On its threshold is above it, whatever rounding says.
+        at_least = np.where(applying >= own, _logit(self.thresholds) + 1e-4, -np.inf)
+        return replace(outputs, log_likelihoods=_as_pairs(np.maximum(moved, at_least)))
+
+    def _crosswise(self, right: np.ndarray, applying: np.ndarray) -> np.ndarray:
+        """[N, K] thresholds of each row, which those of every other row have chosen."""
+        found = np.empty(right.shape)
+        for half in (slice(0, None, 2), slice(1, None, 2)):
+            other = slice(1 - half.start, None, 2)
+            found[half] = best_thresholds(right[other], applying[other])
+        return found
 
     def row_scores(
         self, metric: str, examples: Sequence[Example], outputs: ModelOutputs
@@ -220,6 +245,28 @@ def _best_threshold(right: np.ndarray, applying: np.ndarray) -> float:
     best = f1[usable].max()
     among = middles[usable][np.isclose(f1[usable], best)]
     return float(among[np.abs(among - 0.5).argmin()])
+
+
+def chosen_thresholds(right: np.ndarray, applying: np.ndarray) -> np.ndarray:
+    """[K] as `best_thresholds`, but 0.5 for a label that fewer than five rows have.
+
+    Args:
+        right: [N, K] bool.
+        applying: [N, K] probabilities.
+    """
+    enough = right.sum(axis=0) >= LEAST_ROWS
+    return np.where(enough, best_thresholds(right, applying), 0.5)
+
+
+def _logit(probabilities: np.ndarray) -> np.ndarray:
+    inside = np.clip(probabilities, 1e-12, 1 - 1e-12)
+    return np.log(inside) - np.log1p(-inside)
+
+
+def _as_pairs(logits: np.ndarray) -> np.ndarray:
+    """[N, 2 K] float32 log-probabilities of yes and no with these [N, K] differences."""
+    yes, no = -np.logaddexp(0, -logits), -np.logaddexp(0, logits)
+    return np.stack([yes, no], axis=2).reshape(len(logits), -1).astype(np.float32)
 
 
 def _micro_f1(right: np.ndarray, given: np.ndarray) -> float:
