@@ -242,7 +242,7 @@ def measure(family: str) -> Line:
             return Line(family, name, _said(error), "", "", "", "", "")
         line = [
             _EXAMPLES[trainer.packed.packing],
-            _yes(trainer.share_prefix),
+            _yes(trainer.placement.shares_prefix),
             _yes(trainer.packed.fusing.is_fused),
         ]
         for check in (_gradients, _trained, lambda one: _reloaded(one, base, run)):

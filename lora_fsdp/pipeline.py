@@ -24,9 +24,7 @@ from lora_fsdp.data.rows import TaskData, encoder_of, load_task_data, settled_ro
 from lora_fsdp.distributed.hosts import compare_hosts
 from lora_fsdp.distributed.lost_hosts import watch_hosts
 from lora_fsdp.distributed.status import fsdp_status
-from lora_fsdp.errors import ArgumentError
-from lora_fsdp.evaluation.comparison import Comparison, compare, generated_texts
-from lora_fsdp.evaluation.untrained import AS_TRAINED
+from lora_fsdp.evaluation.comparison import Comparison, generated_texts
 from lora_fsdp.printing import say
 from lora_fsdp.ranks import on_first_of_hosts, on_first_rank
 from lora_fsdp.reporting.model_card import WriteCards, try_to_write_card
@@ -42,11 +40,11 @@ from lora_fsdp.sweeps.outcome.summary import Summary
 from lora_fsdp.sweeps.run import Several
 from lora_fsdp.sweeps.turns import RanAlone, RunAlone, StopAtShare, TrainAlone
 from lora_fsdp.tasks import Task
-from lora_fsdp.training.calibrating import calibrate, decide, save_calibration, save_decided
+from lora_fsdp.training.calibrating import calibrate, decide
 from lora_fsdp.training.few_shot import rows_with_shots
 from lora_fsdp.training.logging.log_history import KeepLog
 from lora_fsdp.training.logging.time_spent import measured, seconds_by_part, spent_on
-from lora_fsdp.training.rivals import Untrained, score_untrained
+from lora_fsdp.training.rivals import Untrained, compare_run, score_untrained
 from lora_fsdp.training.trainer import LoraTrainer
 
 
@@ -126,11 +124,6 @@ def _load_data(run: _Run, task: Task | None, *, choosing: bool) -> TaskData:
 def _finetune_several(run: _Run, task: Task | None) -> FineTuningResult:
     """Train several adapters, each into a folder of its own in the output folder."""
     check_several(run.training, run.data, run.lora)
-    if run.lora.adapter_name_or_path is not None:
-        raise ArgumentError(
-            "--adapter_name_or_path goes on with one adapter, and several are to be trained: leave "
-            "it out, or start a run for each."
-        )
     with claimed_for_several(run.training, inputs=run.input_paths) as output_dir:
         once = Once(
             model=run.model,
@@ -295,30 +288,17 @@ def _compared(
     reported = trainer.test_dataset or trainer.held_out
     tuned = trainer.outputs(reported)
     tuned_texts = _sampled_texts(trainer)
-    calibrated = calibrate(trainer, reported, tuned)
-    if (calibration := calibrated.calibration) is not None:
-        folder = Path(str(trainer.args.output_dir))
-        on_first_rank(lambda: save_calibration(calibration, folder))
-    decided = decide(trainer)
-    if (task := decided.task) is not None:
-        on_first_rank(lambda: save_decided(task, Path(str(trainer.args.output_dir))))
-    comparison = compare(
+    comparison = compare_run(
         data.task,
         train=data.train,
-        held_out=reported,
-        untrained=untrained.ways[AS_TRAINED],
-        ways=untrained.ways,
-        rivals=untrained.answers,
+        reported=reported,
+        untrained=untrained,
         tuned=tuned,
-        calibrated=calibrated.outputs,
-        decided=decided.task,
+        calibrated=calibrate(trainer, reported, tuned),
+        decided=decide(trainer),
+        folder=Path(str(trainer.args.output_dir)),
+        facts=facts_of_run(trainer, data, trained, first_step=log.first_step),
         written=generated_texts(data.task, data.reported, base=texts, tuned=tuned_texts),
-        facts={
-            **facts_of_run(trainer, data, trained, first_step=log.first_step),
-            **untrained.facts,
-            **calibrated.facts,
-            **decided.facts,
-        },
     )
     asked = alone.tokens(alone.test) if alone is not None else []
     return RanAlone(comparison, untrained, trainer.outputs(asked) if asked else None)

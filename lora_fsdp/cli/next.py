@@ -9,11 +9,9 @@ from typing import Literal
 from lora_fsdp.arguments.option import option
 from lora_fsdp.cli.adapter import AdaptersOptions, load_adapters
 from lora_fsdp.cli.command import Command, print_json, required
-from lora_fsdp.cli.predict import Progress
+from lora_fsdp.cli.predict import Progress, write_without_text
 from lora_fsdp.cli.terminal import write
 from lora_fsdp.errors import ArgumentError
-
-_ROWS_NAMED = 5
 
 
 @dataclass
@@ -96,10 +94,7 @@ def choose(options: NextOptions, adapter: AdaptersOptions) -> int:
     write(f"{len(found.rows)} of {found.pool} rows to label next, the first first: {output}")
     if options.n > len(found.rows):
         write(f"-n {options.n} is more than the pool has: all of its rows with a text are ranked")
-    if found.without_text:
-        named = ", ".join(map(str, found.without_text[:_ROWS_NAMED]))
-        more = ", …" if len(found.without_text) > _ROWS_NAMED else ""
-        write(f"{len(found.without_text)} rows have no text and are left out: row {named}{more}")
+    write_without_text(found.without_text, "and are left out")
     return 0
 
 

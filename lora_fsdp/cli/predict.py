@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,9 @@ from lora_fsdp.printing import say
 
 if TYPE_CHECKING:
     from lora_fsdp.distributed.workers import Workers
-    from lora_fsdp.evaluation.file_prediction import Confidence
+    from lora_fsdp.evaluation.answering.columns import Confidence
+    from lora_fsdp.evaluation.calibration import Calibration
+    from lora_fsdp.evaluation.file_prediction import FilePrediction
 
 _SECONDS_BETWEEN_LINES = 30.0
 _ROWS_NAMED = 5
@@ -96,7 +99,7 @@ def _shown(value: Any) -> str:
 
 
 def _confidence(options: PredictOptions) -> Confidence:
-    from lora_fsdp.evaluation.file_prediction import Confidence
+    from lora_fsdp.evaluation.answering.columns import Confidence
 
     return Confidence(options.min_probability, options.coverage)
 
@@ -132,33 +135,45 @@ def _table(options: PredictOptions, adapter: AdaptersOptions) -> int:
         workers=workers,
     )
     rate = progress.close()
-    if not workers.is_first:
-        return 0
-    facts = {
-        "output": str(found.output),
-        "rows": found.rows,
-        "resumed_rows": found.resumed,
-        "rows_without_text": list(found.without_text),
-        "rows_unsure": found.unsure,
-        "calibrated": predictor.calibration is not None,
-        "rows_per_second": round(rate, 2),
-    }
+    if workers.is_first:
+        _say_found(found, options, rate, calibration=predictor.calibration)
+    return 0
+
+
+def _say_found(
+    found: FilePrediction, options: PredictOptions, rate: float, *, calibration: Calibration | None
+) -> None:
+    """What was done, as JSON or in sentences."""
     if options.json:
-        print_json(facts)
-        return 0
+        print_json(
+            {
+                "output": str(found.output),
+                "rows": found.rows,
+                "resumed_rows": found.resumed,
+                "rows_without_text": list(found.without_text),
+                "rows_unsure": found.unsure,
+                "calibrated": calibration is not None,
+                "rows_per_second": round(rate, 2),
+            }
+        )
+        return
     resumed = f", {found.resumed} of them by an earlier call" if found.resumed else ""
     write(f"{found.rows} rows answered{resumed}: {found.output} ({rate:.1f} rows/s)")
-    if predictor.calibration is not None:
-        write(f"probabilities are calibrated: {predictor.calibration.described()}")
+    if calibration is not None:
+        write(f"probabilities are calibrated: {calibration.described()}")
     if options.min_probability is not None:
         asked = found.rows - found.resumed - len(found.without_text)
         write(f"{found.unsure} of {asked} answers are left empty: less probable than "
               f"{options.min_probability:g}")  # fmt: skip
-    if found.without_text:
-        named = ", ".join(map(str, found.without_text[:_ROWS_NAMED]))
-        more = ", …" if len(found.without_text) > _ROWS_NAMED else ""
-        write(f"{len(found.without_text)} rows have no text and no answer: row {named}{more}")
-    return 0
+    write_without_text(found.without_text, "and no answer")
+
+
+def write_without_text(rows: Sequence[int], outcome: str) -> None:
+    """Say which rows have no text, if there are any, and what came of it."""
+    if rows:
+        more = ", …" if len(rows) > _ROWS_NAMED else ""
+        named = ", ".join(map(str, rows[:_ROWS_NAMED]))
+        write(f"{len(rows)} rows have no text {outcome}: row {named}{more}")
 
 
 def _workers() -> Workers:

@@ -195,7 +195,7 @@ def _print_counts(found: TaskCheck, encoded: list[EncodedExample] | None) -> Non
     if encoded is None:
         write("tokens not counted: name a model with --model_name_or_path")
     else:
-        lengths = sorted(len(e.prompt_ids) + len(e.target_ids) for e in encoded)
+        lengths = sorted(e.tokens for e in encoded)
         learnt = sum(len(e.target_ids) for e in encoded)
         write(f"{lengths[len(lengths) // 2]} tokens a row in the median, {lengths[-1]} at most")
         write(f"{learnt} supervised tokens, {found.shortened} rows shortened")

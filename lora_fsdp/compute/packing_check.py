@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 
@@ -21,6 +21,8 @@ from lora_fsdp.compute.recurrent.layers import follows_trees
 from lora_fsdp.compute.shared_pass import SharedPass
 from lora_fsdp.data.packing import Batch, Pack, PackedSequence, Packing, Tree
 from lora_fsdp.errors import UnsupportedModelError
+
+Example = TypeVar("Example")
 
 # In nats a token. Rounding alone makes, in SmolLM2, 5e-6 in float32 and 0.085 in bfloat16.
 _ROUNDING = {False: 1e-4, True: 0.3}
@@ -174,20 +176,27 @@ def _laid(packed: PackedModel, packing: Packing) -> Iterator[None]:
         packed.model.train(was_training)
 
 
-def sample_of(trees: Sequence[Tree], *, tokens: int) -> list[Tree]:
-    """Examples that fill a packed sequence of so many tokens, the longest of all at its end."""
-    if not trees:
+def sample_of(
+    examples: Sequence[Example], tree_of: Callable[[Example], Tree], *, tokens: int
+) -> list[Tree]:
+    """Examples that fill a packed sequence of so many tokens, the longest of all at its end.
+
+    Of all others the trees are let go of at once: there may be millions.
+    """
+    if not examples:
         return []
-    longest = max(trees, key=len)
-    chosen, used = [], len(longest)
-    for tree in trees:
-        if tree is longest:
+    longest = max(range(len(examples)), key=lambda place: len(tree_of(examples[place])))
+    chosen, last = list[Tree](), tree_of(examples[longest])
+    used = len(last)
+    for place, example in enumerate(examples):
+        if place == longest:
             continue
+        tree = tree_of(example)
         if used + len(tree) > tokens:
             break
         chosen.append(tree)
         used += len(tree)
-    return [*chosen, longest]
+    return [*chosen, last]
 
 
 def _check_looks_back(packed: PackedModel, *, device: torch.device) -> None:

@@ -53,6 +53,11 @@ class EncodedExample:
     shares: tuple[float, ...] = ()
 
     @property
+    def tokens(self) -> int:
+        """The prompt with its target, in tokens."""
+        return len(self.prompt_ids) + len(self.target_ids)
+
+    @property
     def scored_ids(self) -> Sequence[list[int]]:
         """What is scored after the prompt: the candidates, or the target where there are none."""
         return self.candidate_ids or (self.target_ids,)
@@ -375,11 +380,6 @@ class Encoder:
     def _controls(self) -> ControlTokens:
         template = "" if self.chat is None else self.chat.source
         return ControlTokens(self.tokenizer, template=template)
-
-    def frame(self, before: str, after: str) -> tuple[str, str]:
-        """What stands before and after a row's text in the prompt as the model sees it."""
-        (head, tail), _ = self._frame(before, after, ())
-        return head, tail
 
     def _build_frame(
         self, before: str, after: str, roles: tuple[str, ...]

@@ -95,7 +95,7 @@ def measure_work(
             *(_tokens_of(tree, packing) for tree in map(tree_of, train)),
         ),
         # Before and after training.
-        scored_tokens=2.0 * sum(len(e.prompt_ids) + len(e.target_ids) for e in held_out),
+        scored_tokens=2.0 * sum(example.tokens for example in held_out),
         evaluations=schedule.evaluations(training),
     )
 

@@ -181,20 +181,6 @@ def _fitted_vectorizers(texts: Sequence[str]) -> list[TfidfVectorizer]:
     return fitted
 
 
-def tfidf_probabilities(
-    train_texts: Sequence[str], train_labels: Sequence[str], test_texts: Sequence[str]
-) -> tuple[list[str], np.ndarray]:
-    """Sorted labels, and the quick regression's probabilities of them, [texts, labels].
-
-    Raises:
-        ValueError: there is nothing to learn from.
-    """
-    model = _fit_tfidf(train_texts, train_labels)
-    if model is None:
-        raise ValueError("no word that two texts share, or one label only")
-    return [str(label) for label in model.classes_], model.predict_proba(list(test_texts))
-
-
 def _fit_tfidf(texts: Sequence[str], labels: Sequence[str]) -> Pipeline | None:
     """A regression on words alone, fitted without a choice, or `None` if nothing can be learnt."""
     # Imported here, because scikit-learn takes a second to import.

@@ -151,30 +151,28 @@ def compare(
         classic = {name: kind.as_decided(tested, one) for name, one in classic.items()}
         ways = {name: kind.as_decided(tested, one) for name, one in ways.items()}
         untrained = kind.as_decided(tested, untrained)
+    known = rivals or {}
     baselines = {
-        **on_first_rank(lambda: _baselines(task, train, tested, known=rivals or {})),
+        **on_first_rank(lambda: _baselines(task, train, tested, known=known)),
         **{name: kind.answers(tested, outputs) for name, outputs in classic.items()},
-        **(rivals or {}),
+        **known,
     }
     way, by_way = best_way(task, held_out, ways)
-    untrained = ways.get(way, untrained)
-    raw, tuned = tuned, calibrated or tuned
-    chance, truth = kind.chance(tested), answers_of(task, tested)
+    best = ways.get(way, untrained)
+    shown = calibrated or tuned
+    chance = kind.chance(tested)
     metrics = {
-        **{
-            name: (kind.metrics_of_outputs(tested, classic[name]) if name in classic else {})
-            | task.compute_metrics(truth, answers)
-            for name, answers in baselines.items()
-        },
+        **_baseline_metrics(task, tested, baselines, classic),
         **({CHANCE: chance} if chance else {}),
-        UNTRAINED: with_loss_of(as_asked, evaluation_metrics(task, held_out, untrained)),
+        # Each with the loss of what the model itself says.
+        UNTRAINED: with_loss_of(as_asked, evaluation_metrics(task, held_out, best)),
         TUNED: with_loss_of(
-            evaluation_metrics(task, held_out, raw), evaluation_metrics(task, held_out, tuned)
+            evaluation_metrics(task, held_out, tuned), evaluation_metrics(task, held_out, shown)
         ),
     }
     predictions = {
-        **_columns(task, tested, untrained=untrained, tuned=tuned),
-        **_row_scores(task, tested, {**classic, UNTRAINED: untrained, TUNED: tuned}, metrics),
+        **_columns(task, tested, untrained=best, tuned=shown),
+        **_row_scores(task, tested, {**classic, UNTRAINED: best, TUNED: shown}, metrics),
         **{f"{BASELINE}{name}": answers for name, answers in baselines.items()},
     }
     found = {
@@ -187,10 +185,25 @@ def compare(
         metrics,
         task.primary_metric,
         pd.DataFrame(predictions),
-        confusion_matrix(task, held_out, tuned),
+        confusion_matrix(task, held_out, shown),
         written,
         {**facts, **found},
     )
+
+
+def _baseline_metrics(
+    task: Task,
+    examples: Sequence[Example],
+    answers: Mapping[str, Sequence[str | None]],
+    outputs: Mapping[str, ModelOutputs],
+) -> dict[str, dict[str, float]]:
+    """Metrics of what is no language model: by its answers, and by its outputs if it has any."""
+    kind, truth = task.answer_kind, answers_of(task, examples)
+    return {
+        name: (kind.metrics_of_outputs(examples, outputs[name]) if name in outputs else {})
+        | task.compute_metrics(truth, given)
+        for name, given in answers.items()
+    }
 
 
 def _columns(

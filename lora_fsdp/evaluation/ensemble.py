@@ -93,14 +93,7 @@ class Ensemble:
         paths = [Path(folder) for folder in folders]
         if len(paths) < 2 or len({path.resolve() for path in paths}) < len(paths):
             raise ArgumentError(f"An ensemble takes two or more adapters, not {folders}.")
-        tasks = [read_task(path) for path in paths]
-        for path, other in zip(paths, tasks, strict=True):
-            for key in ("task", "options"):
-                if other[key] != tasks[0][key]:
-                    raise ArgumentError(
-                        f"{path} was trained for another task than {paths[0]}, or with another "
-                        "instruction, column or label: their answers have no mean."
-                    )
+        tasks = _tasks_of(paths)
         encoders = [read_encoder(path, task) for path, task in zip(paths, tasks, strict=True)]
         if encoders[0].kind.generates_text:
             raise ArgumentError(
@@ -115,35 +108,51 @@ class Ensemble:
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
-        found = fingerprint_base(model)
-        for path, adapter in zip(paths, adapters, strict=True):
-            if (proof := read_proof(path)) is not None:
-                check_base(proof, found, adapter=path, base=str(arguments.model_name_or_path))
-            load_with_peft(adapter, model)
+        _check_base_of_all(adapters, model, name=str(arguments.model_name_or_path))
         names = ["default", *(f"member{place}" for place in range(1, len(paths)))]
         packed = PackedModel(_attached(adapters, names, model).to(device))
         longest = max(encoder.max_length for encoder in encoders)
         packed.windows = windows_of(packed.base, longest=longest)
+        alone = cls(encoders[0].task, encoders, names, packed, None, device)
         packs = all(task["examples_share_sequences"] for task in tasks)
-        choice = choose_packing(
-            "auto" if packs else "never", why_apart=why_sequences_apart(packed.base)
-        )
-        shared = None
-        if not choice.packing.is_apart:
-            shared = _shared(packed, [adapter.config for adapter in adapters])
-        ensemble = cls(encoders[0].task, encoders, names, packed, shared, device)
-        with ensemble.only(names[0]):
-            checked = checked_packing(packed, choice, device=device)
+        return alone._sharing([adapter.config for adapter in adapters], packs=packs)
+
+    def _sharing(self, configs: Sequence[LoraConfig], *, packs: bool) -> Ensemble:
+        """The same over one pass, where these adapters can share one.
+
+        Args:
+            configs: the adapters' settings.
+            packs: whether all were trained with examples that share sequences.
+        """
+        why_apart = why_sequences_apart(self.packed.base)
+        choice = choose_packing("auto" if packs else "never", why_apart=why_apart)
+        shared = None if choice.packing.is_apart else _shared(self.packed, configs)
+        together = replace(self, shared=shared)
+        with together.only(self.names[0]):
+            checked = checked_packing(self.packed, choice, device=self.device)
         # Examples apart are computed without masks, and by an adapter at a time.
         if shared is None or checked.packing.is_apart:
-            return replace(ensemble, shared=None)
-        together = why_not_shared(shared, device=device) is None
-        return ensemble if together else replace(ensemble, shared=None)
+            return self
+        return together if why_not_shared(shared, device=self.device) is None else self
+
+    @property
+    def encoder(self) -> Encoder:
+        """The first adapter's."""
+        return self.encoders[0]
+
+    @property
+    def max_new_tokens(self) -> int:
+        """0: its answers are not generated."""
+        return 0
 
     @property
     def calibration(self) -> None:
         """None: the mean of calibrated probabilities is not calibrated."""
         return None
+
+    def calibrated(self, outputs: ModelOutputs) -> ModelOutputs:
+        """As they are."""
+        return outputs
 
     def columns(
         self, examples: Sequence[Example], *, coverage: float | None = None
@@ -234,6 +243,31 @@ class _Tally:
         sums = self.sums.cpu().view(len(self.counts), self.most)
         # Whether greedy decoding would generate an answer is not asked of an ensemble.
         return Scores(sums.masked_fill(absent, -torch.inf), torch.zeros_like(absent))
+
+
+def _tasks_of(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """What each folder says of its task, which is one of all: otherwise their answers have no mean.
+
+    Raises:
+        ArgumentError: names two that differ.
+    """
+    tasks = [read_task(path) for path in paths]
+    for path, other in zip(paths, tasks, strict=True):
+        if any(other[key] != tasks[0][key] for key in ("task", "options")):
+            raise ArgumentError(
+                f"{path} was trained for another task than {paths[0]}, or with another "
+                "instruction, column or label: their answers have no mean."
+            )
+    return tasks
+
+
+def _check_base_of_all(adapters: Sequence[AdapterFolder], model: Any, *, name: str) -> None:
+    """Refuse an adapter that was trained on another base, or that PEFT cannot load onto it."""
+    found = fingerprint_base(model)
+    for adapter in adapters:
+        if (proof := read_proof(adapter.path)) is not None:
+            check_base(proof, found, adapter=adapter.path, base=name)
+        load_with_peft(adapter, model)
 
 
 def _attached(adapters: Sequence[AdapterFolder], names: Sequence[str], model: Any) -> PeftModel:

@@ -87,6 +87,11 @@ class Placement:
         return peak_allocated(self.shape, self.layout, self.largest)
 
     @property
+    def largest_tokens(self) -> int:
+        """Tokens of the largest sequence, of training or of scoring."""
+        return max(self.largest.tokens, self.largest.scored)
+
+    @property
     def fits(self) -> bool:
         """Whether a step's peak fits the memory that is known."""
         return self.free is None or self.memory.allocated <= self.free

@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from lora_fsdp import __version__
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.evaluation.file_prediction import check_confidence, leave_out_unsure
+from lora_fsdp.evaluation.answering.columns import check_confidence, leave_out_unsure
 from lora_fsdp.serving.batches import Batches, Columns
 from lora_fsdp.serving.bodies import Asked, parse_object, parse_rows
 from lora_fsdp.serving.chat import completion, models, parse_chat

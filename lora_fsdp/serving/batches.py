@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora_fsdp.errors import LoraFsdpError
+from lora_fsdp.evaluation.answering.columns import answer_columns
 from lora_fsdp.evaluation.ensemble import Ensemble
-from lora_fsdp.evaluation.file_prediction import answer_columns
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.serving.counters import Counters
 from lora_fsdp.serving.limits import Limits, RequestError

@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 from lora_fsdp.data.formats.nested import with_paths
 from lora_fsdp.data.formats.records import checked_record
 from lora_fsdp.errors import DataError, LoraFsdpError
-from lora_fsdp.evaluation.file_prediction import Confidence, examples_of_records
+from lora_fsdp.evaluation.answering.columns import Confidence
+from lora_fsdp.evaluation.answering.rows import examples_of_records
 from lora_fsdp.serving.limits import Limits, RequestError
 from lora_fsdp.tasks import Example, Task
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_fsdp.evaluation.file_prediction import Confidence
+from lora_fsdp.evaluation.answering.columns import Confidence
 from lora_fsdp.serving.batches import Columns
 from lora_fsdp.serving.bodies import Asked, examples_of, text_column
 from lora_fsdp.serving.limits import Limits, RequestError

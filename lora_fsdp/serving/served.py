@@ -27,9 +27,7 @@ class Served:
     _encoder: Encoder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        one = self.predictor
-        encoder = one.encoder if isinstance(one, Predictor) else one.encoders[0]
-        object.__setattr__(self, "_encoder", copy.deepcopy(encoder))
+        object.__setattr__(self, "_encoder", copy.deepcopy(self.predictor.encoder))
 
     @property
     def task(self) -> Task:
@@ -39,7 +37,7 @@ class Served:
     @property
     def longest_text(self) -> int:
         """The longest generated answer in tokens."""
-        return self.predictor.max_new_tokens if isinstance(self.predictor, Predictor) else 0
+        return self.predictor.max_new_tokens
 
     def check(self) -> None:
         """Refuse an adapter whose answers cannot be given, before anybody asks.

@@ -31,6 +31,11 @@ def check_several(training: FineTuningArguments, data: DataArguments, lora: Lora
         if (reason := _why_impossible(one, training, lora)) is not None:
             given = " ".join(f"{name}={value}" for name, value in one.values.items())
             raise ArgumentError(f"--grid {given}: {reason}" if given else reason)
+    if lora.adapter_name_or_path is not None:
+        raise ArgumentError(
+            "--adapter_name_or_path goes on with one adapter, and several are to be trained: leave "
+            "it out, or start a run for each."
+        )
 
 
 def check_contradictions(training: FineTuningArguments, data: DataArguments) -> None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -21,22 +20,22 @@ from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.rows import TaskData
 from lora_fsdp.data.sampling import ScoringSequences
 from lora_fsdp.distributed.status import fsdp_status
-from lora_fsdp.evaluation.comparison import Comparison, compare
+from lora_fsdp.evaluation.comparison import Comparison
 from lora_fsdp.evaluation.metrics import evaluation_metrics
 from lora_fsdp.evaluation.outputs import LOG_FILE, write_atomically
-from lora_fsdp.evaluation.untrained import AS_TRAINED
 from lora_fsdp.placement.decide import Placement
 from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.reporting.model_card import try_to_write_card
+from lora_fsdp.reporting.recording.outcome import facts_of_training
 from lora_fsdp.reporting.recording.record import record_start
 from lora_fsdp.reporting.report import try_to_write_report
 from lora_fsdp.sweeps.earlier import STAGE_FILE
 from lora_fsdp.sweeps.grid import Asked
 from lora_fsdp.sweeps.once import Once
 from lora_fsdp.tasks.answers import ModelOutputs
-from lora_fsdp.training.calibrating import calibrate_outputs, save_calibration
+from lora_fsdp.training.calibrating import calibrate_outputs
 from lora_fsdp.training.prepared import longest_answer
-from lora_fsdp.training.rivals import rows_to_probe, score_base
+from lora_fsdp.training.rivals import compare_run, rows_to_probe, score_base
 from lora_fsdp.training.saving.adapter_writer import AdapterWriter
 from lora_fsdp.training.saving.atomic_folders import atomic_files
 from lora_fsdp.training.saving.state_file import read_state, write_state
@@ -108,11 +107,6 @@ class MemberRun:
     def examples_per_step(self) -> int:
         """Examples of one optimizer step over all ranks."""
         return self.together.examples_per_step(self.member.plan)
-
-    @property
-    def share_prefix(self) -> bool:
-        """Whether the prompts' common prefix is computed once a sequence."""
-        return self.together.request.shares_prefix
 
     # ---- what it came to ------------------------------------------------------------------------
 
@@ -228,19 +222,15 @@ class MemberRun:
                     learnt=rows_to_probe(once.data.task, self.args, self.train_dataset),
                     reported=self.held_out,
                 )
-        calibrated = calibrate_outputs(once.data.task, self.held_out, tuned)
-        if (calibration := calibrated.calibration) is not None:
-            on_first_rank(lambda: save_calibration(calibration, self.folder))
-        comparison = compare(  # collective: the first rank makes the baselines for all
+        comparison = compare_run(
             once.data.task,
             train=self.data.train,
-            held_out=self.held_out,
-            untrained=base.ways[AS_TRAINED],
-            ways=base.ways,
-            rivals=base.answers,
+            reported=self.held_out,
+            untrained=base,
             tuned=tuned,
-            calibrated=calibrated.outputs,
-            facts={**self._facts(seconds), **base.facts, **calibrated.facts},
+            calibrated=calibrate_outputs(once.data.task, self.held_out, tuned),
+            folder=self.folder,
+            facts=self._facts(seconds),
         )
         once.know(fold, base, comparison)
         return comparison
@@ -256,29 +246,11 @@ class MemberRun:
         return DataLoader(sequences, batch_size=1, collate_fn=itemgetter(0))
 
     def _facts(self, seconds: float) -> dict[str, Any]:
-        """As a run by itself writes them, as far as they are known of one adapter of several."""
-        member, data = self.member, self.data
-        seen = member.step * (len(data.train) / max(1, len(member.steps)))
-        tokens = [len(one.prompt_ids) + len(one.target_ids) for one in self.train_dataset]
-        speed = seen / max(seconds, 1e-9)
-        return {
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "task": data.task.name,
-            "labels": list(data.task.answer_kind.labels),
-            "training_rows": len(data.train),
-            "held_out_rows": len(data.held_out),
-            "validation_rows": None,
-            "rows_left_out": data.dropped,
-            "rows_shortened": sum(e.shortened for e in [*self.train_dataset, *self.held_out]),
-            "processes": self.args.world_size,
-            "steps": member.step,
-            "first_step": 0,
-            # Of all adapters of the pass.
-            "training_seconds": seconds,
-            "examples_per_second": speed,
-            "tokens_per_second": speed * sum(tokens) / len(tokens),
-            "adapters_at_once": len(self.together.members),
-        }
+        """As a run by itself writes them; the seconds are of all adapters of the pass."""
+        member = self.member
+        seen = member.step * (len(self.data.train) / max(1, len(member.steps)))
+        facts = facts_of_training(self, self.data, steps=member.step, seen=seen, seconds=seconds)
+        return facts | {"adapters_at_once": len(self.together.members)}
 
     def _write_log(self) -> None:
         first = {"max_steps": self.member.last, "first_step": 0}

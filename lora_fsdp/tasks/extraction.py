@@ -85,10 +85,10 @@ class ExtractionTask(GenerationTask):
         return cell_value(row[self.label_column])
 
 
-def _is_deep(value: Any, *, levels: int = _MOST_LEVELS) -> bool:
-    """Whether `value` holds objects or lists in more levels than that."""
+def _is_deep(value: Any) -> bool:
+    """Whether `value` holds objects or lists in more levels than may be."""
     held = [value]
-    for _ in range(levels):
+    for _ in range(_MOST_LEVELS):
         held = [
             entry
             for one in held

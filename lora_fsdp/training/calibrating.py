@@ -54,6 +54,9 @@ class DecidedTask:
     facts: Mapping[str, Any]
 
 
+UNDECIDED = DecidedTask(None, {})
+
+
 def calibrate(
     trainer: LoraTrainer, reported: Sequence[EncodedExample], tuned: ModelOutputs
 ) -> CalibratedRun:
@@ -135,7 +138,7 @@ def decide(trainer: LoraTrainer) -> DecidedTask:
     task, rows = trainer.task, list(trainer.held_out)
     # Without rows for the test, the validation rows are those of the report.
     if not trainer.test_dataset or not rows or not task.is_undecided:
-        return DecidedTask(None, {})
+        return UNDECIDED
     decided = task.decided_by([one.example for one in rows], trainer.outputs(rows))
     before, after = task.options(), decided.options()
     options = {name: value for name, value in after.items() if value != before.get(name)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import datasets
@@ -22,6 +23,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from lora_fsdp.adapter.continuing import adapter_to_continue
+from lora_fsdp.adapter.folder import AdapterFolder
 from lora_fsdp.arguments import FineTuningArguments, ModelArguments
 from lora_fsdp.arguments.training import from_training_arguments
 from lora_fsdp.base.loading import load_tokenizer
@@ -56,6 +59,7 @@ class GivenData:
         task: bound to the training rows, if rows were given.
         train: examples to train on.
         held_out: all held-out examples.
+        test: further ones, which no evaluation while training sees.
         names: of the held-out datasets with the number of their examples, in the order of
             `held_out`; empty where there is one without a name.
     """
@@ -63,6 +67,7 @@ class GivenData:
     task: Task
     train: Sequence[Example]
     held_out: Sequence[Example]
+    test: Sequence[Example]
     names: Mapping[str, int]
 
 
@@ -84,13 +89,14 @@ def given_arguments(args: TrainingArguments | None) -> FineTuningArguments:
     return from_training_arguments(args)
 
 
-def given_data(task: Task | str, *, train: Rows | None, held_out: Any) -> GivenData:
-    """The examples of both datasets; of rows, the task makes them.
+def given_data(task: Task | str, *, train: Rows | None, held_out: Any, test: Any) -> GivenData:
+    """The examples of all datasets; of rows, the task makes them.
 
     Args:
         task: it, or its name.
         train: examples or rows.
         held_out: examples or rows, or several datasets of either by name.
+        test: examples or rows.
 
     Raises:
         ArgumentError: there is no task, or a dataset is of another kind.
@@ -110,7 +116,9 @@ def given_data(task: Task | str, *, train: Rows | None, held_out: Any) -> GivenD
         raise ArgumentError("The keys of eval_dataset name its metrics: they must be texts.")
     names = {name: len(part) for name, part in examples.items() if name}
     together = [example for part in examples.values() for example in part]
-    return GivenData(bound, examples_of(train, task=bound, name="train_dataset"), together, names)
+    learnt = examples_of(train, task=bound, name="train_dataset")
+    tested = examples_of(test, task=bound, name="test_dataset")
+    return GivenData(bound, learnt, together, tested, names)
 
 
 def examples_of(rows: Any, *, task: Task, name: str) -> Sequence[Example]:
@@ -205,6 +213,20 @@ def given_base(model: object, *, peft_config: object, device: torch.device) -> B
         f"model is {given}: give a causal language model (transformers.PreTrainedModel), a "
         "PeftModel with a LoRA adapter, a folder, or a name on the Hugging Face Hub."
     )
+
+
+def given_adapter(
+    peft_config: LoraConfig | None, saved: str | Path | None
+) -> tuple[LoraConfig | None, AdapterFolder | None]:
+    """The adapter's settings, and the saved adapter that is gone on with, which has its own.
+
+    Raises:
+        AdapterVerificationError: the folder holds none, or a damaged one.
+    """
+    if saved is None:
+        return peft_config, None
+    start = adapter_to_continue(saved)
+    return start.config if peft_config is None else peft_config, start
 
 
 def given_callbacks(callbacks: object) -> list[TrainerCallback]:

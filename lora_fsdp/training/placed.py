@@ -11,6 +11,7 @@ from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
 from lora_fsdp.compute.packed_model import PackedModel
+from lora_fsdp.compute.packing_check import sample_of
 from lora_fsdp.data.workload import Work
 from lora_fsdp.distributed.sharding import release_gathered
 from lora_fsdp.placement.decide import Placement
@@ -33,7 +34,6 @@ class PlacedRun:
         adapter: the run's adapters, equal on all ranks.
         step: forward and backward of a step's packed sequences.
         work: what training computes on each rank.
-        share_prefix: whether prompts' common prefix is computed once.
     """
 
     placement: Placement
@@ -41,7 +41,6 @@ class PlacedRun:
     adapter: AdapterSet
     step: EagerStep
     work: Work
-    share_prefix: bool
 
 
 def place_run(
@@ -91,13 +90,11 @@ def place_run(
         placement,
         request=run.request,
         device=args.device,
-        trees=[objective.tree(example) for example in run.train],
+        sample=sample_of(run.train, objective.tree, tokens=placement.largest_tokens),
         work=run.work_as,
     )
-    work, share_prefix = run.work, run.request.shares_prefix
     packing = placement.packing.packing
-    if packing is not planned:
-        work, share_prefix = run.work_as(packing), placement.shares_prefix
+    work = run.work if packing is planned else run.work_as(packing)
     # It was taken back with all that was changed for packed sequences.
     if packing.is_apart and enables_checkpointing:
         enable_checkpointing(packed, args, settings)
@@ -107,7 +104,7 @@ def place_run(
         kind = partial(CapturedStep, largest=placement.largest, gathers=not placement.is_whole)
     step = kind(packed, objective=objective, adapter=adapter, device=args.device, autocast=autocast)
     _tell_the_trainer(packed, adapter)
-    return PlacedRun(placement, packed, adapter, step, work, share_prefix)
+    return PlacedRun(placement, packed, adapter, step, work)
 
 
 def _tell_the_trainer(packed: PackedModel, adapter: AdapterSet) -> None:

@@ -20,7 +20,6 @@ from lora_fsdp.base.layers import base_model
 from lora_fsdp.base.streaming import StoredBase
 from lora_fsdp.compute.architectures import why_apart, windows_of
 from lora_fsdp.compute.packed_model import PackedModel
-from lora_fsdp.compute.packing_check import sample_of
 from lora_fsdp.data.packing import Packing, Tree
 from lora_fsdp.data.workload import NO_WORK, Work
 from lora_fsdp.distributed.captured_gathers import why_gathers_not_captured
@@ -104,7 +103,7 @@ def check_examples_apart(
     *,
     request: Request,
     device: torch.device,
-    trees: Sequence[Tree],
+    sample: Sequence[Tree],
     work: Callable[[Packing], Work],
 ) -> Placement:
     """Ask the placed model whether examples are computed as if each stood alone, and decide anew
@@ -112,15 +111,13 @@ def check_examples_apart(
 
     Args:
         packed, placement, request, device: of `place_for_training`.
-        trees: of all training examples.
+        sample: examples of the run, as many as a packed sequence of it holds.
         work: what the run computes, packed or not.
 
     Raises:
         UnsupportedModelError: packing was asked for, and changes what the model computes; or that
             is not finite.
     """
-    largest = placement.largest
-    sample = sample_of(trees, tokens=max(largest.tokens, largest.scored))
     choice = checked_packing(
         packed, placement.packing, asked=request.packing, device=device, sample=sample
     )

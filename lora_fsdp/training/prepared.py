@@ -31,8 +31,8 @@ from lora_fsdp.errors import ArgumentError, UnsupportedModelError
 from lora_fsdp.evaluation.generation import LEAST_NEW_TOKENS
 from lora_fsdp.placement.request import Request
 from lora_fsdp.ranks import check_ranks_agree
-from lora_fsdp.tasks import Example
 from lora_fsdp.training.checks import check_reference, check_targets
+from lora_fsdp.training.given import Base, GivenData
 from lora_fsdp.training.placing import check_can_be_placed, request_of_run
 from lora_fsdp.training.run_fingerprints import run_fingerprints
 from lora_fsdp.training.saving.resume import run_facts
@@ -78,16 +78,14 @@ class PreparedRun:
 
 
 def prepare_run(
-    model: PreTrainedModel | PeftModel | StoredBase | WholeBase,
+    model: Base,
     args: FineTuningArguments,
     *,
     settings: FsdpSettings | None,
     objective: Objective,
     encoder: Encoder,
-    train: Sequence[Example] | Sequence[EncodedExample],
-    held_out: Sequence[Example] | Sequence[EncodedExample],
+    data: GivenData,
     peft_config: LoraConfig | None,
-    test: Sequence[Example] | Sequence[EncodedExample] = (),
     start: AdapterFolder | None = None,
 ) -> PreparedRun:
     """Tokenise, attach the adapter, and compare the ranks: a collective call.
@@ -96,12 +94,9 @@ def prepare_run(
         ArgumentError, UnsupportedModelError: the data or the model cannot be trained with.
         RankMismatchError: the ranks were given different things.
     """
-    given = [peft_config] if peft_config is not None else _adapters_of(model)
-    for config in given:
-        check_settings(config)
-    if start is not None and isinstance(model, PeftModel):
-        raise ArgumentError("Give adapter_name_or_path, or a model that already has an adapter.")
-    to_train, to_score = encoder.encode(train), encoder.encode([*held_out, *test])
+    _check_adapters(model, peft_config, start=start)
+    to_train, to_score = encoder.encode(data.train), encoder.encode([*data.held_out, *data.test])
+    held_out, test = to_score[: len(data.held_out)], to_score[len(data.held_out) :]
     check_targets(to_train)
     check_room(encoder, [*to_train, *to_score], option="few_shot")
     if (base := _empty(model)) is not None:
@@ -118,7 +113,6 @@ def prepare_run(
     check_ranks_agree({**fingerprints, **began})
     facts = run_facts(args, adapted, fingerprints=fingerprints)
     facts["must_stay"] |= began
-    packing = request.packing_choice.packing
 
     def work_as(packing: Packing) -> Work:
         return measure_work(
@@ -135,23 +129,19 @@ def prepare_run(
         model=adapted,
         stored=stored,
         train=to_train,
-        held_out=to_score[: len(held_out)],
-        test=to_score[len(held_out) :],
+        held_out=held_out,
+        test=test,
         base_fingerprint=base_fingerprint,
-        probes=build_probes(
-            encoder, [one.example for one in [*to_train, *to_score[: len(held_out)]]]
-        ),
+        probes=build_probes(encoder, [one.example for one in [*to_train, *held_out]]),
         request=request,
         schedule=Schedule.of(vars(args), rows=len(to_train), ranks=args.world_size),
-        work=work_as(packing),
+        work=work_as(request.packing_choice.packing),
         work_as=work_as,
         facts=facts,
     )
 
 
-def _empty(
-    model: PreTrainedModel | PeftModel | StoredBase | WholeBase,
-) -> PreTrainedModel | None:
+def _empty(model: Base) -> PreTrainedModel | None:
     """The base, whose weights need not be there; `None` if loading it will say what is wrong."""
     if isinstance(model, WholeBase):
         try:
@@ -163,9 +153,18 @@ def _empty(
     return base_model(model) if isinstance(model, PeftModel) else model
 
 
-def _adapters_of(model: object) -> list[Any]:
-    """The settings of the adapters that a model already has."""
-    return list(model.peft_config.values()) if isinstance(model, PeftModel) else []
+def _check_adapters(
+    model: object, config: LoraConfig | None, *, start: AdapterFolder | None
+) -> None:
+    """Refuse settings of an adapter that a run cannot carry out: of the one that is given, or of
+    those that the model already has."""
+    if config is not None:
+        check_settings(config)
+    elif isinstance(model, PeftModel):
+        for own in model.peft_config.values():
+            check_settings(own)
+    if start is not None and isinstance(model, PeftModel):
+        raise ArgumentError("Give adapter_name_or_path, or a model that already has an adapter.")
 
 
 def _loaded(

@@ -1,9 +1,10 @@
-"""What a run scores before it trains: the untrained model, and the frozen probe's features."""
+"""What stands beside the tuned model: the untrained one, and the frozen probe on its states."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,22 @@ from torch.utils.data import DataLoader
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.sampling import ScoringSequence
+from lora_fsdp.evaluation.comparison import Comparison, compare
 from lora_fsdp.evaluation.metrics import answers_of
 from lora_fsdp.evaluation.outputs import PROBE
 from lora_fsdp.evaluation.probing import probe_answers, shared_tokens
 from lora_fsdp.evaluation.untrained import AS_TRAINED
 from lora_fsdp.ranks import on_first_rank
-from lora_fsdp.tasks import Task
+from lora_fsdp.tasks import Example, Task
 from lora_fsdp.tasks.answers import ModelOutputs
 from lora_fsdp.tasks.answers.kind import TFIDF
+from lora_fsdp.training.calibrating import (
+    UNDECIDED,
+    CalibratedRun,
+    DecidedTask,
+    save_calibration,
+    save_decided,
+)
 from lora_fsdp.training.scorer import RunScorer
 from lora_fsdp.training.trainer import LoraTrainer
 
@@ -109,3 +118,49 @@ def rows_to_probe(
         return []
     order = np.random.default_rng(arguments.seed).permutation(len(rows))
     return [rows[place] for place in sorted(order[:most].tolist())]
+
+
+def compare_run(
+    task: Task,
+    *,
+    train: Sequence[Example],
+    reported: Sequence[EncodedExample],
+    untrained: Untrained,
+    tuned: ModelOutputs,
+    calibrated: CalibratedRun,
+    decided: DecidedTask = UNDECIDED,
+    folder: Path,
+    facts: Mapping[str, Any],
+    written: Sequence[Mapping[str, Any]] = (),
+) -> Comparison:
+    """The tuned model's scores beside all others'; what was fitted for it is saved.
+
+    A collective call.
+
+    Args:
+        task: what was learnt.
+        train, reported: the rows.
+        untrained: what the base alone gives.
+        tuned, calibrated: what the tuned model gives.
+        decided: what validation rows decide of its answers.
+        folder: the adapter's.
+        facts: further entries of `metrics.json`.
+        written: see `generated_texts`.
+    """
+    if (calibration := calibrated.calibration) is not None:
+        on_first_rank(lambda: save_calibration(calibration, folder))
+    if (settled := decided.task) is not None:
+        on_first_rank(lambda: save_decided(settled, folder))
+    return compare(
+        task,
+        train=train,
+        held_out=reported,
+        untrained=untrained.ways[AS_TRAINED],
+        ways=untrained.ways,
+        rivals=untrained.answers,
+        tuned=tuned,
+        calibrated=calibrated.outputs,
+        decided=decided.task,
+        written=written,
+        facts={**facts, **untrained.facts, **calibrated.facts, **decided.facts},
+    )

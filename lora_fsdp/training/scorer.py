@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -67,27 +68,21 @@ class RunScorer:
 
     def generate(self, examples: Sequence[EncodedExample]) -> list[str]:
         """The text that greedy decoding generates after each prompt."""
-        texts = generate_answers(
-            self.model,
-            self.encoder.tokenizer,
-            [example.prompt_ids for example in examples],
-            device=self.device,
-            max_new_tokens=self.max_new_tokens,
-            end_token_id=self.encoder.end_token_id,
-            packing=self.packed.packing_of_prompts,
-        )
-        release_gathered(self.model)
-        return texts
+        return self._texts(generate_answers, examples)
 
     def sample(self, examples: Sequence[EncodedExample], *, temperature: float) -> list[str]:
-        """The text that the model generates after each prompt, at a temperature; 0 = greedily."""
-        texts = generate_texts(
+        """The text that the model generates after each prompt at a temperature; 0 = greedily."""
+        return self._texts(partial(generate_texts, temperature=temperature), examples)
+
+    def _texts(
+        self, generator: Callable[..., list[str]], examples: Sequence[EncodedExample]
+    ) -> list[str]:
+        texts = generator(
             self.model,
             self.encoder.tokenizer,
             [example.prompt_ids for example in examples],
             device=self.device,
             max_new_tokens=self.max_new_tokens,
-            temperature=temperature,
             end_token_id=self.encoder.end_token_id,
             packing=self.packed.packing_of_prompts,
         )

@@ -32,7 +32,6 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput
 
-from lora_fsdp.adapter.continuing import adapter_to_continue
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.sampling import (
@@ -59,6 +58,7 @@ from lora_fsdp.training.given import (
     Rows,
     by_name,
     examples_of,
+    given_adapter,
     given_arguments,
     given_base,
     given_callbacks,
@@ -177,12 +177,10 @@ class LoraTrainer(Trainer):
         own_args = given_arguments(args)
         self.fsdp_settings = read_fsdp_settings()
         check_arguments(own_args, self.fsdp_settings, max_length=max_length)
-        data = given_data(task, train=train_dataset, held_out=eval_dataset)
+        data = given_data(task, train=train_dataset, held_out=eval_dataset, test=test_dataset)
         self.objective = _objective(objective, own_args, data.task)
         tokenizer = given_tokenizer(processing_class, model)
-        start = None if adapter_name_or_path is None else adapter_to_continue(adapter_name_or_path)
-        if start is not None and peft_config is None:
-            peft_config = start.config
+        peft_config, start = given_adapter(peft_config, adapter_name_or_path)
         self.encoder = Encoder(
             tokenizer,
             task=data.task,
@@ -198,16 +196,10 @@ class LoraTrainer(Trainer):
             settings=self.fsdp_settings,
             objective=self.objective,
             encoder=self.encoder,
-            train=data.train,
-            held_out=data.held_out,
+            data=data,
             peft_config=peft_config,
-            test=examples_of(test_dataset, task=data.task, name="test_dataset"),
             start=start,
         )
-        self.test_dataset = run.test
-        self.task, self.max_new_tokens = data.task, longest_answer(own_args, run.train)
-        self.request, self.schedule = run.request, run.schedule
-        self.held_out, self.shortened = run.held_out, run.shortened
         super().__init__(
             model=run.model,
             args=fold_accumulation(own_args),
@@ -238,6 +230,9 @@ class LoraTrainer(Trainer):
 
     def _place(self, run: PreparedRun) -> None:
         """Put base and adapter where they stay, and make the step that computes with them."""
+        self.task, self.request, self.schedule = self.encoder.task, run.request, run.schedule
+        self.held_out, self.test_dataset, self.shortened = run.held_out, run.test, run.shortened
+        self.max_new_tokens = longest_answer(self.args, run.train)
         self.parameter_count = self.model.num_parameters()
         placed = place_run(
             run,
@@ -248,7 +243,7 @@ class LoraTrainer(Trainer):
         )
         self.placement, self.packed = placed.placement, placed.packed
         self.adapter, self.step = placed.adapter, placed.step
-        self.work, self.share_prefix = placed.work, placed.share_prefix
+        self.work = placed.work
 
     def _add_parts(self, run: PreparedRun) -> None:
         self.confusion_matrices: dict[int | tuple[int, str], pd.DataFrame] = {}
@@ -405,7 +400,7 @@ class LoraTrainer(Trainer):
             rank=self.args.process_index,
             world_size=self.args.world_size,
             seed=self.order_seed,
-            share_prefix=self.share_prefix,
+            share_prefix=self.placement.shares_prefix,
             max_tokens=self.placement.sequence_length,
             tree_of=self.objective.tree,
             count_of=self.objective.count,

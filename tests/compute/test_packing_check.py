@@ -20,6 +20,11 @@ CPU = torch.device("cpu")
 WINDOW = 64
 
 
+def sample_trees(given: list[Tree], *, tokens: int) -> list[Tree]:
+    """`sample_of` where the examples are their trees."""
+    return sample_of(given, lambda tree: tree, tokens=tokens)
+
+
 def with_windows():
     """Its local attention counts along the sequence, whatever the mask says."""
     torch.manual_seed(0)
@@ -41,10 +46,10 @@ def trees(count, tokens):
 
 def test_a_sample_fills_the_sequence_and_ends_with_the_longest():
     given = [*trees(4, 10), *trees(1, 20), *trees(5, 10)]
-    sample = sample_of(given, tokens=60)
+    sample = sample_trees(given, tokens=60)
     assert len(sample[-1]) == max(map(len, given)) == 19
     assert 45 < sum(map(len, sample)) <= 60
-    assert sample_of([], tokens=60) == []
+    assert sample_trees([], tokens=60) == []
 
 
 @pytest.mark.parametrize(("tokens", "fits"), [(WINDOW, True), (4 * WINDOW, False)])
@@ -53,7 +58,7 @@ def test_windows_that_count_along_the_sequence(tokens, fits):
     adapter = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     packed = PackedModel(attach_adapter(with_windows(), adapter))
     check_packing(packed, device=CPU)
-    sample = sample_of(trees(30, 20), tokens=tokens)
+    sample = sample_trees(trees(30, 20), tokens=tokens)
     if fits:
         check_packing(packed, device=CPU, sample=sample)
         return
@@ -71,11 +76,23 @@ def test_what_is_chosen_by_the_length_of_the_sequence():
         output.logits = output.logits * (1 + 0.1 * (inputs["input_ids"].shape[1] > 100))
         return output
 
-    check_packing(PackedModel(model), device=CPU, sample=sample_of(trees(30, 20), tokens=400))
+    check_packing(
+        PackedModel(model),
+        device=CPU,
+        sample=sample_trees(trees(30, 20), tokens=400),
+    )
     model.forward = longer_is_colder
-    check_packing(PackedModel(model), device=CPU, sample=sample_of(trees(30, 20), tokens=90))
+    check_packing(
+        PackedModel(model),
+        device=CPU,
+        sample=sample_trees(trees(30, 20), tokens=90),
+    )
     with pytest.raises(UnsupportedModelError, match="differently from single ones"):
-        check_packing(PackedModel(model), device=CPU, sample=sample_of(trees(30, 20), tokens=400))
+        check_packing(
+            PackedModel(model),
+            device=CPU,
+            sample=sample_trees(trees(30, 20), tokens=400),
+        )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -131,7 +148,7 @@ def test_what_the_live_check_finds_is_gone_by(tmp_path):
     """Nothing in the settings says it: the run's examples do, packed and filled up alike."""
     trainer = trainer_of(tmp_path, with_factors_by_length(), max_steps=2)
     assert trainer.placement.packing.packing is trainer.packed.packing is Packing.SINGLE
-    assert not trainer.share_prefix
+    assert not trainer.placement.shares_prefix
     assert "one example a sequence, one by one (LlamaForCausalLM computes packed" in str(
         trainer.placement
     )

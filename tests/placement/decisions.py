@@ -13,9 +13,10 @@ from functools import cache
 from pathlib import Path
 
 from peft import LoraConfig
-from transformers import LlamaConfig
+from transformers import GPTNeoConfig, Lfm2Config, LlamaConfig, PreTrainedModel
 
 from lora_fsdp.arguments.fsdp import FsdpSettings
+from lora_fsdp.compute.architectures import why_apart
 from lora_fsdp.data.workload import Work, given_work
 from lora_fsdp.errors import LoraFsdpError
 from lora_fsdp.placement.decide import decide
@@ -35,7 +36,21 @@ SEVEN_BILLION = LlamaConfig(
     num_attention_heads=32,
     num_key_value_heads=32,
 )
-MODELS = {"7B": SEVEN_BILLION, "70B": dense_config(70e9)}
+# Attention in one of three layers, and a state that is handed on in the others.
+HYBRID = Lfm2Config(
+    vocab_size=65536,
+    hidden_size=2048,
+    intermediate_size=12288,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    full_attn_idxs=[2, 5, 8, 10, 12, 14],
+)
+# Windows of its own making, through which no mask reaches: each example gets its own sequence.
+APART = GPTNeoConfig(
+    hidden_size=2560, num_layers=32, num_heads=20, attention_types=[[["global", "local"], 16]]
+)
+MODELS = {"7B": SEVEN_BILLION, "70B": dense_config(70e9), "hyb": HYBRID, "neo": APART}
 YAMLS = {
     "none": None,
     "fsdp": FsdpSettings(True, False, False, None, True),
@@ -76,7 +91,7 @@ class Case:
 
 def cases() -> Iterator[Case]:
     for model, gigabytes, ranks, quantized, tokens in itertools.product(
-        MODELS, (24, 48, 80, 141), (1, 2, 8), (False, True), (36, 1500)
+        ("7B", "70B"), (24, 48, 80, 141), (1, 2, 8), (False, True), (36, 1500)
     ):
         for yaml in ("none", "fsdp") if ranks > 1 else ("none",):
             yield Case(model, gigabytes, ranks, yaml, quantized, tokens)
@@ -102,6 +117,12 @@ def cases() -> Iterator[Case]:
     for quantized in (False, True):
         yield Case("70B", 24, 1, "offload", quantized)
         yield Case("70B", 24, 2, "offload", quantized)
+    for model, gigabytes, ranks, tokens, step in itertools.product(
+        ("hyb", "neo"), (24, 80), (1, 2), (36, 1500), ("auto", "graph")
+    ):
+        yaml = "fsdp" if ranks > 1 else "none"
+        yield Case(model, gigabytes, ranks, yaml, tokens=tokens, step=step)
+        yield Case(model, gigabytes, ranks, yaml, tokens=tokens, step=step, recomputing=True)
 
 
 def work_of(case: Case) -> Work:
@@ -119,11 +140,17 @@ def work_of(case: Case) -> Work:
 
 
 @cache
-def counted(model: str, dropout: float, stay: str | None) -> ModelShape:
+def skeleton(model: str) -> PreTrainedModel:
+    return build_on_meta(MODELS[model])
+
+
+@cache
+def counted(model: str, dropout: float, stay: str | None, *, packed: bool) -> ModelShape:
     adapter = LoraConfig(
         r=8, target_modules=["q_proj", "v_proj"], lora_dropout=dropout, task_type="CAUSAL_LM"
     )
-    return shape_of(build_on_meta(MODELS[model]), adapter, stay=stay)
+    # The adapter is attached to what is counted.
+    return shape_of(build_on_meta(MODELS[model]), adapter, stay=stay, packed=packed)
 
 
 def decision(case: Case) -> str:
@@ -135,9 +162,11 @@ def decision(case: Case) -> str:
         fsdp=YAMLS[case.yaml],
         quantized=case.quantized,
         lora_dropout=bool(case.dropout),
+        why_apart=why_apart(skeleton(case.model)),
     )
+    packed = not request.packing_choice.packing.is_apart
     card = replace(GPUS["H100-80GB"], memory=case.gigabytes * 2**30)
-    shape = counted(case.model, case.dropout, request.why_not_fused)
+    shape = counted(case.model, case.dropout, request.why_not_fused, packed=packed)
     try:
         found = decide(shape, work_of(case), Hardware.of(card, case.ranks), request)
     except LoraFsdpError as error:
@@ -149,6 +178,7 @@ def decision(case: Case) -> str:
         str(found.step),
         f"sequences of {found.sequence_length}",
         "recomputing" if layout.recomputed else "",
+        "" if packed else str(found.packing.packing),
         f"{found.memory.total / 1e9:.1f} GB",
         "" if found.fits else "does not fit",
     ]

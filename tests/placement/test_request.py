@@ -57,4 +57,4 @@ def test_a_prefix_is_shared_where_nothing_is_dropped(tmp_path, rate, lora, asked
         ),
         max_length=128,
     )  # fmt: skip
-    assert trainer.share_prefix == shared
+    assert trainer.placement.shares_prefix == shared

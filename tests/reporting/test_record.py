@@ -183,7 +183,7 @@ def test_a_run_that_breaks_off_can_be_reported_on(
     def stop(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(lora_fsdp.pipeline, "compare", stop)
+    monkeypatch.setattr(lora_fsdp.pipeline, "compare_run", stop)
     with pytest.raises(KeyboardInterrupt):
         tune(model_folder, tmp_path / "run")
     found = read(write_report(tmp_path / "run").with_suffix(".json"))

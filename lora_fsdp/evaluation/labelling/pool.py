@@ -12,12 +12,14 @@ import pyarrow as pa
 
 from lora_fsdp.data.streams import Chunk, TableStream
 from lora_fsdp.errors import ArgumentError, NoRowsError, OutputFileError
+from lora_fsdp.evaluation.answering.columns import refuse_taken_names
+from lora_fsdp.evaluation.answering.rows import examples_of_chunk, has_text
+from lora_fsdp.evaluation.answering.unfinished import check_output_name
 from lora_fsdp.evaluation.ensemble import Ensemble
-from lora_fsdp.evaluation.file_prediction import examples_of_chunk, refuse_taken_names
 from lora_fsdp.evaluation.labelling.next_rows import rank, unsure
 from lora_fsdp.evaluation.outputs import write_atomically
 from lora_fsdp.evaluation.prediction import Predictor
-from lora_fsdp.tasks import Task
+from lora_fsdp.tasks import Example, Task
 from lora_fsdp.tasks.answers import ModelOutputs
 
 #: The column that is added beside those of `lora-fsdp predict`.
@@ -64,16 +66,9 @@ def check_output(stream: TableStream, output: Path, *, overwrite: bool) -> None:
     Raises:
         ArgumentError, OutputFileError: says what to name.
     """
-    suffix = stream.output_suffix
-    if not output.name.lower().endswith(suffix):
-        raise ArgumentError(
-            f"{output} is no {suffix} file: the output has the pool's format, so that its rows "
-            f"stay what they are; name it *{suffix}."
-        )
+    check_output_name(stream, output, what="pool", option="--output_file")
     if output.is_dir():
         raise OutputFileError(f"{output} is a folder: name another --output_file.")
-    if output.exists() and output.samefile(stream.path):
-        raise OutputFileError(f"{output} is the pool: name another --output_file.")
     if output.exists() and not overwrite:
         raise OutputFileError(
             f"{output} is already there: name another --output_file, or replace it with "
@@ -117,40 +112,47 @@ def choose_next(
     if chunk is None:
         raise NoRowsError(f"{stream.path} holds no rows.")
     examples = examples_of_chunk(predictor.task, stream, chunk)
-    places = [n for n, one in enumerate(examples) if one.prompt.text.strip()]
+    places = [place for place, one in enumerate(examples) if has_text(one)]
     if not places:
         raise NoRowsError(f"None of the {len(examples)} rows of {stream.path} has a text.")
     kind = predictor.task.answer_kind
-    nothing = predictor.outputs([])
-    names = [SCORE, *kind.predicted_columns([], nothing)]
+    names = [SCORE, *kind.predicted_columns([], predictor.outputs([]))]
     refuse_taken_names([f"{column_prefix}{name}" for name in names], chunk)
-    found: list[ModelOutputs] = []
-    for first in range(0, len(places), _ROWS_AT_ONCE):
-        some = places[first : first + _ROWS_AT_ONCE]
-        given = predictor.outputs([examples[place] for place in some])
-        found.append(predictor.calibrated(given) if isinstance(predictor, Predictor) else given)
-        if on_rows is not None:
-            on_rows(len(some))
-    outputs = ModelOutputs(
-        np.concatenate([one.log_likelihoods for one in found]),
-        np.concatenate([one.tokens for one in found]),
-    )
+    asked = [examples[place] for place in places]
+    outputs = _answered(predictor, asked, on_rows=on_rows)
     scores = unsure(kind.probabilities_by_question(outputs), by=by)
-    texts = [examples[place].prompt.content for place in places]
-    ranked = rank(scores, texts, count=count, seed=seed)
-    chosen = [places[one] for one in ranked]
-    asked = [examples[place] for place in chosen]
+    ranked = rank(scores, [one.prompt.content for one in asked], count=count, seed=seed)
+    chosen = [asked[one] for one in ranked]
     added: dict[str, Sequence[Any]] = {
         SCORE: scores[ranked].tolist(),
-        **kind.predicted_columns(asked, outputs.of(ranked)),
+        **kind.predicted_columns(chosen, outputs.of(ranked)),
     }
     added = {f"{column_prefix}{name}": values for name, values in added.items()}
-    _write(stream, _rows_of(chunk, chosen), added, output)
+    _write(stream, _rows_of(chunk, [places[one] for one in ranked]), added, output)
     return NextRows(
         output,
-        [examples[place].row for place in chosen],
+        [one.row for one in chosen],
         len(examples),
-        [one.row for one in examples if not one.prompt.text.strip()],
+        [one.row for one in examples if not has_text(one)],
+    )
+
+
+def _answered(
+    predictor: Predictor | Ensemble,
+    examples: Sequence[Example],
+    *,
+    on_rows: Callable[[int], None] | None,
+) -> ModelOutputs:
+    """What is given for N rows, of which some are asked at a time."""
+    found: list[ModelOutputs] = []
+    for first in range(0, len(examples), _ROWS_AT_ONCE):
+        some = examples[first : first + _ROWS_AT_ONCE]
+        found.append(predictor.calibrated(predictor.outputs(some)))
+        if on_rows is not None:
+            on_rows(len(some))
+    return ModelOutputs(
+        np.concatenate([one.log_likelihoods for one in found]),
+        np.concatenate([one.tokens for one in found]),
     )
 
 

@@ -31,7 +31,7 @@ def announce(trainer: LoraTrainer, data: TaskData, status: FsdpStatus) -> None:
     encoded = [*trainer.train_dataset, *trainer.held_out, *trainer.test_dataset]
     for warning in check_task_data(data, encoded).warnings:
         say(f"  warning: {visible(warning, lines=False)}")
-    shared = "yes" if trainer.share_prefix else "no"
+    shared = "yes" if trainer.placement.shares_prefix else "no"
     say(f"  prompts' common prefix computed once a packed sequence: {shared}")
     say(f"  {targets_in_words(trainer.model)}")
     say(str(status))

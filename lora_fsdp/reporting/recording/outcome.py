@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from lora_fsdp.data.rows import TaskData
 from lora_fsdp.placement.gpus import known_gpu
 from lora_fsdp.planning.predicted import predicted
+from lora_fsdp.reporting.recording.record import RecordedRun
 from lora_fsdp.training.logging.time_spent import seconds_by_part
 from lora_fsdp.training.trainer import LoraTrainer
 
@@ -18,34 +19,59 @@ from lora_fsdp.training.trainer import LoraTrainer
 def facts_of_run(
     trainer: LoraTrainer, data: TaskData, trained: dict[str, float], *, first_step: int
 ) -> dict[str, Any]:
-    steps = trainer.state.global_step
-    tokens = [len(one.prompt_ids) + len(one.target_ids) for one in trainer.train_dataset]
+    """Of a run of one adapter; a collective call.
+
+    Args:
+        trainer, data: of the run.
+        trained: the Trainer's metrics of training.
+        first_step: at which this session began.
+    """
+    steps, seconds = trainer.state.global_step, trained["train_runtime"]
     # Counted here: not every version of the Trainer leaves out what a resumed run did before.
     seen = trainer.schedule.examples_before(steps) - trainer.schedule.examples_before(first_step)
-    speed = seen / max(trained["train_runtime"], 1e-9)
-    facts: dict[str, Any] = {
+    return {
         "seconds_by_part": seconds_by_part(),  # of the last ones more follow: `save_facts`
+        **facts_of_training(trainer, data, steps=steps, seen=seen, seconds=seconds),
+        "chosen_among": _chosen_among(trainer) if not data.test else None,
+        "first_step": first_step,
+        "confusion_matrices": {
+            step: matrix.to_dict(orient="split")
+            for step, matrix in trainer.confusion_matrices.items()
+        },
+        **_predicted_and_measured(trainer, seconds),
+    }
+
+
+def facts_of_training(
+    run: RecordedRun, data: TaskData, *, steps: int, seen: float, seconds: float
+) -> dict[str, Any]:
+    """What is known of a run by itself and of one adapter of several.
+
+    Args:
+        run, data: of the adapter.
+        steps: optimizer steps.
+        seen: examples of this session.
+        seconds: that training took.
+    """
+    tokens = [one.tokens for one in run.train_dataset]
+    everything = [*run.train_dataset, *run.held_out, *run.test_dataset]
+    speed = seen / max(seconds, 1e-9)
+    return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "task": data.task.name,
         "labels": list(data.task.answer_kind.labels),
         "training_rows": len(data.train),
         "held_out_rows": len(data.reported),
         "validation_rows": len(data.held_out) if data.test else None,
-        "chosen_among": _chosen_among(trainer) if not data.test else None,
         "rows_left_out": data.dropped,
-        "rows_shortened": trainer.shortened,
-        "processes": trainer.args.world_size,
+        "rows_shortened": sum(one.shortened for one in everything),
+        "processes": run.args.world_size,
         "steps": steps,
-        "first_step": first_step,
-        "training_seconds": trained["train_runtime"],
+        "first_step": 0,
+        "training_seconds": seconds,
         "examples_per_second": speed,
         "tokens_per_second": speed * sum(tokens) / len(tokens),
-        "confusion_matrices": {
-            step: matrix.to_dict(orient="split")
-            for step, matrix in trainer.confusion_matrices.items()
-        },
     }
-    return facts | _predicted_and_measured(trainer, trained["train_runtime"])
 
 
 def _chosen_among(trainer: LoraTrainer) -> int | None:

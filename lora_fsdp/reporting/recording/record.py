@@ -48,9 +48,6 @@ class RecordedRun(AskedRun, Protocol):
     def examples_per_step(self) -> int: ...
 
     @property
-    def share_prefix(self) -> bool: ...
-
-    @property
     def max_new_tokens(self) -> int: ...
 
 
@@ -115,7 +112,7 @@ def _facts(trainer: RecordedRun, data: TaskData) -> dict[str, Any]:
         "processes": trainer.args.world_size,
         "device": trainer.args.device.type,
         "examples_per_step": trainer.examples_per_step,
-        "share_prefix": trainer.share_prefix,
+        "share_prefix": trainer.placement.shares_prefix,
         "packing": str(trainer.placement.packing.packing),
     }
 
@@ -129,7 +126,7 @@ def _rows(
             "row": [example.row for example in examples],
             "text": pd.Series([example.prompt.content for example in examples], dtype=object),
             "answer": pd.Series(answers_of(data.task, examples), dtype=object),
-            "tokens": [len(one.prompt_ids) + len(one.target_ids) for one in encoded],
+            "tokens": [one.tokens for one in encoded],
             "shortened": pd.Series([one.shortened for one in encoded], dtype=bool),
         }
     )

@@ -44,7 +44,7 @@ def shares_section(predictions: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _listed(labels: list[str], numbers: np.ndarray, *, most: int = 3) -> str:
-    """The largest, with their labels."""
-    largest = np.argsort(-numbers, kind="stable")[:most]
+def _listed(labels: list[str], numbers: np.ndarray) -> str:
+    """The three largest, with their labels."""
+    largest = np.argsort(-numbers, kind="stable")[:3]
     return ", ".join(f"{labels[place]} {numbers[place]:.2f}" for place in largest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,9 +31,6 @@ class Distribution(ClosedSet):
     rivals = ()
     report_sections = (Section.ANSWERS, Section.SHARES)
     losses = ()  # of no answer alone it can be said that it is the right one
-
-    def __init__(self, labels: Sequence[str], target_of: Callable[[str], str]) -> None:
-        super().__init__(labels, target_of)
 
     def metrics(
         self, targets: Sequence[str], predictions: Sequence[str | None]

@@ -46,9 +46,7 @@ class RunFigures:
     price_per_hour: float | None
 
     def __post_init__(self) -> None:
-        self.lengths = np.array(
-            [len(one.prompt_ids) + len(one.target_ids) for one in self.examples], dtype=np.int64
-        )
+        self.lengths = np.array([one.tokens for one in self.examples], dtype=np.int64)
         self._epoch: tuple[int, list[int]] = (-1, [])
         self.start(0)
 

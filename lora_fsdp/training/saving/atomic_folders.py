@@ -49,15 +49,10 @@ def atomic_folder(folder: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     Raises:
         CheckpointSaveError: it cannot be written; `folder` is as it was.
     """
-    with _clear_message(folder):
-        partial = _begin(folder)
-        try:
-            yield partial
-            _seal(partial, facts)
-            _take_place(partial, folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    with _draft(folder) as partial:
+        yield partial
+        _seal(partial, facts)
+        _take_place(partial, folder)
 
 
 @contextmanager
@@ -67,18 +62,10 @@ def atomic_files(folder: Path, facts: Mapping[str, Any], *, last: str) -> Iterat
     They are moved in one by one, the file `last` at the end: without it nobody can take the others
     for complete, so it is also the first to go where a former set is replaced.
     """
-    with _clear_message(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = _begin(folder / FINAL_FILES)
-        try:
-            yield partial
-            _seal(partial, facts)
-            (folder / last).unlink(missing_ok=True)
-            _move_files(partial, folder, last=last)
-            shutil.rmtree(partial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    with _draft(folder, last=last) as partial:
+        yield partial
+        _seal(partial, facts)
+        _move_files(partial, folder, last=last)
 
 
 @contextmanager
@@ -88,26 +75,18 @@ def received_folder(folder: Path, *, last: str | None = None) -> Iterator[Path]:
     Raises:
         CheckpointSaveError: it cannot be written, or what arrived is not what its marker says.
     """
-    with _clear_message(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = _begin(folder if last is None else folder / FINAL_FILES)
+    with _draft(folder, last=last) as partial:
+        yield partial
+        for file in [path for path in partial.rglob("*") if path.is_file()]:
+            _flush(file)
         try:
-            yield partial
-            for file in [path for path in partial.rglob("*") if path.is_file()]:
-                _flush(file)
-            try:
-                check_whole(partial)
-            except DamagedCheckpointError as error:
-                raise CheckpointSaveError(f"{folder} did not arrive whole: {error}.") from error
-            if last is None:
-                _take_place(partial, folder)
-            else:
-                (folder / last).unlink(missing_ok=True)
-                _move_files(partial, folder, last=last)
-                shutil.rmtree(partial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            check_whole(partial)
+        except DamagedCheckpointError as error:
+            raise CheckpointSaveError(f"{folder} did not arrive whole: {error}.") from error
+        if last is None:
+            _take_place(partial, folder)
+        else:
+            _move_files(partial, folder, last=last)
 
 
 def add_file(folder: Path, name: str, text: str) -> None:
@@ -253,11 +232,20 @@ def _check_is_folder(place: Path) -> None:
         raise FileExistsError(errno.EEXIST, f"{place.name} is there and no folder: move it away")
 
 
-def _begin(folder: Path) -> Path:
-    partial = folder.with_name(folder.name + PARTIAL)
-    _make_way(partial)
-    partial.mkdir(parents=True)
-    return partial
+@contextmanager
+def _draft(folder: Path, *, last: str | None = None) -> Iterator[Path]:
+    """A folder to write into, of which nothing is left where that fails: beside `folder`, or, with
+    the name of the `last` of its files, in it."""
+    place = folder if last is None else folder / FINAL_FILES
+    partial = place.with_name(place.name + PARTIAL)
+    with _clear_message(folder):
+        _make_way(partial)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def _seal(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -289,11 +277,13 @@ def _take_place(partial: Path, folder: Path) -> None:
 
 
 def _move_files(partial: Path, folder: Path, *, last: str) -> None:
+    (folder / last).unlink(missing_ok=True)
     names = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
     for name in sorted(names, key=lambda name: (str(name) == last, name)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial / name, folder / name)
     _flush_folder(folder)
+    shutil.rmtree(partial)
 
 
 def _flush(file: Path) -> None:

@@ -82,12 +82,12 @@ def holder_of(folder: Path) -> str | None:
 
 
 @contextmanager
-def run_lock(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """Hold the output folder; nothing is done where this process holds it already."""
     if folder.absolute() in _held:
         yield
         return
-    hold_folder(folder, wait_seconds=wait_seconds)
+    hold_folder(folder)
     try:
         yield
     finally:

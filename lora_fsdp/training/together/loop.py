@@ -142,7 +142,7 @@ class AdaptersTogether:
         request = request_of_run(self.model, self.args, settings=self.settings)
         # Fused layers have one adapter each.
         self.request = replace(request, step="eager")
-        longest = max(self.plans, key=lambda plan: sum(map(_tokens, plan.train)))
+        longest = max(self.plans, key=lambda plan: sum(one.tokens for one in plan.train))
         work = measure_work(
             vars(longest.args),
             list(longest.train),
@@ -169,9 +169,7 @@ class AdaptersTogether:
         self.adapters = AdapterSet.of(self.model)
         self.adapters.broadcast()
         self.adapters.check_equal()
-        largest = self.placement.largest
-        trees = [self.objective.tree(one) for one in longest.train]
-        sample = sample_of(trees, tokens=max(largest.tokens, largest.scored))
+        sample = sample_of(longest.train, self.objective.tree, tokens=self.placement.largest_tokens)
         with self.shared.only(self.names[0]):
             check_packing(self.packed, device=self.device, sample=sample)
         if (reason := why_not_shared(self.shared, device=self.device, sample=sample)) is not None:
@@ -192,7 +190,7 @@ class AdaptersTogether:
                     rank=self.args.process_index,
                     world_size=self.args.world_size,
                     seed=plan.order_seed,
-                    share_prefix=self.request.shares_prefix,
+                    share_prefix=self.placement.shares_prefix,
                     max_tokens=self.placement.sequence_length,
                     tree_of=self.objective.tree,
                     count_of=self.objective.count,
@@ -315,7 +313,3 @@ class AdaptersTogether:
         """The base as it was, without adapters and patches; for a base that is not sharded."""
         self.packed.undo()
         return cast(PreTrainedModel, self.model.unload())
-
-
-def _tokens(example: EncodedExample) -> int:
-    return len(example.prompt_ids) + len(example.target_ids)

@@ -7,8 +7,7 @@ pipelines work on it. Training is `LoraTrainer`'s, answers are `Predictor`'s.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 from weakref import WeakKeyDictionary
@@ -17,8 +16,7 @@ import numpy as np
 import pandas as pd
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import Tags
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, column_or_1d
+from sklearn.utils.validation import check_is_fitted
 from transformers import set_seed
 
 from lora_fsdp.adapter.attach import lora_config
@@ -29,14 +27,11 @@ from lora_fsdp.data.few_shot import take_shots
 from lora_fsdp.data.rows import encoder_of
 from lora_fsdp.errors import (
     ArgumentError,
-    ColumnNotFoundError,
     DataError,
-    LabelCollisionError,
     OutputFolderError,
-    SingleLabelError,
-    UnknownLabelError,
-    did_you_mean,
 )
+from lora_fsdp.estimator.inputs import labels_of, texts_of, weights_of
+from lora_fsdp.estimator.settings import SETTINGS, refusal
 from lora_fsdp.evaluation.prediction import Predictor
 from lora_fsdp.ranks import world_size
 from lora_fsdp.tasks import ClassificationTask, Example
@@ -45,41 +40,7 @@ from lora_fsdp.tasks.shots import Shot
 from lora_fsdp.tasks.weights import check_weights, weighted
 from lora_fsdp.training.trainer import LoraTrainer
 
-_TEXT, _LABEL, _WEIGHT = "text", "label", "sample_weight"
-_OF_THE_ROWS = (
-    "class_weights", "max_length", "chat_template", "chat_template_kwargs", "thinking", "few_shot",
-)  # fmt: skip
-# `fit` learns from every row that it is given and leaves the adapter in the object.
-_OF_A_FOLDER = (
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_", "push_to_hub", "hub_",
-)  # fmt: skip
-_OF_HELD_OUT_ROWS = (
-    "eval_", "do_", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-    "early_stopping_", "per_device_eval_", "probe_rows", "untrained_shots",
-    "generate_examples", "batch_eval_metrics",
-    "prediction_loss_only", "include_for_metrics",
-)  # fmt: skip
-_OF_SEVERAL = ("seeds", "folds", "grid", "samples", "adapters_at_once", "max_hours")
-
-
-def _own_settings() -> dict[str, type]:
-    """The class of arguments that each further setting belongs to."""
-    refused = (*_OF_A_FOLDER, *_OF_HELD_OUT_ROWS)
-    training = [
-        one.name
-        for one in fields(FineTuningArguments)
-        if one.init and not one.name.startswith(refused) and one.name not in _OF_SEVERAL
-    ]
-    model = [one.name for one in fields(ModelArguments) if one.name != "model_name_or_path"]
-    return {
-        **dict.fromkeys(training, FineTuningArguments),
-        **{one.name: LoraArguments for one in fields(LoraArguments)},
-        **dict.fromkeys(model, ModelArguments),
-        **dict.fromkeys(_OF_THE_ROWS, DataArguments),
-    }
-
-
-_SETTINGS = _own_settings()
+_LABEL, _WEIGHT = "label", "sample_weight"
 
 
 class LoraClassifier(ClassifierMixin, BaseEstimator):
@@ -120,14 +81,14 @@ class LoraClassifier(ClassifierMixin, BaseEstimator):
         self.instruction = instruction
         self.text_column = text_column
         for name, value in settings.items():
-            if (why := _refusal(name)) is not None:
+            if (why := refusal(name)) is not None:
                 raise ArgumentError(why)
             setattr(self, name, value)
 
     # ---- parameters, as scikit-learn asks for them ----------------------------------------------
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """All parameters by name, the settings that were given among them."""
-        given = {name: value for name, value in vars(self).items() if name in _SETTINGS}
+        given = {name: value for name, value in vars(self).items() if name in SETTINGS}
         return {**super().get_params(deep=deep), **given}
 
     def set_params(self, **params: Any) -> Self:
@@ -138,7 +99,7 @@ class LoraClassifier(ClassifierMixin, BaseEstimator):
         """
         own = super().get_params(deep=False)
         for name in params:
-            if name not in own and (why := _refusal(name)) is not None:
+            if name not in own and (why := refusal(name)) is not None:
                 raise ArgumentError(why)
         for name, value in params.items():
             setattr(self, name, value)
@@ -172,8 +133,8 @@ class LoraClassifier(ClassifierMixin, BaseEstimator):
                 "LoraClassifier trains in one process: start it without a launcher, or train with "
                 "lora-fsdp train and ask the adapter with Predictor.from_adapter."
             )
-        texts, column = self._texts(X)
-        labels, classes = _labels(y, rows=len(texts))
+        texts, column = texts_of(X, text_column=self.text_column)
+        labels, classes = labels_of(y, rows=len(texts))
         table = pd.DataFrame(
             {column: texts, _other(_LABEL, column): labels},
             index=pd.RangeIndex(1, len(texts) + 1, name="row"),
@@ -181,7 +142,7 @@ class LoraClassifier(ClassifierMixin, BaseEstimator):
         weight = None
         if sample_weight is not None:
             weight = _other(_WEIGHT, column)
-            table[weight] = _weights(sample_weight, rows=len(texts))
+            table[weight] = weights_of(sample_weight, rows=len(texts))
             check_weights(table, weight)
             if not table[weight].astype(float).any():
                 raise DataError(f"sample_weight: every weight is zero, of {len(texts)} rows.")
@@ -211,7 +172,7 @@ class LoraClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         predictor = self._asked()
-        texts, _ = self._texts(X)
+        texts, _ = texts_of(X, text_column=self.text_column)
         column = str(predictor.task.options()["text_column"])
         table = pd.DataFrame(
             {column: texts}, index=pd.RangeIndex(1, len(texts) + 1, name="row"), dtype=object
@@ -244,7 +205,7 @@ class LoraClassifier(ClassifierMixin, BaseEstimator):
 
     # ---- parts ----------------------------------------------------------------------------------
     def _given(self, kind: type) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if _SETTINGS.get(name) is kind}
+        return {name: value for name, value in vars(self).items() if SETTINGS.get(name) is kind}
 
     def _train(
         self,
@@ -298,128 +259,13 @@ class LoraClassifier(ClassifierMixin, BaseEstimator):
                 )
         return _asked_again[self]
 
-    def _texts(self, X: Any) -> tuple[list[Any], str]:
-        """The texts, and what their column is called.
-
-        Raises:
-            DataError: `X` holds no list of texts.
-        """
-        if isinstance(X, pd.DataFrame):
-            return self._texts_of_table(X)
-        if isinstance(X, str | bytes | Mapping):
-            raise DataError(f"X is a {type(X).__name__}: give a list of texts, one for each row.")
-        if isinstance(X, pd.Series):
-            return list(X), _TEXT
-        if not isinstance(X, Sequence | np.ndarray) and not hasattr(X, "__array__"):
-            raise DataError(
-                f"X is a {type(X).__name__}: give a list, an array or a Series of texts."
-            )
-        cells: Any = X if isinstance(X, Sequence) else np.asarray(X)
-        if isinstance(cells, np.ndarray) and cells.ndim == 2 and cells.shape[1] == 1:
-            cells = cells[:, 0]
-        if isinstance(cells, np.ndarray) and cells.ndim != 1:
-            raise DataError(
-                f"X has the shape {cells.shape}: give one text for each row, of shape (rows,) or "
-                "(rows, 1)."
-            )
-        strange = next((n for n, cell in enumerate(cells, 1) if not _is_cell(cell)), None)
-        if strange is not None:
-            raise DataError(f"Row {strange} of X is {cells[strange - 1]!r:.80}, not a text.")
-        return list(cells), _TEXT
-
-    def _texts_of_table(self, table: pd.DataFrame) -> tuple[list[Any], str]:
-        columns = [str(name) for name in table.columns]
-        named = self.text_column
-        if named is None and len(columns) == 1:
-            named = columns[0]
-        if named is None:
-            raise ColumnNotFoundError(
-                f"X has the columns {', '.join(map(repr, columns))}: name the one with the text by "
-                "text_column."
-            )
-        if columns.count(named) != 1:
-            raise ColumnNotFoundError(
-                f"X has no single column {named!r}, but {', '.join(map(repr, columns))}: set "
-                "text_column."
-            )
-        cells = list(table.iloc[:, columns.index(named)])
-        strange = next((n for n, cell in enumerate(cells, 1) if not _is_cell(cell)), None)
-        if strange is not None:
-            raise DataError(
-                f"Row {strange}, column {named!r} of X is {cells[strange - 1]!r:.80}, not a text."
-            )
-        return cells, named
-
 
 # Beside the objects: a pickle or a copy of one holds no base, and asking changes none of them.
 _asked_again: WeakKeyDictionary[LoraClassifier, Predictor] = WeakKeyDictionary()
 
 
-def _refusal(name: str) -> str | None:
-    """Why `name` is no setting of the estimator, or `None`."""
-    if name in _SETTINGS:
-        return None
-    if name.startswith(_OF_A_FOLDER):
-        return f"{name}: fit keeps the adapter in the object; write it with save_adapter(folder)."
-    if name.startswith(_OF_HELD_OUT_ROWS):
-        return f"{name}: fit learns from every row it is given; hold rows out with scikit-learn."
-    if name in _OF_SEVERAL:
-        return f"{name}: fit trains one adapter to its end; use scikit-learn's model selection."
-    hint = did_you_mean(name, _SETTINGS)
-    return f"LoraClassifier has no setting {name!r}.{hint}"
-
-
-def _is_cell(cell: object) -> bool:
-    """Whether it may be a text: one, or nothing, which is refused with its row by the task."""
-    return isinstance(cell, str) or cell is None or cell is pd.NA or cell != cell
-
-
 def _other(name: str, taken: str) -> str:
     return f"{name}_" if name == taken else name
-
-
-def _labels(y: Any, *, rows: int) -> tuple[list[Any], np.ndarray]:
-    """The labels as a task reads them, and the sorted ones of the user's own type.
-
-    Raises:
-        DataError: there are as many labels as rows only in name, or one is missing.
-    """
-    if y is None:
-        raise DataError(
-            "requires y to be passed, but the target y is None: give a label for each row."
-        )
-    labels = column_or_1d(y, warn=True)
-    if len(labels) != rows:
-        raise DataError(f"X has {rows} rows and y {len(labels)}: give a label for each row.")
-    missing = np.flatnonzero(pd.isna(labels)) + 1
-    if len(missing):
-        shown = ", ".join(map(str, missing[:5].tolist()))
-        raise UnknownLabelError(f"{len(missing)} rows of y have no label: row {shown}.")
-    if rows:
-        check_classification_targets(labels)
-    classes = np.unique(labels)
-    texts = [label_text(one) for one in classes.tolist()]
-    if len(classes) == 1:
-        raise SingleLabelError(
-            f"y has one class, {texts[0]!r}: there is nothing to learn. Give rows of at least two."
-        )
-    if twice := sorted({text for text in texts if texts.count(text) > 1}):
-        raise LabelCollisionError(
-            f"Different labels of y are written alike: {', '.join(map(repr, twice))}; rename one."
-        )
-    return [label_text(one) for one in labels.tolist()], classes
-
-
-def _weights(given: Any, *, rows: int) -> list[Any]:
-    weights = np.asarray(given, dtype=object)
-    if weights.ndim == 0:
-        weights = np.full(rows, given, dtype=object)
-    if weights.shape != (rows,):
-        raise DataError(
-            f"sample_weight has the shape {weights.shape}, and X {rows} rows: give a number for "
-            "each row."
-        )
-    return list(weights)
 
 
 def _read_files(folder: Path) -> dict[str, bytes]:
