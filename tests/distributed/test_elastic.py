@@ -83,7 +83,7 @@ def test_a_host_dies_and_the_other_goes_on(tmp_path, way):
 @pytest.mark.parametrize("way", ["killed while saving", "cut off", "half open"])
 def test_a_lost_host_comes_back(tmp_path, way):
     """Lost in a step or in a save; the other goes on, the lost one joins it, and both finish."""
-    sizes = Sizes(rows=48, epochs=10, examples=12, save_steps=2, stall_seconds=10.0)
+    sizes = Sizes(rows=48, epochs=30, examples=12, save_steps=2, stall_seconds=10.0)
     with hosts(2) as both:
         run = ElasticHosts(both, tmp_path / "run", sizes, apart=False, seconds=0.3)
         try:
