@@ -28,8 +28,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from lora_fsdp.errors import LostHostError
@@ -141,7 +142,7 @@ class _Watch:
     def _tell(self, message: Mapping[str, object]) -> None:
         raise NotImplementedError
 
-    def _store(self) -> dist.TCPStore | None:
+    def _store(self) -> TCPStore | None:
         """A connection of its own: the process group's waits with its main thread."""
         place = self.place
         while not self.over.is_set():
@@ -150,7 +151,7 @@ class _Watch:
                 socket.create_connection(
                     (place.address, place.port), timeout=min(5.0, left)
                 ).close()
-                return dist.TCPStore(
+                return TCPStore(
                     place.address,
                     place.port,
                     is_master=False,
@@ -205,7 +206,7 @@ class _First(_Watch):
         link, _ = server.accept()
         link.settimeout(5.0)
         try:
-            token, host, name = _next_message(link)["hello"]  # type: ignore[misc]
+            token, host, name = (_next_message(link) or {})["hello"]
         except (OSError, ValueError, KeyError, TypeError):
             token = None
         if token != self.token:  # a stranger: a scan of ports, an earlier attempt
@@ -274,7 +275,7 @@ class _Other(_Watch):
         if self.over.is_set() or reason == _BYE:
             return
         if isinstance(reason, dict):
-            self._end(str(reason["lost"]), grace=float(str(reason["grace"])))
+            self._end(str(reason["lost"]), grace=float(reason["grace"]))
         self._end(_lost(address, reason), grace=_GRACE_SECONDS if reason is None else 0.0)
 
     def _connected(self) -> socket.socket | None:
@@ -311,8 +312,9 @@ def _lost(name: str, reason: object) -> str:
 def _listening() -> socket.socket:
     """At any free port of all addresses."""
     if socket.has_dualstack_ipv6():
-        at_both = {"family": socket.AF_INET6, "dualstack_ipv6": True}
-        return socket.create_server(("", 0), backlog=1024, **at_both)
+        return socket.create_server(
+            ("", 0), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True
+        )
     return socket.create_server(("", 0), backlog=1024)
 
 
@@ -336,7 +338,7 @@ def _send(link: socket.socket, message: Mapping[str, object]) -> None:
         return  # it is gone, which is told elsewhere
 
 
-def _next_message(link: socket.socket) -> dict[str, object] | None:
+def _next_message(link: socket.socket) -> dict[str, Any] | None:
     """A line that the other side sent; `None` = it has closed the connection.
 
     Raises:

@@ -14,7 +14,8 @@ import pytest
 
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.errors import ArgumentError
-from tests.support.elastic_run import RESULT, SIZES, check_ledger, lines_of
+from tests.support.elastic_hosts import ElasticHosts
+from tests.support.elastic_run import RESULT, SIZES, Sizes, check_ledger, lines_of
 from tests.support.hosts import hosts
 from tests.support.ranks import run_ranks
 
@@ -75,6 +76,39 @@ def test_a_host_dies_and_the_other_goes_on(tmp_path, way):
     whole = uninterrupted(tmp_path / "whole")
     assert len(losses) == SIZES.steps
     assert losses == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["killed while saving", "cut off", "half open"])
+def test_a_lost_host_comes_back(tmp_path, way):
+    """Lost in a step or in a save; the other goes on, the lost one joins it, and both finish."""
+    sizes = Sizes(rows=48, epochs=30, examples=12, save_steps=2, stall_seconds=10.0)
+    with hosts(2) as both:
+        run = ElasticHosts(both, tmp_path / "run", sizes, apart=False, seconds=0.3)
+        try:
+            for place in range(2):
+                run.start(place)
+            assert run.wait(lambda: made(run, ranks=2), seconds=120), run.logs()
+            if way == "killed while saving":
+                assert run.wait(run.is_saving, seconds=60)
+            lost = time.monotonic_ns()
+            {"cut off": run.cut, "half open": run.mute}.get(way, run.kill)(1)
+            assert run.wait(lambda: made(run, ranks=1, after=lost), seconds=90), run.logs()
+            run.replace(1)
+            back = time.monotonic_ns()
+            run.start(1)
+            assert run.wait(lambda: made(run, ranks=2, after=back), seconds=90), run.logs()
+            assert run.finish(seconds=240) == 0  # nobody had to start it anew
+            run.check_ledger()
+        finally:
+            for place in range(2):
+                run.kill(place)
+
+
+def made(run, *, ranks, after=0):
+    """Steps on so many ranks, of attempts that began after a time."""
+    return [line for line in run.lines(after=after) if line["ranks"] == ranks]
 
 
 def uninterrupted(folder):

@@ -6,6 +6,8 @@ Run: python -m pytest tests/planning/test_links.py
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from lora_fsdp.errors import ArgumentError
 from lora_fsdp.placement.gpus import GIGABIT, parse_link
 
 PLAN = ("plan", "--examples", "1000", "--tokens_per_example", "500")
+PAGE = Path(__file__).parents[2] / "docs" / "many-machines.md"
 GRADIENTS = {"7B": 15.7e6, "70B": 65e6}
 
 
@@ -90,6 +93,22 @@ def test_two_rented_machines_of_one_gpu(capsys):
     assert best["strategy"] == "resident"
     assert best["network_bytes_a_step"]["weights"] == 0
     assert 0.9 < one["best"]["seconds"] / best["seconds"] / 2 < 1
+
+
+def test_the_page_has_the_figures_of_the_plan(capsys):
+    words = ("--model_name_or_path", "7B", "--gpus", "1xH100", "--hosts", "2", "--link", "10Gbit")
+    assert main([*PLAN, *words]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    [line] = [one for one in printed if one.startswith("10 Gbit/s: ")]
+    figures = re.findall(r"\d+(?:\.\d+)? (?:[MG]B|m?s)\b", line)
+    assert len(figures) == 5
+    _, _, after = PAGE.read_text(encoding="utf-8").partition(
+        "<!-- held: tests/planning/test_links.py -->"
+    )
+    section = " ".join(after.partition("\n## ")[0].split())
+    assert [one for one in figures if one not in section] == []
+    told = set(re.findall(r"\d+(?:\.\d+)? (?:[MG]B|m?s)\b", section))
+    assert told == set(figures)
 
 
 def test_the_words_name_the_fastest_for_each_link(capsys):
