@@ -118,6 +118,7 @@ def shapes(model: str) -> tuple[ModelShape, ModelShape]:
         layer_parameters=shape.layer_parameters - unused,
         linear_parameters=min(shape.linear_parameters, shape.layer_parameters - unused),
         parameters=shape.parameters - shape.layers * unused,
+        idle_parameters=0,  # they are left out above
     )
     return shape, active
 

@@ -117,6 +117,7 @@ def write_rest(draft: Path, base: Path, adapter: Path, *, dtype: str, with_code:
         with_code: copy the base's own Python files, without running them.
     """
     config = read_json_object(base, "config.json")
+    config.pop("quantization_config", None)  # of files that held something else than numbers
     if dtype != "auto":
         config.pop("torch_dtype", None)
         config["dtype"] = dtype

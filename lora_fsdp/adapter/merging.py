@@ -14,9 +14,10 @@ from lora_fsdp.adapter.deltas import Deltas
 from lora_fsdp.adapter.folder import AdapterFolder, find_base, read_adapter_folder
 from lora_fsdp.adapter.merged_files import atomic_draft, write_rest, write_weights
 from lora_fsdp.adapter.proof import Proof, check_base, read_proof
+from lora_fsdp.base.conversion.low_precision import Published, open_weights, published_in
 from lora_fsdp.base.conversion.model_weights import ModelWeights
 from lora_fsdp.base.folders import read_json_object
-from lora_fsdp.base.stored_weights import BaseWeights, base_folder, base_skeleton
+from lora_fsdp.base.stored_weights import base_folder, base_skeleton
 from lora_fsdp.errors import (
     ArgumentError,
     MergeError,
@@ -110,9 +111,10 @@ def merge_adapter(
     source, proof = read_adapter_folder(adapter), read_proof(adapter)
     refuse_what_is_not_plain(source)
     name, revision = find_base(source, given=base, beside=proof.base_beside if proof else None)
-    folder = _unquantized(base_folder(name, revision=revision))
+    folder = base_folder(name, revision=revision)
+    published = _published(folder)
     skeleton = base_skeleton(folder, trust_remote_code=trust_remote_code)
-    stored = BaseWeights(folder)
+    stored = open_weights(folder, published)
     weights = ModelWeights(skeleton, stored)
     if proof is not None:
         check_base(proof, weights.fingerprint(), adapter=source.path, base=name)
@@ -123,6 +125,8 @@ def merge_adapter(
         )
         write_rest(draft, folder, source.path, dtype=dtype, with_code=trust_remote_code)
     notes = _notes(proof, base=name)
+    if published is not None:
+        notes += (f"The base's files are in {published.name}; the merged model's hold numbers.",)
     for note in notes:
         logger.warning("%s", note)
     return MergeResult(target, source.path, name, dtype, len(deltas), files, size, notes)
@@ -159,14 +163,17 @@ def refuse_what_is_not_plain(adapter: AdapterFolder) -> None:
         )
 
 
-def _unquantized(folder: Path) -> Path:
+def _published(folder: Path) -> Published | None:
+    """The low precision of the base's files; `None` if they hold the numbers."""
     known = (folder / "config.json").is_file()
-    if known and read_json_object(folder, "config.json").get("quantization_config"):
+    settings = read_json_object(folder, "config.json").get("quantization_config") if known else None
+    published = published_in(settings)
+    if settings and published is None:
         raise MergeError(
             f"{folder} is a quantised model, whose weights cannot be added to: give the original "
             "model it was made from (--base, or base=... in Python)."
         )
-    return folder
+    return published
 
 
 def _notes(proof: Proof | None, *, base: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ class ModelArguments:
         "auto", "The frozen base's dtype; auto = bfloat16 on GPUs, float32 on CPUs."
     )
     load_in_4bit: bool = option(
-        False, "Keep the frozen linear layers in 4 bits (NF4); needs bitsandbytes."
+        False, "Keep the frozen linear layers and experts in 4 bits (NF4); needs bitsandbytes."
     )
     attn_implementation: Literal["auto", "sdpa", "eager"] = option(
         "auto", "Attention kernel; auto = SDPA, or eager where a model has no SDPA."

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from math import prod
+from typing import cast
 
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig
+<<<<<<< HEAD
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+=======
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+>>>>>>> 20c2edb (Bases in FP8 blocks and MXFP4 are unpacked while they are read; experts in the plan)
 
 from lora_fsdp.arguments import ModelArguments
+from lora_fsdp.base.conversion.low_precision import (
+    LowPrecisionWeights,
+    Published,
+    open_weights,
+    published_in,
+)
 from lora_fsdp.base.conversion.model_weights import ModelWeights
 from lora_fsdp.base.loading import (
     LOADING_ERRORS,
@@ -21,8 +34,11 @@ from lora_fsdp.base.loading import (
     warn_of_remote_code,
 )
 from lora_fsdp.base.multimodal import auto_class, drop_towers
-from lora_fsdp.base.stored_weights import PLAIN_DTYPES, BaseWeights, base_folder
+from lora_fsdp.base.stored_weights import PLAIN_DTYPES, base_folder
 from lora_fsdp.errors import ModelNotFoundError, UnsafeFileError
+from lora_fsdp.ranks import rank
+
+logger = logging.getLogger(__name__)
 
 
 class CannotStreamError(Exception):
@@ -47,11 +63,16 @@ def empty_base(
         UnsupportedModelError: its attention takes no mask for packed sequences.
     """
     name = existing_model(arguments)
+    config = _config(arguments, name)
+    published = published_in(getattr(config, "quantization_config", None))
     try:
-        stored = BaseWeights(base_folder(name, revision=arguments.model_revision))
+        folder = base_folder(name, revision=arguments.model_revision)
+        stored = open_weights(folder, published)
     except (ModelNotFoundError, UnsafeFileError) as error:
         raise CannotStreamError("its weights are in no complete safetensors files") from error
-    model = _empty_model(arguments, name, dtype=dtype)
+    if published is not None:
+        del config.quantization_config  # of the files, and not of what is read from them
+    model = _empty_model(arguments, name, config, dtype=dtype)
     drop_towers(model, adapter=adapter)
     weights = ModelWeights(model, stored)
     if reason := next(_obstacles(model, weights, dtype), None):
@@ -60,21 +81,54 @@ def empty_base(
         buffer.data = weights.read(buffer_name).to(_kept_dtype(model, buffer_name, buffer, dtype))
     check_attention(model, name)
     warn_of_remote_code(arguments)
+    if isinstance(stored, LowPrecisionWeights) and published is not None and rank() == 0:
+        _say_what_unpacking_costs(model, stored, published, four_bit=arguments.load_in_4bit)
     return model, weights
 
 
-def _empty_model(arguments: ModelArguments, name: str, *, dtype: torch.dtype) -> PreTrainedModel:
-    attention = arguments.attn_implementation
+def _say_what_unpacking_costs(
+    model: PreTrainedModel, stored: LowPrecisionWeights, published: Published, *, four_bit: bool
+) -> None:
+    numbers = sum(prod(stored.tensors[name].shape) for name in stored.unpacked)
+    logger.warning(
+        "The base's files are in %s, which no kernel here computes from: %.3g GB of them are "
+        "unpacked while they are read and take %s.",
+        published.name,
+        stored.packed_bytes / 1e9,
+        f"{numbers * 0.52 / 1e9:.3g} GB in 4 bits, into which they are rounded once more"
+        if four_bit
+        else f"{numbers * model.dtype.itemsize / 1e9:.3g} GB (with --load_in_4bit true "
+        f"{numbers * 0.52 / 1e9:.3g} GB)",
+    )
+
+
+def _config(arguments: ModelArguments, name: str) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(
             name,
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
         )
+<<<<<<< HEAD
         if "quantization_config" in config.to_dict():
             raise CannotStreamError("it is quantised already")
         # What nobody will read is not drawn either: half of the time that the model takes to build.
         with init_empty_weights(include_buffers=False), no_init_weights():
+=======
+    except (OSError, *LOADING_ERRORS) as error:
+        raise CannotStreamError("transformers cannot build it without its weights") from error
+    return cast(PretrainedConfig, config)
+
+
+def _empty_model(
+    arguments: ModelArguments, name: str, config: PretrainedConfig, *, dtype: torch.dtype
+) -> PreTrainedModel:
+    attention = arguments.attn_implementation
+    if "quantization_config" in config.to_dict():
+        raise CannotStreamError("it is quantised already")
+    try:
+        with init_empty_weights(include_buffers=False):
+>>>>>>> 20c2edb (Bases in FP8 blocks and MXFP4 are unpacked while they are read; experts in the plan)
             model = auto_class(config).from_config(
                 config,
                 dtype=dtype,

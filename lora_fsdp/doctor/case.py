@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lora_fsdp.adapter.attach import attach_adapter, lora_config
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.arguments.training import chooses_checkpoint
+from lora_fsdp.base.conversion.low_precision import Published, open_weights, published_in
+from lora_fsdp.base.folders import read_json_object
 from lora_fsdp.base.loading import load_tokenizer
 from lora_fsdp.base.stored_weights import BaseWeights, base_folder, base_skeleton
 from lora_fsdp.data.checking import TaskCheck, check_task_data
@@ -137,7 +139,13 @@ class Case:
     @fact
     def weights(self) -> BaseWeights:
         """The headers of the base's safetensors files."""
-        return BaseWeights(self.folder.value)
+        return open_weights(self.folder.value, self._published())
+
+    def _published(self) -> Published | None:
+        if not (self.folder.value / "config.json").is_file():
+            return None
+        config = read_json_object(self.folder.value, "config.json")
+        return published_in(config.get("quantization_config"))
 
     @fact
     def lora(self) -> LoraConfig:

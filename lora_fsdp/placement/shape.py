@@ -18,9 +18,11 @@ class ModelShape:
         class_name: of the model.
         layers: decoder layers.
         layer_parameters: of the largest layer.
-        linear_parameters: of the linear layers of one decoder layer, which 4-bit storage shrinks.
-        largest_linear: of the largest linear layer, or of those that fused layers compute as one:
-            what is unpacked at once where weights are packed.
+        linear_parameters: of the linear layers and experts of one decoder layer, which 4-bit
+            storage shrinks.
+        largest_linear: of the largest linear layer, of those that fused layers compute as one, or
+            of all experts of a layer (with what an adapter makes of them): what is unpacked at
+            once where weights are packed.
         embedding_parameters: input embeddings; of the head too where they are tied.
         head_parameters: output head; 0 where it is tied.
         parameters: of the whole base.
@@ -37,6 +39,9 @@ class ModelShape:
         is_recurrent: whether layers hand a state from token to token.
         why_not_fused: why they do not, in words; empty if they do.
         itemsize: bytes of a value of the base, where it is not quantised.
+        idle_parameters: of one layer, those of the experts that a token is not sent to.
+        packed_parameters: of the whole base, those that 4-bit storage shrinks; 0 = as many in every
+            layer as in the largest.
         note: what could not be counted, and what stands in for it; empty if all was.
     """
 
@@ -61,6 +66,8 @@ class ModelShape:
     is_recurrent: bool = False
     why_not_fused: str = ""
     itemsize: int = 2
+    idle_parameters: int = 0
+    packed_parameters: int = 0
     note: str = ""
 
     def saved_bytes(self, tokens: int, *, recomputed: bool) -> int:
@@ -74,6 +81,11 @@ class ModelShape:
     @property
     def active_parameters(self) -> int:
         """Parameters that every token is multiplied with: the layers', not the embeddings'."""
+        return (self.layer_parameters - self.idle_parameters) * self.layers
+
+    @property
+    def read_parameters(self) -> int:
+        """Parameters that a packed sequence is multiplied with: its tokens reach all experts."""
         return self.layer_parameters * self.layers
 
     def layer_bytes(self, *, quantized: bool) -> int:
@@ -85,5 +97,8 @@ class ModelShape:
 
     def base_bytes(self, *, quantized: bool) -> int:
         """The whole base; embeddings, head and norms are not quantised."""
+        if quantized and self.packed_parameters:
+            kept = self.parameters - self.packed_parameters
+            return int(self.itemsize * kept + NF4_BYTES * self.packed_parameters)
         rest = self.parameters - self.layers * self.layer_parameters
         return self.itemsize * rest + self.layers * self.layer_bytes(quantized=quantized)

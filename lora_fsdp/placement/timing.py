@@ -130,7 +130,7 @@ def _computing(
     attention = (passes - 1.0 + 2.5) * 2.0 * length * tokens * shape.hidden_size * shape.layers
     rate = gpu.flops * _SHARE[shape.is_fused]
     multiplying = (layers + head) / (rate * length / (length + _HALF_AT_TOKENS))
-    reading = sequences * passes * 2.0 * shape.active_parameters / gpu.bandwidth
+    reading = sequences * passes * 2.0 * shape.read_parameters / gpu.bandwidth
     # 4-bit weights are read and written as bfloat16, before they are read as any weight.
     unpacking = 0.0
     if layout.quantized:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
@@ -27,6 +27,7 @@ from transformers.initialization import no_init_weights
 from lora_fsdp.adapter.attach import attach_adapter
 from lora_fsdp.adapter.ownership import trainable_parameters
 from lora_fsdp.base.dropout import dropout_settings
+from lora_fsdp.base.experts.packed import stacked_parameters
 from lora_fsdp.base.layers import base_model, decoder_layers
 from lora_fsdp.base.loading import LOADING_ERRORS
 from lora_fsdp.base.multimodal import auto_class, drop_towers
@@ -37,6 +38,9 @@ from lora_fsdp.compute.patches import Patches
 from lora_fsdp.compute.recurrent.layers import follows_trees
 from lora_fsdp.errors import UnsupportedModelError
 from lora_fsdp.placement.shape import ModelShape
+
+# What configs call the number of experts that a token is sent to.
+_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
 def shape_of(
@@ -91,15 +95,16 @@ def _counted(
         model, layers, is_fused=is_fused, packed=packed
     )
     widths = base.config.get_text_config()
-    linears = [_linear_sizes(layer) for layer in layers]
+    largest = max(layers, key=_frozen)
+    packed_sizes = [sum(_linear_sizes(one)) + sum(map(sum, _stacks(one))) for one in layers]
     adapted: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer)]
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     tied = head is None or head.weight is embedding.weight
     return ModelShape(
         class_name=type(base).__name__,
         layers=len(layers),
-        layer_parameters=max(_frozen(layer) for layer in layers),
-        linear_parameters=max(sum(sizes) for sizes in linears),
+        layer_parameters=_frozen(largest),
+        linear_parameters=max(packed_sizes),
         largest_linear=max(_largest_linear(layer, is_fused=is_fused) for layer in layers),
         embedding_parameters=_frozen(embedding),
         head_parameters=0 if tied else _frozen(head),
@@ -116,6 +121,8 @@ def _counted(
         drops=drops,
         why_not_fused=unfused,
         itemsize=base.dtype.itemsize,
+        idle_parameters=_idle(largest, widths),
+        packed_parameters=sum(packed_sizes) if len(set(packed_sizes)) > 1 else 0,
         note=note,
     )
 
@@ -272,10 +279,35 @@ def _linear_sizes(layer: nn.Module) -> list[int]:
     ] or [0]
 
 
+def _stacks(layer: nn.Module) -> list[list[int]]:
+    """Of each module of experts, the weights of its stacks."""
+    found = (stacked_parameters(module) for module in layer.modules())
+    return [[stack.numel() for stack in stacks.values()] for stacks in found if stacks]
+
+
+def _with_adapters(layer: nn.Module) -> int:
+    """A layer's experts, and the sum or the gradient of the largest stack that has an adapter."""
+    adapted = [m for m in layer.modules() if isinstance(m, ParamWrapper)]
+    sizes = [module.get_param().numel() for module in adapted if module.num_experts > 1]
+    return sum(map(sum, _stacks(layer))) + max(sizes, default=0)
+
+
+def _idle(layer: nn.Module, config: PretrainedConfig) -> int:
+    """Weights of the experts that a token is not sent to; 0 where the settings do not say."""
+    used = next(
+        (value for name in _USED if isinstance(value := getattr(config, name, None), int)), 0
+    )
+    idle = 0
+    for module in layer.modules():
+        for stack in stacked_parameters(module).values():
+            idle += stack[0].numel() * max(0, len(stack) - used) if used else 0
+    return idle
+
+
 def _largest_linear(layer: nn.Module, *, is_fused: bool) -> int:
-    """Weights of the largest matmul, in numbers."""
+    """Weights of the largest matmul, or of a layer's experts, in numbers."""
     if not is_fused:
-        return max(_linear_sizes(layer))
+        return max(*_linear_sizes(layer), *map(sum, _stacks(layer)), _with_adapters(layer))
     return max(
         sum(member.linear.weight.numel() for member in projections.members)
         for projections in FusedLayer(layer).projections

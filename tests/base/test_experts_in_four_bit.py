@@ -31,6 +31,7 @@ from lora_fsdp.base.quantized_layers import unpacked
 from lora_fsdp.base.streaming import StoredBase, load_on_device, open_base
 from lora_fsdp.distributed.sharding import check_placement, decoder_layers, place_model
 from lora_fsdp.placement.layout import Layout
+from lora_fsdp.sizing.counting import build_on_meta, shape_of
 from tests.base.test_four_bit import assert_close, outputs
 from tests.support.families import EXPERTS, family_model
 from tests.support.ranks import launch_environment, run_ranks
@@ -201,6 +202,27 @@ def test_what_is_kept_in_4_bits(tmp_path):
     copied = unpacked(model.model.layers[0])
     assert type(copied.mlp.experts) is type(plain.model.layers[0].mlp.experts)
     assert torch.equal(copied.mlp.experts.down_proj, experts.down_proj)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_the_plan_counts_the_bytes_that_are_there(family, tmp_path):
+    """Experts too, and layers that are not all alike (the first of DeepSeek-V3 has none)."""
+    save(tmp_path, family)
+    model = load_on_device(arguments(tmp_path, dtype="bfloat16"), device=CPU)
+    states = [m.quant_state for m in model.modules() if type(m).__name__ == "FourBitLinear"]
+    for module in model.modules():
+        if isinstance(module, PackedExperts):
+            states += [packing._scales for packing in module.packings.values()]
+    real = sum(p.nbytes for p in model.parameters())
+    real += sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states)
+    lora = LoraConfig(r=4, target_modules=["o_proj"], task_type="CAUSAL_LM")
+    shape = shape_of(build_on_meta(model.config), lora)
+    # Of these small matrices 256 scales are not full.
+    assert shape.base_bytes(quantized=True) == pytest.approx(real, rel=5e-3)
+    config = model.config
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    assert shape.idle_parameters == (EXPERTS - config.num_experts_per_tok) * expert
+    assert shape.largest_linear == EXPERTS * expert
 
 
 def test_only_the_experts_that_a_token_uses(tmp_path):

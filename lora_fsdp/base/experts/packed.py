@@ -128,7 +128,7 @@ def pack_parameters(module: nn.Module, packings: dict[str, Packing]) -> None:
     """Make `module` one whose parameters of these names are packed; they have no values yet."""
     for name, packing in packings.items():
         module._parameters[name] = packing.empty()
-    module.__class__ = _packed_class(type(module), tuple(packings))
+    module.__class__ = _packed_class(cast(Any, type(module)), tuple(packings))
     packed = cast(PackedExperts, module)
     packed.packings, packed.additions = packings, {}
     packed._use, packed._only_shapes = None, False
@@ -253,7 +253,7 @@ class _Use:
         address = tensor.untyped_storage().data_ptr()
         for name, numbers in self.made.items():
             if numbers.untyped_storage().data_ptr() == address and numbers.dtype == tensor.dtype:
-                place = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+                place = (tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
                 return _Noted(self, name, place)
         return tensor.detach()  # not the tensor itself, which may hold what keeps it
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lora_fsdp.base.conversion.low_precision import published_in
 from lora_fsdp.base.conversion.model_weights import ModelWeights
 from lora_fsdp.base.fingerprints import base_parameters
 from lora_fsdp.compute.architectures import check_architecture, check_token_ids, why_apart
@@ -51,7 +52,8 @@ def _weights(case: Case) -> Iterator[Problem]:
         yield Problem(str(error))
         return
     skeleton = case.skeleton.value
-    if getattr(skeleton.config, "quantization_config", None) is not None:
+    settings = getattr(skeleton.config, "quantization_config", None)
+    if settings is not None and published_in(settings) is None:
         raise UnknownFactError  # stored under names of its own
     weights = ModelWeights(skeleton, case.weights.value)
     absent = [name for name, _ in base_parameters(skeleton) if name not in weights]
