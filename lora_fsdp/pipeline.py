@@ -29,6 +29,7 @@ from lora_fsdp.evaluation.comparison import Comparison, compare, generated_texts
 from lora_fsdp.evaluation.untrained import AS_TRAINED
 from lora_fsdp.printing import say
 from lora_fsdp.ranks import on_first_of_hosts, on_first_rank
+from lora_fsdp.reporting.harness import try_to_write_harness_task
 from lora_fsdp.reporting.model_card import WriteCards, try_to_write_card
 from lora_fsdp.reporting.recording.announcing import announce
 from lora_fsdp.reporting.recording.outcome import facts_of_run
@@ -186,6 +187,7 @@ def _run_one(run: _Run, data: TaskData, alone: RunAlone | None = None) -> RanAlo
         with spent_on("report"):
             ran.comparison.save(output_dir)
             try_to_write_card(output_dir)
+            try_to_write_harness_task(output_dir)
             comparison = f"\n{ran.comparison}\n"
             say(f"{comparison}\nAdapter, metrics and predictions: {output_dir}", flush=True)
             if (page := try_to_write_report(output_dir)) is not None:

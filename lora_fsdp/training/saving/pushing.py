@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 _NOT_PUSHED = [
     *("_*", ".*", "checkpoint-*", "*.bin", "*.pt"),
     *("*.csv", "data_health.json", "run_record.json", "report.*", "report_figures/*"),
+    "lm_eval.yaml",  # asks about the rows in predictions.csv
 ]
 
 
