@@ -59,7 +59,7 @@ def _choices(
     folder: Path, pieces: list[str], answers: dict[str, list[int]], *, end: int
 ) -> dict[str, str] | None:
     """Each label's answer as text that the harness splits into the tokens that were trained."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     prompt = "".join("a text" if place % 2 else piece for place, piece in enumerate(pieces))
     before: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     found = {}
