@@ -27,6 +27,7 @@ from lora_fsdp.distributed.status import fsdp_status
 from lora_fsdp.evaluation.comparison import Comparison, generated_texts
 from lora_fsdp.printing import say
 from lora_fsdp.ranks import on_first_of_hosts, on_first_rank
+from lora_fsdp.reporting.harness import try_to_write_harness_task
 from lora_fsdp.reporting.model_card import WriteCards, try_to_write_card
 from lora_fsdp.reporting.recording.announcing import announce
 from lora_fsdp.reporting.recording.outcome import facts_of_run
@@ -45,6 +46,7 @@ from lora_fsdp.training.few_shot import rows_with_shots
 from lora_fsdp.training.logging.log_history import KeepLog
 from lora_fsdp.training.logging.time_spent import measured, seconds_by_part, spent_on
 from lora_fsdp.training.rivals import Untrained, compare_run, score_untrained
+from lora_fsdp.training.saving.pushing import try_to_push
 from lora_fsdp.training.trainer import LoraTrainer
 
 
@@ -178,15 +180,24 @@ def _run_one(run: _Run, data: TaskData, alone: RunAlone | None = None) -> RanAlo
         with spent_on("report"):
             ran.comparison.save(output_dir)
             try_to_write_card(output_dir)
+            try_to_write_harness_task(output_dir)
             comparison = f"\n{ran.comparison}\n"
             say(f"{comparison}\nAdapter, metrics and predictions: {output_dir}", flush=True)
             if (page := try_to_write_report(output_dir)) is not None:
                 say(f"Report: {page}", flush=True)
         ran.comparison.save_facts(output_dir, seconds_by_part=seconds_by_part())
+        if trainer.args.push_to_hub:
+            _push(trainer, output_dir)
     trainer.accelerator.wait_for_everyone()
     if alone is not None:
         alone.base.give_back(trainer, base)
     return ran
+
+
+def _push(trainer: LoraTrainer, folder: Path) -> None:
+    repository = str(trainer.hub_model_id)
+    if (address := try_to_push(folder, repository, trainer.args)) is not None:
+        say(f"Pushed: {address}", flush=True)
 
 
 def _begin(
@@ -264,7 +275,9 @@ def _train_and_compare(
             base_texts = _sampled_texts(trainer)
     with spent_on("train"):
         trained = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    trainer.save_model()  # at once: what follows takes minutes, in which a process can be killed
+    # At once: what follows takes minutes, in which a process can be killed. It is pushed at the
+    # end, with its card and scores.
+    trainer.save_model(_internal_call=True)
     if trainer.is_world_process_zero():
         with spent_on("report"):
             try_to_write_card(Path(str(trainer.args.output_dir)), measured=False)

@@ -35,7 +35,10 @@ RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
 OF_OTHERS = {
     "--nproc_per_node",  # torchrun
     "--no-deps",  # pip
-    *("--shm-size", "--ipc"),  # docker
+    *("--shm-size", "--ipc", "--build-arg"),  # docker
+    "--install",  # xcode-select
+    "--global",  # git config
+    *("--tasks", "--model_args"),  # lm_eval
     "--exclude",  # tar
     "--strict",  # mkdocs
     "--cov",  # pytest-cov
@@ -57,6 +60,8 @@ NOT_OURS = {
     "ticket_sky.yaml",
     "ticket_trainjob.yaml",
     "FILE.yaml",
+    "lm_eval.yaml",  # a run's
+    "convert_hf_to_gguf.py",  # llama.cpp's
 }
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -82,7 +87,8 @@ def files_here() -> set[str]:
         folders[:] = [
             name
             for name in folders
-            if name not in made and (not name.startswith(".") or name == ".ci")
+            if name not in made
+            and (not name.startswith(".") or name in (".ci", ".github", ".devcontainer"))
         ]
         found |= {(Path(folder) / name).relative_to(ROOT).as_posix() for name in names}
     return found

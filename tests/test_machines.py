@@ -75,8 +75,8 @@ def make(place: Path, *words: str, tools: Path | None = None) -> str:
 def bare(tmp_path: Path) -> Path:
     """What `make` reads, in a folder whose name has spaces and letters outside ASCII."""
     folder = tmp_path / "Mein Ordner für Tickets 工单"
-    (folder / "examples").mkdir(parents=True)
-    for name in ("Makefile", "constraints.txt", "pyproject.toml", "examples/prepare_default.py"):
+    folder.mkdir()
+    for name in ("Makefile", "constraints.txt", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
     return folder
 

@@ -90,10 +90,10 @@ def load_adapters(
     if len(folders) == 1:
         one = AdapterOptions(**{**vars(options), "adapter": str(folders[0])})
         return load_predictor(one, calibrated=calibrated)
-    if given := [f"--{name}" for name in _given(options)]:
+    if said := [f"--{name}" for name in _given(options)]:
         raise ArgumentError(
             f"Adapters that answer together say themselves how they are asked: leave out "
-            f"{', '.join(given)}."
+            f"{', '.join(said)}."
         )
     import_task_file(options.task_file)
     from lora_fsdp.evaluation.ensemble import Ensemble
