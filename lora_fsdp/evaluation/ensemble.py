@@ -78,12 +78,13 @@ class Ensemble:
         base: str | Path | None = None,
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         trust_remote_code: bool = False,
+        questions: Sequence[str] | None = None,
     ) -> Ensemble:
         """Load the base of the first folder's adapter, and the adapters of all.
 
         Args:
             folders: two or more.
-            base, dtype, trust_remote_code: as in `Predictor.from_adapter`.
+            base, dtype, trust_remote_code, questions: as in `Predictor.from_adapter`.
 
         Raises:
             ArgumentError: they are not of one task, or its answers are generated texts.
@@ -99,9 +100,12 @@ class Ensemble:
                 if other[key] != tasks[0][key]:
                     raise ArgumentError(
                         f"{path} was trained for another task than {paths[0]}, or with another "
-                        "instruction, column or label: their answers have no mean."
+                        "instruction, column, label or threshold: their answers have no mean."
                     )
-        encoders = [read_encoder(path, task) for path, task in zip(paths, tasks, strict=True)]
+        encoders = [
+            read_encoder(path, task, questions=questions)
+            for path, task in zip(paths, tasks, strict=True)
+        ]
         if encoders[0].kind.generates_text:
             raise ArgumentError(
                 f"The answers of task {encoders[0].task.name!r} are generated texts, which have no "
