@@ -241,7 +241,7 @@ class Seed:
 
     def trl(self, arm: Arm) -> dict[str, Any]:
         """TRL's SFTTrainer with the same adapter, on the same rows, scored as ours are."""
-        from trl import SFTConfig, SFTTrainer
+        from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
         setting, data = self.setting, self.data
         device = torch.device(setting.device)

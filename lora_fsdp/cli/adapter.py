@@ -81,15 +81,20 @@ class AdaptersOptions(AdapterOptions):
 
 
 def load_adapters(
-    options: AdaptersOptions, folders: Sequence[Path], *, calibrated: bool = True
+    options: AdaptersOptions,
+    folders: Sequence[Path],
+    *,
+    calibrated: bool = True,
+    questions: Sequence[str] | None = None,
 ) -> Predictor | Ensemble:
     """One adapter, or several that answer together, asked as they were trained.
 
     Those that answer together are not calibrated: the mean of their probabilities is another one.
+    Of a task with several questions, `questions` are those that are asked; `None` = all.
     """
     if len(folders) == 1:
         one = AdapterOptions(**{**vars(options), "adapter": str(folders[0])})
-        return load_predictor(one, calibrated=calibrated)
+        return load_predictor(one, calibrated=calibrated, questions=questions)
     if said := [f"--{name}" for name in _given(options)]:
         raise ArgumentError(
             f"Adapters that answer together say themselves how they are asked: leave out "
@@ -101,7 +106,9 @@ def load_adapters(
     from lora_fsdp.tasks import get_task
 
     configure_output()
-    ensemble = Ensemble.from_adapters(folders, base=options.base, dtype=options.dtype)
+    ensemble = Ensemble.from_adapters(
+        folders, base=options.base, dtype=options.dtype, questions=questions
+    )
     if options.text_column is not None:
         given = {**ensemble.task.options(), "text_column": options.text_column}
         ensemble = replace(ensemble, task=get_task(ensemble.task.name, given))
@@ -109,7 +116,11 @@ def load_adapters(
 
 
 def load_predictor(
-    options: AdapterOptions, *, label_column: str | None = None, calibrated: bool = True
+    options: AdapterOptions,
+    *,
+    label_column: str | None = None,
+    calibrated: bool = True,
+    questions: Sequence[str] | None = None,
 ) -> Predictor:
     """The adapter, asked as it was trained, about the columns named."""
     folder = Path(required(options.adapter, "--adapter", "the output folder of a finished run"))
@@ -125,6 +136,7 @@ def load_predictor(
         dtype=options.dtype,
         calibrated=calibrated,
         asked=_asked(options, folder, label_column=label_column),
+        questions=questions,
     )
     named = {"text_column": options.text_column, "label_column": label_column}
     given = {name: value for name, value in named.items() if value is not None}

@@ -55,6 +55,9 @@ class PredictOptions:
         "Add the column answer_set: the answers among which the right one is in at least this "
         "share of rows like the held-out ones (0.9).",
     )
+    questions: list[str] | None = option(
+        None, "Ask only these of a task with several questions, by their columns."
+    )
     chunk_rows: int = option(256, "Rows answered and written at a time; lost by a kill.")
     column_prefix: str = option("", "Put before the new columns' names, if they are taken.")
     overwrite: bool = option(False, "Replace an output, finished or not.")
@@ -80,7 +83,9 @@ def _one_text(options: PredictOptions, adapter: AdaptersOptions) -> int:
     from lora_fsdp.evaluation.file_prediction import answers_of
 
     calibrated = options.calibrated == "true"
-    predictor = load_adapters(adapter, adapter.folders(), calibrated=calibrated)
+    predictor = load_adapters(
+        adapter, adapter.folders(), calibrated=calibrated, questions=options.questions
+    )
     [answer] = answers_of(predictor, [text], confidence=_confidence(options))
     if options.json:
         print_json(answer)
@@ -120,7 +125,12 @@ def _table(options: PredictOptions, adapter: AdaptersOptions) -> int:
 
     workers = _workers()
     folders = adapter.folders()
-    predictor = load_adapters(adapter, folders, calibrated=options.calibrated == "true")
+    predictor = load_adapters(
+        adapter,
+        folders,
+        calibrated=options.calibrated == "true",
+        questions=options.questions,
+    )
     progress = Progress()
     found = predict_file(
         predictor,

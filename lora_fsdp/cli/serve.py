@@ -35,6 +35,9 @@ class ServeOptions:
     calibrated: Literal["true", "false"] = option(
         "true", "Give probabilities by the calibration that the run fitted on held-out rows."
     )
+    questions: list[str] | None = option(
+        None, "Ask only these of a task with several questions, by their columns."
+    )
 
 
 def serve(options: ServeOptions, adapter: AdaptersOptions, limits: Limits) -> int:
@@ -60,7 +63,12 @@ def serve(options: ServeOptions, adapter: AdaptersOptions, limits: Limits) -> in
     with bound:
         if (line := exposure(options.host, api_key=api_key)) is not None:
             say(line)
-        predictor = load_adapters(adapter, folders, calibrated=options.calibrated == "true")
+        predictor = load_adapters(
+            adapter,
+            folders,
+            calibrated=options.calibrated == "true",
+            questions=options.questions,
+        )
         name = options.served_name or Path(adapter.adapter[0]).resolve().name
         served = Served(predictor, name)
         served.check()

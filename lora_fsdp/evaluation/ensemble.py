@@ -78,12 +78,13 @@ class Ensemble:
         base: str | Path | None = None,
         dtype: Literal["auto", "bfloat16", "float32"] = "auto",
         trust_remote_code: bool = False,
+        questions: Sequence[str] | None = None,
     ) -> Ensemble:
         """Load the base of the first folder's adapter, and the adapters of all.
 
         Args:
             folders: two or more.
-            base, dtype, trust_remote_code: as in `Predictor.from_adapter`.
+            base, dtype, trust_remote_code, questions: as in `Predictor.from_adapter`.
 
         Raises:
             ArgumentError: they are not of one task, or its answers are generated texts.
@@ -94,7 +95,10 @@ class Ensemble:
         if len(paths) < 2 or len({path.resolve() for path in paths}) < len(paths):
             raise ArgumentError(f"An ensemble takes two or more adapters, not {folders}.")
         tasks = _tasks_of(paths)
-        encoders = [read_encoder(path, task) for path, task in zip(paths, tasks, strict=True)]
+        encoders = [
+            read_encoder(path, task, questions=questions)
+            for path, task in zip(paths, tasks, strict=True)
+        ]
         if encoders[0].kind.generates_text:
             raise ArgumentError(
                 f"The answers of task {encoders[0].task.name!r} are generated texts, which have no "
@@ -256,7 +260,7 @@ def _tasks_of(paths: Sequence[Path]) -> list[dict[str, Any]]:
         if any(other[key] != tasks[0][key] for key in ("task", "options")):
             raise ArgumentError(
                 f"{path} was trained for another task than {paths[0]}, or with another "
-                "instruction, column or label: their answers have no mean."
+                "instruction, column, label or threshold: their answers have no mean."
             )
     return tasks
 

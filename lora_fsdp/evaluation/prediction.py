@@ -140,11 +140,16 @@ def as_asked(folder: Path, task: Task, *, max_length: int, chat_template: bool) 
         "thinking": "auto",
         "max_new_tokens": max_length // 2,
         "examples_share_sequences": True,
+        "few_shot": [],
     }
 
 
 def read_encoder(
-    folder: Path, saved: dict[str, Any], *, tokenizer: ModelArguments | None = None
+    folder: Path,
+    saved: dict[str, Any],
+    *,
+    tokenizer: ModelArguments | None = None,
+    questions: Sequence[str] | None = None,
 ) -> Encoder:
     """How an adapter is prompted, of what `read_task` gave.
 
@@ -152,11 +157,14 @@ def read_encoder(
         folder: the adapter's.
         saved: how it is asked.
         tokenizer: where the tokenizer is; `None` = in the adapter's folder.
+        questions: some of the task's; `None` = all.
     """
     here = ModelArguments(model_name_or_path=str(folder.absolute()))
+    task = get_task(saved["task"], saved["options"])
+    asked = task if questions is None else task.only(questions)
     return Encoder(
         load_tokenizer(tokenizer or here),
-        task=get_task(saved["task"], saved["options"]),
+        task=asked,
         max_length=saved["max_length"],
         chat_template=saved["chat_template"],
         chat_template_kwargs=saved["chat_template_kwargs"],
@@ -237,6 +245,7 @@ class Predictor:
         trust_remote_code: bool = False,
         calibrated: bool = True,
         asked: dict[str, Any] | None = None,
+        questions: Sequence[str] | None = None,
     ) -> Predictor:
         """Load base, adapter, tokenizer and task from an adapter's folder.
 
@@ -248,8 +257,10 @@ class Predictor:
             calibrated: read the calibration of the probabilities, if there is one.
             asked: how an adapter is asked that was trained elsewhere (`as_asked`); its tokenizer is
                 the base's if its folder has none.
+            questions: ask only these of a task with several, by their columns; `None` = all.
 
         Raises:
+            ArgumentError: the task has no such question.
             AdapterVerificationError: the folder is not one that this library wrote, or is damaged.
             ModelNotFoundError: the base is not where the adapter says.
             BaseMismatchError: it is another base than the adapter was trained on.
@@ -262,7 +273,7 @@ class Predictor:
         if asked is not None and not any((path / file).exists() for file in TOKENIZER_FILES):
             name, revision = find_base(adapter, given=base, beside=None)
             tokenizer = ModelArguments(name, revision, trust_remote_code=trust_remote_code)
-        encoder = read_encoder(path, saved, tokenizer=tokenizer)
+        encoder = read_encoder(path, saved, tokenizer=tokenizer, questions=questions)
         calibration = None
         if calibrated:
             digest = sha256_of_file(path / ADAPTER_FILE)

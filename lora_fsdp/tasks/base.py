@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lora_fsdp.errors import IncompleteTaskError, MalformedRowError
+from lora_fsdp.errors import ArgumentError, IncompleteTaskError, MalformedRowError
 from lora_fsdp.tasks.answers import AnswerKind, ClosedSet, FreeText, ModelOutputs, OwnChoices
 from lora_fsdp.tasks.cells import records
 from lora_fsdp.tasks.example import TEXT_PLACEHOLDER, Example, Prompt
@@ -199,6 +199,17 @@ class Task:
     ) -> dict[str, float]:
         """Metrics of the answers to `examples`, all with targets; `None` = no answer."""
         return self.compute_metrics([self.answer_of(example) for example in examples], answers)
+
+    def only(self, questions: Sequence[str]) -> Task:
+        """The same task asking only some of its questions, by their names.
+
+        Raises:
+            ArgumentError: it has no several questions, or none of that name.
+        """
+        raise ArgumentError(
+            f"Task {self.name!r} asks one question: there are no others to leave out "
+            f"({', '.join(map(str, questions))})."
+        )
 
     @property
     def is_undecided(self) -> bool:

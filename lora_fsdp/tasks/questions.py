@@ -85,6 +85,27 @@ class QuestionsTask(ColumnTask):
             )
         return {**question, "labels": found}
 
+    def only(self, questions: Sequence[str]) -> Self:
+        """The same task with some of its questions, by their columns, in the task's order.
+
+        An answer is the same as beside the others: every question is asked by itself.
+
+        Raises:
+            ArgumentError: none is named, one twice, or one that there is not.
+        """
+        known = list(self.answer_columns())
+        for name in questions:
+            if name not in known:
+                hint = did_you_mean(name, known) or f" There are {', '.join(map(repr, known))}."
+                raise ArgumentError(f"There is no question {str(name)[:80]!r}.{hint}")
+        if not questions or len(set(questions)) < len(questions):
+            raise ArgumentError(
+                f"Name one question or more, each once, of {', '.join(map(repr, known))}."
+            )
+        task = copy.copy(self)
+        task.questions = [one for one in self.questions if one["column"] in questions]
+        return task
+
     def options(self) -> dict[str, Any]:
         """Instruction, column and questions."""
         return {**super().options(), "questions": [dict(one) for one in self.questions]}

@@ -93,7 +93,8 @@ def weighted(
     ]
     if examples and not kept:
         named = " and ".join(
-            name for name, given in (("--weight_column", column), ("--class_weights", classes))
+            name
+            for name, given in ((f"--weight_column {column}", column), ("--class_weights", classes))
             if given
         )  # fmt: skip
         raise NoRowsError(f"The weights of all {len(examples)} training rows are 0: see {named}.")

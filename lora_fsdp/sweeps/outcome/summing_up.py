@@ -38,8 +38,8 @@ def sum_up(once: Once) -> Summary:
     )
     summary.save(once.root)
     say(f"\n{summary}", flush=True)
-    labels = once.data.task.answer_kind.labels
-    if (line := write_label_errors(summary.pooled, labels, once.root)) is not None:
+    line = write_label_errors(summary.pooled, once.data.task, once.root)
+    if line is not None:
         say(line, flush=True)
     folders = [once.root / one.name for one in summary.members if one.stopped is None]
     if len(folders) > 1:

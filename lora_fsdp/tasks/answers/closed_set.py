@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
 
 from lora_fsdp.tasks.answers.kind import (
@@ -13,6 +14,7 @@ from lora_fsdp.tasks.answers.kind import (
     PROBABILITY_OF,
     TFIDF,
     AnswerKind,
+    Labelled,
     ModelOutputs,
     Section,
 )
@@ -112,6 +114,12 @@ class ClosedSet(AnswerKind):
         """Every label's probability."""
         columns = zip(self.labels, outputs.probabilities.T.tolist(), strict=True)
         return {f"{PROBABILITY_OF}{label}": values for label, values in columns}
+
+    def labelled(self, predictions: pd.DataFrame) -> Sequence[Labelled]:
+        """The label of each row."""
+        names = [f"{PROBABILITY_OF}{label}" for label in self.labels]
+        given = predictions["target"].tolist()
+        return [Labelled("", self.labels, given, predictions[names].to_numpy(np.float64))]
 
     def announcement(self, *, max_new_tokens: int) -> str:
         """The labels."""

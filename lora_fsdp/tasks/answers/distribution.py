@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lora_fsdp.tasks.answers.classic import classic_outputs
 from lora_fsdp.tasks.answers.closed_set import ClosedSet
-from lora_fsdp.tasks.answers.kind import ModelOutputs, Section
+from lora_fsdp.tasks.answers.kind import Labelled, ModelOutputs, Section
 from lora_fsdp.tasks.example import Example
 
 #: A column of predictions: the row's own share of a label.
@@ -95,6 +96,10 @@ class Distribution(ClosedSet):
             for place, label in enumerate(self.labels):
                 columns[f"{SHARE_OF}{label}"] = shares[:, place].tolist()
         return columns
+
+    def labelled(self, predictions: pd.DataFrame) -> Sequence[Labelled]:
+        """None: a row may be right to have shares of several labels."""
+        return ()
 
     def announcement(self, *, max_new_tokens: int) -> str:
         """The labels."""

@@ -73,6 +73,23 @@ class ModelOutputs:
         return ModelOutputs(self.log_likelihoods[chosen], self.tokens[chosen], texts, reference)
 
 
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """One question with one right answer of a set, as N rows of predictions have it.
+
+    Attributes:
+        name: of the question; "" = rows have but one.
+        options: the A possible answers.
+        given: [N] the right answer as a row has it; `None` where it has none.
+        probabilities: [N, A] float64 of the options; anything where none is given.
+    """
+
+    name: str
+    options: Sequence[str]
+    given: Sequence[str | None]
+    probabilities: np.ndarray
+
+
 class AnswerKind(ABC):
     """One kind of answer. All that depends on the kind is asked of it, and of nothing else.
 
@@ -230,6 +247,17 @@ class AnswerKind(ABC):
             "probability": self.probabilities(outputs),
             **self.run_columns(examples, outputs),
         }
+
+    def labelled(self, predictions: pd.DataFrame) -> Sequence[Labelled]:
+        """What rows are labelled with, one question after the other, for a look at wrong labels.
+
+        Args:
+            predictions: N rows of a run's `predictions.csv`, with its columns.
+
+        Returns:
+            none where a row's answer is not one of a set that all rows share.
+        """
+        return ()
 
     def announcement(self, *, max_new_tokens: int) -> str:
         """What the answers are, for the lines with which a run begins.

@@ -9,15 +9,18 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lora_fsdp.tasks.answers.classic import classic_outputs
-from lora_fsdp.tasks.answers.kind import AnswerKind, ModelOutputs, Section
+from lora_fsdp.tasks.answers.kind import AnswerKind, Labelled, ModelOutputs, Section
 from lora_fsdp.tasks.answers.ordered import ERROR
 from lora_fsdp.tasks.example import Example
 
 RIGHT = "answer_accuracy"
 #: Columns of predictions: the answer to a question, its probability, and a score's expected value.
 ANSWER_TO, CERTAINTY_OF, EXPECTED = "answer/", "certainty/", "expected/"
+#: A column of a run's predictions: the probabilities of a question's options.
+OPTIONS_OF = "options/"
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,10 @@ class Questions(AnswerKind):
     def run_columns(
         self, examples: Sequence[Example], outputs: ModelOutputs
     ) -> dict[str, Sequence[Any]]:
-        """Every question's answer and its probability, and the expected value of scores."""
+        """Every question's answer and its probability, and the expected value of scores.
+
+        Of rows with answers also all options of a question with theirs, as a JSON object.
+        """
         columns: dict[str, Sequence[Any]] = {}
         chosen, certainties = self._chosen(outputs), self._certainties(outputs)
         for place, (question, given) in enumerate(
@@ -177,7 +183,24 @@ class Questions(AnswerKind):
             columns[f"{CERTAINTY_OF}{question.column}"] = certainties[:, place].tolist()
             if question.is_score:
                 columns[f"{EXPECTED}{question.column}"] = (given @ question.values).tolist()
+            if examples and all(example.target is not None for example in examples):
+                columns[f"{OPTIONS_OF}{question.column}"] = [
+                    json.dumps(dict(zip(question.options, row, strict=True)), ensure_ascii=False)
+                    for row in given.round(6).tolist()
+                ]
         return columns
+
+    def labelled(self, predictions: pd.DataFrame) -> Sequence[Labelled]:
+        """Every question by itself, of the rows that answer it."""
+        right = [json.loads(target) for target in predictions["target"]]
+        found = []
+        for question in self.questions:
+            rows = map(json.loads, predictions[f"{OPTIONS_OF}{question.column}"])
+            probabilities = [[float(row[option]) for option in question.options] for row in rows]
+            given = [one.get(question.column) for one in right]
+            table = np.array(probabilities, dtype=np.float64)
+            found.append(Labelled(question.column, question.options, given, table))
+        return found
 
     def announcement(self, *, max_new_tokens: int) -> str:
         """The questions and their options."""

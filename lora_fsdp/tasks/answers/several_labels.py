@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lora_fsdp.tasks.answers.classic import classic_outputs
-from lora_fsdp.tasks.answers.kind import AnswerKind, ModelOutputs, Section
+from lora_fsdp.tasks.answers.kind import AnswerKind, Labelled, ModelOutputs, Section
 from lora_fsdp.tasks.example import Example
 
 #: A column of predictions: the probability that a label applies.
@@ -187,6 +188,17 @@ class SeveralLabels(AnswerKind):
         """Every label's probability to apply."""
         columns = zip(self.options, self.applying(outputs).T.tolist(), strict=True)
         return {f"{APPLIES}{label}": values for label, values in columns}
+
+    def labelled(self, predictions: pd.DataFrame) -> Sequence[Labelled]:
+        """Yes or no of each label."""
+        given = self._matrix(predictions["target"].tolist())
+        options = (_YES.strip(), _NO.strip())
+        found = []
+        for place, label in enumerate(self.options):
+            yes = predictions[f"{APPLIES}{label}"].to_numpy(np.float64)
+            own = [options[0] if there else options[1] for there in given[:, place].tolist()]
+            found.append(Labelled(label, options, own, np.stack([yes, 1 - yes], axis=1)))
+        return found
 
     def announcement(self, *, max_new_tokens: int) -> str:
         """The labels."""
