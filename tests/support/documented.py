@@ -24,6 +24,7 @@ _KINDS = {
 }
 NOT_RUN = {
     r"vllm serve ": "needs a GPU and vLLM; the page says that it is untested",
+    r"pipx |uvx ": "would install torch once more; pip installs the same wheel in test_packages",
 }
 _HELP = re.compile(
     r"^(?:examples|from a table of your own to answers):\n((?: .*\n)+)", re.MULTILINE
