@@ -30,7 +30,7 @@ from tests.support.readers_tables import write_readers_tables
 JOURNEYS = {
     "docs/tickets.md": ("answers.xlsx", {"message", "predicted_label", "probability/billing"}),
     "docs/sentiment.md": ("answers.csv", {"comment", "predicted_label", "probability/neutral"}),
-    "docs/ratings.md": ("answers.csv", {"review", "predicted_label", "expected_score"}),
+    "docs/ratings.md": ("answers.csv", {"review", "predicted_score", "expected_score"}),
     "docs/many-labels.md": ("answers.csv", {"text", "predicted_labels", "yes/delivery"}),
     "docs/several-questions.md": ("answers.csv", {"answer/mood", "expected/stars"}),
 }
