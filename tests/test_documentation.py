@@ -39,6 +39,7 @@ OF_OTHERS = {
     "--install",  # xcode-select
     "--global",  # git config
     *("--tasks", "--model_args"),  # lm_eval
+    "--from",  # uvx
     "--exclude",  # tar
     "--strict",  # mkdocs
     "--cov",  # pytest-cov
@@ -259,6 +260,12 @@ def test_the_chinese_readme_has_the_commands_of_the_english_one() -> None:
     assert set(links[0]) == set(links[1]) - {"README.md"}
 
 
+def test_the_readme_names_the_wheel_of_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = re.findall(r"lora_fsdp-([\w.]+)-py3", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert set(named) == {project["version"]}
+
+
 def test_the_readme_is_one_screen_and_a_little() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
@@ -282,6 +289,7 @@ def test_every_accelerate_config_is_explained() -> None:
 
 
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
+GLOSSARY = ROOT / "docs" / "glossary.md"
 LIBRARY = ROOT / "lora_fsdp"
 
 
@@ -334,9 +342,8 @@ def test_the_architecture_names_functions_that_exist() -> None:
 
 def glossary() -> list[list[str]]:
     """The cells of the glossary's lines: word, meaning, words that are not used for it."""
-    text = ARCHITECTURE.read_text(encoding="utf-8")
-    section = text.partition("\n## Glossary\n")[2].partition("\n## ")[0]
-    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    text = GLOSSARY.read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
@@ -350,17 +357,14 @@ def spellings(word: str) -> re.Pattern[str]:
 
 
 def texts_held_to_the_glossary() -> Iterator[tuple[str, str]]:
-    """Name and text of pages, Python files, and the templates of reports."""
-    pages = [page for page in PAGES if page.name != "CHANGELOG.md"]
-    pages.append(ROOT / "benchmarks" / "NOTES.md")
+    """Name and text of pages, Python files, recipes and other settings, and reports' templates."""
+    pages = [page for page in PAGES if page.name not in ("CHANGELOG.md", GLOSSARY.name)]
+    pages += [ROOT / "benchmarks" / "NOTES.md", ROOT / "Makefile", ROOT / "mkdocs.yml", *RECIPES]
+    pages += sorted((ROOT / "accelerate_configs").glob("*.yaml"))
     folders = ("lora_fsdp", "tests", "benchmarks", "examples")
     sources = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     for path in (*pages, *sources, *sorted(LIBRARY.rglob("*.jinja"))):
-        text = path.read_text(encoding="utf-8")
-        if path == ARCHITECTURE:  # the table itself names them
-            before, heading, after = text.partition("\n## Glossary\n")
-            text = before + heading + "\n## ".join(after.split("\n## ")[1:])
-        yield name_of(path), text
+        yield name_of(path), path.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("word", UNUSED_WORDS)
@@ -370,7 +374,7 @@ def test_words_that_the_glossary_replaces_are_not_used(word: str) -> None:
         for name, text in texts_held_to_the_glossary()
         for match in spellings(word).finditer(text)
     ]
-    assert not used, f"docs/architecture.md has another word for {word!r}: {used}"
+    assert not used, f"docs/glossary.md has another word for {word!r}: {used}"
 
 
 def test_the_glossary_is_read() -> None:

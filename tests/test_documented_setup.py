@@ -28,6 +28,7 @@ import torch
 import benchmarks.throughput
 from tests.support.checkout import make_checkout
 from tests.support.documented import ROOT, of_kind, words_of
+from tests.support.installed import build_wheel, environment_of, install_beside_dependencies
 
 MADE = [command for command in of_kind("set-up") if re.search(r"\bmake\b", command)]
 INDEX = [command for command in of_kind("set-up") if "PIP_INDEX_URL" in command]
@@ -110,6 +111,9 @@ def test_packages(request: pytest.FixtureRequest, bare: Path) -> None:
         pytest.skip("downloads packages: --installs")
     shutil.copytree(ROOT / "lora_fsdp", bare / "lora_fsdp")
     shutil.copy(ROOT / "README.md", bare)
+    (bare / "wheel").mkdir()
+    (bare / "elsewhere").mkdir()
+    wheel = build_wheel(bare / "wheel")
     lines = [
         "set -e",
         f"{shlex.quote(sys.executable)} -m venv .venv",
@@ -117,6 +121,13 @@ def test_packages(request: pytest.FixtureRequest, bare: Path) -> None:
         *of_kind("packages"),
         "lora-fsdp tasks list",
         "transformers serve --help",
+        "pip uninstall --quiet --yes lora-fsdp",
+        f"pip install -c constraints.txt '{wheel}[4bit,demo,excel,rouge,serve]'",
+        "pip check",
+        "cd elsewhere",
+        "python -c 'import bitsandbytes, gguf, openpyxl, rouge_score, starlette, uvicorn'",
+        *SHIPPED,
+        "lora-fsdp --help",
     ]
     done = subprocess.run(
         ["bash", "-c", "\n".join(lines)],
@@ -126,6 +137,56 @@ def test_packages(request: pytest.FixtureRequest, bare: Path) -> None:
     assert "Successfully installed" in done.stdout
     assert "sentiment" in done.stdout
     assert "Usage: transformers serve" in done.stdout
+    assert "No broken requirements found." in done.stdout
+
+
+# What is inside the package: a recipe, its table, an accelerate YAML.
+SHIPPED = [
+    'python -c "from importlib.resources import files; '
+    f"assert files('lora_fsdp').joinpath('{file}').is_file()\""
+    for file in (
+        "examples/recipes/rating.yaml",
+        "examples/data/reviews.csv",
+        "accelerate_configs/fsdp2.yaml",
+        "reporting/templates/style.css",
+        "py.typed",
+    )
+]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_wheel_outside_the_checkout(model_folder: Path, tmp_path: Path) -> None:
+    """Each first command, in a folder without anything of the project; the default is a toy."""
+    (tmp_path / "built").mkdir()
+    programs = install_beside_dependencies(build_wheel(tmp_path / "built"), tmp_path / "installed")
+    here = tmp_path / "elsewhere"
+    prepared = here / ".cache" / "default"
+    shutil.copytree(model_folder, prepared / "smollm2-135m-instruct")
+    rows = "".join(f"flight {n} was {n % 3},{'abc'[n % 3]}\n" for n in range(60))
+    (here / "tickets.csv").write_text(f"message,team\n{rows}")
+    for letter, label in zip("abc", ("negative", "neutral", "positive"), strict=True):
+        rows = rows.replace(f",{letter}\n", f",{label}\n")
+    (prepared / "airline_tweets.csv").write_text(f"text,sentiment\n{rows}")
+    lines = [
+        "set -ex",
+        *SHIPPED,
+        "lora-fsdp --help",
+        "lora-fsdp plan --config rating --gpus 1xH100",
+        "lora-fsdp doctor --config rating",
+        "lora-fsdp init tickets.csv",
+        "lora-fsdp train --config rating --max_steps 1",
+        "lora-fsdp demo --max_steps 1 --accelerate_config single",
+    ]
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)],
+        cwd=here, env=environment_of(programs), text=True, timeout=900, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert str(ROOT) not in done.stdout
+    for made in ("tickets.yaml", "runs/rating/report.html", "runs/sentiment/report.html"):
+        assert (here / made).is_file(), done.stdout
 
 
 # ---- measurements -------------------------------------------------------------------------------

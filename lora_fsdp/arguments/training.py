@@ -158,7 +158,7 @@ class FineTuningArguments(TrainingArguments):
     grid: list[str] | None = option(
         None,
         "Train an adapter for every combination: learning_rate=1e-4,3e-4 lora_r=8,32, or a YAML "
-        "file. The best is chosen by validation rows and told on the held-out rows.",
+        "file. The best is chosen by validation rows and measured on the held-out rows.",
     )
     search: Literal["grid", "random", "halving"] = option(
         "grid",

@@ -12,12 +12,8 @@ from typing import cast
 import torch
 from accelerate import init_empty_weights
 from peft import LoraConfig
-<<<<<<< HEAD
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
-=======
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
->>>>>>> 20c2edb (Bases in FP8 blocks and MXFP4 are unpacked while they are read; experts in the plan)
+from transformers.initialization import no_init_weights
 
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.conversion.low_precision import (
@@ -109,12 +105,6 @@ def _config(arguments: ModelArguments, name: str) -> PretrainedConfig:
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
         )
-<<<<<<< HEAD
-        if "quantization_config" in config.to_dict():
-            raise CannotStreamError("it is quantised already")
-        # What nobody will read is not drawn either: half of the time that the model takes to build.
-        with init_empty_weights(include_buffers=False), no_init_weights():
-=======
     except (OSError, *LOADING_ERRORS) as error:
         raise CannotStreamError("transformers cannot build it without its weights") from error
     return cast(PretrainedConfig, config)
@@ -127,8 +117,8 @@ def _empty_model(
     if "quantization_config" in config.to_dict():
         raise CannotStreamError("it is quantised already")
     try:
-        with init_empty_weights(include_buffers=False):
->>>>>>> 20c2edb (Bases in FP8 blocks and MXFP4 are unpacked while they are read; experts in the plan)
+        # What nobody will read is not drawn either: half of the time that the model takes to build.
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = auto_class(config).from_config(
                 config,
                 dtype=dtype,

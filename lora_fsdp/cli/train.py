@@ -59,7 +59,7 @@ TRAINING_OPTIONS = {
     "folds": "Train so many adapters, each of which leaves out another part of the rows: every "
     "row is answered by one that has not learnt from it (out_of_fold.csv).",
     "grid": "Train an adapter for every combination: learning_rate=1e-4,3e-4 lora_r=8,32, or "
-    "a YAML file. The best is chosen by validation rows and told on the held-out "
+    "a YAML file. The best is chosen by validation rows and measured on the held-out "
     "rows.",
     "search": "Which settings of --grid are tried to their end: all, --trials of them at random, "
     "or by successive halving (all begin, and the best third goes on at each of a few stages).",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from lora_fsdp.embedded.packages import PINNED
 from lora_fsdp.errors import MissingPackageError, UnsupportedModelError
@@ -114,7 +115,7 @@ def read_back(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = tokenizer(SENTENCE, return_tensors="pt")
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     with torch.inference_mode():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from tests.support.documented import ROOT
+from tests.support.readers_tables import write_readers_tables
 
 MODELS = (
     ".cache/default/smollm2-135m-instruct",
@@ -79,6 +80,7 @@ def _write_tables(folder: Path) -> None:
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False)
     tweets.head(5).rename(columns={"text": "body"}).to_parquet(folder / "new.parquet")
+    write_readers_tables(folder)
 
 
 def _fill_hub_cache(cache: Path, model: Path, *, name: str) -> None:

@@ -24,6 +24,9 @@ _KINDS = {
 }
 NOT_RUN = {
     r"vllm serve ": "needs a GPU and vLLM; the page says that it is untested",
+    r"docker (build|run) ": "needs a container engine; tests/test_machines.py reads the Dockerfile",
+    r"export HTTPS_PROXY=": "names a proxy that is not here",
+    r"pipx |uvx ": "would install torch once more; pip installs the same wheel in test_packages",
 }
 _HELP = re.compile(
     r"^(?:examples|from a table of your own to answers):\n((?: .*\n)+)", re.MULTILINE
