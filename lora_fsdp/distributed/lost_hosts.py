@@ -188,7 +188,7 @@ class _First(_Watch):
         if store is None:
             return  # without a store no process group comes about, which says so itself
         with (
-            socket.create_server(("", 0), backlog=1024) as server,
+            _listening() as server,
             selectors.DefaultSelector() as at,
         ):
             server.setblocking(False)
