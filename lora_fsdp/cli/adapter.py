@@ -110,8 +110,8 @@ def load_adapters(
         folders, base=options.base, dtype=options.dtype, questions=questions
     )
     if options.text_column is not None:
-        given = {**ensemble.task.options(), "text_column": options.text_column}
-        ensemble = replace(ensemble, task=get_task(ensemble.task.name, given))
+        own = {**ensemble.task.options(), "text_column": options.text_column}
+        ensemble = replace(ensemble, task=get_task(ensemble.task.name, own))
     return ensemble
 
 

@@ -4,6 +4,7 @@ Run: python -m pytest tests/tasks/test_questions.py
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -137,7 +138,12 @@ def test_metrics_count_what_is_known() -> None:
     np.testing.assert_allclose(columns["certainty/late"], parts[0].max(axis=1), rtol=1e-5)
     np.testing.assert_allclose(columns["expected/stars"], expected, rtol=1e-5)
     nothing = ModelOutputs(np.zeros((0, 0)), np.zeros((0, 0)))
-    assert set(kind.run_columns([], nothing)) == set(columns)
+    asked = kind.run_columns([replace(one, target=None) for one in examples], outputs)
+    assert set(kind.run_columns([], nothing)) == set(asked)
+    assert set(columns) - set(asked) == {"options/late", "options/mood", "options/stars"}
+    assert json.loads(columns["options/late"][0]) == pytest.approx(
+        dict(zip(("yes", "no"), parts[0][0].tolist(), strict=True)), abs=1e-5
+    )
     average = kind.classic(examples, examples)["average"].probabilities[0]
     np.testing.assert_allclose(
         average * 3, [0.5, 0.5, 1 / 3, 2 / 3, 1 / 3, 1 / 3, 1 / 3], rtol=1e-4
