@@ -58,7 +58,7 @@ def test_the_spread_over_seeds_stands_apart_from_the_interval_over_rows(tmp_path
     assert written["best"] is None
 
 
-def test_the_best_setting_is_told_on_the_test_rows():
+def test_the_best_setting_is_measured_on_the_test_rows():
     found = summary(
         member("a", 0, 0.7, lora_r=4, test={"accuracy": 0.95}),
         member("b", 1, 0.9, lora_r=8, test={"accuracy": 0.6}),

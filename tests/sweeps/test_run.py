@@ -117,7 +117,7 @@ def test_folds_answer_every_row_by_an_adapter_that_has_not_learnt_from_it(folds,
     assert "every one of 60 rows was answered" in str(folds.summary)
 
 
-def test_a_grid_is_chosen_by_validation_rows_and_told_on_the_test_rows(place, capsys):
+def test_a_grid_is_chosen_by_validation_rows_and_measured_on_the_test_rows(place, capsys):
     # One half shares a pass, the other, with dropout, cannot.
     found = toy_sweep(place, "grid", grid=["learning_rate=1e-3,1e-2", "lora_dropout=0,0.1"])
     said = capsys.readouterr().out
