@@ -212,7 +212,9 @@ def test_every_command_has_a_test_or_a_reason() -> None:
     assert len(OFTEN) == 2
     kinds = [kind_of(command) for command in all_commands()]
     assert {kind for kind in kinds if kind and kind.startswith("tests/")} == {
+        "tests/reporting/test_harness.py",
         "tests/serving/test_serve.py",
+        "tests/sweeps/test_optuna.py",
         "tests/test_rented_gpu.py",
         "tests/test_serving.py",
     }

@@ -16,6 +16,8 @@ _KINDS = {
     r"(nohup )?lora-fsdp (train|sweep) |accelerate launch |make sentiment( ARGS=|$)": "training",
     r"lora-fsdp serve |curl -s http://[0-9.:]+/(predict|v1/chat)": "tests/serving/test_serve.py",
     r"lora-fsdp ": "command",
+    r"python examples/optuna_search\.py ": "tests/sweeps/test_optuna.py",
+    r"pip install lm_eval|cd runs/|lm_eval run ": "tests/reporting/test_harness.py",
     r"(\w+=\S+ )?make |export |python3 -m venv |source |python -c ": "set-up",
     r"python -m (benchmarks|tests)\.": "measurement",
     r"pip install ": "packages",
