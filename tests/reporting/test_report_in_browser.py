@@ -1,4 +1,7 @@
-"""Reports as a person sees them. Run: python -m pytest tests/reporting/test_report_in_browser.py"""
+"""Reports as a person sees them. 
+
+Run: python -m pytest -m slow tests/reporting/test_report_in_browser.py
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from lora_fsdp.reporting import write_comparison, write_report
 from tests.support.browser import CHROMIUM, Browser, axe_core, open_browser
 from tests.support.reported import HOSTILE_TEXTS, made_up_run
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+    pytest.mark.slow,
+]
 
 # Text whose contrast with what is behind it is below WCAG's 4.5 to 1.
 TOO_FAINT = """
