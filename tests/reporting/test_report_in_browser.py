@@ -1,4 +1,4 @@
-"""Reports as a person sees them. 
+"""Reports as a person sees them.
 
 Run: python -m pytest -m slow tests/reporting/test_report_in_browser.py
 """
