@@ -40,8 +40,8 @@ from lora_fsdp.ranks import is_joined
 EXIT_CODE = 70  # as for a rank that stalls
 #: Until a host whose kernel does not answer is lost.
 LOST_SECONDS = 30
-#: How long after the first process came a host's first one may come. Imports from a cold network disk
-#: take minutes, and machines that are started by hand are not started together.
+#: How long after the first process came a host's first one may come: imports from a cold network
+#: disk take minutes, and machines that are started by hand are not started together.
 START_SECONDS = 300
 #: For a main thread that has failed for the same reason, and says more about it.
 _GRACE_SECONDS = 10.0
