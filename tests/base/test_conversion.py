@@ -19,7 +19,7 @@ from lora_fsdp.base.fingerprints import fingerprint_base
 from lora_fsdp.base.loading import load_base
 from lora_fsdp.base.stored_weights import BaseWeights, base_skeleton
 from lora_fsdp.base.streaming import StoredBase, load_on_device, open_base
-from lora_fsdp.errors import ModelNotFoundError, UnsupportedModelError
+from lora_fsdp.errors import ModelNotFoundError
 from tests.support.adapters import adapted, logits
 from tests.support.examined import ExaminedRun
 from tests.support.families import MIXTURES, family_model
@@ -177,10 +177,3 @@ def test_two_ranks_train_experts_as_one_process_does(saved, tmp_path):
     np.testing.assert_allclose(runs[0]["losses"], alone["losses"], rtol=1e-4)
     for name, tensor in alone["adapter"].items():
         np.testing.assert_allclose(runs[0]["adapter"][name], tensor, atol=2e-3, err_msg=name)
-
-
-def test_experts_are_not_left_out_of_4_bits_silently(saved):
-    pytest.importorskip("bitsandbytes")
-    arguments = ModelArguments(str(saved("qwen3_moe")), load_in_4bit=True)
-    with pytest.raises(UnsupportedModelError, match=r"experts.*not kept in 4 bits"):
-        open_base(arguments, device=CPU)
