@@ -25,6 +25,7 @@ from lora_fsdp.evaluation.metrics import evaluation_metrics
 from lora_fsdp.evaluation.outputs import LOG_FILE, write_atomically
 from lora_fsdp.placement.decide import Placement
 from lora_fsdp.ranks import on_first_rank
+from lora_fsdp.reporting.harness import try_to_write_harness_task
 from lora_fsdp.reporting.model_card import try_to_write_card
 from lora_fsdp.reporting.recording.outcome import facts_of_training
 from lora_fsdp.reporting.recording.record import record_start
@@ -186,6 +187,7 @@ class MemberRun:
             (self.folder / STAGE_FILE).unlink(missing_ok=True)
             once.write_results(self.asked.name, comparison, test)
             try_to_write_card(self.folder)
+            try_to_write_harness_task(self.folder)
             try_to_write_report(self.folder)
 
         on_first_rank(write)
