@@ -34,22 +34,28 @@ def call(gpus, folder, *words):
     )  # fmt: skip
 
 
+# One of each kind. All take twice as long, and 4 ranks twice as long again: --gpus 4 --rehearse.
+REHEARSED = [
+    "tweets-resident", "tweets-one-gpu", "tweets-trl-fsdp2", "resume", "70b-bf16", "tests", "job",
+    "experts-4bit",
+]  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("gpus", [2])  # 4 take twice as long: --gpus 4 --rehearse
-def test_the_whole_call_is_rehearsed(tmp_path, gpus):
+def test_the_call_is_rehearsed(tmp_path):
     """Every point leaves its results; what cannot be here says why."""
-    done = call(gpus, tmp_path, "--rehearse", "--seconds", "3000")
-    every = measurements(gpus, rehearse=True)
+    gpus = 2
+    done = call(gpus, tmp_path, "--rehearse", "--seconds", "3000", "--arms", *REHEARSED)
+    every = [one for one in measurements(gpus, rehearse=True) if one.name in REHEARSED]
+    assert len(every) == len(REHEARSED)
     for one in every:
         file = tmp_path / f"rehearsal-x{gpus}-{one.point}.json"
         stored = json.loads(file.read_text())[one.name]
         result = stored["result"]
         assert stored["command"].startswith("python -m ")
         assert stored["environment"]["torch"]
-        if one.name == "experts-4bit":  # not kept in 4 bits yet: the sentence that says so
-            assert "4 bits" in result.get("failed", "4 bits"), result
-        elif one.name == "tests":
+        if one.name == "tests":
             assert result["tests"] == result["skipped"] > 0
             assert result["reasons_for_skipping"] == [f"needs {gpus} CUDA GPUs, and 0 are here"]
         elif one.name == "resume":
