@@ -8,6 +8,7 @@ import shutil
 from contextlib import nullcontext
 
 import pytest
+import setuptools  # noqa: F401  torch's compiler imports it, and late it may take stdlib's distutils
 import torch
 
 from lora_fsdp.adapter.adapter_set import AdapterSet
