@@ -74,8 +74,10 @@ def _write_tables(folder: Path) -> None:
         "new": tweets.head(5),
         "new_tickets": tickets.head(5),
         "pool": tweets[["text"]],
-        # Its labels under another name too, one of them none that is known.
-        "test": tweets.head(8).assign(team=["?", *tweets["sentiment"][1:8]]),
+        # Its labels under other names too, in one place none that is known.
+        "test": tweets.head(8).assign(
+            label=tweets["sentiment"][:8], team=["?", *tweets["sentiment"][1:8]]
+        ),
     }
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False)

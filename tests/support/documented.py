@@ -25,6 +25,7 @@ _KINDS = {
     r"transformers serve |curl ": "tests/test_serving.py",
 }
 NOT_RUN = {
+    r"lora-fsdp demo .*--force": "downloads the model anew; make runs the command without --force",
     r"vllm serve ": "needs a GPU and vLLM; the page says that it is untested",
     r"docker (build|run) ": "needs a container engine; tests/test_machines.py reads the Dockerfile",
     r"export HTTPS_PROXY=": "names a proxy that is not here",
