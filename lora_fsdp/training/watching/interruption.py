@@ -58,6 +58,7 @@ class StopRequests:
         self._lock = threading.Lock()
         self._begun = 0
         self._noticed = False
+        self._interrupted = False
         self._last_step: int | None = None
         self._asked, self._settled, self._over = (threading.Event() for _ in range(3))
         # Ranks enter training together, so that they count alike.
@@ -69,6 +70,10 @@ class StopRequests:
         """Turn SIGTERM into a request, and look for those of other ranks, until the block ends."""
         in_main_thread = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, self._on_signal) if in_main_thread else None
+        # A handler of the user's own, or a notebook's, stays.
+        is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if in_main_thread and is_default:
+            signal.signal(signal.SIGINT, self._on_interrupt)
         watcher = threading.Thread(target=self._watch, name="lora_fsdp-stop", daemon=True)
         watcher.start()
         try:
@@ -76,6 +81,8 @@ class StopRequests:
         finally:
             if in_main_thread:  # first: the handler must not meet this thread in `Event.set`
                 signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+                if is_default:
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
             self._over.set()
             self._asked.set()
             watcher.join()
@@ -89,7 +96,10 @@ class StopRequests:
 
         Raises:
             TrainingInterrupted: a stop was asked for and the ranks cannot agree on a step.
+            KeyboardInterrupt: it was raised before, and Python dropped it.
         """
+        if self._interrupted:
+            raise KeyboardInterrupt
         with self._lock:
             if not self._noticed:
                 self._begun = step + 1
@@ -104,6 +114,11 @@ class StopRequests:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._ask("SIGTERM")
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        # Raised in a destructor or a callback of C++, it is printed and forgotten: see `is_last`.
+        self._interrupted = True
+        signal.default_int_handler(number, frame)
 
     def _ask(self, reason: str) -> None:
         self.reason = self.reason or reason
