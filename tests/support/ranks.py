@@ -9,6 +9,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -189,6 +190,10 @@ def _rank_main(
     gc.freeze()  # what the server imported is in no collection, as in the tests' own process
     try:
         pipe.send(("result", function(*arguments)))
+        if dist.is_initialized():
+            # A rank that is gone before all the others have met ends their meeting with an error.
+            with suppress(RuntimeError):  # of another rank, which tells its own
+                dist.barrier()
     except BaseException as error:
         pipe.send(("error", (type(error).__name__, str(error), traceback.format_exc())))
     finally:
