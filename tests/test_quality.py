@@ -9,9 +9,12 @@ import statistics
 import pytest
 import torch
 
-from benchmarks.quality import ARMS, RIVALS, Results, Seed, Setting, main, measure, table
+from benchmarks.quality import ARMS, RIVALS, ROOT, Results, Seed, Setting, main, measure, table
 from tests.support.adapters import save_base
 from tests.support.tiny import LABELS, toy_table
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "quality.md"
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,12 @@ def test_other_settings_are_other_results(toy, tmp_path):
     assert table(Results(file, settings[0]).of_call()).endswith(
         "| default | 0.500 | 0.500 | 1 | 1 |"
     )
+
+
+@pytest.mark.parametrize("rows", [400, 800, 2000])
+def test_the_page_shows_the_stored_results(rows):
+    stored = json.loads((RESULTS / "quality-h200.json").read_text())["results"]
+    assert table([one for one in stored if one["setting"]["rows"] == rows]) in PAGE.read_text()
 
 
 def test_the_list_names_every_arm_and_a_missing_gpu_is_said(capsys):
