@@ -254,6 +254,7 @@ def at_home(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for command in of_kind("measurement")
     ],
 )
+@pytest.mark.slow
 def test_measurement(
     command: str,
     at_home: Path,

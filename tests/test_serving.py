@@ -138,6 +138,7 @@ def test_pipeline(
 
 @pytest.mark.skipif(not is_serve_available(), reason='needs pip install "transformers[serving]"')
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.slow
 def test_transformers_serve(place: Path, merged: Path, labels: list[str]) -> None:
     command = block("bash", "transformers serve").splitlines()[1]
     request = block("bash", "curl -s").replace('"max_tokens": 5', '"max_tokens": 12')

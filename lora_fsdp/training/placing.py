@@ -33,6 +33,9 @@ from lora_fsdp.sizing.counting import shape_of
 from lora_fsdp.sizing.hardware import hardware_here
 from lora_fsdp.sizing.packing import checked_packing
 
+# A sweep counts the same model for each of its runs.
+_COUNTED: dict[tuple[type, str], ModelShape] = {}
+
 
 def place_for_training(
     model: PeftModel,
@@ -180,12 +183,23 @@ def request_of_run(
 
 
 def count(model: PeftModel, *, stay: str | None, packed: bool) -> ModelShape:
-    """The sizes of a model, counted on a copy without numbers."""
+    """The sizes of a model, counted on a copy without numbers; once for all runs that are alike."""
     base = base_model(model)
+    adapter = cast(LoraConfig, model.peft_config[str(model.active_adapter)])
+    attention = base.config._attn_implementation  # of which `to_dict` says nothing
+    asked = (base.config.to_dict(), attention, base.dtype, adapter.to_dict(), stay, packed)
+    alike = (type(base), repr(asked))
+    if alike not in _COUNTED:
+        _COUNTED[alike] = _count(base, adapter, stay=stay, packed=packed)
+    return _COUNTED[alike]
+
+
+def _count(
+    base: PreTrainedModel, adapter: LoraConfig, *, stay: str | None, packed: bool
+) -> ModelShape:
     with torch.device("meta"), no_init_weights():
         skeleton = type(base)._from_config(copy.deepcopy(base.config), dtype=base.dtype)
     skeleton.tie_weights()
-    adapter = cast(LoraConfig, model.peft_config[str(model.active_adapter)])
     return shape_of(skeleton, adapter, stay=stay, packed=packed)
 
 

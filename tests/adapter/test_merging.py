@@ -141,6 +141,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_the_model_is_never_whole_in_memory(tmp_path):
     """A base of 240 MB in files of 9 MB: the peak grows by one file and a few of the largest
     tensors (4 MB), not by the base.

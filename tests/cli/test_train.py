@@ -238,6 +238,7 @@ def test_how_a_process_ended(capsys, code, ours, words):
 
 
 class TestOneProcess:
+    @pytest.mark.slow
     def test_a_bug_keeps_its_traceback(self, options, tmp_path):
         task = tmp_path / "odd_task.py"
         task.write_text(

@@ -127,6 +127,7 @@ def test_without_fsdp(tmp_path, kind, processes, precision, cpu):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("files", ["safetensors", "pickle"])
+@pytest.mark.slow
 def test_efficient_loading_changes_nothing_of_a_run(tmp_path, files):
     """Read tensor by tensor, and loaded whole: transformers would give the weights to rank 0."""
     folder = tmp_path / "model"

@@ -126,6 +126,7 @@ def test_a_script_of_ones_own_under_accelerate_launch(tmp_path, words, changes, 
         (["--num_processes", "2", "--cpu"], "refused: Several processes were asked for"),
     ],
 )
+@pytest.mark.slow
 def test_an_address_exported_by_the_shell_is_no_request(tmp_path, words, said):
     """A cluster's login shell exports where processes would meet."""
     script = tmp_path / "mine.py"

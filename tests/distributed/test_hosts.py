@@ -22,6 +22,7 @@ def run_on_rank(folder):
 
 
 @pytest.mark.parametrize("environment", [FSDP, {}], ids=["sharded", "whole"])
+@pytest.mark.slow
 def test_two_hosts_of_two_ranks_learn_what_one_host_of_four_does(tmp_path, environment):
     here = run_ranks(run_on_rank, tmp_path / "one", world_size=4, environment=environment)
     with hosts(2) as both:

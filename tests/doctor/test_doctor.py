@@ -437,6 +437,7 @@ def seven_billion(run, *, with_weights):
 
 
 @pytest.mark.parametrize("with_weights", [False, True])
+@pytest.mark.slow
 def test_a_7b_folder_takes_seconds(run, with_weights):
     seven_billion(run, with_weights=with_weights)
     run.lora = {"lora_target_modules": ["all-linear"], "lora_r": 64}

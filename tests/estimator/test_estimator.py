@@ -228,6 +228,7 @@ def test_a_folder_that_holds_something_is_not_written_into(fitted, tmp_path):
         fitted.save_adapter(tmp_path)
 
 
+@pytest.mark.slow
 def test_cross_validation_pipelines_and_grids(base):
     model = classifier(base, num_train_epochs=1)
     assert len(cross_val_score(model, TEXTS, LABELS, cv=2)) == 2

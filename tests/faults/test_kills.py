@@ -89,6 +89,7 @@ def test_ranks_end_with_their_launcher(tmp_path):
     assert find_damage(list_checkpoints(folder)[0]) is None
 
 
+@pytest.mark.slow
 def test_launcher_passes_sigterm_on(tmp_path):
     folder = tmp_path / "run"
     attempt = LaunchedAttempt(folder, "steps", world_size=1)

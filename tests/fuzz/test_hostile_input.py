@@ -305,6 +305,7 @@ class TestFiles:
             end_of_answer(tokenizer, chat_template=True)
 
     @pytest.mark.parametrize("name", hostile_templates.ENDLESS)
+    @pytest.mark.slow
     def test_chat_template_that_does_not_end(self, name):
         """Refused in a sentence, wherever a conversation reaches it."""
         began = time.monotonic()

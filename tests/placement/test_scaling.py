@@ -43,6 +43,7 @@ def test_every_measured_point_is_within_fifteen_percent(monkeypatch):
     assert max(map(abs, errors.values())) < 0.15, errors
 
 
+@pytest.mark.slow
 def test_the_stored_numbers_are_those_of_today(found):
     # Otherwise: python -m benchmarks.scaling --plot
     stored = json.loads(FILE.read_text(encoding="utf-8"))["simulated"]
@@ -50,6 +51,7 @@ def test_the_stored_numbers_are_those_of_today(found):
     assert len(stored) == len(found) == 4 * 3 * len(LINKS) * len(COUNTS)
 
 
+@pytest.mark.slow
 def test_the_documentation_has_the_table_and_the_plot(found):
     page = PAGE.read_text(encoding="utf-8")
     assert table(found) in page
@@ -57,12 +59,14 @@ def test_the_documentation_has_the_table_and_the_plot(found):
     assert PLOT.read_text(encoding="utf-8").count("<path") > 20
 
 
+@pytest.mark.slow
 def test_seventy_billion_on_two_hosts_keeps_ninety_five_percent():
     """Where only the adapter's gradients cross, over the slowest network that is looked at."""
     one, two = (simulate("70B", "hybrid", gpus=gpus, link=10) for gpus in (8, 16))
     assert one.seconds / two.seconds > 0.95
 
 
+@pytest.mark.slow
 def test_more_hosts_and_slower_links_are_never_faster(found):
     for one in found:
         if one.gpus > 8:

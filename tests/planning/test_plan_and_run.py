@@ -125,6 +125,7 @@ def test_texts_are_as_long_as_a_run_would_leave_them(capsys):
         ("7B", "1xSmall:4GB:9TFLOPS"),
     ],
 )
+@pytest.mark.slow
 def test_what_is_printed_chooses_what_is_shown(tmp_path, capsys, model, gpus):
     """Each strategy's options and YAML, given back to the plan, are the same strategy."""
     asked = [

@@ -43,6 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
+@pytest.mark.slow
 def test_the_file_asks_as_the_run_did(run: Path) -> None:
     import jinja2
 

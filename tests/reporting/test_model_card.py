@@ -116,6 +116,7 @@ def run_with(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return output.getvalue().rstrip("\n")
 
 
+@pytest.mark.slow
 def test_snippet_runs_as_it_is_and_answers_like_predict(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def test_the_resume_command_names_the_last_checkpoint(run: Path) -> None:
     assert words.stdout.splitlines()[:-2] == launch_command()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_one_log(tmp_path: Path) -> None:
     def train(steps: int, resume: bool) -> KeepLog:
         log = KeepLog(tmp_path)

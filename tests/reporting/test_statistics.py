@@ -147,6 +147,7 @@ def test_the_error_of_a_calibrated_model_is_what_is_expected(rows: int) -> None:
     assert above <= 0.15
 
 
+@pytest.mark.slow
 def test_a_rival_of_several_is_better_by_chance_no_more_often_than_one() -> None:
     """Three rivals as good as the tuned model, 300 times: one is 'better' in 2.5 % at most."""
     random = np.random.default_rng(4)

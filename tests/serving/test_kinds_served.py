@@ -58,6 +58,7 @@ def asked_over_http(served, body):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.slow
 def test_each_recipe(recipe, base, tmp_path, capsys):
     train_recipe(recipe, base, tmp_path / "run")
     served = Served(Predictor.from_adapter(tmp_path / "run"), recipe)

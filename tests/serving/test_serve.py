@@ -306,6 +306,7 @@ def test_it_stays_on_this_machine_and_says_so(server):
     held.close()
 
 
+@pytest.mark.slow
 def test_overload_is_refused_and_nothing_is_lost(adapter, predicted):
     """Few may wait: every request gets 200, 429 or 503; those refused are told when to return."""
     rows = [row for row in predicted[0] if (row["text"] or "").strip()]
@@ -350,6 +351,7 @@ def test_a_key_is_asked_for_and_what_is_exposed_is_said(adapter, tmp_path):
         assert running.ask(CHAT, user(model="mood"), headers=right).status == 200
 
 
+@pytest.mark.slow
 def test_it_finishes_what_it_took(adapter, predicted):
     """SIGTERM while requests wait: each of them is answered, then it ends with 0."""
     rows = [row for row in predicted[0] if (row["text"] or "").strip()]

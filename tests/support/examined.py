@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +25,12 @@ RTX4090 = MachineGpu("NVIDIA GeForce RTX 4090", 25 * GB, 24 * GB, (8, 9))
 T4 = MachineGpu("Tesla T4", 16 * GB, 15 * GB, (7, 5))
 
 
+@cache
+def _packages() -> dict[str, str]:
+    """Read once: there are hundreds."""
+    return installed_packages()
+
+
 def machine(*gpus: MachineGpu, **other: Any) -> Machine:
     """A machine in good order with these GPUs."""
     settings: dict[str, Any] = {
@@ -36,7 +43,7 @@ def machine(*gpus: MachineGpu, **other: Any) -> Machine:
         "shared_memory": 8 * GB,
         "clock": time.time(),
         "python": "3.12.1",
-        "packages": installed_packages(),
+        "packages": dict(_packages()),
     }
     return Machine(gpus=gpus, **{**settings, **other})
 

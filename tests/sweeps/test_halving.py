@@ -54,6 +54,7 @@ def test_a_setting_of_which_one_has_diverged_comes_last():
 @pytest.mark.parametrize(
     "at_once", [None, pytest.param(1, marks=pytest.mark.slow)], ids=["pass", "turns"]
 )
+@pytest.mark.slow
 def test_who_stays_is_its_whole_run_to_the_bit_and_who_goes_is_named(at_once, tmp_path, capsys):
     found = halved(tmp_path, "halved", adapters_at_once=at_once, lora_dropout=0.1 * (at_once or 0))
     said = capsys.readouterr().out
@@ -93,6 +94,7 @@ class Killed(BaseException):
     "at_once", [2, pytest.param(1, marks=pytest.mark.slow)], ids=["pass", "turns"]
 )
 @pytest.mark.parametrize("calls", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_killed_and_gone_on_with_it_is_the_same(at_once, calls, tmp_path, monkeypatch):
     """Killed after the first or the third pass or turn: within a stage, and about its end."""
     halved(tmp_path, "whole", adapters_at_once=at_once)

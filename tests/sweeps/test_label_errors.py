@@ -83,6 +83,7 @@ def test_as_counted_row_by_row(seed):
     assert (lead.diff().dropna() <= 0).all()
 
 
+@pytest.mark.slow
 def test_a_run_of_folds_writes_them_of_all_rows(tmp_path, capsys):
     toy_sweep(tmp_path, folds=3)
     said = " ".join(capsys.readouterr().out.split())

@@ -25,6 +25,7 @@ def planned(capsys, *more):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_the_time_of_all_its_adapters_and_the_memory_of_the_largest(capsys):
     one = planned(capsys, "--lora_r", "8")
     epochs = planned(capsys, "--lora_r", "8", "--num_train_epochs", "6")

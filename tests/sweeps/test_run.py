@@ -57,6 +57,7 @@ def test_seeds_give_an_adapter_each_and_one_figure(seeds, place, capsys):
     assert not list(root.glob("together-*"))
 
 
+@pytest.mark.slow
 def test_each_of_a_pass_has_what_a_run_alone_leaves(place):
     many = {"data": {"eval_size": 60, "max_rows": 100}}  # enough to calibrate on
     toy_sweep(place / "many", "pass", seeds=2, rows=120, **many)

@@ -17,9 +17,14 @@ SETTINGS = {
     # Whatever an adapter leaves in the base, or takes from a common stream of random numbers.
     "plain": {"seeds": 3, "adapters_at_once": 1},
     "dropout": {"seeds": 2, "lora_dropout": 0.1},
-    "saving": {"seeds": 2, "adapters_at_once": 1, "save_strategy": "steps", "save_steps": 2},
+    "saving, recomputed": {
+        "seeds": 2,
+        "adapters_at_once": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "gradient_checkpointing": True,
+    },
     "dora": {"seeds": 2, "lora_kwargs": {"use_dora": True}},
-    "recomputed": {"seeds": 2, "gradient_checkpointing": True},
 }
 
 
@@ -88,6 +93,7 @@ def test_what_all_have_in_common_is_made_once(tmp_path, monkeypatch):
         assert systems[0][name] == systems[2][name]
 
 
+@pytest.mark.slow
 def test_a_base_that_an_adapter_changes_is_opened_anew(tmp_path, monkeypatch):
     opened = []
     original = KeptBase.take

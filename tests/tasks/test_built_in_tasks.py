@@ -36,6 +36,7 @@ def test_every_built_in_task_has_a_recipe() -> None:
 
 
 @each_recipe
+@pytest.mark.slow
 def test_two_ranks_find_what_one_process_finds(results: dict[str, Any], recipe: str) -> None:
     alone = results["alone"][recipe]
     for found in (rank[recipe] for rank in results["ranks"]):

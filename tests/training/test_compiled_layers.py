@@ -37,6 +37,7 @@ def gradients(packed):
 @pytest.mark.filterwarnings("ignore")  # torch's compiler has warnings of its own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("kind", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
+@pytest.mark.slow
 def test_compiled_layers_give_the_plain_gradients(kind, monkeypatch):
     from torch._dynamo import config, reset
     from torch._dynamo.utils import counters

@@ -88,6 +88,7 @@ def test_arguments_of_the_optimizer_are_pairs(tmp_path, text):
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", WORKING)
+@pytest.mark.slow
 def test_it_trains_and_goes_on_exactly(tmp_path, name):
     if name in PACKAGES and importlib.util.find_spec(PACKAGES[name][0]) is None:
         pytest.skip(f"{PACKAGES[name][1]} is not installed")

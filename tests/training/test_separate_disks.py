@@ -63,6 +63,7 @@ def test_every_host_has_what_it_needs_to_go_on(tmp_path):
 
 
 @pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.slow
 def test_a_host_comes_back_with_an_empty_disk(tmp_path, place):
     whole = run_ranks(train, tmp_path / "whole", 8)
     run_ranks(train, tmp_path, 4)

@@ -319,6 +319,7 @@ class TestStall:
         if frozen == 1:
             assert "its process has not answered for" in told
 
+    @pytest.mark.slow
     def test_what_may_take_long_is_left_alone(self, tmp_path):
         assert run_ranks(slow_run, tmp_path) == [6, 6]
         assert not (tmp_path / "stalled").exists()
