@@ -148,9 +148,9 @@ _TORCHRUN = """\
 # is none, add --save_on_each_node true.
 set -euo pipefail
 FIRST=${1:?name the first machine, whose port 29500 is free}
-# Otherwise a machine that comes back waits for an address that nobody tells it, and ends the run.
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec torchrun --nnodes 1:@MACHINES@ --nproc_per_node @GPUS@ --max_restarts 100 \\
+# torchrun, in whose rendezvous a machine that has gone is noticed at any time.
+exec python -m lora_fsdp.cli.torchrun \\
+  --nnodes 1:@MACHINES@ --nproc_per_node @GPUS@ --max_restarts 100 \\
   --rdzv_id @NAME@ --rdzv_backend c10d --rdzv_endpoint "$FIRST:29500" \\
   --rdzv_conf join_timeout=600,last_call_timeout=30 \\
   --module lora_fsdp.cli.training_process \\

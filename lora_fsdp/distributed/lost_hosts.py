@@ -95,13 +95,19 @@ def watch_hosts() -> None:
 
 @contextmanager
 def watching_hosts() -> Iterator[None]:
-    """Watch them until the block ends; one that fails here is gone to the others."""
+    """Watch them until the block ends; one that fails here is gone to the others.
+
+    The run's first process leaves first: until it has written what is to be kept, the others are
+    there to begin anew with, should it be lost.
+    """
     watch_hosts()
     try:
         yield
     except BaseException:
         _leave(failed=True)
         raise
+    for watch in _watches:
+        watch.see_first_off()
     _leave()
 
 
@@ -130,6 +136,9 @@ class _Watch:
     def start(self) -> None:
         """Watch, in a thread."""
         self.thread.start()
+
+    def see_first_off(self) -> None:
+        """Wait until the first process has finished; this one has."""
 
     def stop(self, *, say_bye: bool) -> None:
         """Watch no longer; what did not say bye is seen to end with its process."""
@@ -213,7 +222,7 @@ class _First(_Watch):
         if token != self.token:  # a stranger: a scan of ports, an earlier attempt
             link.close()
             return
-        _keep_alive(link)
+        keep_alive(link)
         self.names[link] = str(name)
         self.come.add(int(host))
         at.register(link, selectors.EVENT_READ)
@@ -224,10 +233,8 @@ class _First(_Watch):
             reason = _next_message(link)
         except OSError as error:
             reason = error
-        if reason == _BYE:
+        if reason == _BYE:  # it may be waiting for this one's
             at.unregister(link)
-            del self.names[link]
-            link.close()
             return
         self._lose(_lost(self.names[link], reason), ended=reason is None)
 
@@ -260,6 +267,12 @@ class _Other(_Watch):
 
     link: socket.socket | None = None
 
+    def see_first_off(self) -> None:
+        """Wait until the first process has finished; one that is lost ends this one."""
+        if self.link is not None:
+            self._tell(_BYE)
+            self.thread.join()
+
     def _run(self) -> None:
         self.link = self._connected()
         address = self.place.address
@@ -286,7 +299,7 @@ class _Other(_Watch):
                 if store.check([_KEY]):
                     port, token = json.loads(store.get(_KEY))
                     link = socket.create_connection((self.place.address, port), timeout=5.0)
-                    _keep_alive(link)
+                    keep_alive(link)
                     _send(link, {"hello": [token, self.place.host, socket.gethostname()]})
                     return link
             except (OSError, RuntimeError):  # an earlier attempt's, or it is gone
@@ -319,7 +332,7 @@ def _listening() -> socket.socket:
     return socket.create_server(("", 0), backlog=1024)
 
 
-def _keep_alive(link: socket.socket) -> None:
+def keep_alive(link: socket.socket) -> None:
     """Have the kernel ask the other side's whether it is there; no answer is an `OSError`."""
     link.setblocking(True)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -161,8 +161,9 @@ def test_torchrun_reads_its_options(tmp_path):
     from torch.distributed.run import get_args_parser
 
     text = written(tmp_path, "torchrun").read_text().replace("\\\n", " ")
-    [line] = [one for one in text.splitlines() if one.startswith("exec torchrun ")]
-    words = shlex.split(line)[2:]
+    start = "exec python -m lora_fsdp.cli.torchrun "
+    [line] = [one for one in text.splitlines() if one.startswith(start)]
+    words = shlex.split(line.removeprefix(start))
     options = get_args_parser().parse_args(words)
     assert (options.nnodes, options.nproc_per_node, options.max_restarts) == ("1:2", "8", 100)
     assert (options.module, options.training_script) == (True, "lora_fsdp.cli.training_process")

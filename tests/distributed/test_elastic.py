@@ -22,11 +22,11 @@ from tests.support.ranks import run_ranks
 
 def words(hosts_, folder, *, seconds):
     return [
-        sys.executable, "-m", "torch.distributed.run",
+        sys.executable, "-m", "lora_fsdp.cli.torchrun",
         "--nnodes", f"1:{len(hosts_)}", "--nproc_per_node", "1", "--max_restarts", "10",
         "--rdzv_id", "toy", "--rdzv_backend", "c10d", "--rdzv_endpoint", "host0:29500",
         "--rdzv_conf", "join_timeout=60,last_call_timeout=3,is_host="
-        "{is_host},keep_alive_interval=1,keep_alive_max_attempt=3",
+        "{is_host},keep_alive_interval=1,keep_alive_max_attempt=10",
         "--module", "tests.support.elastic_run",
         str(folder / "run"), str(folder / "ledger"), str(seconds),
     ]  # fmt: skip

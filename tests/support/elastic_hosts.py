@@ -17,6 +17,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from lora_fsdp.distributed.elastic import BACKEND, PROCESSES, register
 from tests.support.elastic_run import RESULT, Sizes, check_ledger, lines_of, train
 from tests.support.hosts import Host
 from tests.support.ranks import start_on
@@ -62,7 +63,6 @@ class ElasticHosts:
             self.hosts[place], _agent, place, self._given(), self.disk(place), log,
             variables={
                 "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # as the file for torchrun sets it
             },
         )  # fmt: skip
 
@@ -172,10 +172,11 @@ class ElasticHosts:
 
 
 def _agent(place: int, given: tuple[Any, ...], disk: Path, log: Path) -> None:
-    """What `torchrun --nnodes 1:N --max_restarts 100` does on a host."""
+    """What our torchrun does on a host, with `--nnodes 1:N --max_restarts 100`."""
     from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
     addresses, *run = given
+    register()
     disk.mkdir(exist_ok=True)
     os.chdir(disk)
     os.setsid()
@@ -188,7 +189,7 @@ def _agent(place: int, given: tuple[Any, ...], disk: Path, log: Path) -> None:
         max_nodes=len(addresses),
         nproc_per_node=1,
         run_id="toy",
-        rdzv_backend="c10d",
+        rdzv_backend=BACKEND,
         rdzv_endpoint=f"{addresses[0]}:{PORT}",
         rdzv_configs={
             "is_host": place == 0,
@@ -196,7 +197,8 @@ def _agent(place: int, given: tuple[Any, ...], disk: Path, log: Path) -> None:
             "last_call_timeout": 3,
             "read_timeout": 10,
             "keep_alive_interval": 1,
-            "keep_alive_max_attempt": 3,
+            "keep_alive_max_attempt": 10,
+            PROCESSES: 1,
         },
         max_restarts=100,
         start_method="fork",
