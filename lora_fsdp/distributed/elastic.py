@@ -23,7 +23,7 @@ import time
 from datetime import timedelta
 
 import psutil
-from torch.distributed import DistStoreError, Store  # type: ignore[attr-defined]
+from torch.distributed import DistStoreError, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
@@ -83,14 +83,11 @@ class ElasticRendezvous(DynamicRendezvousHandler):
         return waiting + len(self._round.difference(state.participants))
 
     def _all_there(self, store: Store, rank: int, count: int) -> bool:
-        """Whether each has told how many processes it starts, before one has gone.
-
-        It looks and does not wait: a wait keeps the store from this machine's heartbeats.
-        """
+        """Whether each has told how many processes it starts, before one has gone."""
         keys = [f"processes/{one}" for one in range(count)]
         store.set(keys[rank], str(self.processes))
         while not store.check(keys):
-            if self.num_nodes_waiting():
+            if self.num_nodes_waiting() or self.is_closed():
                 return False
             time.sleep(_POLL_SECONDS)
         told = {int(store.get(key)) for key in keys}
@@ -103,13 +100,14 @@ class ElasticRendezvous(DynamicRendezvousHandler):
 
 
 def _create(params: RendezvousParameters) -> RendezvousHandler:
-    backend, store = create_backend(params)
-    _, port = parse_rendezvous_endpoint(params.endpoint, default_port=_PORT)
-    _keep_alive_to(port)
+    backend, _ = create_backend(params)
     interval = params.get_as_int("keep_alive_interval", 5) or 5
     attempts = params.get_as_int("keep_alive_max_attempt", 3) or 3
-    # While it waits for a key, this machine's heartbeat waits, too.
-    store.set_timeout(timedelta(seconds=max(1.0, interval * attempts / 3)))
+    # Another connection: where agents wait for one another, that of the heartbeats must not wait.
+    host, port = parse_rendezvous_endpoint(params.endpoint, default_port=_PORT)
+    until_gone = timedelta(seconds=interval * attempts)
+    store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=until_gone)
+    _keep_alive_to(port)
     handler = ElasticRendezvous.from_backend(
         params.run_id,
         store,

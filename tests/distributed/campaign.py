@@ -8,7 +8,7 @@ host is killed, loses its cable, or is heard by nobody (a half-open connection);
 back and join while the others train, which must make steps with them. The first host holds
 torchrun's store: with it all end, and the same command goes on.
 
-A run must finish; what is left must make steps again within 60 s; the ledger must hold every row
+A run must finish; what is left must make steps again within `--noticed` seconds; the ledger must hold every row
 once an epoch; and losses and adapter must be, to the bit, those of a run without any mishap whose
 steps are made on as many ranks, one after the other.
 """
@@ -85,8 +85,10 @@ class Figures:
 class Campaign:
     """Runs on the same hosts, one after the other."""
 
-    def __init__(self, machines: list[Host], scratch: Path, *, seed: int) -> None:
-        self.machines, self.scratch = machines, scratch
+    def __init__(
+        self, machines: list[Host], scratch: Path, *, seed: int, noticed: float = NOTICED_SECONDS
+    ) -> None:
+        self.machines, self.scratch, self.noticed = machines, scratch, noticed
         self.random = random.Random(seed)
         self.figures = Figures()
 
@@ -102,7 +104,7 @@ class Campaign:
             for place in range(count):
                 run.start(place)
             self._mishaps(run, losses)
-            figures.again += run.finish(seconds=4 * NOTICED_SECONDS)
+            figures.again += run.finish(seconds=4 * self.noticed)
             run.check_ledger()
             self._compare(run)
             shutil.rmtree(folder)
@@ -153,9 +155,9 @@ class Campaign:
         def made() -> bool:
             return len({line["step"] for line in run.lines(after=began)}) >= wanted
 
-        there = run.wait(made, seconds=NOTICED_SECONDS)
+        there = run.wait(made, seconds=self.noticed)
         if there and moment == "while saving":
-            there = run.wait(run.is_saving, seconds=NOTICED_SECONDS)
+            there = run.wait(run.is_saving, seconds=self.noticed)
         else:
             time.sleep(self.random.uniform(0.0, STEP_SECONDS))
         return there and run.result() is None
@@ -163,7 +165,7 @@ class Campaign:
     def _goes_on(self, run: ElasticHosts, way: str, began: int) -> None:
         """Wait until steps are made in an attempt that began after the event, or all have ended."""
         self.figures.events[way] += 1
-        if run.wait(lambda: run.lines(after=began), seconds=NOTICED_SECONDS):
+        if run.wait(lambda: run.lines(after=began), seconds=self.noticed):
             took = (time.monotonic_ns() - began) / 1e9
             self.figures.seconds.setdefault(way, []).append(took)
 
@@ -174,7 +176,7 @@ class Campaign:
         def made() -> bool:
             return any(line["ranks"] == ranks for line in run.lines(after=began))
 
-        if run.wait(made, seconds=NOTICED_SECONDS):
+        if run.wait(made, seconds=self.noticed):
             took = (time.monotonic_ns() - began) / 1e9
             self.figures.seconds.setdefault("joins", []).append(took)
         elif run.result() is None:
@@ -186,7 +188,7 @@ class Campaign:
         others = [place for place in run.running() if place != 0]
         began = time.monotonic()
         while any(place in run.running() for place in others):
-            if time.monotonic() > began + NOTICED_SECONDS:
+            if time.monotonic() > began + self.noticed:
                 raise HungError(f"{way}: hosts {run.running()} have not ended")
             if run.result() is not None:
                 return
@@ -237,12 +239,14 @@ def stretch(folder: Path, end: int) -> dict[str, Any]:
     return result_of(trainer)
 
 
-def campaign(*, kills: int, seed: int, minutes: float, most_hosts: int = 4) -> Figures:
+def campaign(
+    *, kills: int, seed: int, minutes: float, most_hosts: int = 4, noticed: float = NOTICED_SECONDS
+) -> Figures:
     """Lose so many hosts."""
     began = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="many-machines-"))
     with hosts(most_hosts) as machines:
-        these = Campaign(machines, scratch, seed=seed)
+        these = Campaign(machines, scratch, seed=seed, noticed=noticed)
         while these.figures.losses < kills and time.monotonic() - began < 60 * minutes:
             these.one_run(
                 losses=min(these.random.randint(3, 6), kills - these.figures.losses),
@@ -263,12 +267,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so long")
     parser.add_argument("--hosts", type=int, default=4, help="the most of a run")
+    parser.add_argument(
+        "--noticed",
+        type=float,
+        default=NOTICED_SECONDS,
+        help="seconds until what is left must make steps again; more where others use the machine",
+    )
     given = parser.parse_args()
     if (reason := why_no_hosts()) is not None:
         sys.exit(f"No hosts can be made of network namespaces here: {reason}.")
     began = time.monotonic()
     figures = campaign(
-        kills=given.kills, seed=given.seed, minutes=given.minutes, most_hosts=given.hosts
+        kills=given.kills,
+        seed=given.seed,
+        minutes=given.minutes,
+        most_hosts=given.hosts,
+        noticed=given.noticed,
     )
     print(f"{figures}\nseconds: {time.monotonic() - began:.0f}")
     sys.exit(1 if figures.wrong else 0)

@@ -195,7 +195,6 @@ def _agent(place: int, given: tuple[Any, ...], disk: Path, log: Path) -> None:
             "is_host": place == 0,
             "join_timeout": 60,
             "last_call_timeout": 3,
-            "read_timeout": 10,
             "keep_alive_interval": 1,
             "keep_alive_max_attempt": 10,
             PROCESSES: 1,
