@@ -8,9 +8,9 @@ host is killed, loses its cable, or is heard by nobody (a half-open connection);
 back and join while the others train, which must make steps with them. The first host holds
 torchrun's store: with it all end, and the same command goes on.
 
-A run must finish; what is left must make steps again within `--noticed` seconds; the ledger must hold every row
-once an epoch; and losses and adapter must be, to the bit, those of a run without any mishap whose
-steps are made on as many ranks, one after the other.
+A run must finish; what is left must make steps again within `--noticed` seconds; the ledger must
+hold every row once an epoch; and losses and adapter must be, to the bit, those of a run without any
+mishap whose steps are made on as many ranks, one after the other.
 """
 
 from __future__ import annotations
