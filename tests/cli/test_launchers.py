@@ -119,7 +119,10 @@ def test_sbatch_reads_slurm_s_lines(tmp_path):
     done = subprocess.run(
         ["sbatch", "--test-only", str(file)], capture_output=True, text=True, check=False
     )
-    assert "invalid" not in done.stderr.lower(), done.stderr
+    if re.search("controller|configuration source", done.stderr):
+        pytest.skip(f"no Slurm controller answers: {done.stderr.strip()}")
+    # What the cluster there cannot give (its nodes, its GPUs) is no fault of the file.
+    assert done.returncode == 0 or "allocation failure" in done.stderr, done.stderr
 
 
 def test_skypilot_reads_its_task(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 
 from lora_fsdp.distributed.workers import Workers
@@ -96,6 +97,23 @@ def test_two_hosts_go_on_where_they_were_killed(trained, tmp_path):
     assert [process.returncode for process in processes] == [0, 0], printed
     assert output.read_bytes() == alone
     assert "of them by an earlier call" in printed[0]
+
+
+@pytest.mark.slow
+def test_ray_data_gives_the_same_answers(trained, tmp_path):
+    pytest.importorskip(
+        "ray.data", reason="pip install 'ray[data]' to test examples/ray_predict.py"
+    )
+    adapter, table, _ = trained
+    alone = pd.read_csv(table.parent / "alone.csv")
+    pd.read_csv(table).to_parquet(tmp_path / "new.parquet", index=False)
+    words = [sys.executable, "examples/ray_predict.py", tmp_path / "new.parquet", adapter]
+    words += [tmp_path / "answers", "2", adapter.parent / "on_hosts_task.py"]
+    done = run([str(word) for word in words])
+    assert done.returncode == 0, done.stderr
+    found = pd.read_parquet(tmp_path / "answers").sort_values("text", ignore_index=True)
+    wanted = alone.sort_values("text", ignore_index=True)
+    pd.testing.assert_frame_equal(found, wanted, check_dtype=False, rtol=1e-4)
 
 
 def test_who_does_what():
