@@ -42,6 +42,7 @@ OF_OTHERS = {
     "--from",  # uvx
     "--exclude",  # tar
     "--strict",  # mkdocs
+    "--test-only",  # sbatch
     "--cov",  # pytest-cov
     *("--arms", "--examples", "--model"),  # benchmarks.throughput
     *("--host", "--port"),  # transformers serve
@@ -49,6 +50,7 @@ OF_OTHERS = {
     *("--enable-lora", "--max-lora-rank", "--lora-modules", "--generation-config"),  # vllm serve
     "--help",
     "--inputs",  # tests/fuzz/campaign.py
+    "--noticed",  # tests/distributed/campaign.py
 }
 
 # Named as the reader's own, or as what must not be.

@@ -86,6 +86,22 @@ def end_alone(folder):
         store.get("never")
 
 
+def finish_first(folder):
+    """The second process has nothing left to do, and the first one still writes."""
+    sooner()
+    printed_to(folder)
+    rank = int(os.environ["RANK"])
+    with watching_hosts():
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], PORT, is_master=rank == 0, world_size=2)
+        [watch] = lost_hosts._watches
+        while not (watch.names if rank == 0 else watch.link):
+            time.sleep(0.05)
+        (folder / f"there-{rank}").touch()
+        while rank == 0 and not (folder / "written").exists():
+            time.sleep(0.05)
+    del store
+
+
 def never_comes(folder):
     sooner()
     printed_to(folder)
@@ -152,6 +168,22 @@ def test_a_process_that_ends_before_the_others(tmp_path):
         assert ends(first, within=20) == EXIT_CODE
         other.join()
     assert "has ended before the run did" in (tmp_path / "rank-0.txt").read_text()
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_none_leaves_before_the_first_process(tmp_path, lost):
+    """Where that is lost in the last save, the others have to begin anew."""
+    with hosts(2) as both:
+        first, other = (start(both, rank, finish_first, tmp_path) for rank in range(2))
+        wait_until_there(tmp_path, 2)
+        time.sleep(1)
+        assert other.is_alive()
+        if lost:
+            both[0].kill()
+        else:
+            (tmp_path / "written").touch()
+            assert ends(first, within=20) == 0
+        assert ends(other, within=20) == (EXIT_CODE if lost else 0)
 
 
 @pytest.mark.parametrize("missing", [0, 1])
