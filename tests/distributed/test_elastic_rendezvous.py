@@ -127,7 +127,7 @@ def test_a_machine_is_lost_before_all_know_where_to_meet(tmp_path):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("way", ["cut", "mute"])
+@pytest.mark.parametrize("way", ["cut", pytest.param("mute", marks=pytest.mark.slow)])
 def test_the_first_machine_does_not_answer(tmp_path, way):
     """torch's store waits for it as long as the kernel sends anew: a quarter of an hour."""
     with hosts(2) as both:
