@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from datetime import timedelta
 
@@ -132,6 +133,8 @@ def _create(params: RendezvousParameters) -> RendezvousHandler:
 
 def _keep_alive_to(port: int) -> None:
     """Have the kernel notice that the other side of this process's connections there is gone."""
+    if sys.platform != "linux":
+        return
     for one in psutil.Process().net_connections("tcp"):
         if one.raddr and one.raddr.port == port:
             with socket.socket(fileno=os.dup(one.fd)) as link:
