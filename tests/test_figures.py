@@ -46,7 +46,6 @@ BY_HAND: dict[str, str] = {}
 COMPARED_BY = {
     "make sentiment": ".ci/run",
     "lora-fsdp train --seeds 3 --max_rows 100": "tests/sweeps/test_transcript.py",
-    "python -m pytest tests/distributed/test_hybrid.py": "tests/distributed/test_hybrid.py",
 }
 
 # What no one measures: page and words around the figure, as they stand there.
