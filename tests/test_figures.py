@@ -45,6 +45,7 @@ BY_HAND: dict[str, str] = {}
 # What runs them and compares.
 COMPARED_BY = {
     "make sentiment": ".ci/run",
+    "lora-fsdp train --seeds 3 --max_rows 100": "tests/sweeps/test_transcript.py",
 }
 
 # What no one measures: page and words around the figure, as they stand there.
