@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lora_fsdp.evaluation.baselines import tfidf_probabilities
+from benchmarks.record import add_option, keep
+from lora_fsdp.evaluation.baselines import fit_tfidf
 from lora_fsdp.evaluation.calibration import Calibration, answer_sets, figures, fit_calibration
 from lora_fsdp.tasks import ClassificationTask, Example, Prompt
 from lora_fsdp.tasks.answers import ModelOutputs
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--predictions", type=Path, help="predictions.csv of a run")
     parser.add_argument("--splits", type=int, default=200)
     parser.add_argument("--rows", type=int, default=1000, help="rows to calibrate on")
+    add_option(parser)
     options = parser.parse_args()
     if options.predictions is None:
         labels, probabilities, right = of_tweets()
@@ -44,9 +47,17 @@ def main() -> None:
     scores = np.log(np.maximum(probabilities, 1e-12)).astype(np.float32)
     found = [one_split(scores, right, labels, rows, seed) for seed in range(options.splits)]
     table = pd.DataFrame(found)
+    kept: dict[str, Any] = {"rows": len(right), "calibrated_on": rows, "splits": options.splits}
     for coverage in COVERAGES:
         held, size = table[f"held {coverage}"], table[f"size {coverage}"]
         within = (abs(held - coverage) <= 0.01).mean()
+        kept[f"sets of {coverage:.0%}"] = {
+            "mean_coverage": held.mean(),
+            "least": held.min(),
+            "most": held.max(),
+            "within_a_point": within,
+            "answers_a_set": size.mean(),
+        }
         print(
             f"sets of {coverage:.0%}: mean coverage {held.mean():.4f}, from {held.min():.4f} to "
             f"{held.max():.4f}, within a point in {within:.0%} of the splits, {size.mean():.2f} "
@@ -55,8 +66,10 @@ def main() -> None:
     better = (table["loss after"] < table["loss before"]).mean()
     for name in ("error", "loss"):
         before, after = table[f"{name} before"].mean(), table[f"{name} after"].mean()
+        kept[name] = {"before": before, "after": after}
         print(f"{name} before {before:.4f}, after {after:.4f}")
     print(f"the loss is lower in {better:.0%} of the splits")
+    keep(options.write, {**kept, "splits_with_a_lower_loss": better})
 
 
 def one_split(
@@ -93,9 +106,11 @@ def of_tweets() -> tuple[list[str], np.ndarray, np.ndarray]:
     table = pd.read_csv(TWEETS).drop_duplicates("text")
     order = np.random.default_rng(0).permutation(len(table))
     train, held_out = table.iloc[order[:800]], table.iloc[order[800:]]
-    labels, probabilities = tfidf_probabilities(
-        train["text"].tolist(), train["sentiment"].tolist(), held_out["text"].tolist()
-    )
+    model = fit_tfidf(train["text"].tolist(), train["sentiment"].tolist())
+    if model is None:
+        raise SystemExit("The tweets teach nothing.")
+    labels = list(map(str, model.classes_))
+    probabilities = model.predict_proba(held_out["text"].tolist())
     return labels, probabilities, held_out["sentiment"].map(labels.index).to_numpy()
 
 

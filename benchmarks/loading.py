@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from statistics import median
 
+from benchmarks.record import add_option, keep
+
 WAYS = ("read", "stream", "from_pretrained")
 _CHUNK = 16 * 2**20
 
@@ -81,6 +83,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--times", type=int, default=3)
     parser.add_argument("--way", choices=WAYS, help="measure this one once, in this process")
+    add_option(parser)
     asked = parser.parse_args()
     if asked.way:
         found = load(asked.way, asked.folder, dtype=asked.dtype, in_4bit=asked.load_in_4bit)
@@ -88,24 +91,26 @@ def main() -> None:
         return
     size = sum(file.stat().st_size for file in weight_files(asked.folder))
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in asked.ways}
+    words = [str(asked.folder), "--dtype", asked.dtype]
+    words += ["--load_in_4bit"] if asked.load_in_4bit else []
     for _ in range(asked.times):
         for way in asked.ways:
-            command = [sys.executable, "-m", "benchmarks.loading", *sys.argv[1:], "--way", way]
+            command = [sys.executable, "-m", "benchmarks.loading", *words, "--way", way]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             runs[way].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    found = []
     for way, measured in runs.items():
         seconds = median(run["seconds"] for run in measured)
-        peak = median(run["peak"] for run in measured)
-        print(
-            json.dumps(
-                {
-                    "way": way,
-                    "seconds": round(seconds, 2),
-                    "gb_per_second": round(size / seconds / 1e9, 2),
-                    "peak_growth_mb": round(peak / 1e6),
-                }
-            )
+        found.append(
+            {
+                "way": way,
+                "seconds": round(seconds, 2),
+                "gb_per_second": round(size / seconds / 1e9, 2),
+                "peak_growth_mb": round(median(run["peak"] for run in measured) / 1e6),
+            }
         )
+        print(json.dumps(found[-1]))
+    keep(asked.write, {"files_mb": round(size / 1e6), "ways": found})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from lora_fsdp.adapter.attach import lora_config
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.arguments.inputs import inputs_of_run
 from lora_fsdp.base.loading import load_tokenizer
-from lora_fsdp.base.streaming import open_base
+from lora_fsdp.base.streaming import OpenBase, open_base
 from lora_fsdp.claiming import claimed, claimed_for_several, remove_earlier_run
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.formats.several import input_paths
@@ -35,7 +35,6 @@ from lora_fsdp.reporting.recording.record import record_start
 from lora_fsdp.reporting.report import try_to_write_report
 from lora_fsdp.sweeps.checking import check_several
 from lora_fsdp.sweeps.grid import is_several
-from lora_fsdp.sweeps.kept_base import OpenBase
 from lora_fsdp.sweeps.once import Once
 from lora_fsdp.sweeps.outcome.summary import Summary
 from lora_fsdp.sweeps.run import Several

@@ -208,6 +208,7 @@ SMALL = {
         "--steps",
         "1",
     ],
+    "benchmarks.coverage": ["--splits", "2"],
     "benchmarks.loading": ["--ways", "stream", "--times", "1"],
     "benchmarks.throughput": [
         "--model",
@@ -225,6 +226,7 @@ SAYS = {
     "tests.hygiene.long_run": "host memory: ",
     "tests.faults.campaign": "unequal ends: 0",
     "benchmarks.adapters": "times faster than 2 x eager",
+    "benchmarks.coverage": "sets of 95%: mean coverage 0.9",
     "benchmarks.loading": '{"way": "stream", "seconds": ',
     "benchmarks.throughput": '"gradients_agree": true',
 }

@@ -1,11 +1,12 @@
 """Every figure with a unit in README and docs is stored, held by a test, or marked as measured.
 
 A figure passes if it is a rounded value of `benchmarks/results/`, of that unit; if a test file that
-its section names in backticks contains the number; if it stands under a comment
-`<!-- measured: command; device; date -->` (until the next heading or comment) or between one that
-names a stored result and `<!-- end -->`; under one that names a test which reads the section and
-computes it anew, `<!-- held: tests/... -->`; or if it is a setting, a limit or a definition that
-`SETTINGS` lists. Quotients in tables are computed again from the numbers beside them.
+its section names in backticks contains the number; if it stands under a comment that names a test
+which reads the section and computes it anew, `<!-- held: tests/... -->`; or if it is a setting, a
+limit or a definition that `SETTINGS` lists. Under `<!-- measured: FILE, FILE -->` (until the next
+heading or comment) it must be in those of the stored results, and so must every number of a table's
+cells. `<!-- measured: command; device; date -->` stands over a transcript, which is compared with
+what the command prints. Quotients in tables are computed again from the numbers beside them.
 
 Run: python -m pytest tests/test_figures.py
 """
@@ -15,15 +16,15 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.throughput import RESULTS, table
 from tests.test_documentation import ROOT, each_page, name_of
 
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Generated from the options, and held to them.
 GENERATED = {"docs/commands.md", "docs/reference.md"}
@@ -33,11 +34,19 @@ FIGURE = re.compile(
     r"(?P<unit>examples/s|tokens/s|rows/s|TFLOP/s|GiB|GB|MB|kB|TB|ms|µs|s|min|minutes?|seconds?"
     r"|hours?|x|\u00d7|%|times|个样本|macro-F1)(?![A-Za-z/_])"
 )
+NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?!\w|\.\d)")
 MARK = re.compile(r"<!-- measured: (?P<how>[^>]*?) -->")
 # A test that reads the section from the page and computes its figures anew.
-HELD = re.compile(r"<!-- held: (?P<test>tests/[\w/]+\.py) -->")
-# A measurement outside the stored results: by which command, on what, when.
-OUTSIDE = re.compile(r"[^;]+; [^;]+; \d{4}-\d\d-\d\d(?:, \d{4}-\d\d-\d\d)*")
+HELD = re.compile(r"<!-- held: (?P<test>tests/[\w/]+\.py)(?:; (?P<file>[\w.-]+))? -->")
+# Of a command that is run for its transcript (tests/support/transcripts.py): on what, when.
+TRANSCRIPT = re.compile(r"(?P<command>[^;]+); [^;]+; \d{4}-\d\d-\d\d")
+# Measured by hand, without a file: the command, and why no stored result holds it.
+BY_HAND: dict[str, str] = {}
+# What runs them and compares.
+COMPARED_BY = {
+    "make sentiment": ".ci/run",
+    "lora-fsdp train --seeds 3 --max_rows 100": "tests/sweeps/test_transcript.py",
+}
 
 # What no one measures: page and words around the figure, as they stand there.
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -90,10 +99,22 @@ def values_of(result: Any, key: str = "") -> Iterator[tuple[str, float]]:
         yield key, abs(result)
 
 
-STORED = [
-    list(values_of(json.loads(path.read_text(encoding="utf-8"))))
-    for path in sorted(RESULTS.glob("*.json"))
-]
+def values_in(path: Path) -> Iterator[tuple[str, float]]:
+    """Key and value of every number in a stored file; those that were printed have no key."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        result = json.loads(text)
+        yield from values_of(result)
+        printed = table(result) if "arms" in result else ""
+    else:  # what a command printed, whose file was lost: a line of JSON an arm, and tables
+        for found in re.findall(r"^[\w-]+: (\{.*\})$", text, re.MULTILINE):
+            yield from values_of(json.loads(found))
+        printed = text
+    for number in NUMBER.findall(printed):
+        yield "", float(number.replace(",", ""))
+
+
+STORED = {path.name: list(values_in(path)) for path in sorted(RESULTS.iterdir()) if path.is_file()}
 
 
 def rounds_to(value: float, number: str) -> bool:
@@ -110,16 +131,24 @@ def is_stored(number: str, unit: str) -> bool:
     pattern, factor = KEYS.get(unit, ("(?!)", 1))
     return any(
         rounds_to(value * factor, number)
-        for values in STORED
+        for values in STORED.values()
         for key, value in values
         if re.fullmatch(pattern, key)
-    ) or (unit in ("x", "\u00d7") and is_quotient(number))
+    ) or (unit in ("x", "\u00d7") and is_quotient(number, STORED))
 
 
-def is_quotient(number: str) -> bool:
+def is_quotient(number: str, files: Iterable[str]) -> bool:
     """Of two arms' speeds in one result."""
-    speeds = [[v for key, v in values if key == "examples_per_second"] for values in STORED]
+    speeds = [[v for key, v in STORED[f] if key == "examples_per_second"] for f in files]
     return any(b and rounds_to(a / b, number) for found in speeds for a in found for b in found)
+
+
+def is_in(files: Sequence[str], number: str, unit: str = "") -> bool:
+    """Whether one of these files has it, in this unit or a thousand times as large or small."""
+    values = [value for file in files for _, value in STORED[file]]
+    factors = [100.0, 1.0] if unit == "%" else [1.0, 1e-3, 1e3, 1e-6]
+    found = any(rounds_to(value * factor, number) for value in values for factor in factors)
+    return found or is_quotient(number, files)
 
 
 def sections(text: str) -> Iterator[tuple[int, str]]:
@@ -135,10 +164,36 @@ def sections(text: str) -> Iterator[tuple[int, str]]:
         yield start, text[start:end]
 
 
-def is_marked(section: str, place: int) -> bool:
-    """Whether the last comment before `place` says that what follows was measured, and how."""
-    comments = list(re.finditer(r"<!--.*?-->", section[:place], re.DOTALL))
-    return bool(comments) and any(m.fullmatch(comments[-1][0]) for m in (MARK, HELD))
+def mark_before(section: str, place: int) -> str:
+    """The last comment before `place`."""
+    comments = re.findall(r"<!--.*?-->", section[:place], re.DOTALL)
+    return comments[-1] if comments else ""
+
+
+def files_of(mark: str) -> list[str]:
+    """The stored results that a mark names."""
+    match = MARK.fullmatch(mark)
+    names = match["how"].split(", ") if match else []
+    return [name for name in names if name in STORED]
+
+
+def is_marked(section: str, match: re.Match[str]) -> bool:
+    """Whether the comment before a figure names what holds it, and that does."""
+    mark = mark_before(section, match.start())
+    if files := files_of(mark):
+        return is_in(files, match["number"], match["unit"])
+    return bool(MARK.fullmatch(mark) or HELD.fullmatch(mark))
+
+
+def cells_unbacked(section: str) -> Iterator[str]:
+    """Numbers in tables under a mark that are in none of the files that it names."""
+    rows = r"^\|[^|\n]*\|(?P<cells>.*)\|$(?!\n\| -)"  # the first one is the table's head
+    for row in re.finditer(rows, section, re.MULTILINE):
+        files = files_of(mark_before(section, row.start()))
+        for number in NUMBER.finditer(row["cells"]) if files else ():
+            unit = "%" if row["cells"][number.end() :].lstrip().startswith("%") else ""
+            if not is_in(files, number[0], unit):
+                yield f"{number[0]!r} in {row[0]!r}"
 
 
 def is_in_a_named_test(section: str, number: str, unit: str) -> bool:
@@ -168,7 +223,7 @@ def unbacked(page: str, text: str) -> list[str]:
         for match in FIGURE.finditer(section):
             number, unit = match["number"], match["unit"]
             if not (
-                is_marked(section, match.start())
+                is_marked(section, match)
                 or is_a_setting(page, section, match.start(), match.end())
                 or is_stored(number, unit)
                 or is_in_a_named_test(section, number, unit)
@@ -176,6 +231,8 @@ def unbacked(page: str, text: str) -> list[str]:
                 line = text.count("\n", 0, offset + match.start()) + 1
                 around = section[max(0, match.start() - 40) : match.end() + 40]
                 found.append(f"{page}:{line}: {match[0]!r} in {' '.join(around.split())!r}")
+        line = text.count("\n", 0, offset) + 1
+        found += [f"{page}, section of line {line}: {one}" for one in cells_unbacked(section)]
     return found
 
 
@@ -192,14 +249,25 @@ def test_marks_say_how_on_what_and_when(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for mark in HELD.finditer(text):
         assert "PAGE.read_text" in (ROOT / mark["test"]).read_text(encoding="utf-8")
+        assert mark["file"] is None or mark["file"] in STORED
     for mark in MARK.finditer(text):
-        how = mark["how"]
-        assert OUTSIDE.fullmatch(how) or (RESULTS / how).is_file(), how
+        names = mark["how"].split(", ")
+        if transcript := TRANSCRIPT.fullmatch(mark["how"]):
+            command = transcript["command"]
+            if command in BY_HAND:
+                continue
+            assert command in (ROOT / COMPARED_BY[command]).read_text(encoding="utf-8")
+        else:
+            assert files_of(mark[0]) == names, mark[0]
 
 
 def test_a_new_figure_is_found() -> None:
     page = "# A\n\nIt trains 987.6 examples/s, 77 x as fast.\n"
     assert len(unbacked("docs/new.md", page)) == 2
+    assert len(unbacked("docs/new.md", f"<!-- measured: h200-x2.json -->\n{page}")) == 2
+    cells = "# A\n\n<!-- measured: h200-x2.json -->\n\n| GPUs | a |\n| --- | --- |\n| 2 | {} |\n"
+    assert unbacked("docs/new.md", cells.format("88.0")) == []
+    assert len(unbacked("docs/new.md", cells.format("88.1"))) == 1
     mark = "<!-- measured: make sentiment; a GPU; 2026-11-29 -->\n"
     assert unbacked("docs/new.md", page.replace("It", f"{mark}\nIt")) == []
     assert len(unbacked("docs/new.md", f"{mark}\n{page}")) == 2  # another section's
@@ -220,8 +288,8 @@ def first_number(cell: str) -> float | None:
 
 def quotients(text: str) -> Iterator[tuple[str, float, float, float]]:
     """Row, quotient and its two numbers: two cells beside it, or its row's and the row's of 1."""
-    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
-        rows = [[c.strip() for c in line.strip("| \n").split(" | ")] for line in table.splitlines()]
+    for lines in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        rows = [[c.strip() for c in line.strip("| \n").split(" | ")] for line in lines.splitlines()]
         for row in rows[2:]:
             for column, cell in enumerate(row):
                 match = re.fullmatch(r"(\d+(?:\.\d+)?) x", cell)

@@ -187,6 +187,21 @@ class WholeBase:
         return loaded
 
 
+#: A base that has been read, or has not.
+OpenBase = PreTrainedModel | StoredBase | WholeBase
+
+
+def model_of(base: OpenBase) -> PreTrainedModel:
+    """Its model, whose weights need not be there.
+
+    Raises:
+        ModelNotFoundError, UnsupportedModelError: as `WholeBase.skeleton`.
+    """
+    if isinstance(base, StoredBase):
+        return base.model
+    return base.skeleton() if isinstance(base, WholeBase) else base
+
+
 def open_base(
     arguments: ModelArguments,
     *,

@@ -27,8 +27,7 @@ CHUNK = 1024
 def log_probs_forward(
     head: nn.Linear, label_ids: torch.Tensor
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A `forward` for `head` that gives [1, L, 2] instead of logits: log-probabilities, and 1 where
-    highest.
+    """A `forward` for `head` that gives log-probabilities, [1, L, 1], instead of logits.
 
     The head's forward is replaced, and the head is called as before, so that FSDP gathers its
     weight as for any forward.
@@ -39,8 +38,8 @@ def log_probs_forward(
     """
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
-        log_probs, is_highest = _HeadLogProbs.apply(hidden[0], head.weight, head.bias, label_ids)
-        return torch.stack([log_probs, is_highest], dim=-1)[None]
+        log_probs: torch.Tensor = _HeadLogProbs.apply(hidden[0], head.weight, head.bias, label_ids)
+        return log_probs[None, :, None]
 
     return forward
 
@@ -50,13 +49,11 @@ class _HeadLogProbs(Function):
     def forward(ctx: Any, hidden, weight, bias, label_ids):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         log_probs = hidden.new_empty(len(hidden), dtype=wide)
-        is_highest = torch.zeros_like(log_probs)
         gradients = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
             labels = label_ids[chunk, None]
             scores = functional.linear(hidden[chunk], weight, bias).to(wide)
-            is_highest[chunk] = (scores.argmax(-1) == labels[:, 0]).to(wide)
             scores = torch.log_softmax(scores, dim=-1)
             log_probs[chunk] = scores.gather(1, labels)[:, 0]
             if gradients is not None:  # of a log-probability for its logits: one-hot - softmax
@@ -65,10 +62,9 @@ class _HeadLogProbs(Function):
                 torch.mm(scores.to(hidden.dtype), weight, out=gradients[chunk])
         if gradients is not None:
             ctx.save_for_backward(gradients)
-        ctx.mark_non_differentiable(is_highest)
-        return log_probs, is_highest
+        return log_probs
 
     @staticmethod
-    def backward(ctx: Any, gradient, _):
+    def backward(ctx: Any, gradient):
         (gradients,) = ctx.saved_tensors
         return (gradients * -gradient[:, None]).to(gradients.dtype), None, None, None

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -24,18 +24,6 @@ from lora_fsdp.compute.patches import Patches
 from lora_fsdp.compute.recurrent.layers import RECURRENT_KINDS, follow_trees, follows_trees
 from lora_fsdp.compute.recurrent.tree import SequenceTree
 from lora_fsdp.data.packing import PackedSequence, Packing
-
-
-class LabelOutputs(NamedTuple):
-    """What the model says about a packed sequence's L label tokens.
-
-    Attributes:
-        log_probs: [L] float32 at least, log-probability given all before the token on its path.
-        is_most_likely: [L] bool, whether no token is more likely.
-    """
-
-    log_probs: torch.Tensor
-    is_most_likely: torch.Tensor
 
 
 class PackedModel(AbstractContextManager["PackedModel"]):
@@ -205,10 +193,11 @@ class PackedModel(AbstractContextManager["PackedModel"]):
                 logits = plain_logits(self.model, ids)[0]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def label_outputs(
+    def label_log_probs(
         self, sequence: PackedSequence, *, chunk_above: int = chunked_head.CHUNK
-    ) -> LabelOutputs:
-        """Log-probability of each label token, and whether it is the most likely one.
+    ) -> torch.Tensor:
+        """[L] log-probability of each label token given all before it on its path, in float32 at
+        least.
 
         Args:
             sequence: on the model's device.
@@ -216,22 +205,14 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         """
         ids = sequence.label_ids
         if self.packing is Packing.SINGLE and len(sequence.apart) > 1:
-            parts = [self.label_outputs(one, chunk_above=chunk_above) for one in sequence.singles()]
-            log_probs, most_likely = map(torch.cat, zip(*parts, strict=True))
-            return LabelOutputs(log_probs, most_likely)
+            singles = sequence.singles()
+            return torch.cat([self.label_log_probs(s, chunk_above=chunk_above) for s in singles])
         if self.chunked_head and len(ids) > chunk_above:
             head = cast(nn.Linear, self.base.get_output_embeddings())
             forward = chunked_head.log_probs_forward(head, ids)
             with self.patches.for_now(head, "forward", forward, why="the head runs in chunks"):
-                both = self.label_logits(sequence)
-            return LabelOutputs(both[:, 0], both[:, 1] > 0)
-        logits = self.label_logits(sequence)
-        log_probs = -functional.cross_entropy(logits, ids, reduction="none")
-        return LabelOutputs(log_probs, logits.detach().argmax(dim=-1) == ids)
-
-    def label_log_probs(self, sequence: PackedSequence) -> torch.Tensor:
-        """`label_outputs`' log-probabilities, [L], for training."""
-        return self.label_outputs(sequence).log_probs
+                return self.label_logits(sequence)[:, 0]
+        return -functional.cross_entropy(self.label_logits(sequence), ids, reduction="none")
 
     @torch.no_grad()
     def reference_log_probs(self, sequence: PackedSequence) -> torch.Tensor:

@@ -278,7 +278,7 @@ def _can_run_head_in_chunks(
     sequence = _lay(packed, trees).to(device)
     whole = packed.label_log_probs(sequence)
     packed.chunked_head = True
-    chunked = packed.label_outputs(sequence, chunk_above=0).log_probs
+    chunked = packed.label_log_probs(sequence, chunk_above=0)
     return (chunked - whole).abs().max().item() < _ROUNDING[False]
 
 

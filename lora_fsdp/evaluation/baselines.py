@@ -85,7 +85,7 @@ def tfidf_out_of_fold(
     probabilities = np.zeros((len(given), len(set(labels))))
     splitter = StratifiedKFold(folds, shuffle=True, random_state=0)
     for train, test in splitter.split(read, given):
-        model = _fit_tfidf(read[train].tolist(), given[train].tolist())
+        model = fit_tfidf(read[train].tolist(), given[train].tolist())
         if model is None:
             return None
         probabilities[test] = model.predict_proba(read[test])
@@ -181,7 +181,7 @@ def _fitted_vectorizers(texts: Sequence[str]) -> list[TfidfVectorizer]:
     return fitted
 
 
-def _fit_tfidf(texts: Sequence[str], labels: Sequence[str]) -> Pipeline | None:
+def fit_tfidf(texts: Sequence[str], labels: Sequence[str]) -> Pipeline | None:
     """A regression on words alone, fitted without a choice, or `None` if nothing can be learnt."""
     # Imported here, because scikit-learn takes a second to import.
     from sklearn.feature_extraction.text import TfidfVectorizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,19 +151,12 @@ def compare(
         classic = {name: kind.as_decided(tested, one) for name, one in classic.items()}
         ways = {name: kind.as_decided(tested, one) for name, one in ways.items()}
         untrained = kind.as_decided(tested, untrained)
-    known = rivals or {}
-    baselines = {
-        **on_first_rank(lambda: _baselines(task, train, tested, known=known)),
-        **{name: kind.answers(tested, outputs) for name, outputs in classic.items()},
-        **known,
-    }
+    baselines = _baselines(task, train, tested, classic=classic, known=rivals or {})
     way, by_way = best_way(task, held_out, ways)
     best = ways.get(way, untrained)
     shown = calibrated or tuned
-    chance = kind.chance(tested)
     metrics = {
-        **_baseline_metrics(task, tested, baselines, classic),
-        **({CHANCE: chance} if chance else {}),
+        **_metrics_of_others(task, tested, baselines, classic),
         # Each with the loss of what the model itself says.
         UNTRAINED: with_loss_of(as_asked, evaluation_metrics(task, held_out, best)),
         TUNED: with_loss_of(
@@ -175,35 +168,39 @@ def compare(
         **_row_scores(task, tested, {**classic, UNTRAINED: best, TUNED: shown}, metrics),
         **{f"{BASELINE}{name}": answers for name, answers in baselines.items()},
     }
-    found = {
-        "answer_kind": kind.name,
-        "report_sections": list(kind.report_sections),
-        "labels_without_held_out_rows": labels_without_rows(task, tested),
-        "untrained": {"way": way, "by_way": by_way},
-    }
     return Comparison(
         metrics,
         task.primary_metric,
         pd.DataFrame(predictions),
         confusion_matrix(task, held_out, shown),
         written,
-        {**facts, **found},
+        {
+            **facts,
+            "answer_kind": kind.name,
+            "report_sections": list(kind.report_sections),
+            "labels_without_held_out_rows": labels_without_rows(task, tested),
+            "untrained": {"way": way, "by_way": by_way},
+        },
     )
 
 
-def _baseline_metrics(
+def _metrics_of_others(
     task: Task,
     examples: Sequence[Example],
     answers: Mapping[str, Sequence[str | None]],
     outputs: Mapping[str, ModelOutputs],
 ) -> dict[str, dict[str, float]]:
-    """Metrics of what is no language model: by its answers, and by its outputs if it has any."""
+    """Metrics of what is no language model: by its answers, by its outputs if it has any; and of
+    chance.
+    """
     kind, truth = task.answer_kind, answers_of(task, examples)
-    return {
+    metrics = {
         name: (kind.metrics_of_outputs(examples, outputs[name]) if name in outputs else {})
         | task.compute_metrics(truth, given)
         for name, given in answers.items()
     }
+    chance = kind.chance(examples)
+    return metrics | ({CHANCE: chance} if chance else {})
 
 
 def _columns(
@@ -296,11 +293,14 @@ def _baselines(
     train: Sequence[Example],
     held_out: Sequence[Example],
     *,
-    known: Collection[str],
-) -> dict[str, list[str]]:
-    """The baselines' answers to the held-out examples."""
-    labels = answers_of(task, train)
+    classic: Mapping[str, ModelOutputs],
+    known: Mapping[str, Sequence[str]],
+) -> dict[str, Sequence[str | None]]:
+    """The baselines' answers to the held-out examples; those that are `known` are not made."""
+    kind, labels = task.answer_kind, answers_of(task, train)
     texts = [example.prompt.content for example in train]
     tested = [example.prompt.content for example in held_out]
-    names = [name for name in task.answer_kind.rivals if name not in known]
-    return {name: BASELINES[name](texts, labels, tested) for name in names}
+    names = [name for name in kind.rivals if name not in known]
+    made = on_first_rank(lambda: {one: BASELINES[one](texts, labels, tested) for one in names})
+    by_outputs = {name: kind.answers(held_out, outputs) for name, outputs in classic.items()}
+    return {**made, **by_outputs, **known}

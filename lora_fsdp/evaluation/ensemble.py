@@ -245,8 +245,7 @@ class _Tally:
     def scores(self) -> Scores:
         absent = torch.arange(self.most) >= self.counts[:, None]
         sums = self.sums.cpu().view(len(self.counts), self.most)
-        # Whether greedy decoding would generate an answer is not asked of an ensemble.
-        return Scores(sums.masked_fill(absent, -torch.inf), torch.zeros_like(absent))
+        return Scores(sums.masked_fill(absent, -torch.inf))
 
 
 def _tasks_of(paths: Sequence[Path]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,26 +84,13 @@ def predict_file(
     )
     check_confidence(predictor, asked.confidence)
     check_output_name(stream, asked.output, what="input", option="--output")
-    unfinished = Unfinished(stream, asked.output, asked.job(identity))
     workers = workers or Workers()
-    if workers.is_first:
-        unfinished.check_place(overwrite=overwrite)
-        asked.check_beginning()
-        unfinished.begin(overwrite=overwrite)
-    workers.wait_for_first("the output is begun")
-    if not workers.is_first:
-        unfinished.check_shared()
-    before = set(unfinished.folder.iterdir())
-    workers.wait("what is done is seen")
+    unfinished = asked.begun(identity, workers, overwrite=overwrite)
     parts: list[_Part] = []
-    for number, chunk in enumerate(stream.chunks(chunk_rows)):
-        if not (mine := workers.does(number)) and not workers.is_first:
-            continue
-        file = unfinished.file_of(chunk)
-        without_text = asked.answer(chunk, unfinished, leave=not mine or file.is_file())
-        parts.append(_Part(file, len(chunk), file in before, without_text))
+    for part in asked.parts(unfinished, workers):
+        parts.append(part)
         if on_chunk is not None:
-            on_chunk(parts[-1].rows, parts[-1].resumed)
+            on_chunk(part.rows, part.resumed)
     workers.wait("every row is answered")
     unsure = unfinished.join([part.file for part in parts]) if workers.is_first else 0
     workers.wait("the output is there")
@@ -148,7 +135,30 @@ class _Asked:
             "confidence": asdict(self.confidence),
         }
 
-    def check_beginning(self) -> None:
+    def begun(self, identity: str, workers: Workers, *, overwrite: bool) -> Unfinished:
+        """The output's folder, begun by the first of the processes. A collective call."""
+        unfinished = Unfinished(self.stream, self.output, self.job(identity))
+        if workers.is_first:
+            unfinished.check_place(overwrite=overwrite)
+            self._check_beginning()
+            unfinished.begin(overwrite=overwrite)
+        workers.wait_for_first("the output is begun")
+        if not workers.is_first:
+            unfinished.check_shared()
+        return unfinished
+
+    def parts(self, unfinished: Unfinished, workers: Workers) -> Iterator[_Part]:
+        """Answer this process's chunks that are not answered yet; the first one sees them all."""
+        before = set(unfinished.folder.iterdir())
+        workers.wait("what is done is seen")
+        for number, chunk in enumerate(self.stream.chunks(self.chunk_rows)):
+            if not (mine := workers.does(number)) and not workers.is_first:
+                continue
+            file = unfinished.file_of(chunk)
+            without_text = self._answer(chunk, unfinished, leave=not mine or file.is_file())
+            yield _Part(file, len(chunk), file in before, without_text)
+
+    def _check_beginning(self) -> None:
         """Refuse a table by its first rows, before anything is replaced or written."""
         chunk = next(self.stream.chunks(self.chunk_rows), None)
         if chunk is None:
@@ -156,7 +166,7 @@ class _Asked:
         examples_of_chunk(self.predictor.task, self.stream, chunk)
         refuse_taken_names(self._columns([])[0], chunk)
 
-    def answer(self, chunk: Chunk, unfinished: Unfinished, *, leave: bool) -> list[int]:
+    def _answer(self, chunk: Chunk, unfinished: Unfinished, *, leave: bool) -> list[int]:
         """Write a chunk's answers, but where it is to be left; numbers of its rows without text."""
         examples = examples_of_chunk(self.predictor.task, self.stream, chunk)
         if not leave:

@@ -27,14 +27,11 @@ class Scores:
     Attributes:
         log_likelihoods: [N, A] float32, log-probability of each answer with its end token; minus
             infinity for the answers that an example has fewer than others.
-        is_greedy: [N, A] bool, whether greedy decoding from the prompt generates exactly this
-            answer (each of its tokens is the most likely one given those before it).
         end_log_likelihoods: [N, A] float32, the part of `log_likelihoods` that is the end token's;
             0 where there is no answer.
     """
 
     log_likelihoods: torch.Tensor
-    is_greedy: torch.Tensor
     end_log_likelihoods: torch.Tensor | None = None
 
     @property
@@ -75,27 +72,24 @@ def score_sequences(
     was_training = packed.model.training
     packed.model.eval()
     # One tensor for all results, so that the ranks join them in one all-reduce.
-    results = torch.zeros(3, count * most, dtype=torch.float32, device=device)
+    results = torch.zeros(2, count * most, dtype=torch.float32, device=device)
     for scoring in sequences:
         sequence = scoring.sequence.to(device, non_blocking=True)
-        outputs = packed.label_outputs(sequence)
+        log_probs = packed.label_log_probs(sequence).float()
         places = answer_places(scoring, counts=counts, most=most).to(device)
         owner = places[sequence.label_answers]
-        results[0].index_add_(0, owner, outputs.log_probs.float())
-        results[1].index_add_(0, owner, (~outputs.is_most_likely).float())
+        results[0].index_add_(0, owner, log_probs)
         ends = _last_of_each(sequence.label_answers)
-        results[2].index_add_(0, owner[ends], outputs.log_probs[ends].float())
+        results[1].index_add_(0, owner[ends], log_probs[ends])
         if states is not None:
             states.add(sequence, scoring.examples)
         if after_sequence is not None:
             after_sequence()
     sum_over_ranks(results)
     packed.model.train(was_training)
-    likelihoods, misses, ends_of_answers = results.cpu().view(3, count, most)
+    likelihoods, ends_of_answers = results.cpu().view(2, count, most)
     absent = torch.arange(most) >= counts[:, None]
-    return Scores(
-        likelihoods.masked_fill(absent, -torch.inf), (misses == 0) & ~absent, ends_of_answers
-    )
+    return Scores(likelihoods.masked_fill(absent, -torch.inf), ends_of_answers)
 
 
 @contextmanager

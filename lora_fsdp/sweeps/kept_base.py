@@ -12,11 +12,9 @@ from transformers import PreTrainedModel
 
 from lora_fsdp.arguments import ModelArguments
 from lora_fsdp.base.multimodal import is_multimodal
-from lora_fsdp.base.streaming import StoredBase, WholeBase, needs_weights, open_base
+from lora_fsdp.base.streaming import OpenBase, StoredBase, model_of, needs_weights, open_base
 from lora_fsdp.training.together.loop import AdaptersTogether
 from lora_fsdp.training.trainer import LoraTrainer
-
-OpenBase = StoredBase | WholeBase | PreTrainedModel
 
 
 class KeptBase:
@@ -41,7 +39,7 @@ class KeptBase:
     def look(self, adapter: LoraConfig) -> PreTrainedModel:
         """The model, perhaps without its weights; the next `take` gets the same base."""
         self._base, self._adapter = self.take(adapter), adapter
-        return _model_of(self._base)
+        return model_of(self._base)
 
     def take(self, adapter: LoraConfig) -> OpenBase:
         """The base without any adapter, for one of these settings.
@@ -65,7 +63,7 @@ class KeptBase:
             return False
         # Which parts of it were left out follows from the targets.
         same = _targets(before) == _targets(adapter)
-        return same or not is_multimodal(_model_of(base))
+        return same or not is_multimodal(model_of(base))
 
     def give_back(self, user: LoraTrainer | AdaptersTogether, base: OpenBase) -> None:
         """Take a base that was given by `take` out of its trained adapters, if it can be kept.
@@ -84,12 +82,6 @@ class KeptBase:
         model.eval()
         # What its files hold is still asked of the stored base: fingerprints, first values.
         self._base = base if isinstance(base, StoredBase) else model
-
-
-def _model_of(base: OpenBase) -> PreTrainedModel:
-    if isinstance(base, StoredBase):
-        return base.model
-    return base.skeleton() if isinstance(base, WholeBase) else base
 
 
 def _targets(config: LoraConfig) -> tuple[object, ...]:

@@ -13,11 +13,11 @@ from pathlib import Path
 from peft import LoraConfig
 
 from lora_fsdp.arguments import FineTuningArguments
+from lora_fsdp.base.streaming import OpenBase
 from lora_fsdp.evaluation.outputs import write_json
 from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.sweeps.earlier import STAGE_FILE, STOPPED_FILE, TOGETHER
 from lora_fsdp.sweeps.halving import Stage, step_at
-from lora_fsdp.sweeps.kept_base import OpenBase
 from lora_fsdp.sweeps.member_run import MemberRun
 from lora_fsdp.sweeps.once import Once
 from lora_fsdp.training.step.objectives.choice import objective_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import pandas as pd
 
@@ -16,22 +16,24 @@ from lora_fsdp.errors import (
 )
 from lora_fsdp.tasks.base import Task
 from lora_fsdp.tasks.cells import cell_text, first_faults, nearest_columns, records, text_fault
-from lora_fsdp.tasks.example import TEXT_PLACEHOLDER
+from lora_fsdp.tasks.example import TEXT_PLACEHOLDER, Prompt
 
 
 class ColumnTask(Task):
     """A task that says which columns it takes, and what is wrong with a row.
 
-    A subclass sets the class attributes and defines `build_prompt` and, for answers that are no
-    plain texts, `build_target`. One with further columns takes them in its constructor and hands
-    them to `settle`.
+    A subclass sets the class attributes and defines `build_prompt`, where more than the text
+    belongs into it, and `build_target`. One with further columns takes them in its constructor and
+    hands them to `settle`; one that learns something from the table defines `settled_by`.
 
     Attributes:
         instruction: what the model is told to do.
         text_column: column with the text, the only one that is ever shortened.
         label_column: column with the right answer.
+        cue: what stands behind the text.
     """
 
+    cue: ClassVar[str] = "\nOutput:"
     instruction: str = ""
     text_column: str = "text"
     label_column: str = "answer"
@@ -85,7 +87,7 @@ class ColumnTask(Task):
     def bind(
         self, table: pd.DataFrame, *, with_labels: bool = True, for_training: bool = True
     ) -> Self:
-        """Itself, after every row has been checked.
+        """What `settled_by` makes of it, after every row has been checked.
 
         Raises:
             NoRowsError, ColumnNotFoundError, MalformedRowError: the table does not fit.
@@ -98,7 +100,16 @@ class ColumnTask(Task):
                 f"{len(bad)} of {len(table)} rows cannot be used: {first_faults(bad)}. Correct "
                 "them, or leave them out with --on_bad_rows drop."
             )
+        return self.settled_by(table) if with_labels else self
+
+    def settled_by(self, table: pd.DataFrame) -> Self:
+        """Itself, or a copy with what it learns from checked rows that have labels."""
         return self
+
+    def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
+        """Instruction, input, and the cue for the answer."""
+        before = f"Instruction: {self.instruction}\nInput: "
+        return Prompt(before, cell_text(row[self.text_column]), self.cue)
 
     def split_columns(self) -> tuple[str | None, str | None]:
         """Rows with the same text stay together."""

@@ -8,7 +8,7 @@ from typing import Any
 from lora_fsdp.tasks.answers import FreeText
 from lora_fsdp.tasks.cells import cell_text
 from lora_fsdp.tasks.columns import ColumnTask
-from lora_fsdp.tasks.example import Example, Prompt
+from lora_fsdp.tasks.example import Example
 from lora_fsdp.tasks.registry import register_task
 from lora_fsdp.tasks.text_metrics import exact_match, token_f1, weighted_mean
 
@@ -31,14 +31,6 @@ class GenerationTask(ColumnTask):
     def answer_kind(self) -> FreeText:
         """Free text, of which each row has its scores."""
         return FreeText(self.parse, self.score_answer, self.weigh_answer)
-
-    def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
-        """Instruction, input, and the cue for the answer."""
-        return Prompt(
-            before=f"Instruction: {self.instruction}\nInput: ",
-            text=cell_text(row[self.text_column]),
-            after="\nOutput:",
-        )
 
     def build_target(self, row: Mapping[str, Any]) -> str:
         """The answer, after a space."""

@@ -20,7 +20,7 @@ from lora_fsdp.tasks.answers.several_labels import (
 )
 from lora_fsdp.tasks.cells import cell_text, cell_value, label_text, records
 from lora_fsdp.tasks.columns import ColumnTask
-from lora_fsdp.tasks.example import Example, Prompt
+from lora_fsdp.tasks.example import Example
 from lora_fsdp.tasks.registry import register_task
 
 
@@ -42,6 +42,7 @@ class MultilabelTask(ColumnTask):
     description = "Any number of labels for each text, a yes or no for each of them"
     primary_metric = "micro_f1"
 
+    cue = "\n"  # the labels are asked about after it
     instruction = "For each label, say whether it applies to the following text, yes or no:"
     text_column = "text"
     label_column = "labels"
@@ -77,19 +78,15 @@ class MultilabelTask(ColumnTask):
         given = {} if self.thresholds is None else dict.fromkeys(known, float(self.thresholds))
         return SeveralLabels(known, given)
 
-    def bind(
-        self, table: pd.DataFrame, *, with_labels: bool = True, for_training: bool = True
-    ) -> Self:
-        """A copy with its labels settled, after every row has been checked.
+    def settled_by(self, table: pd.DataFrame) -> Self:
+        """A copy with its labels.
 
         Raises:
-            NoRowsError, ColumnNotFoundError, MalformedRowError: the table does not fit.
             SingleLabelError: no row has a label.
         """
-        bound = super().bind(table, with_labels=with_labels, for_training=for_training)
-        if not with_labels or bound.labels is not None:
-            return bound
-        task = copy.copy(bound)
+        if self.labels is not None:
+            return self
+        task = copy.copy(self)
         found = sorted({label for row in records(table) for label in self._labels_of(row)})
         if not found:
             raise SingleLabelError(
@@ -121,11 +118,6 @@ class MultilabelTask(ColumnTask):
         ):
             return f"{column}: {unknown[0]!r} is none of {', '.join(map(repr, self.labels))}"
         return None
-
-    def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
-        """Instruction and input; the labels are asked about after it."""
-        before = f"Instruction: {self.instruction}\nInput: "
-        return Prompt(before, cell_text(row[self.text_column]), "\n")
 
     def build_target(self, row: Mapping[str, Any]) -> str:
         """The labels that apply, in the label set's order."""

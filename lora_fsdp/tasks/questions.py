@@ -12,7 +12,6 @@ from lora_fsdp.errors import ArgumentError, SingleLabelError, did_you_mean
 from lora_fsdp.tasks.answers.questions import Question, Questions, as_answer
 from lora_fsdp.tasks.cells import cell_text, label_fault, label_text
 from lora_fsdp.tasks.columns import ColumnTask
-from lora_fsdp.tasks.example import Prompt
 from lora_fsdp.tasks.rating import number_of, number_text
 from lora_fsdp.tasks.registry import register_task
 
@@ -33,6 +32,7 @@ class QuestionsTask(ColumnTask):
     description = "Several questions about each text (yes/no, labels, scores), in one pass"
     primary_metric = "answer_accuracy"
 
+    cue = "\n"  # the questions stand after it
     instruction = "Read the following text and answer the question about it:"
     text_column = "text"
     questions: Sequence[Mapping[str, Any]] = ()
@@ -68,9 +68,11 @@ class QuestionsTask(ColumnTask):
                 f"Task {self.name!r} has no questions: name them in --task_options, "
                 '\'{"questions": [{"column": "late", "ask": "Is it late?"}]}\'.'
             )
-        task = copy.copy(super().bind(table, with_labels=with_labels, for_training=for_training))
-        if not with_labels:
-            return task
+        return super().bind(table, with_labels=with_labels, for_training=for_training)
+
+    def settled_by(self, table: pd.DataFrame) -> Self:
+        """A copy whose questions have all answers that occur."""
+        task = copy.copy(self)
         task.questions = [self._with_options(one, table) for one in self.questions]
         return task
 
@@ -137,11 +139,6 @@ class QuestionsTask(ColumnTask):
         if not self._answers(row):
             return f"no answer in columns {', '.join(map(repr, self.answer_columns()))}"
         return None
-
-    def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
-        """Instruction and input; the questions stand after it."""
-        before = f"Instruction: {self.instruction}\nInput: "
-        return Prompt(before, cell_text(row[self.text_column]), "\n")
 
     def build_target(self, row: Mapping[str, Any]) -> str:
         """The answers that the row has, as JSON."""

@@ -13,7 +13,6 @@ from lora_fsdp.errors import ArgumentError, SingleLabelError
 from lora_fsdp.tasks.answers.numbers import Numbers
 from lora_fsdp.tasks.cells import cell_text
 from lora_fsdp.tasks.columns import ColumnTask
-from lora_fsdp.tasks.example import Prompt
 from lora_fsdp.tasks.rating import number_of, number_text
 from lora_fsdp.tasks.registry import register_task
 
@@ -74,19 +73,15 @@ class RegressionTask(ColumnTask):
         """A distribution over the bins."""
         return Numbers(self.centres or ("0", "1"))
 
-    def bind(
-        self, table: pd.DataFrame, *, with_labels: bool = True, for_training: bool = True
-    ) -> Self:
-        """A copy with its bins settled, after every row has been checked.
+    def settled_by(self, table: pd.DataFrame) -> Self:
+        """A copy with its bins.
 
         Raises:
-            NoRowsError, ColumnNotFoundError, MalformedRowError: the table does not fit.
             SingleLabelError: all rows have one number.
         """
-        bound = super().bind(table, with_labels=with_labels, for_training=for_training)
-        if not with_labels or bound.centres is not None:
-            return bound
-        task = copy.copy(bound)
+        if self.centres is not None:
+            return self
+        task = copy.copy(self)
         numbers = [number_of(cell) for cell in table[self.label_column]]
         task.centres = _centres(np.array(numbers, dtype=np.float64), bins=self.bins)
         if len(task.centres) < 2:
@@ -104,11 +99,6 @@ class RegressionTask(ColumnTask):
         if number_of(cell) is None:
             return f"column {self.label_column!r} holds {cell_text(cell)[:40]!r}, no number"
         return None
-
-    def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
-        """Instruction, input, and the cue for the answer."""
-        before = f"Instruction: {self.instruction}\nInput: "
-        return Prompt(before, cell_text(row[self.text_column]), "\nOutput:")
 
     def build_target(self, row: Mapping[str, Any]) -> str:
         """The number as it is, of which `build_shares` says which bins it belongs to."""

@@ -13,7 +13,6 @@ from lora_fsdp.tasks.answers.distribution import Distribution
 from lora_fsdp.tasks.answers.kind import PROBABILITY_OF
 from lora_fsdp.tasks.cells import cell_text, cell_value, label_text, records
 from lora_fsdp.tasks.columns import ColumnTask
-from lora_fsdp.tasks.example import Prompt
 from lora_fsdp.tasks.rating import number_of
 from lora_fsdp.tasks.registry import register_task
 
@@ -95,12 +94,14 @@ class SoftClassificationTask(ColumnTask):
             SingleLabelError: there are not two labels.
         """
         task = self._settled(table) if with_labels else self
-        super(SoftClassificationTask, task).bind(
-            table, with_labels=with_labels, for_training=for_training
-        )
-        if not with_labels or task.labels is not None:
-            return task
-        task = copy.copy(task)
+        bind = super(SoftClassificationTask, task).bind
+        return bind(table, with_labels=with_labels, for_training=for_training)
+
+    def settled_by(self, table: pd.DataFrame) -> Self:
+        """A copy with the labels that the rows name, if nobody has named them."""
+        if self.labels is not None:
+            return self
+        task = copy.copy(self)
         found = {label for row in records(table) for label in task._numbers(row)}
         if len(found) < 2:
             raise SingleLabelError(
@@ -154,11 +155,6 @@ class SoftClassificationTask(ColumnTask):
         if not self._are_votes(row) and abs(total - 1) > _ROUNDING:
             return f"{place}: the probabilities sum to {total:.6g}, and not to 1"
         return None
-
-    def build_prompt(self, row: Mapping[str, Any]) -> Prompt:
-        """Instruction, input, and the cue for the answer, as in a classification."""
-        before = f"Instruction: {self.instruction}\nInput: "
-        return Prompt(before, cell_text(row[self.text_column]), "\nOutput:")
 
     def build_shares(self, row: Mapping[str, Any]) -> tuple[float, ...]:
         """Each label's part of the whole."""

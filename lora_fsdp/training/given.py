@@ -17,7 +17,6 @@ import datasets
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainingArguments,
@@ -28,13 +27,13 @@ from lora_fsdp.adapter.folder import AdapterFolder
 from lora_fsdp.arguments import FineTuningArguments, ModelArguments
 from lora_fsdp.arguments.training import from_training_arguments
 from lora_fsdp.base.loading import load_tokenizer
-from lora_fsdp.base.streaming import StoredBase, WholeBase, open_base
+from lora_fsdp.base.streaming import OpenBase, StoredBase, WholeBase, open_base
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.tables import dataset_table
 from lora_fsdp.errors import ArgumentError
 from lora_fsdp.tasks import Example, Task, get_task
 
-Base = PreTrainedModel | PeftModel | StoredBase | WholeBase
+Base = OpenBase | PeftModel
 
 
 class RowsOfDataset(Protocol):
@@ -206,7 +205,7 @@ def given_base(model: object, *, peft_config: object, device: torch.device) -> B
             )
         config = cast(LoraConfig, peft_config)
         return open_base(ModelArguments(model), device=device, peft_config=config)
-    if isinstance(model, PreTrainedModel | PeftModel | StoredBase | WholeBase):
+    if isinstance(model, Base):
         return model
     given = "None" if model is None else f"a {type(model).__name__}"
     raise ArgumentError(

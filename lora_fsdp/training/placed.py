@@ -99,12 +99,17 @@ def place_run(
     if packing.is_apart and enables_checkpointing:
         enable_checkpointing(packed, args, settings)
     release_gathered(run.model)
-    kind: Callable[..., EagerStep] = EagerStep
-    if placement.step.is_captured:
-        kind = partial(CapturedStep, largest=placement.largest, gathers=not placement.is_whole)
-    step = kind(packed, objective=objective, adapter=adapter, device=args.device, autocast=autocast)
+    step = _kind_of_step(placement)(
+        packed, objective=objective, adapter=adapter, device=args.device, autocast=autocast
+    )
     _tell_the_trainer(packed, adapter)
     return PlacedRun(placement, packed, adapter, step, work)
+
+
+def _kind_of_step(placement: Placement) -> Callable[..., EagerStep]:
+    if not placement.step.is_captured:
+        return EagerStep
+    return partial(CapturedStep, largest=placement.largest, gathers=not placement.is_whole)
 
 
 def _tell_the_trainer(packed: PackedModel, adapter: AdapterSet) -> None:

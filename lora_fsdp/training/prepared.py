@@ -20,7 +20,7 @@ from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.base.fingerprints import BaseFingerprint, fingerprint_base
 from lora_fsdp.base.folders import sha256_of_file
 from lora_fsdp.base.layers import base_model
-from lora_fsdp.base.streaming import StoredBase, WholeBase
+from lora_fsdp.base.streaming import StoredBase, WholeBase, model_of
 from lora_fsdp.compute.architectures import check_architecture, check_token_ids
 from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.few_shot import check_room
@@ -143,14 +143,12 @@ def prepare_run(
 
 def _empty(model: Base) -> PreTrainedModel | None:
     """The base, whose weights need not be there; `None` if loading it will say what is wrong."""
-    if isinstance(model, WholeBase):
-        try:
-            return model.skeleton()
-        except UnsupportedModelError:
-            return None
-    if isinstance(model, StoredBase):
-        return model.model
-    return base_model(model) if isinstance(model, PeftModel) else model
+    if isinstance(model, PeftModel):
+        return base_model(model)
+    try:
+        return model_of(model)
+    except UnsupportedModelError:
+        return None
 
 
 def _check_adapters(
@@ -197,17 +195,31 @@ def _with_adapter(
     if isinstance(model, PeftModel):
         check_architecture(base_model(model), longest=longest)
         return model, None, fingerprint_base(model)
-    stored = model if isinstance(model, StoredBase) else None
-    base = model.model if isinstance(model, StoredBase) else model
-    check_architecture(base, longest=longest)
-    # Before the adapter is attached, which may change the base (PiSSA), and before sharding.
-    fingerprint = fingerprint_base(base) if stored is None else stored.fingerprint()
+    base, stored, fingerprint = checked_base(model, longest=longest)
     if start is not None:
         check_base_of_start(start, fingerprint, base=base.name_or_path or type(base).__name__)
     adapted = attach_adapter(base, cast(LoraConfig, config), stored=stored)
     if start is not None:
         load_start(adapted, start)
     return adapted, stored, fingerprint
+
+
+def checked_base(
+    base: PreTrainedModel | StoredBase, *, longest: int
+) -> tuple[PreTrainedModel, StoredBase | None, BaseFingerprint]:
+    """The model, where its weights are if it has not got them, and which base it is.
+
+    To be asked before an adapter is attached, which may change the base (PiSSA), and before it is
+    sharded.
+
+    Raises:
+        UnsupportedModelError: it cannot be trained with examples as long as the `longest`.
+    """
+    model = model_of(base)
+    check_architecture(model, longest=longest)
+    if isinstance(base, StoredBase):
+        return model, base, base.fingerprint()
+    return model, None, fingerprint_base(model)
 
 
 def fold_accumulation(args: FineTuningArguments) -> FineTuningArguments:

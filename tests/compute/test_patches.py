@@ -94,9 +94,9 @@ def test_everything_is_listed_and_put_back(way):
         listed = {name for name, module in model.named_modules() if is_target(packed, module)}
         assert set(changed(before, attributes(model))) <= listed
         patched = attributes(model)
-        outputs = packed.label_outputs(sequence(), chunk_above=0)
-        assert torch.allclose(outputs.log_probs, expected, atol=1e-5)
-        outputs.log_probs.sum().backward()
+        found = packed.label_log_probs(sequence(), chunk_above=0)
+        assert torch.allclose(found, expected, atol=1e-5)
+        found.sum().backward()
         assert not changed(patched, attributes(model))  # what was exchanged for the forward alone
     assert not changed(before, attributes(model))
     assert not packed.patches.made
@@ -117,7 +117,7 @@ def test_a_forward_that_fails_leaves_nothing_behind():
     broken = sequence()
     broken.tokens[0, 0] = 400  # no token of the vocabulary
     with pytest.raises(IndexError):
-        packed.label_outputs(broken, chunk_above=0)
+        packed.label_log_probs(broken, chunk_above=0)
     assert not changed(before, attributes(model))
     assert packed.fusing.layers[-1].only_at is None
 

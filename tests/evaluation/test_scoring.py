@@ -1,4 +1,4 @@
-"""Likelihoods of answers: equal to one-by-one computation, to greedy decoding, on any ranks.
+"""Likelihoods of answers: equal to one-by-one computation, on any ranks.
 
 Run: python -m pytest tests/evaluation/test_scoring.py
 """
@@ -13,7 +13,6 @@ from lora_fsdp.compute.packed_model import PackedModel
 from lora_fsdp.data.encoding import Encoder
 from lora_fsdp.data.sampling import ScoringSequences
 from lora_fsdp.errors import LoraFsdpError
-from lora_fsdp.evaluation.generation import generate_texts
 from lora_fsdp.evaluation.metrics import evaluation_metrics, model_outputs
 from lora_fsdp.evaluation.scoring import Scores, score_examples, score_sequences
 from lora_fsdp.tasks import Example, Prompt, Task
@@ -21,7 +20,6 @@ from lora_fsdp.tasks.answers import ModelOutputs
 from tests.support.ranks import launch_environment, run_ranks
 from tests.support.runs import toy_trainer
 from tests.support.tiny import (
-    LABELS,
     ToyTask,
     randomise_adapter,
     tiny_model,
@@ -116,31 +114,8 @@ def test_dropout_is_off_and_the_mode_restored():
     assert model.training
 
 
-def test_is_greedy_agrees_with_generate(tmp_path):
-    """A model that was trained a little, so that some answers are the greedy ones."""
-    trainer = toy_trainer(tmp_path, num_train_epochs=4)
-    trainer.train()
-    model, tokenizer = trainer.model, tiny_tokenizer()
-    examples = encoded(24)
-    scores = score_examples(PackedModel(model), examples, device=CPU)
-    written = generate_texts(
-        model,
-        tokenizer,
-        [example.prompt_ids for example in examples],
-        device=CPU,
-        max_new_tokens=6,
-        temperature=0.0,
-        end_token_id=tokenizer.eos_token_id,
-    )
-    hits = 0
-    for row, text in zip(scores.is_greedy.tolist(), written, strict=True):
-        assert row == [text == f" {label}" for label in LABELS]
-        hits += sum(row)
-    assert hits > 0
-
-
 def test_best_and_probabilities():
-    scores = Scores(torch.tensor([[-1.0, -3.0], [-2.0, -0.5]]), torch.zeros(2, 2, dtype=torch.bool))
+    scores = Scores(torch.tensor([[-1.0, -3.0], [-2.0, -0.5]]))
     assert scores.best == [0, 1]
     torch.testing.assert_close(scores.probabilities.sum(dim=1), torch.ones(2))
     task = ToyTask(labels=("no", "yes"))
@@ -157,7 +132,7 @@ def test_metrics_use_the_examples_with_a_target():
         *Encoder(tiny_tokenizer(), task=task).encode([Example(7, Prompt("a", "b", "c"), None)]),
     ]
     scores = score_examples(PackedModel(adapted()), without, device=CPU)
-    cut = Scores(scores.log_likelihoods[:6], scores.is_greedy[:6])
+    cut = Scores(scores.log_likelihoods[:6])
     assert evaluation_metrics(task, without, model_outputs(without, scores)) == (
         evaluation_metrics(task, examples, model_outputs(examples, cut))
     )
@@ -186,7 +161,7 @@ def score_on_ranks(folder, max_tokens):
     trainer = toy_trainer(folder, max_tokens_per_row=max_tokens)
     randomise_adapter(trainer.model)
     scores = trainer.score(trainer.eval_dataset)
-    return scores.log_likelihoods.numpy(), scores.is_greedy.numpy(), trainer.evaluate()
+    return scores.log_likelihoods.numpy(), trainer.evaluate()
 
 
 @pytest.mark.distributed
@@ -196,11 +171,10 @@ def test_two_ranks_give_the_bits_of_one(max_tokens, tmp_path):
     environment = launch_environment("fsdp2_cpu.yaml")
     [alone] = run_ranks(score_on_ranks, tmp_path, max_tokens, world_size=1)
     ranks = run_ranks(score_on_ranks, tmp_path, max_tokens, environment=environment)
-    for likelihoods, greedy, metrics in ranks:
+    for likelihoods, metrics in ranks:
         assert (likelihoods == alone[0]).all()
-        assert (greedy == alone[1]).all()
-        assert metrics["eval_accuracy"] == alone[2]["eval_accuracy"]
-        assert metrics["eval_loss"] == alone[2]["eval_loss"]
+        assert metrics["eval_accuracy"] == alone[1]["eval_accuracy"]
+        assert metrics["eval_loss"] == alone[1]["eval_loss"]
 
 
 def test_rows_may_come_in_any_order():

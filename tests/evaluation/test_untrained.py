@@ -58,8 +58,7 @@ def test_the_end_token_apart():
 
 
 def scores_of(log_likelihoods, ends):
-    greedy = torch.zeros(len(log_likelihoods), 3, dtype=torch.bool)
-    return Scores(torch.tensor(log_likelihoods), greedy, torch.tensor(ends))
+    return Scores(torch.tensor(log_likelihoods), torch.tensor(ends))
 
 
 def test_the_best_way_of_reading():

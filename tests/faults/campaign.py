@@ -18,10 +18,11 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import add_option, keep
 from lora_fsdp.adapter.folder import ADAPTER_FILE
 from lora_fsdp.training.saving.checkpoints import find_damage, list_checkpoints
 from lora_fsdp.training.watching.interruption import EXIT_CODE
@@ -47,6 +48,13 @@ class Figures:
     leftovers: int = 0
     told: Counter[str] = field(default_factory=Counter)
     codes: Counter[str] = field(default_factory=Counter)
+
+    def to_json(self) -> dict[str, Any]:
+        """All, and the kills by signal and by moment."""
+        parts = Counter[str]()
+        for kind, count in self.kills.items():
+            parts.update(dict.fromkeys(kind.split(", "), count))
+        return {**asdict(self), "all_kills": sum(self.kills.values()), "kills_by": parts}
 
     def __str__(self) -> str:
         lines = [f"runs: {self.runs}", f"kills: {sum(self.kills.values())}"]
@@ -195,6 +203,7 @@ def main() -> None:
     parser.add_argument("--launched", type=float, default=0.15, help="share of accelerate launch")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=120, help="stop after so long")
+    add_option(parser)
     arguments = parser.parse_args()
     started = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="faults-"))
@@ -210,7 +219,9 @@ def main() -> None:
             variant=campaign.random.choice(list(VARIANTS)),
         )
         print(f"[{time.monotonic() - started:.0f} s] {figures}\n", flush=True)
-    print(f"{figures}\nseconds: {time.monotonic() - started:.0f}")
+    seconds = round(time.monotonic() - started)
+    print(f"{figures}\nseconds: {seconds}")
+    keep(arguments.write, {**figures.to_json(), "seconds": seconds})
     bad = figures.lost + figures.wrong_adapters + figures.unequal + figures.failed
     sys.exit(1 if bad + figures.leftovers else 0)
 

@@ -28,6 +28,8 @@ from unittest import mock
 import datasets
 import transformers
 
+from benchmarks.record import add_option, keep
+
 SECONDS_FOR_ONE = 30
 FAILED = "FAILED"
 
@@ -413,20 +415,31 @@ def run_campaign(home: Path, *, inputs: int, seed: int, only: str | None = None)
     return [campaign.run(cycle[n % len(cycle)], seed + n) for n in range(inputs)]
 
 
+def counts(outcomes: list[Outcome]) -> dict[str, dict[str, float]]:
+    """How the inputs of each kind ended, and how all did; the slowest in seconds."""
+    found = {}
+    for kind in (*KINDS, "all"):
+        chosen = [outcome for outcome in outcomes if kind in (outcome.kind, "all")]
+        results = sum(outcome.ended == "result" for outcome in chosen)
+        failed = sum(outcome.ended == FAILED for outcome in chosen)
+        found[kind] = {
+            "inputs": len(chosen),
+            "results": results,
+            "named_errors": len(chosen) - results - failed,
+            "failed": failed,
+            "slowest_s": round(max((outcome.seconds for outcome in chosen), default=0.0), 1),
+        }
+    return found
+
+
 def summary(outcomes: list[Outcome]) -> str:
     """A table: how the inputs of each kind ended."""
     lines = [f"{'kind':<10} {'inputs':>6} {'result':>7} {'named error':>12} {'failed':>7}  slowest"]
-    for kind in KINDS:
-        chosen = [outcome for outcome in outcomes if outcome.kind == kind]
-        ended = Counter(
-            "named" if outcome.ended not in ("result", FAILED) else outcome.ended
-            for outcome in chosen
-        )
-        slowest = max((outcome.seconds for outcome in chosen), default=0.0)
-        lines.append(
-            f"{kind:<10} {len(chosen):>6} {ended['result']:>7} {ended['named']:>12} "
-            f"{ended[FAILED]:>7}  {slowest:.1f} s"
-        )
+    lines += [
+        f"{kind:<10} {found['inputs']:>6} {found['results']:>7} {found['named_errors']:>12} "
+        f"{found['failed']:>7}  {found['slowest_s']:.1f} s"
+        for kind, found in counts(outcomes).items()
+    ]
     names = Counter(o.ended for o in outcomes if o.ended not in ("result", FAILED))
     lines.append(", ".join(f"{name} {count}" for name, count in names.most_common()))
     return "\n".join(lines)
@@ -438,6 +451,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=sorted(KINDS))
+    add_option(parser)
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
@@ -453,6 +467,7 @@ def main() -> int:
     for outcome in failed:
         print(f"\n--- {outcome.kind} {outcome.seed} ({outcome.what})\n{outcome.detail}")
     print(f"\n{summary(outcomes)}\n{len(outcomes)} inputs, {len(failed)} failed")
+    keep(arguments.write, {"kinds": counts(outcomes)})
     return 1 if failed else 0
 
 

@@ -62,7 +62,7 @@ def test_campaign(tmp_path, caplog):
     failed = [outcome for outcome in outcomes if outcome.ended == FAILED]
     assert not failed, "\n".join(f"{o.kind} {o.seed}: {o.detail}" for o in failed)
     assert {outcome.kind for outcome in outcomes} == set(KINDS)
-    assert summary(outcomes).count("\n") == len(KINDS) + 1
+    assert summary(outcomes).count("\n") == len(KINDS) + 2
 
 
 class TestTables:

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.planning import GRID, PAGE, predicted, table_of_ranks, tables
 from benchmarks.throughput import RESULTS
+from lora_fsdp.placement import memory, timing
 from tests.test_documentation import ROOT
 
 DATA = ROOT / ".cache" / "default" / "airline_tweets.csv"
@@ -79,3 +80,11 @@ def test_two_gpus(monkeypatch):
     assert len(errors) == 6
     assert max(abs(memory) for memory, _ in errors) < 2
     assert max(abs(time) for _, time in errors) < 8
+
+
+def test_the_page_has_the_constants():
+    """Of the memory's and of the time's."""
+    page = " ".join(PAGE.read_text(encoding="utf-8").split())
+    launch, gather = 1e3 * timing._LAUNCH_SECONDS[True], 1e3 * timing._GATHER_SECONDS
+    assert f"{launch:.1f} ms a layer, and {gather:.1f} ms each time FSDP gathers" in page
+    assert f"workspaces of {memory.WORKSPACE / 1e9:.1f} GB" in page

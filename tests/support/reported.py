@@ -61,28 +61,29 @@ def save_run(
     labels = list(kind.labels or ["the target"])
     places = [labels.index(answer) if kind.labels else 0 for answer in answers_of(task, held_out)]
 
-    def scores(strength: float) -> Scores:
+    def drawn(strength: float) -> torch.Tensor:
         values = torch.randn(len(held_out), len(labels), generator=generator)
         values[torch.arange(len(held_out)), places] += strength
-        return Scores(values.log_softmax(dim=1), values > 1)
+        return values
 
-    untrained, tuned = scores(0.0), scores(skill)
     encoded = [
         EncodedExample(one.row, [1], [2], (), place, shortened=False, example=one)
         for one, place in zip(held_out, places, strict=True)
     ]
-    outputs = [
+    untrained, tuned = (
         model_outputs(
-            encoded, found, texts=_generated(held_out, found) if kind.generates_text else ()
+            encoded,
+            Scores(values.log_softmax(dim=1)),
+            texts=_generated(held_out, values[:, 0] > 1) if kind.generates_text else (),
         )
-        for found in (untrained, tuned)
-    ]
+        for values in (drawn(0.0), drawn(skill))
+    )
     compare(
         task,
         train=train,
         held_out=encoded,
-        untrained=outputs[0],
-        tuned=outputs[1],
+        untrained=untrained,
+        tuned=tuned,
         facts=_facts(task, len(train), len(held_out)),
     ).save(folder)
     rows = pd.concat([_rows(task, train, "training"), _rows(task, held_out, "held out")])
@@ -92,10 +93,11 @@ def save_run(
     return folder
 
 
-def _generated(held_out: Sequence[Example], scores: Scores) -> list[str]:
-    """The target where greedy decoding generates it, else nothing."""
-    hits = scores.is_greedy[:, 0].tolist()
-    return [str(one.target) if hit else "" for one, hit in zip(held_out, hits, strict=True)]
+def _generated(held_out: Sequence[Example], hits: torch.Tensor) -> list[str]:
+    """The target where it is hit, else nothing."""
+    return [
+        str(one.target) if hit else "" for one, hit in zip(held_out, hits.tolist(), strict=True)
+    ]
 
 
 def _table(labels: Sequence[str], rows: int, texts: Sequence[str], seed: int) -> pd.DataFrame:

@@ -74,7 +74,7 @@ class TestScores:
         short, long = (len(ids) for ids in encoded[0].candidate_ids)
         assert 0.9 * long > short
         likelihoods = [[-1.0 * short, -0.9 * long, -torch.inf], [-3.0, -1.0, -2.0]]
-        scores = Scores(torch.tensor(likelihoods), torch.zeros(2, 3, dtype=torch.bool))
+        scores = Scores(torch.tensor(likelihoods))
         metrics = evaluation_metrics(predictor.task, encoded, model_outputs(encoded, scores))
         assert metrics["accuracy"] == 0.5
         assert metrics["accuracy_normalised"] == 1.0

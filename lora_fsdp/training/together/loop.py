@@ -24,9 +24,8 @@ from transformers.trainer_utils import SaveStrategy
 from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.adapter.attach import attach_adapters
 from lora_fsdp.arguments import FineTuningArguments
-from lora_fsdp.base.fingerprints import fingerprint_base
-from lora_fsdp.base.streaming import StoredBase, WholeBase
-from lora_fsdp.compute.architectures import check_architecture, check_token_ids
+from lora_fsdp.base.streaming import OpenBase, StoredBase, WholeBase, model_of
+from lora_fsdp.compute.architectures import check_token_ids
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
 from lora_fsdp.compute.packing_check import check_packing, sample_of, why_not_shared
 from lora_fsdp.compute.shared_pass import SharedPass, why_apart
@@ -42,6 +41,7 @@ from lora_fsdp.errors import ArgumentError, TrainingInterrupted, UnsupportedMode
 from lora_fsdp.ranks import check_ranks_agree, rank, sum_over_ranks
 from lora_fsdp.training.checks import check_arguments, check_targets
 from lora_fsdp.training.placing import place_for_training, request_of_run
+from lora_fsdp.training.prepared import checked_base
 from lora_fsdp.training.run_fingerprints import run_fingerprints
 from lora_fsdp.training.step.objectives.objective import Objective
 from lora_fsdp.training.step.objectives.supervised import Supervised
@@ -76,7 +76,7 @@ class AdaptersTogether:
 
     def __init__(
         self,
-        model: PreTrainedModel | StoredBase | WholeBase,
+        model: OpenBase,
         args: FineTuningArguments,
         *,
         plans: Sequence[MemberPlan],
@@ -107,18 +107,15 @@ class AdaptersTogether:
 
     # ---- before training ------------------------------------------------------------------------
 
-    def _attach(self, model: PreTrainedModel | StoredBase | WholeBase) -> StoredBase | None:
+    def _attach(self, model: OpenBase) -> StoredBase | None:
         """Attach every adapter; where the base's weights are, if they have not been read."""
         everything = [*(one for plan in self.plans for one in plan.train), *self.held_out]
         for plan in self.plans:
             check_targets(list(plan.train))
         if isinstance(model, WholeBase):
             model = model.load()
-        stored = model if isinstance(model, StoredBase) else None
-        base = model.model if isinstance(model, StoredBase) else model
-        check_token_ids(base, everything, self.encoder.tokenizer)
-        check_architecture(base, longest=self.encoder.max_length)
-        self.base_fingerprint = fingerprint_base(base) if stored is None else stored.fingerprint()
+        check_token_ids(model_of(model), everything, self.encoder.tokenizer)
+        base, stored, self.base_fingerprint = checked_base(model, longest=self.encoder.max_length)
         names = ["default", *(f"member{place}" for place in range(1, len(self.plans)))]
         self.names = names
         self.model: PeftModel = attach_adapters(
