@@ -16,6 +16,7 @@ from lora_fsdp.adapter.attach import lora_config
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.arguments.inputs import inputs_of_run
 from lora_fsdp.base.loading import load_tokenizer
+from lora_fsdp.base.reading.ahead import read_ahead_once
 from lora_fsdp.base.streaming import open_base
 from lora_fsdp.claiming import claimed, claimed_for_several, remove_earlier_run
 from lora_fsdp.data.encoding import EncodedExample
@@ -90,6 +91,7 @@ def finetune(
 def _finetune(run: _Run, task: Task | None) -> FineTuningResult:
     watch_hosts()
     compare_hosts(run.inputs)
+    read_ahead_once(run.model.model_name_or_path, revision=run.model.model_revision)
     if is_several(run.training):
         return _finetune_several(run, task)
     with claimed(run.training, inputs=run.input_paths) as output_dir:
