@@ -26,6 +26,7 @@ from lora_fsdp.distributed.hosts import compare_hosts
 from lora_fsdp.distributed.lost_hosts import watch_hosts
 from lora_fsdp.distributed.status import fsdp_status
 from lora_fsdp.evaluation.comparison import Comparison, generated_texts
+from lora_fsdp.planning.predicted import beside_measured
 from lora_fsdp.printing import say
 from lora_fsdp.ranks import on_first_of_hosts, on_first_rank
 from lora_fsdp.reporting.harness import try_to_write_harness_task
@@ -188,6 +189,8 @@ def _run_one(run: _Run, data: TaskData, alone: RunAlone | None = None) -> RanAlo
             if (page := try_to_write_report(output_dir)) is not None:
                 say(f"Report: {page}", flush=True)
         ran.comparison.save_facts(output_dir, seconds_by_part=seconds_by_part())
+        if parts := ran.comparison.facts.get("plan", {}).get("seconds_by_part"):
+            say(beside_measured(parts, seconds_by_part()), flush=True)
         if trainer.args.push_to_hub:
             _push(trainer, output_dir)
     trainer.accelerator.wait_for_everyone()
