@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from itertools import pairwise
-from typing import Any, NoReturn
-
-from trl import TrlParser  # type: ignore[attr-defined]
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lora_fsdp.arguments.option import check_is_text
 from lora_fsdp.arguments.peers import about_unknown
@@ -19,8 +19,35 @@ from lora_fsdp.errors import ArgumentError, LoraFsdpError
 from lora_fsdp.recipes import read_recipe
 
 
-class OptionParser(TrlParser):
-    """`trl.TrlParser` for the scripts and the command line.
+def _parser_of_trl() -> type:
+    """TRL's copy of transformers' parser, which imports neither of them.
+
+    The package around it reads the files of every installed distribution when it is imported, a
+    tenth of what a launch imports; it is left out where the copy can be had without.
+    """
+    found = importlib.util.find_spec("trl")
+    file = Path(found.origin or "").parent / "scripts" / "_hf_argparser.py" if found else None
+    if file is None or not file.is_file():
+        from trl import TrlParser  # type: ignore[attr-defined]
+
+        return TrlParser
+    spec = importlib.util.spec_from_file_location("lora_fsdp._parser_of_trl", file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} cannot be imported.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    parser: type = module.HfArgumentParser
+    return parser
+
+
+if TYPE_CHECKING:
+    from trl import TrlParser as _Parser  # type: ignore[attr-defined]
+else:
+    _Parser = _parser_of_trl()
+
+
+class OptionParser(_Parser):
+    """`transformers.HfArgumentParser`, as TRL has it, for the scripts and the command line.
 
     Options are written out in full, and every mistake is one `ArgumentError`.
 

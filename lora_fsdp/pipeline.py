@@ -16,6 +16,7 @@ from lora_fsdp.adapter.attach import lora_config
 from lora_fsdp.arguments import DataArguments, FineTuningArguments, LoraArguments, ModelArguments
 from lora_fsdp.arguments.inputs import inputs_of_run
 from lora_fsdp.base.loading import load_tokenizer
+from lora_fsdp.base.reading.ahead import read_ahead_once
 from lora_fsdp.base.streaming import OpenBase, open_base
 from lora_fsdp.claiming import claimed, claimed_for_several, remove_earlier_run
 from lora_fsdp.data.encoding import EncodedExample
@@ -25,6 +26,7 @@ from lora_fsdp.distributed.hosts import compare_hosts
 from lora_fsdp.distributed.lost_hosts import watch_hosts
 from lora_fsdp.distributed.status import fsdp_status
 from lora_fsdp.evaluation.comparison import Comparison, generated_texts
+from lora_fsdp.planning.predicted import beside_measured
 from lora_fsdp.printing import say
 from lora_fsdp.ranks import on_first_of_hosts, on_first_rank
 from lora_fsdp.reporting.harness import try_to_write_harness_task
@@ -89,6 +91,7 @@ def finetune(
 def _finetune(run: _Run, task: Task | None) -> FineTuningResult:
     watch_hosts()
     compare_hosts(run.inputs)
+    read_ahead_once(run.model.model_name_or_path, revision=run.model.model_revision)
     if is_several(run.training):
         return _finetune_several(run, task)
     with claimed(run.training, inputs=run.input_paths) as output_dir:
@@ -185,6 +188,8 @@ def _run_one(run: _Run, data: TaskData, alone: RunAlone | None = None) -> RanAlo
             if (page := try_to_write_report(output_dir)) is not None:
                 say(f"Report: {page}", flush=True)
         ran.comparison.save_facts(output_dir, seconds_by_part=seconds_by_part())
+        if parts := ran.comparison.facts.get("plan", {}).get("seconds_by_part"):
+            say(beside_measured(parts, seconds_by_part()), flush=True)
         if trainer.args.push_to_hub:
             _push(trainer, output_dir)
     trainer.accelerator.wait_for_everyone()

@@ -54,6 +54,11 @@ def host() -> int:
     return int(os.environ.get("GROUP_RANK", rank() // local))
 
 
+def ranks_on_host() -> int:
+    """Ranks on this process's machine, itself included."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size())) if is_joined() else 1
+
+
 def is_first_of_host() -> bool:
     """Whether this rank acts for its machine."""
     return not is_joined() or int(os.environ.get("LOCAL_RANK", rank())) == 0

@@ -1,6 +1,6 @@
 """What a run can be told, beyond what upstream's own argument classes already say.
 
-`trl.TrlParser` turns these dataclasses into command-line options and recipe keys
+`OptionParser` turns these dataclasses into command-line options and recipe keys
 (`--config recipe.yaml`). `peft.LoraConfig`, `transformers.TrainingArguments` and the accelerate
 YAML stay the only place for what they say; `LoraArguments.lora_kwargs` reaches the whole of the
 first.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,24 @@ class StoredTensor:
     file: str
 
 
-class BaseWeights:
-    """The safetensors files of a model folder.
+class _Opened(threading.local):
+    """The file that a thread has open, how many bytes of it it has mapped, and how many it may."""
 
-    One file is open at a time, and opened anew after every 256 MB: what was read of it stays mapped
-    until then, so that no more than that, and a tensor, counts as memory in use.
+    name = ""
+    file: Any = None
+    mapped = 0
+
+    def __init__(self) -> None:
+        is_one_of_several = threading.current_thread() is not threading.main_thread()
+        self.at_most = _MAPPED_AT_MOST // (8 if is_one_of_several else 1)
+
+
+class BaseWeights:
+    """The safetensors files of a model folder, which several threads may read.
+
+    Each has one file open at a time, and opens it anew after every 256 MB (32 MB beside the main
+    thread): what was read of it stays mapped until then, so that no more than that, and a tensor,
+    counts as memory in use.
 
     Attributes:
         folder: the model's folder.
@@ -66,9 +79,7 @@ class BaseWeights:
         """
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
-        self._open_name = ""
-        self._open_file: Any = None
-        self._mapped = 0
+        self._opened = _Opened()
         try:
             listed = _listed_tensors(folder)
             for file in sorted(set(listed.values())) or [WEIGHTS_FILE]:
@@ -90,27 +101,26 @@ class BaseWeights:
             self.tensors[name] = StoredTensor(tuple(part.get_shape()), part.get_dtype(), file)
 
     def _file(self, name: str) -> Any:
-        if name != self._open_name or self._mapped > _MAPPED_AT_MOST:
-            self._open_file = None
-            self._open_file = open_safetensors(self.folder, name)
-            self._open_name = name
-            self._mapped = 0
-        return self._open_file
+        opened = self._opened
+        if name != opened.name or opened.mapped > opened.at_most:
+            opened.file = None
+            opened.file = open_safetensors(self.folder, name)
+            opened.name, opened.mapped = name, 0
+        return opened.file
 
-    def _file_of(self, name: str) -> Any:
-        """The file that holds a tensor, which is about to be read."""
-        stored = self.tensors[name]
-        file = self._file(stored.file)
-        self._mapped += prod(stored.shape) * PLAIN_DTYPES.get(stored.dtype, 4)
-        return file
+    def _noted(self, numbers: torch.Tensor) -> torch.Tensor:
+        """What was read, which stays mapped for a while."""
+        self._opened.mapped += numbers.nbytes
+        return numbers
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
-        return self._file_of(name).get_tensor(name)
+        return self._noted(self._file(self.tensors[name].file).get_tensor(name))
 
     def reader(self, name: str) -> Callable[[tuple[slice, ...]], torch.Tensor]:
-        """Reads parts of a tensor."""
-        return self._file_of(name).get_slice(name).__getitem__
+        """Reads parts of a tensor, in the thread that asked for it."""
+        stored = self._file(self.tensors[name].file).get_slice(name)
+        return lambda part: self._noted(stored[part])
 
 
 def _listed_tensors(folder: Path) -> dict[str, str]:

@@ -1,9 +1,11 @@
 """A base that is still in its files: its model without weights, filled tensor by tensor.
 
 `from_pretrained` puts a whole model into host memory before anything is sharded, on every rank.
-Here the model is built on the meta device, the adapter attached, the base sharded, and only then is
-does each rank read its shard of each tensor, straight to where it stays. No rank ever holds more
-than that and one layer.
+Here the model is built on the meta device, the adapter attached, the base sharded, and only then
+does each rank read its shard of each tensor, straight to where it stays, with several threads. No
+rank ever holds more than that, one layer, and a few pieces of 16 MB. So each byte of what is
+sharded is read by one rank of those that share it; of what every rank keeps, the page cache serves
+all but the first.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -30,10 +33,11 @@ from lora_fsdp.base.fingerprints import BaseFingerprint, base_parameters
 from lora_fsdp.base.loading import load_base, resolve_dtype
 from lora_fsdp.base.multimodal import drop_towers
 from lora_fsdp.base.quantized_layers import QuantizedLayer, unpacked
+from lora_fsdp.base.reading.pieces import Piece, pieces_of, read_pieces
 from lora_fsdp.base.skeletons import CannotStreamError, empty_base
 from lora_fsdp.base.stored_weights import base_folder, base_skeleton
 from lora_fsdp.errors import MissingPackageError, UnsupportedModelError
-from lora_fsdp.ranks import rank
+from lora_fsdp.ranks import rank, ranks_on_host
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +100,24 @@ class StoredBase:
         """
         names = self._names_by_id()
         found = [(names[id(_parameter_at(places))], places) for places in _empty_places(modules)]
+        copied: list[tuple[_Places, torch.Tensor]] = []
+        pieces: list[Piece] = []
         # In the files' order, of which one is open at a time.
         for name, places in sorted(found, key=lambda pair: self.weights.place(pair[0])):
-            self._fill_one(places, name, device=device, keep_on=keep_on)
+            if _is_packed(places) or not self.weights.is_read_in_parts(name):
+                self._fill_one(places, name, device=device, keep_on=keep_on)
+                continue
+            filled = _empty_like(_parameter_at(places), device=keep_on)
+            pieces += self._pieces(filled, name)
+            copied.append((places, filled))
+        read_pieces(pieces, ranks_here=ranks_on_host())
+        for places, filled in copied:
+            _set(places, nn.Parameter(filled, requires_grad=False))
+
+    def _pieces(self, filled: torch.Tensor, name: str) -> Iterator[Piece]:
+        """What of a parameter, or of this rank's shard of it, is to be read."""
+        target, own = _own_part(filled)
+        return pieces_of(target, own, partial(self.weights.reader, name)) if own else iter(())
 
     def filled_copy(self, layer: nn.Module) -> nn.Module:
         """A copy of a layer of the model with its weights, unpacked and in host memory."""
@@ -123,23 +142,33 @@ class StoredBase:
             if not isinstance(parameter, DTensor):
                 _set(places, PackedParameter(packed.to(keep_on), requires_grad=False))
                 return
-            filled = torch.empty_like(parameter, device=keep_on, requires_grad=False)
+            filled = _empty_like(parameter, device=keep_on)
             _copy_shard(filled, packed.__getitem__)
         elif isinstance(owner, QuantizedLayer) and attribute == "weight":
             # The full tensor: the scales are relative to their mean over all of it.
-            packed = owner.quantize(self.weights.read(name).to(device))
+            packed = owner.quantize(self._read_whole(name, device=device))
             if not isinstance(parameter, DTensor):
                 owner.set_whole(packed.to(keep_on))
                 return
-            filled = torch.empty_like(parameter, device=keep_on, requires_grad=False)
+            filled = _empty_like(parameter, device=keep_on)
             _copy_shard(filled, packed.__getitem__)
         else:
-            filled = torch.empty_like(parameter, device=keep_on, requires_grad=False)
+            filled = _empty_like(parameter, device=keep_on)
             if isinstance(filled, DTensor):
                 _copy_shard(filled, self.weights.reader(name))
             else:
                 filled.copy_(self.weights.read(name))
         _set(places, nn.Parameter(filled, requires_grad=False))
+
+    def _read_whole(self, name: str, *, device: torch.device) -> torch.Tensor:
+        """A full parameter in the dtype that its files have, on `device`."""
+        if device.type == "cpu" or not self.weights.is_read_in_parts(name):
+            return self.weights.read(name).to(device)
+        shape = self.weights.shapes[name]
+        nothing = self.weights.reader(name)(tuple(slice(0, 0) for _ in shape))
+        whole = torch.empty(shape, dtype=nothing.dtype, device=device)
+        read_pieces([*self._pieces(whole, name)], ranks_here=ranks_on_host())
+        return whole
 
 
 @dataclass(frozen=True)
@@ -331,12 +360,33 @@ def _stand_in(meta: nn.Parameter) -> nn.Parameter:
     return stand_in
 
 
+def _empty_like(parameter: nn.Parameter, *, device: torch.device) -> torch.Tensor:
+    return torch.empty_like(parameter, device=device, requires_grad=False)
+
+
+def _is_packed(places: _Places) -> bool:
+    """Whether a parameter is packed while it is read, and not copied."""
+    owner, attribute = places[0]
+    if isinstance(owner, PackedExperts):
+        return attribute in owner.packings
+    return isinstance(owner, QuantizedLayer) and attribute == "weight"
+
+
+def _own_part(filled: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
+    """This rank's memory of a tensor, and which slices of the full one it holds; none if empty."""
+    if not isinstance(filled, DTensor):
+        return filled, tuple(slice(0, side) for side in filled.shape)
+    shape, start = compute_local_shape_and_global_offset(
+        filled.shape, filled.device_mesh, filled.placements
+    )
+    if not all(shape):  # a rank's shard may be empty
+        return filled.to_local(), ()
+    own = tuple(slice(first, first + n) for first, n in zip(start, shape, strict=True))
+    return filled.to_local(), own
+
+
 def _copy_shard(shard: torch.Tensor, read: Callable[[tuple[slice, ...]], torch.Tensor]) -> None:
     """Fill this rank's shard with its slices of the full tensor, which `read` gives."""
-    sharded = cast(DTensor, shard)
-    shape, start = compute_local_shape_and_global_offset(
-        sharded.shape, sharded.device_mesh, sharded.placements
-    )
-    if all(shape):  # a rank's shard may be empty
-        own = tuple(slice(first, first + n) for first, n in zip(start, shape, strict=True))
-        sharded.to_local().copy_(read(own))
+    target, own = _own_part(shard)
+    if own:
+        target.copy_(read(own))

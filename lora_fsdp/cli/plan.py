@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,7 @@ from lora_fsdp.printing import cost_text
 if TYPE_CHECKING:
     from lora_fsdp.data.workload import Work
     from lora_fsdp.placement.request import Request
+    from lora_fsdp.placement.whole_job import Machine
     from lora_fsdp.planning.plan import Plan
     from lora_fsdp.sweeps.plan import SweepPlan
 
@@ -31,7 +32,10 @@ class PlanOptions:
 
     gpus: list[str] = field(
         default_factory=lambda: ["2xRTX4090", "1xA100", "1xH100"],
-        metadata={"help": "GPUs to look at, such as 2xRTX4090 8xH100."},
+        metadata={
+            "help": "GPUs to look at, such as 2xRTX4090 8xH100; or 2xCPU, two processes of this "
+            "machine, which is measured for a moment."
+        },
     )
     examples: int | None = field(
         default=None, metadata={"help": "Training rows, instead of --task and --data_file."}
@@ -52,6 +56,13 @@ class PlanOptions:
     link: str | None = field(
         default=None,
         metadata={"help": "What a machine can send to others: 10Gbit when not given."},
+    )
+    read_rate: str | None = field(
+        default=None,
+        metadata={
+            "help": "How fast the base's files are read there, such as 500MB/s from a disk; 1GB/s "
+            "when not given, and on this machine's CPU what is measured."
+        },
     )
     json: bool = field(default=False, metadata={"help": "Print JSON."})
 
@@ -130,6 +141,7 @@ def _planner(
     from lora_fsdp.planning.models import planned_config
     from lora_fsdp.planning.plan import make_plan
     from lora_fsdp.planning.question import question_of_recipe
+    from lora_fsdp.sizing.machine import job_of
 
     config = planned_config(
         model_args.model_name_or_path,
@@ -137,6 +149,8 @@ def _planner(
         trust_remote_code=model_args.trust_remote_code,
     )
     hosts, link = _network(options, launch)
+    on_cpu = _is_on_cpu(options, hosts=hosts)
+    machine = _machine(options, model_args, on_cpu=on_cpu)
     suggested = suggested_config if hosts == 1 else lambda gpus: "fsdp2_hosts"
 
     def make(training: Mapping[str, Any], lora: LoraArguments) -> Plan:
@@ -146,10 +160,15 @@ def _planner(
             adapter=lora_config(lora),
             training=training,
             work=_work(options, training, model_args, data_args),
-            yaml_for=lambda gpus: find_config(launch.accelerate_config or suggested(gpus)),
+            yaml_for=lambda gpus: find_config(
+                launch.accelerate_config or suggested(0 if on_cpu and gpus > 1 else gpus)
+            ),
             shipped={name: find_config(name) for name in ("fsdp2", "fsdp2_offload")},
             is_open=launch.accelerate_config is None,
             hosts=hosts,
+            on_cpu=on_cpu,
+            machine=machine,
+            job=job_of(model_args.model_name_or_path),
         )
         price = training["price_per_hour"]
         return make_plan(question, gpus=options.gpus, price_per_hour=price, hosts=hosts, link=link)
@@ -179,6 +198,45 @@ def _network(options: PlanOptions, launch: LaunchOptions) -> tuple[int, float]:
     if hosts == 1 and options.link is not None:
         raise ArgumentError(f"--link {options.link} is between machines: give --hosts as well.")
     return hosts, parse_link(options.link or "10Gbit")
+
+
+def _is_on_cpu(options: PlanOptions, *, hosts: int) -> bool:
+    """Whether this machine's CPU is planned for.
+
+    Raises:
+        ArgumentError: beside GPUs, or on several machines.
+    """
+    from lora_fsdp.placement.gpus import parse_cpu
+
+    cpus = [text for text in options.gpus if parse_cpu(text) is not None]
+    if cpus and (len(cpus) < len(options.gpus) or hosts > 1):
+        raise ArgumentError(
+            f"--gpus {' '.join(options.gpus)}: CPU is this machine's, and its base is in another "
+            "dtype than on GPUs: plan for it alone, and for one machine."
+        )
+    return bool(cpus)
+
+
+def _machine(options: PlanOptions, model_args: ModelArguments, *, on_cpu: bool) -> Machine:
+    from lora_fsdp.placement.gpus import parse_link
+    from lora_fsdp.placement.whole_job import RENTED
+
+    rate = None
+    if options.read_rate is not None:
+        rate = parse_link(
+            options.read_rate,
+            option="read_rate",
+            what="how fast files are read",
+            examples="500MB/s or 2GB/s",
+        )
+    if on_cpu:
+        from lora_fsdp.sizing.machine import machine_here
+
+        return machine_here(model_args.model_name_or_path, read_rate=rate)
+    if rate is None:
+        return RENTED
+    source = f"assumed: it starts in {RENTED.start:.0f} s; files are read at {options.read_rate}"
+    return replace(RENTED, read_rate=rate, source=source)
 
 
 def _write_yaml(file: Path, text: str) -> None:
@@ -215,7 +273,7 @@ def _work(
     data_args: DataArguments,
 ) -> Callable[[int, Request], Work]:
     """From the task's rows if there are any, or from the numbers given for them."""
-    from lora_fsdp.data.workload import given_work, measure_work
+    from lora_fsdp.data.workload import given_work, measure_work, probed_rows
 
     if options.examples is not None:
         if options.tokens_per_example is None:
@@ -254,6 +312,7 @@ def _work(
         share_prefix=request.shares_prefix,
         packing=request.packing_choice.packing,
         tree_of=tree_of,
+        probed=probed_rows(data.task, training["probe_rows"], len(train)),
     )
 
 
@@ -292,7 +351,7 @@ def _print(found: Plan, output: str | None) -> None:
         f"{_chosen(found)}: {best.count} x {best.gpu.name}, {best.strategy}, "
         f"{weights_of(best)}: {duration(best.seconds)}{cost}"
     )
-    write_words(whole_job(best))
+    write_words(whole_job(best, found))
     write(table_text(("on each GPU", "GB"), part_rows(best)))
     if found.hosts > 1:
         _print_links(found)

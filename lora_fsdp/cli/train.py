@@ -135,6 +135,7 @@ def train(options: LaunchOptions, arguments: Sequence[str]) -> int:
         from lora_fsdp.distributed.meeting import check_meeting
 
         check_meeting(meeting, settings=settings, seconds=options.join_seconds)
+    _read_base_ahead(arguments)
     return _launch(command, again=again(options, arguments), folder=output_folder(arguments))
 
 
@@ -230,17 +231,31 @@ def again(options: LaunchOptions, arguments: Sequence[str]) -> str:
 
 def output_folder(arguments: Sequence[str]) -> Path:
     """Where the training processes write, by the command line or its recipe."""
+    return Path(given_value(arguments, "output_dir") or "runs/latest").expanduser()
+
+
+def given_value(arguments: Sequence[str], option: str) -> str | None:
+    """An option of the training processes, by the command line or its recipe."""
     recipe, given = None, None
     for word, following in pairwise([*arguments, ""]):
         name, equals, value = word.partition("=")
         if name == "--config":
             recipe = value if equals else following
-        elif name in ("--output_dir", "--output-dir"):
+        elif name in (f"--{option}", f"--{option.replace('_', '-')}"):
             given = value if equals else following
     if given is None and recipe is not None:
-        options = read_recipe(recipe, options=["output_dir"], others_allowed=True)
+        options = read_recipe(recipe, options=[option], others_allowed=True)
         given = options[0].partition("=")[2] if options else None
-    return Path(given or "runs/latest").expanduser()
+    return given
+
+
+def _read_base_ahead(arguments: Sequence[str]) -> None:
+    """Have the base's files read while the processes import, which are told so."""
+    if (model := given_value(arguments, "model_name_or_path")) is not None:
+        from lora_fsdp.base.reading.ahead import READ_AHEAD, read_ahead
+
+        read_ahead(model, revision=given_value(arguments, "model_revision") or "main")
+        os.environ[READ_AHEAD] = "1"
 
 
 def what_is_left(folder: Path, again: str) -> str:

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from lora_fsdp.data.encoding import EncodedExample
-from lora_fsdp.data.packing import Batch, Pack, Packing, Tree
+from lora_fsdp.data.packing import Batch, Pack, Packing, Tree, plan_packs
 from lora_fsdp.data.sampling import TrainingStep, TrainingSteps, epoch_order, target_tree
 from lora_fsdp.data.schedule import Schedule, examples_per_rank
+from lora_fsdp.tasks import Task
+from lora_fsdp.tasks.answers.kind import TFIDF
 
 _STEPS_LOOKED_AT = 20
 # Tokens of a batch of sequences of one example, where nothing else is asked for.
@@ -37,6 +39,10 @@ class Work:
         longest_example: a prompt with its longest answer, in tokens.
         scored_tokens: of held-out rows, before and after training together.
         evaluations: of the held-out rows while training.
+        scored_once: tokens that all ranks together compute to score the held-out rows once, as
+            sequences lay them.
+        probed_tokens: the same of the training rows that the probe reads.
+        rows: training and held-out ones, each once.
     """
 
     steps: int
@@ -48,6 +54,14 @@ class Work:
     longest_example: int
     scored_tokens: float = 0.0
     evaluations: int = 0
+    scored_once: float = 0.0
+    probed_tokens: float = 0.0
+    rows: int = 0
+
+    @property
+    def forward_tokens(self) -> float:
+        """Tokens of all forwards before and after training, of all ranks together."""
+        return 2.0 * self.scored_once + self.probed_tokens
 
 
 def measure_work(
@@ -59,13 +73,16 @@ def measure_work(
     share_prefix: bool,
     tree_of: Callable[[EncodedExample], Tree] = target_tree,
     packing: Packing = Packing.PACKED,
+    probed: int = 0,
 ) -> Work:
     """Pack some optimizer steps as training will, and count: the first ones, and the largest.
 
-    `training` holds values of `FineTuningArguments` by name; the others are as in `TrainingSteps`.
+    `training` holds values of `FineTuningArguments` by name, and `probed` says how many training
+    rows the probe reads; the others are as in `TrainingSteps`.
     """
     if not train:
         return replace(NO_WORK, longest_example=max(1, longest_example(held_out)))
+    longest = training["max_tokens_per_row"] or _USUAL_BATCH
     schedule = Schedule.of(training, rows=len(train), ranks=ranks)
     seed = training["seed"] if training["data_seed"] is None else training["data_seed"]
     steps = TrainingSteps(
@@ -97,7 +114,30 @@ def measure_work(
         # Before and after training.
         scored_tokens=2.0 * sum(example.tokens for example in held_out),
         evaluations=schedule.evaluations(training),
+        scored_once=_forward_tokens(
+            [(one.prompt_ids, one.scored_ids) for one in held_out], longest, packing
+        ),
+        probed_tokens=_forward_tokens(
+            [(one.prompt_ids, [one.target_ids[:1]]) for one in train[:probed]], longest, packing
+        ),
+        rows=len(train) + len(held_out),
     )
+
+
+def probed_rows(task: Task, most: int, rows: int) -> int:
+    """Training rows that the probe learns from; where a classic regression fits, it does too."""
+    return min(most, rows) if TFIDF in task.answer_kind.rivals else 0
+
+
+def _forward_tokens(
+    asked: Sequence[tuple[list[int], Sequence[list[int]]]], longest: int, packing: Packing
+) -> float:
+    """Tokens of sequences that hold prompts, each with its answers; what all share counts once."""
+    if packing.is_apart:
+        return float(sum(len(ids) + len(one) for ids, answers in asked for one in answers))
+    trees = [Tree(prompt, answers) for prompt, answers in asked]
+    packs = plan_packs(trees, max_tokens=longest, share_prefix=True)
+    return float(sum(pack.size.tokens for pack in packs))
 
 
 def _tokens_of(tree: Tree, packing: Packing) -> int:

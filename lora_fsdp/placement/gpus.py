@@ -29,6 +29,9 @@ class Gpu:
         host_link: bytes per second from host memory.
         driver: the words by which its driver's name for it is known; "" = the first of its name.
         has_bfloat16: whether it has bfloat16 arithmetic, which NVIDIA's have since Ampere.
+        is_cpu: whether it stands for a process's part of a CPU, whose rates were measured where
+            they are used (`lora_fsdp.sizing.machine`): matmuls of the run's sizes, copies in memory
+            (`bandwidth`), and gathers between processes (`link`).
     """
 
     name: str
@@ -39,6 +42,7 @@ class Gpu:
     host_link: float
     driver: str = ""
     has_bfloat16: bool = True
+    is_cpu: bool = False
 
     @property
     def driver_words(self) -> frozenset[str]:
@@ -141,6 +145,7 @@ _SAME_MEMORY = 0.1
 _COUNTED = re.compile(r"(?:(\d+)\s*[x*]\s*)?(.+)", re.IGNORECASE)
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _UNITS = {"M": 1e6, "G": 1e9, "T": 1e12}
+_CPU = re.compile(r"(?:(\d+)\s*[x*]\s*)?CPU", re.IGNORECASE)
 _LINK = re.compile(rf"{_NUMBER}\s*([MGTmgt])(B|b|bit|bits)?(?:/s|ps)?")
 _OWN = re.compile(
     rf"([\w.-]+):{_NUMBER}GB:{_NUMBER}TFLOPS(?::{_NUMBER}GB/s)?(?::{_NUMBER}GB/s)?", re.IGNORECASE
@@ -178,8 +183,31 @@ def parse_gpus(text: str) -> tuple[int, Gpu]:
     return count, found
 
 
-def parse_link(text: str) -> float:
+def parse_cpu(text: str) -> int | None:
+    """Processes on this machine's CPU, from words such as `2xCPU`; `None` if it is another kind.
+
+    Raises:
+        ArgumentError: none are asked for.
+    """
+    if (match := _CPU.fullmatch(text.strip())) is None:
+        return None
+    if (count := int(match[1] or 1)) < 1:
+        raise ArgumentError(f"--gpus {text}: at least one process is needed.")
+    return count
+
+
+def parse_link(
+    text: str,
+    *,
+    option: str = "link",
+    what: str = "what a host can send to others",
+    examples: str = "10Gbit, 400Gbit or 12.5GB/s",
+) -> float:
     """Bytes per second of a network from words such as `10Gbit`, `400 Gbit/s` or `12.5GB/s`.
+
+    Args:
+        text: the words.
+        option: whose value they are; `what` is its speed, `examples` how it is written.
 
     Raises:
         ArgumentError: it names no speed.
@@ -187,10 +215,7 @@ def parse_link(text: str) -> float:
     match = _LINK.fullmatch(text.strip())
     speed = 0.0 if match is None else float(match[1]) * _UNITS[match[2].upper()]
     if match is None or not 0 < speed < math.inf:
-        raise ArgumentError(
-            f"--link {text!r} is no speed: write what a host can send to others as 10Gbit, "
-            "400Gbit or 12.5GB/s."
-        )
+        raise ArgumentError(f"--{option} {text!r} is no speed: write {what} as {examples}.")
     return speed if match[3] == "B" else speed / 8
 
 

@@ -8,6 +8,7 @@ shares of their data sheets.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from lora_fsdp.data.workload import Work
 from lora_fsdp.placement.gpus import Gpu
@@ -15,6 +16,7 @@ from lora_fsdp.placement.layout import Layout, is_captured
 from lora_fsdp.placement.network import (
     gathered_bytes,
     gathers,
+    gathers_of_a_layer,
     host_traffic,
     seconds_of_gradients,
     seconds_of_weights,
@@ -43,8 +45,10 @@ _LAUNCH_SECONDS = {True: 3.4e-3, False: 4.7e-3}
 _GATHER_SECONDS = 2.7e-3
 # What a layer's kernels wait for one another in a captured graph.
 _GRAPH_SECONDS = 4e-5
-#: Parts of a run's time that depend on its machine's disk and CPU.
-NOT_PREDICTED = ("start", "read", "capture", "save", "report")
+# On a CPU, how often what a forward keeps passes through memory: written and read by what follows,
+# and read again, with a gradient written and read for each of it, in backward.
+_FORWARD_COPIES = 2.0
+_BACKWARD_COPIES = 3.0
 # Outside forward and backward: the optimizer, the logs.
 _STEP_SECONDS = 1.5e-3
 
@@ -66,6 +70,8 @@ def step_seconds(
         link: bytes per second that a host can send to others.
     """
     sequences = max(1.0, work.step_tokens / sequence_tokens)
+    if gpu.is_cpu:
+        return _cpu_step_seconds(shape, layout, work, gpu, sequences=sequences)
     computing = _computing(shape, layout, gpu, work=work, sequences=sequences)
     layers = sequences * shape.layers * _passes(layout) / 2
     captured = is_captured(shape, layout, tokens=work.step_tokens / sequences)
@@ -95,19 +101,49 @@ def part_seconds(
     sequence_tokens: int,
     link: float = math.inf,
 ) -> dict[str, float]:
-    """What of a run's time is predicted, by the names under which a run notes what it took.
+    """Seconds of what a run's GPUs compute, by the names under which a run notes what it took.
 
-    `train`: optimizer steps; `score`: the held-out examples before and after training; `evaluate`:
-    while training. What depends on a machine's disk and CPU is in `NOT_PREDICTED`.
+    `train`: optimizer steps; `score`: the held-out examples before and after training, and the
+    training rows that the probe reads; `evaluate`: the held-out ones while training.
     """
     training = work.steps * step_seconds(
         shape, layout, work, gpu, sequence_tokens=sequence_tokens, link=link
     )
-    tokens = work.scored_tokens / layout.ranks
-    rate = gpu.flops * _SHARE[shape.is_fused]
-    scoring = 2.0 * shape.active_parameters * tokens / rate
-    # Scored are they twice, each evaluation is once.
-    return {"train": training, "score": scoring, "evaluate": work.evaluations * scoring / 2}
+    length = float(sequence_tokens)
+    forward = partial(forward_seconds, shape, layout, gpu, length=length)
+    scoring = forward(tokens=work.forward_tokens / layout.ranks)
+    once = forward(tokens=work.scored_once / layout.ranks)
+    return {"train": training, "score": scoring, "evaluate": work.evaluations * once}
+
+
+def forward_seconds(
+    shape: ModelShape, layout: Layout, gpu: Gpu, *, tokens: float, length: float
+) -> float:
+    """Forwards alone of one rank's `tokens`, in sequences of `length` tokens."""
+    if not gpu.is_cpu:
+        return 2.0 * shape.active_parameters * tokens / (gpu.flops * _SHARE[shape.is_fused])
+    sequences = tokens / max(length, 1.0)
+    attending = 4.0 * length * tokens * shape.hidden_size * shape.layers
+    multiplying = (2.0 * shape.active_parameters * tokens + attending) / gpu.flops
+    passed = _FORWARD_COPIES * shape.saved_bytes(int(length), recomputed=False) * sequences
+    receiving = sequences * _receiving(shape, layout, gpu) / gathers_of_a_layer(layout)
+    return multiplying + passed / gpu.bandwidth + receiving
+
+
+def _cpu_step_seconds(
+    shape: ModelShape, layout: Layout, work: Work, gpu: Gpu, *, sequences: float
+) -> float:
+    """One optimizer step on a CPU, where nothing happens beside anything else."""
+    passes, tokens = _passes(layout), work.step_tokens
+    length = tokens / sequences
+    layers = passes * 2.0 * shape.active_parameters * tokens
+    head = 6.0 * shape.hidden_size * shape.vocabulary_size * work.step_labels
+    # All pairs of a sequence, as its mask is dense: two matmuls in forward and five in backward.
+    attending = (passes - 1.0 + 2.5) * 4.0 * length * tokens * shape.hidden_size * shape.layers
+    multiplying = (layers + head + attending) / gpu.flops
+    copies = _FORWARD_COPIES * passes / 2.0 + _BACKWARD_COPIES
+    passed = copies * shape.saved_bytes(int(length), recomputed=False) * sequences
+    return multiplying + passed / gpu.bandwidth + sequences * _receiving(shape, layout, gpu)
 
 
 def _passes(layout: Layout) -> float:

@@ -16,7 +16,7 @@ from lora_fsdp.placement.memory import DeviceMemory
 from lora_fsdp.placement.network import HostTraffic, host_traffic
 from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.shape import ModelShape
-from lora_fsdp.placement.timing import part_seconds
+from lora_fsdp.placement.whole_job import RENTED, Job, Machine, job_seconds
 
 #: FSDP as accelerate_configs/fsdp2.yaml asks for it.
 SHARDED = FsdpSettings(
@@ -45,7 +45,7 @@ class Candidate:
         yaml_is_default: whether the YAML is the recipe's, or the one that so many GPUs get.
         work: what each rank computes.
         traffic: what each host sends to others in an optimizer step.
-        seconds_by_part: what of the whole job's time is predicted (`part_seconds`).
+        seconds_by_part: of the whole job (`job_seconds`).
     """
 
     gpu: Gpu
@@ -83,7 +83,8 @@ class Candidate:
     @property
     def spare(self) -> int:
         """Bytes left of what can be used; less than 0 = it does not fit."""
-        return (self.placement.free or 0) - self.memory.allocated
+        usable = self.gpu.memory if self.placement.free is None else self.placement.free
+        return usable - self.memory.allocated
 
     @property
     def fits(self) -> bool:
@@ -122,6 +123,8 @@ class Question:
         shipped: the accelerate YAMLs that have a name, by it.
         dtype: of the base, in words.
         is_open: whether the accelerate YAML may be another one than the recipe's.
+        machine: what the job's time depends on beside the GPUs.
+        job: what of it is no part of a step; `None` = the base, read once, and one adapter saved.
     """
 
     model: str
@@ -131,6 +134,13 @@ class Question:
     shipped: Mapping[str, FsdpSettings | None]
     dtype: str = "bfloat16"
     is_open: bool = True
+    machine: Machine = RENTED
+    job: Job | None = None
+
+    @property
+    def whole(self) -> Job:
+        """What of the job is no part of a step."""
+        return self.job or Job(float(self.shape.base_bytes(quantized=False)))
 
 
 def candidates(
@@ -154,10 +164,16 @@ def candidates(
     Raises:
         ArgumentError: what was asked for cannot be.
     """
-    hardware, shape = Hardware.of(gpu, count, hosts=hosts), question.shape
+    shape = question.shape
+    if gpu.is_cpu:
+        hardware = Hardware.without_gpu(count, hosts=hosts)
+    else:
+        hardware = Hardware.of(gpu, count, hosts=hosts)
     asked, work = question.request(count), question.work(count)
     found: dict[Placement, Candidate] = {}
-    requests = _requests(asked, count, hosts=hosts, is_open=question.is_open)
+    requests = [asked]
+    if not gpu.is_cpu:  # a rehearsal is what was asked for
+        requests = [*_requests(asked, count, hosts=hosts, is_open=question.is_open)]
     for place, request in enumerate(requests):
         try:
             placement = decide(shape, work, hardware, request)
@@ -168,18 +184,21 @@ def candidates(
         layout = placement.layout
         if place and layout.replicas > 1 and layout.sharers == 1 and not placement.is_whole:
             continue  # sharded over one rank
-        parts = part_seconds(
+        parts = job_seconds(
             shape,
             placement.layout,
             work,
             gpu,
+            machine=question.machine,
+            job=question.whole,
             sequence_tokens=placement.largest.tokens,
             link=link,
         )
         seconds = parts["train"] + parts["score"]
         sequences = max(1.0, work.step_tokens / placement.largest.tokens)
         traffic = host_traffic(shape, placement.layout, sequences=sequences)
-        cost = None if price_per_hour is None else price_per_hour * count * seconds / 3600
+        paid = 1 if gpu.is_cpu else count
+        cost = None if price_per_hour is None else price_per_hour * paid * seconds / 3600
         known = replace(placement, residency=replace(placement.residency, reason=""))
         is_default = request.fsdp == asked.fsdp
         found.setdefault(

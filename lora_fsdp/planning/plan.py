@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from lora_fsdp.arguments.fsdp import FsdpSettings
 from lora_fsdp.data.workload import Work
 from lora_fsdp.errors import ArgumentError
-from lora_fsdp.placement.gpus import GPUS, Gpu, parse_gpus
+from lora_fsdp.placement.gpus import GPUS, Gpu, parse_cpu, parse_gpus
 from lora_fsdp.placement.shape import ModelShape
+from lora_fsdp.placement.whole_job import RENTED, Machine
 from lora_fsdp.planning.candidates import Candidate, Question, candidates
+from lora_fsdp.sizing.machine import cpu_here
 
 _COUNTS = (1, 2, 4, 8, 16, 32, 64)
 #: GPUs of one machine; more need several, whose network is not predicted.
@@ -31,6 +33,7 @@ class Plan:
         shipped: the accelerate YAMLs that have a name, by it.
         hosts: machines.
         link: bytes per second that each can send to others.
+        machine: what the job's time depends on beside the GPUs.
     """
 
     model: str
@@ -41,6 +44,7 @@ class Plan:
     shipped: Mapping[str, FsdpSettings | None]
     hosts: int = 1
     link: float = math.inf
+    machine: Machine = RENTED
 
     @property
     def best(self) -> Candidate | None:
@@ -65,7 +69,8 @@ def make_plan(
 
     Args:
         question: the run that is planned for.
-        gpus: of each host, such as `2xRTX4090` (`parse_gpus`).
+        gpus: of each host, such as `2xRTX4090` (`parse_gpus`); or processes of this machine's CPU,
+            which is measured: `2xCPU`.
         price_per_hour: of one GPU.
         hosts: machines.
         link: bytes per second that each can send to others.
@@ -75,8 +80,8 @@ def make_plan(
     """
     if price_per_hour is not None and not 0 <= price_per_hour < float("inf"):
         raise ArgumentError(f"--price_per_hour must be 0 or more, not {price_per_hour}.")
-    chosen = [(hosts * count, gpu) for count, gpu in map(parse_gpus, gpus)]
     shape = question.shape
+    chosen = [(hosts * count, gpu) for count, gpu in (_parsed(text, question) for text in gpus)]
     found = [
         candidate
         for count, gpu in chosen
@@ -108,7 +113,16 @@ def make_plan(
     for bytes_ in sorted({one.host_bytes for one in found if one.fits and one.host_bytes}):
         notes.append(f"offload: {bytes_ / 1e9:.0f} GB of the machine's host memory hold the base")
     work = question.work(chosen[0][0])
-    return Plan(question.model, shape, work, found, notes, question.shipped, hosts, link)
+    return Plan(
+        question.model, shape, work, found, notes, question.shipped, hosts, link, question.machine
+    )
+
+
+def _parsed(text: str, question: Question) -> tuple[int, Gpu]:
+    if (ranks := parse_cpu(text)) is None:
+        return parse_gpus(text)
+    tokens = question.work(ranks).step_tokens
+    return ranks, cpu_here(question.shape, tokens=tokens, ranks=ranks)
 
 
 def _count_that_would(question: Question, count: int, gpu: Gpu) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from lora_fsdp.arguments.fsdp import FsdpSettings
-from lora_fsdp.placement.timing import NOT_PREDICTED
 from lora_fsdp.planning.candidates import Candidate
 from lora_fsdp.planning.links import USUAL_LINKS, megabytes, milliseconds, over_link
 from lora_fsdp.planning.plan import Plan
@@ -48,7 +47,8 @@ def candidate_as_json(candidate: Candidate, plan: Plan) -> dict[str, Any]:
         "network_bytes_a_step": asdict(candidate.traffic),
         "seconds": candidate.seconds,
         "seconds_by_part": dict(candidate.seconds_by_part),
-        "not_predicted": list(NOT_PREDICTED),
+        "job_seconds": sum(candidate.seconds_by_part.values()),
+        "machine": asdict(plan.machine),
         "cost": candidate.cost,
         "options": options_for(candidate, shipped=plan.shipped),
         "accelerate": accelerate_settings(candidate),
@@ -109,20 +109,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def whole_job(candidate: Candidate) -> str:
-    """What of the whole job's time is predicted, part by part, and what is not."""
+def whole_job(candidate: Candidate, plan: Plan) -> str:
+    """The whole job's time, part by part, and where the machine's rates come from."""
     parts = candidate.seconds_by_part
     named = [f"{part} {duration(seconds)}" for part, seconds in parts.items() if seconds]
-    shape, layout = candidate.placement.shape, candidate.placement.layout
-    size = shape.base_bytes(quantized=False) / 1e9
-    others = [f"read ({size:.1f} GB of weights)" if p == "read" else p for p in NOT_PREDICTED]
-    if not layout.captured:
-        others.remove("capture")
-    if not candidate.work.scored_tokens:  # planned from numbers alone
-        others.append("score and evaluate (no held-out rows are known)")
+    unknown = "" if candidate.work.rows else "; no rows are known, so none are scored"
     return (
-        f"the whole job: {', '.join(named)}, together {duration(sum(parts.values()))}; not "
-        f"predicted, as they depend on the machine: {', '.join(others)}"
+        f"the whole job: {', '.join(named)}, together {duration(sum(parts.values()))}; its "
+        f"machine is {plan.machine.source}{unknown}"
     )
 
 
@@ -157,6 +151,9 @@ def accelerate_settings(candidate: Candidate) -> dict[str, Any]:
         "mixed_precision": "no",
     }
     fsdp = candidate.request.fsdp
+    if candidate.gpu.is_cpu:
+        settings |= {"use_cpu": True}
+        settings["distributed_type"] = "NO" if candidate.count == 1 else "MULTI_CPU"
     if fsdp is not None:
         settings["distributed_type"] = "FSDP"
         settings["fsdp_config"] = {

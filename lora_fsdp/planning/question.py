@@ -19,10 +19,11 @@ from lora_fsdp.data.workload import Work
 from lora_fsdp.distributed.launch import read_fsdp_settings
 from lora_fsdp.distributed.launch_files import as_launched, read_launch
 from lora_fsdp.placement.request import Request
+from lora_fsdp.placement.whole_job import RENTED, Job, Machine
 from lora_fsdp.planning.candidates import Question
 from lora_fsdp.sizing.counting import build_on_meta, shape_of
 
-_GPU = torch.device("cuda")
+_GPU, _CPU = torch.device("cuda"), torch.device("cpu")
 
 
 def question_of_recipe(
@@ -36,6 +37,9 @@ def question_of_recipe(
     shipped: Mapping[str, Path],
     is_open: bool,
     hosts: int = 1,
+    on_cpu: bool = False,
+    machine: Machine = RENTED,
+    job: Job | None = None,
 ) -> Question:
     """The run of a recipe, to be planned.
 
@@ -48,11 +52,13 @@ def question_of_recipe(
         yaml_for: the accelerate YAML for a number of GPUs.
         shipped, is_open: see `Question`.
         hosts: machines that the ranks are on.
+        on_cpu: whether they compute on CPUs.
+        machine, job: see `Question`.
 
     Raises:
         UnsupportedModelError, TargetModulesError: as `shape_of`.
     """
-    skeleton = _skeleton(config, model_args)
+    skeleton = _skeleton(config, model_args, on_cpu=on_cpu)
     apart = why_apart(skeleton)
 
     @cache
@@ -79,14 +85,18 @@ def question_of_recipe(
         shipped={name: _read_yaml(file, 2)[0] for name, file in shipped.items()},
         dtype=str(skeleton.dtype).removeprefix("torch."),
         is_open=is_open,
+        machine=machine,
+        job=job,
     )
 
 
-def _skeleton(config: PretrainedConfig, model_args: ModelArguments) -> PreTrainedModel:
+def _skeleton(
+    config: PretrainedConfig, model_args: ModelArguments, *, on_cpu: bool
+) -> PreTrainedModel:
     attention = model_args.attn_implementation
     return build_on_meta(
         config,
-        dtype=resolve_dtype(model_args.dtype, device=_GPU),
+        dtype=resolve_dtype(model_args.dtype, device=_CPU if on_cpu else _GPU),
         attention=None if attention == "auto" else attention,
         trust_remote_code=model_args.trust_remote_code,
     )

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold
 
 from lora_fsdp.data.rows import TaskData
 from lora_fsdp.data.splits import split_table
@@ -86,6 +85,9 @@ def fold_numbers(task: Task, examples: Sequence[Example], *, folds: int, seed: i
         raise SplitError(
             f"--folds {folds} needs as many different texts, and there are {different}: lower it."
         )
+    # Here, because most runs divide nothing into folds, and it takes half a second to import.
+    from sklearn.model_selection import StratifiedGroupKFold
+
     splitter = StratifiedGroupKFold(n_splits=folds, shuffle=True, random_state=seed)
     numbers = np.zeros(len(table), dtype=int)
     labels = table["label"].where(table["label"].map(table["label"].value_counts()) >= folds, "")

@@ -26,7 +26,7 @@ from lora_fsdp.data.encoding import EncodedExample, Encoder
 from lora_fsdp.data.few_shot import check_room
 from lora_fsdp.data.packing import Packing
 from lora_fsdp.data.schedule import Schedule
-from lora_fsdp.data.workload import Work, measure_work
+from lora_fsdp.data.workload import Work, measure_work, probed_rows
 from lora_fsdp.errors import ArgumentError, UnsupportedModelError
 from lora_fsdp.evaluation.generation import LEAST_NEW_TOKENS
 from lora_fsdp.placement.request import Request
@@ -123,6 +123,7 @@ def prepare_run(
             share_prefix=request.shares_prefix and not packing.is_apart,
             tree_of=objective.tree,
             packing=packing,
+            probed=probed_rows(encoder.task, args.probe_rows, len(to_train)),
         )
 
     return PreparedRun(

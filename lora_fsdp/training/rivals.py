@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.sampling import ScoringSequence
+from lora_fsdp.data.workload import probed_rows
 from lora_fsdp.evaluation.comparison import Comparison, compare
 from lora_fsdp.evaluation.metrics import answers_of
 from lora_fsdp.evaluation.outputs import PROBE
@@ -21,7 +22,6 @@ from lora_fsdp.evaluation.untrained import AS_TRAINED
 from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.tasks import Example, Task
 from lora_fsdp.tasks.answers import ModelOutputs
-from lora_fsdp.tasks.answers.kind import TFIDF
 from lora_fsdp.training.calibrating import (
     UNDECIDED,
     CalibratedRun,
@@ -112,9 +112,7 @@ def rows_to_probe(
     task: Task, arguments: FineTuningArguments, rows: Sequence[EncodedExample]
 ) -> list[EncodedExample]:
     """Training rows that the probe learns from, a seeded sample; none where it does not fit."""
-    most = arguments.probe_rows
-    # Where a classic regression fits, so does one on the model's states.
-    if TFIDF not in task.answer_kind.rivals or most == 0:
+    if not (most := probed_rows(task, arguments.probe_rows, len(rows))):
         return []
     order = np.random.default_rng(arguments.seed).permutation(len(rows))
     return [rows[place] for place in sorted(order[:most].tolist())]

@@ -4,6 +4,7 @@ Run: python -m pytest tests/planning/test_plan.py
 """
 
 import json
+import math
 import re
 from dataclasses import replace
 from functools import cache
@@ -19,7 +20,7 @@ from lora_fsdp.cli.configs import find_config, suggested_config
 from lora_fsdp.cli.main import main
 from lora_fsdp.data.workload import given_work
 from lora_fsdp.errors import ArgumentError, ModelNotFoundError, UnsupportedModelError
-from lora_fsdp.placement.gpus import GPUS, known_gpu, parse_gpus
+from lora_fsdp.placement.gpus import GPUS, Gpu, known_gpu, parse_gpus
 from lora_fsdp.placement.hardware import Hardware
 from lora_fsdp.placement.layout import Layout, is_captured
 from lora_fsdp.placement.memory import LargestSequence, device_memory
@@ -27,8 +28,10 @@ from lora_fsdp.placement.request import Request
 from lora_fsdp.placement.residency import layers_that_fit, with_head_placed
 from lora_fsdp.placement.sequences import largest_sequence, sequence_length
 from lora_fsdp.placement.timing import step_seconds
+from lora_fsdp.placement.whole_job import PARTS, RENTED, Job, job_seconds
 from lora_fsdp.planning.models import dense_config, planned_config
 from lora_fsdp.planning.plan import make_plan
+from lora_fsdp.planning.predicted import beside_measured
 from lora_fsdp.planning.question import question_of_recipe
 from lora_fsdp.sizing.counting import build_on_meta, shape_of
 
@@ -450,6 +453,58 @@ class TestModels:
         assert model.num_parameters() == pytest.approx(billions * 1e9, rel=0.1)
 
 
+class TestWholeJob:
+    def parts(self, shape, *, gpu="H200", job=13.8e9, work=TWEETS, **machine):
+        return job_seconds(
+            shape, Layout(1, 30), work, parse_gpus(gpu)[1] if isinstance(gpu, str) else gpu,
+            machine=replace(RENTED, **machine), job=Job(job), sequence_tokens=2048,
+        )  # fmt: skip
+
+    def test_before_the_first_line_on_an_h200(self, seven_billion):
+        """40.8 s, with 13.8 GB of weights."""
+        parts = self.parts(seven_billion)
+        assert list(parts) == list(PARTS)
+        assert parts["start"] + parts["read"] == pytest.approx(40.8, rel=0.2)
+
+    def test_each_part_by_what_it_depends_on(self, seven_billion):
+        before = self.parts(seven_billion)
+        more = {
+            "read": self.parts(seven_billion, read_rate=1e8),
+            "start": self.parts(seven_billion, start=60.0),
+            "save": self.parts(seven_billion, checkpoint=3.0),
+            "report": self.parts(seven_billion, report=9.0),
+            "score": self.parts(seven_billion, work=replace(TWEETS, rows=5000, scored_once=9e4)),
+            "evaluate": self.parts(
+                seven_billion, work=replace(TWEETS, evaluations=3, scored_once=9e4)
+            ),
+        }
+        for part, after in more.items():
+            assert after[part] > before[part], part
+            others = {name for name in PARTS if after[name] != before[name]} - {"score"}
+            assert others <= {part}, part
+        assert more["read"]["read"] - before["read"] == pytest.approx(9 * 13.8)
+
+    def test_a_cpus_step_is_its_operations(self, seven_billion):
+        """Where memory and links take no time: 4 a weight and token, the head, all pairs."""
+        shape, tokens = seven_billion, TWEETS.step_tokens
+        cpu = Gpu("CPU", 2**40, 1e11, math.inf, math.inf, math.inf, is_cpu=True)
+        weights = 4 * shape.active_parameters * tokens
+        head = 6 * shape.hidden_size * shape.vocabulary_size * TWEETS.step_labels
+        pairs = 14 * tokens**2 * shape.hidden_size * shape.layers
+        expected = TWEETS.steps * (weights + head + pairs) / 1e11
+        assert self.parts(shape, gpu=cpu)["train"] == pytest.approx(expected)
+        slower = replace(cpu, bandwidth=1e10)
+        assert self.parts(shape, gpu=slower)["train"] > expected
+
+    def test_beside_what_was_measured(self):
+        line = beside_measured({"start": 2.0, "capture": 0.0, "train": 9.0}, {
+            "start": 2.0, "train": 10.04, "other": 0.5,
+        })  # fmt: skip
+        assert line == (
+            "Predicted / measured: start 2.0 / 2.0, train 9.0 / 10.0; the whole job 11.0 / 12.5 s"
+        )
+
+
 class TestCommand:
     NUMBERS = ("--examples", "4500", "--tokens_per_example", "59")
 
@@ -464,9 +519,11 @@ class TestCommand:
         assert found["best"]["fits"]
         assert found["best"]["cost"] == pytest.approx(found["best"]["seconds"] / 3600)
         parts = found["best"]["seconds_by_part"]
-        assert list(parts) == ["train", "score", "evaluate"]
+        assert list(parts) == list(PARTS)
+        assert found["best"]["job_seconds"] == pytest.approx(sum(parts.values()))
+        assert (parts["start"], parts["report"]) == (RENTED.start, RENTED.report)
         assert parts["train"] + parts["score"] == pytest.approx(found["best"]["seconds"])
-        assert found["best"]["not_predicted"] == ["start", "read", "capture", "save", "report"]
+        assert parts["read"] == pytest.approx(found["shape"]["parameters"] * 2 / 1e9, rel=0.05)
         assert sum(found["best"]["bytes"].values()) == 2 * found["best"]["bytes"]["total"]
         written = yaml.safe_load(file.read_text())
         assert written["num_processes"] == 2
@@ -486,8 +543,23 @@ class TestCommand:
         assert "108 examples" in printed  # 36 rows, 3 epochs
         assert "Fastest that fits" in printed
         words = " ".join(printed.split())
-        assert re.search(r"the whole job: train .*, score .*, together .*; not predicted", words)
-        assert "read (0.0 GB of weights)" in words
+        assert re.search(r"the whole job: start 25 s, read .*, score .*, together .*; its", words)
+        assert "machine is assumed: it starts in 25 s and reads 1 GB/s (--read_rate)" in words
+        files = sum(file.stat().st_size for file in model_folder.glob("*.safetensors"))
+        code = main(
+            ["plan", "--model_name_or_path", str(model_folder), "--task", "sentiment",
+             "--data_file", str(table), "--gpus", "2xCPU", "--read_rate", f"{files / 1e7}MB/s",
+             "--probe_rows", "30", "--json", "true"]
+        )  # fmt: skip
+        assert code == 0
+        found = json.loads(capsys.readouterr().out)
+        [one] = found["candidates"]
+        assert (one["gpu"], one["count"], one["fits"], one["weights"]) == ("CPU", 2, True, "fp32")
+        assert one["seconds_by_part"]["read"] == pytest.approx(10, rel=0.2)  # as it was said
+        assert one["seconds_by_part"]["train"] > 0
+        work = found["work"]
+        assert work["rows"] == 40
+        assert work["probed_tokens"] > work["scored_once"] > 0
 
     @pytest.mark.parametrize(
         ("options", "words"),
@@ -497,6 +569,9 @@ class TestCommand:
             ([*NUMBERS, "--price_per_hour", "-1"], "must be 0 or more"),
             ([*NUMBERS, "--num_train_epochs", "0"], "must be more than 0"),
             ([*NUMBERS, "--gpus", "2xRTX4900"], "Did you mean RTX4090"),
+            ([*NUMBERS, "--gpus", "2xCPU", "H100"], "plan for it alone"),
+            ([*NUMBERS, "--gpus", "0xCPU"], "at least one process"),
+            ([*NUMBERS, "--read_rate", "fast"], "write how fast files are read as 500MB/s"),
         ],
     )
     def test_wrong_input(self, options, words, capsys):

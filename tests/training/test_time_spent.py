@@ -134,7 +134,7 @@ def test_the_launcher_imports_no_models_before_its_first_line():
         "import sys\n"
         "from lora_fsdp.cli.main import main\n"
         "main(['train', '--dry_run', '--accelerate_config', 'single'])\n"
-        "print(sorted({'transformers', 'peft', 'sklearn'} & sys.modules.keys()))"
+        "print(sorted({'transformers', 'peft', 'sklearn', 'trl'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"

@@ -147,13 +147,6 @@ class LowPrecisionWeights(BaseWeights):
         of = self._stored.get(name.removesuffix(_SCALES))
         return name.endswith(_SCALES) and of is not None and of.dtype == _BYTES_OF_FP8
 
-    def _file_of(self, name: str) -> Any:
-        place = name if name in self._stored else f"{name}_blocks"
-        stored = self._stored[place]
-        file = self._file(stored.file)
-        self._mapped += prod(stored.shape)
-        return file
-
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, on the CPU."""
         if name not in self._scales:
@@ -167,8 +160,8 @@ class LowPrecisionWeights(BaseWeights):
         # First the scales, which may be in another file: one is open at a time.
         scales = self._file(self._stored[self._scales[name]].file).get_tensor(self._scales[name])
         unpack = self._fp8 if name in self._stored else self._mxfp4
-        file = self._file_of(name)
-        packed = file.get_slice(name if name in self._stored else f"{name}_blocks")
+        place = name if name in self._stored else f"{name}_blocks"
+        packed = self._file(self._stored[place].file).get_slice(place)
         shape = self.tensors[name].shape
 
         def read(part: Slices) -> torch.Tensor:
@@ -180,7 +173,7 @@ class LowPrecisionWeights(BaseWeights):
 
     def _fp8(self, packed: Any, scales: torch.Tensor, part: list[slice]) -> torch.Tensor:
         assert self._block is not None
-        values = packed[tuple(part)].to(torch.float32)
+        values = self._noted(packed[tuple(part)]).to(torch.float32)
         rows, columns = (
             torch.arange(one.start, one.stop) // side
             for one, side in zip(part[-2:], self._block, strict=True)
@@ -192,7 +185,7 @@ class LowPrecisionWeights(BaseWeights):
     def _mxfp4(self, packed: Any, scales: torch.Tensor, part: list[slice]) -> torch.Tensor:
         experts, columns, rows = part
         groups = slice(columns.start // _MX_BLOCK, -(-columns.stop // _MX_BLOCK))
-        bits = packed[experts, rows, groups]
+        bits = self._noted(packed[experts, rows, groups])
         values = torch.tensor(_FP4)
         pairs = torch.stack([values[(bits & 15).int()], values[(bits >> 4).int()]], dim=-1)
         numbers = pairs.flatten(-2) * _powers(scales[experts, rows, groups])[..., None]

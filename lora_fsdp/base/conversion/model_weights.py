@@ -130,6 +130,14 @@ class ModelWeights:
             return lambda part: self._part_of_stacks(stacks, part)
         return self.read(name).__getitem__
 
+    def is_read_in_parts(self, name: str) -> bool:
+        """Whether `reader` reads no more than it is asked for; several threads may have one each.
+
+        A parameter without dimensions has no parts.
+        """
+        one = self._conversions[name]
+        return bool(self.shapes[name]) and (one.transform is None or _stacks(one) is not None)
+
     def first_values(self, name: str, count: int) -> torch.Tensor:
         """The first `count` values of a parameter, flat."""
         shape = self.shapes[name]

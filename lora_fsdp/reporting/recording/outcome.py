@@ -11,9 +11,14 @@ from accelerate.utils import gather_object
 from lora_fsdp.data.rows import TaskData
 from lora_fsdp.placement.gpus import known_gpu
 from lora_fsdp.planning.predicted import predicted
+from lora_fsdp.ranks import on_first_rank
 from lora_fsdp.reporting.recording.record import RecordedRun
+from lora_fsdp.sizing.machine import cpu_here, job_of, machine_here
 from lora_fsdp.training.logging.time_spent import seconds_by_part
 from lora_fsdp.training.trainer import LoraTrainer
+
+# Seconds of training on a CPU, whose rates have to be measured for a prediction.
+_WORTH_PREDICTING = 5.0
 
 
 def facts_of_run(
@@ -90,11 +95,24 @@ def _predicted_and_measured(trainer: LoraTrainer, seconds: float) -> dict[str, A
     if on_gpus:
         peaks = gather_object([round(torch.cuda.max_memory_allocated() / 1e9, 3)])
         facts |= {"peak_memory_gb": max(peaks), "peak_memory_gb_of_ranks": peaks}
-        device = torch.cuda.get_device_properties(trainer.args.device)
-        gpu = known_gpu(device.name, memory=device.total_memory)
-        facts["plan"] = predicted(trainer.placement, trainer.work, gpu)
+    if on_gpus or seconds >= _WORTH_PREDICTING:
+        facts["plan"] = on_first_rank(lambda: _predicted(trainer))
     if (price := trainer.args.price_per_hour) is not None:
         facts["cost"] = price * paid * seconds / 3600
         if "training_seconds" in facts.get("plan", {}):
             facts["plan"]["cost"] = price * paid * facts["plan"]["training_seconds"] / 3600
     return facts
+
+
+def _predicted(trainer: LoraTrainer) -> dict[str, Any]:
+    """By what a plan would know of these GPUs, or of this CPU; the start is what it was."""
+    placement, work, device = trainer.placement, trainer.work, trainer.args.device
+    model = str(trainer.model.get_base_model().name_or_path)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        gpu = known_gpu(properties.name, memory=properties.total_memory)
+    else:
+        ranks = placement.layout.ranks // placement.layout.hosts
+        gpu = cpu_here(placement.shape, tokens=work.step_tokens, ranks=ranks)
+    machine = machine_here(model, start=seconds_by_part().get("start", 0.0))
+    return predicted(placement, work, gpu, machine=machine, job=job_of(model))
