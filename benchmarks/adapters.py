@@ -41,7 +41,7 @@ from lora_fsdp.training.together.loop import AdaptersTogether
 from lora_fsdp.training.together.members import MemberPlan
 
 # Steps that are not counted: allocations, captures.
-_WARM_UP = 12
+_WARM_UP = 20
 # Of the table: as many as the longest run of steps needs.
 _ROWS = 1000
 ARMS = ("turns", "eager", "grouped")
@@ -100,7 +100,7 @@ def together_seconds(work: Workload, adapters: int, *, grouped: bool) -> dict[st
     if trained.grouped is not None:
         recorder = trained.grouped.recorder
         found["fused layers"] = len(trained.grouped.grouped.layers)
-        found["sizes"] = [size.tokens for size in trained.grouped.sizes]
+        found["sizes"] = [list(size) for size in trained.grouped.sizes]
         found["graphs"] = recorder and (recorder.failed or recorder.recorded)
         found["host seconds"] = round(_host_seconds(trained), 5)
         trained.grouped.release()
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, nargs="+", default=[8])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--examples", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--output", type=Path, help="a JSON file for all figures")
     given = vars(parser.parse_args())
     models, counts, arms, output = (

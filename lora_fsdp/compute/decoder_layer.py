@@ -169,15 +169,16 @@ class FusedLayer:
     ) -> torch.Tensor:
         """The layer on `hidden` [T, H]."""
         normed, residual = rms_norm(hidden, *_norm(self.first_norm))
-        joined = self.project(self.query_key_value, normed)
+        joined = self.project(self.query_key_value, self.spread(normed))
         if self.head_norms:
             joined = self._norm_heads(joined)
         query, key, value = split_and_rotate(joined, cosine, sine, heads=self.heads)
         if self.only_at is not None and isinstance(mask, torch.Tensor):
-            residual = residual.index_select(0, self.only_at)
+            residual = self.residual_at(residual, self.only_at)
             query = query.index_select(2, self.only_at)
-            mask = self.rows_of(mask, self.only_at)
-        context = self.context(query, key, value, mask)
+            context = self.context(query, key, value, self.rows_of(mask, self.only_at))
+        else:
+            context = self.gather(self.context(query, key, value, mask))
         hidden = self.project(self.output, context, residual)
         normed, residual = rms_norm(hidden, *_norm(self.second_norm))
         gated = silu_multiply(self.project(self.gate_up, normed))
@@ -195,6 +196,18 @@ class FusedLayer:
         """What attention gives, [T, query heads * D]."""
         found = attend(query, key, value, mask, scaling=self.scaling)
         return found[0].transpose(0, 1).flatten(1)
+
+    def spread(self, normed: torch.Tensor) -> torch.Tensor:
+        """The tokens [T, H] as attention has them."""
+        return normed
+
+    def gather(self, context: torch.Tensor) -> torch.Tensor:
+        """What attention gives, [T, ...], as the residual has its tokens."""
+        return context
+
+    def residual_at(self, residual: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The residual at places of attention's."""
+        return residual.index_select(0, positions)
 
     def rows_of(self, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Of the mask, what `positions` see."""

@@ -81,6 +81,15 @@ class GroupedPass:
         self._gradients = _alike([pair for one in self.stacks for pair in one.gradients()])
         self._blocks = [block for one in self.stacks for block in one.blocks()]
 
+    @property
+    def leaves_padding_out(self) -> bool:
+        """Whether it computes sequences with rows (`StackedSize.rows`)."""
+        return (
+            bool(self.layers)
+            and len(self.packed.windows) <= 1
+            and all(layer.adapts_attention_only for layer in self.layers)
+        )
+
     @torch.no_grad()
     def zero_gradients(self) -> None:
         """Before the passes of a step."""
@@ -129,7 +138,7 @@ class GroupedPass:
             at_labels = packed.patches.for_now(last, "only_at", positions, why=why)
         elif keeps_logits(type(packed.base)):  # type: ignore[arg-type]
             keep = {"logits_to_keep": positions}
-        with self._computing(sequences.count), at_labels:
+        with self._computing(sequences), at_labels:
             logits = packed.model(
                 input_ids=whole.input_ids[None],
                 position_ids=whole.position_ids[None],
@@ -142,19 +151,19 @@ class GroupedPass:
         return cast(torch.Tensor, logits.to(torch.promote_types(logits.dtype, torch.float32)))
 
     @contextmanager
-    def _computing(self, parts: int) -> Iterator[None]:
+    def _computing(self, sequences: StackedSequences) -> Iterator[None]:
         with ExitStack() as held:
             held.enter_context(self.shared.routed(self._add))
             if not self.layers:
-                ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, partial(_attend, parts))
+                ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, partial(_attend, sequences.count))
                 config, why = self.packed.base.config.get_text_config(), "attention of all parts"
                 name = "_attn_implementation_internal"
                 held.enter_context(self.packed.patches.for_now(config, name, _ATTENTION, why=why))
-            self._parts.count = parts
+            self._parts.count, self._parts.rows = sequences.count, sequences.rows
             try:
                 yield
             finally:
-                self._parts.count = 0
+                self._parts.count, self._parts.rows = 0, None
 
     def _add(self, module: LoraLayer, inputs: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         return add_adapters(self._others[id(module)], inputs, output)

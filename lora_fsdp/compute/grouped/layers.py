@@ -1,8 +1,9 @@
 """Fused decoder layers for several adapters, each with a part of the tokens of its own.
 
 The base's products, norms and rotations know no parts. What the adapters add is a batch of products
-(`StackedLora`), and attention is a batch of the parts. Only a grouped pass computes so: everything
-else (scoring, generation) runs the layers that stand below.
+(`StackedLora`), and attention is a batch of the parts. Where no adapter is behind attention, what
+fills the parts up to one size is left out there. Only a grouped pass computes so: everything else
+(scoring, generation) runs the layers that stand below.
 """
 
 # autograd.Function's forward and backward take what each function needs.
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -28,15 +29,29 @@ from lora_fsdp.compute.grouped.stacked_lora import StackedLora
 from lora_fsdp.compute.projections import Projections
 
 
+class Rows(NamedTuple):
+    """Tokens without most of what fills their parts up.
+
+    Attributes:
+        kept: [rows], the token in each row: those of every part and the first that fills it up.
+        places: [tokens], the row of each token; of all that fills a part up that one.
+    """
+
+    kept: torch.Tensor
+    places: torch.Tensor
+
+
 @dataclass
 class Parts:
     """What a grouped pass is computing.
 
     Attributes:
         count: parts, of one size; 0 = no grouped pass is under way.
+        rows: of what is not attention; `None` = all tokens.
     """
 
     count: int = 0
+    rows: Rows | None = None
 
 
 class GroupedProjections(Projections):
@@ -86,6 +101,37 @@ class GroupedLayer(FusedLayer):
         batch: torch.Tensor = torch.ops.aten._unsafe_view(output, [1, *output.shape])
         return batch
 
+    @property
+    def adapts_attention_only(self) -> bool:
+        """Whether queries, keys and values alone have adapters."""
+        behind = (self.output, self.gate_up, self.down)
+        return not any(isinstance(p, GroupedProjections) and p.stacked.count for p in behind)
+
+    def compute(
+        self, hidden: torch.Tensor, mask: Any, cosine: torch.Tensor, sine: torch.Tensor
+    ) -> torch.Tensor:
+        """As `FusedLayer`, on all tokens or on their rows; gives rows where there are any."""
+        rows = self.parts.rows
+        if rows is not None and len(hidden) == len(rows.places):
+            hidden = hidden.index_select(0, rows.kept)
+        return super().compute(hidden, mask, cosine, sine)
+
+    def spread(self, normed: torch.Tensor) -> torch.Tensor:
+        """All tokens, from their rows."""
+        rows = self.parts.rows
+        return normed if rows is None else _Exchange.apply(normed, rows.places, rows.kept)
+
+    def gather(self, context: torch.Tensor) -> torch.Tensor:
+        """The rows, from all tokens."""
+        rows = self.parts.rows
+        return context if rows is None else _Exchange.apply(context, rows.kept, rows.places)
+
+    def residual_at(self, residual: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The residual of tokens."""
+        rows = self.parts.rows
+        places = positions if rows is None else rows.places.index_select(0, positions)
+        return residual.index_select(0, places)
+
     def project(
         self, projections: Projections, inputs: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -133,6 +179,19 @@ class _Project(Function):
             d_inputs = ctx.projections.base_backward(gradient)
         ctx.projections.stacked.add_gradients(gradient, inputs, low, d_inputs)
         return None, d_inputs, into_residual, None
+
+
+class _Exchange(Function):
+    """Rows `to` of the input; `back` is the way back, as what only fills up has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs, to, back):
+        ctx.save_for_backward(back)
+        return inputs.index_select(0, to)
+
+    @staticmethod
+    def backward(ctx: Any, gradient):
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 def group_layers(layers: Sequence[nn.Module], parts: Parts) -> tuple[list[GroupedLayer], str]:

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from lora_fsdp.compute.attention import Window, dense_masks
 from lora_fsdp.compute.captured_sizes import padded_labels, padded_tokens
-from lora_fsdp.data.packing import PackedSequence, SequenceSize, empty_sequence
+from lora_fsdp.compute.grouped.layers import Rows
+from lora_fsdp.data.packing import PackedSequence, empty_sequence
+
+# Rows are a multiple of so many: few sizes, and little that only fills up.
+_ROWS = 128
 
 
-def size_of_all(sequences: Sequence[PackedSequence | None]) -> SequenceSize:
-    """The least that all of them can be padded to."""
-    sizes = [one.size for one in sequences if one is not None]
-    return SequenceSize(
-        tokens=padded_tokens(max(size.tokens for size in sizes)),
-        labels=padded_labels(max(size.labels for size in sizes)),
-        is_one_sequence=False,
-    )
+class StackedSize(NamedTuple):
+    """What sequences of one size have.
+
+    Attributes:
+        tokens, labels: of each one.
+        rows: of all together without what fills them up (`Rows`); 0 = it is not left out.
+    """
+
+    tokens: int
+    labels: int
+    rows: int
+
+
+def size_of_all(sequences: Sequence[PackedSequence | None], *, with_rows: bool) -> StackedSize:
+    """The least that all of them can be padded to, by a token each at least."""
+    sizes = [(empty_sequence() if one is None else one).size for one in sequences]
+    tokens = padded_tokens(max(size.tokens for size in sizes) + 1)
+    rows = -(-sum(size.tokens + 1 for size in sizes) // _ROWS) * _ROWS
+    saves = with_rows and rows < tokens * len(sizes)
+    labels = padded_labels(max(size.labels for size in sizes))
+    return StackedSize(tokens, labels, rows if saves else 0)
 
 
 class StackedSequences:
@@ -30,18 +48,27 @@ class StackedSequences:
         size: each one's.
         whole: all of them as one. Label positions count from its beginning.
         parts: each of them, a view; their label positions are those of the whole.
+        rows: where their tokens are without what fills up; `None` = it is not left out.
     """
 
-    def __init__(self, count: int, size: SequenceSize, *, device: torch.device) -> None:
+    def __init__(self, count: int, size: StackedSize, *, device: torch.device) -> None:
         self.count, self.size = count, size
-        self.whole = self._joined([None] * count).to(device)
+        nothing: list[PackedSequence | None] = [None] * count
+        self.whole = self._joined(nothing).to(device)
         self.parts = [self._part(place) for place in range(count)]
+        self._index = self._rows(nothing).to(device)
+        self.rows = (
+            Rows(*self._index.split([size.rows, count * size.tokens])) if size.rows else None
+        )
 
     def load(self, sequences: Sequence[PackedSequence | None]) -> None:
         """Put these there, on the CPU, each padded; `None` = nothing but padding."""
         whole = self._joined(sequences)
         on_gpu = self.whole.tokens.is_cuda
         self.whole.copy_(whole.pin_memory() if on_gpu else whole)
+        if self.rows is not None:
+            index = self._rows(sequences)
+            self._index.copy_(index.pin_memory() if on_gpu else index, non_blocking=True)
 
     def masks(
         self, *, dtype: torch.dtype, windows: Mapping[str, Window | None]
@@ -71,6 +98,17 @@ class StackedSequences:
             is_one_sequence=False,
             segments=(),
         )
+
+    def _rows(self, sequences: Sequence[PackedSequence | None]) -> torch.Tensor:
+        """`Rows.kept` and `Rows.places`, one after the other."""
+        lengths = [len(empty_sequence() if one is None else one) for one in sequences]
+        kept, places, start = [], [], 0
+        for part, length in enumerate(lengths):
+            kept.append(torch.arange(length + 1) + part * self.size.tokens)
+            places.append(torch.arange(self.size.tokens).clamp(max=length) + start)
+            start += length + 1
+        more = torch.full((max(0, self.size.rows - start),), lengths[0])
+        return torch.cat([*kept, more, *places])
 
     def _part(self, place: int) -> PackedSequence:
         tokens, labels = (

@@ -15,8 +15,8 @@ import torch
 
 from lora_fsdp.adapter.adapter_set import AdapterSet
 from lora_fsdp.compute.grouped.grouped_pass import GroupedPass
-from lora_fsdp.compute.grouped.sequences import StackedSequences, size_of_all
-from lora_fsdp.data.packing import PackedSequence, SequenceSize
+from lora_fsdp.compute.grouped.sequences import StackedSequences, StackedSize, size_of_all
+from lora_fsdp.data.packing import PackedSequence
 from lora_fsdp.data.sampling import TrainingStep
 from lora_fsdp.ranks import sum_over_ranks
 from lora_fsdp.training.step.graph_recording import GraphRecorder, Replayed
@@ -55,14 +55,14 @@ class GroupedStep:
     ) -> None:
         self.grouped, self.objective, self.adapters = grouped, objective, adapters
         self.device, self.passes = device, 0
-        self.sizes: list[SequenceSize] = []
+        self.sizes: list[StackedSize] = []
         self.recorder = GraphRecorder() if captured else None
         self._live: list[Member] = []
         self._updates: DeviceUpdates | None = None
         self._hand_over: Replayed | None = None
         self._losses = self._scales = torch.empty(0)
         self._waiting: deque[_Waiting] = deque()
-        self._passes: dict[SequenceSize, _Pass] = {}
+        self._passes: dict[StackedSize, _Pass] = {}
 
     def make_step(self, live: Sequence[Member]) -> bool:
         """One optimizer step of each of `live`; whether any was left to make one."""
@@ -133,7 +133,7 @@ class GroupedStep:
 
     def _pass_of(self, sequences: Sequence[PackedSequence | None]) -> _Pass:
         """Which computes sequences of their size; they are where it reads them."""
-        size = size_of_all(sequences)
+        size = size_of_all(sequences, with_rows=self.grouped.leaves_padding_out)
         if size not in self._passes:
             recorder = self.recorder if len(self._passes) < _MOST_GRAPHS else None
             static = StackedSequences(len(sequences), size, device=self.device)
