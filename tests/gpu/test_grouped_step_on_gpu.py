@@ -5,7 +5,9 @@ Run: python -m pytest tests/gpu/test_grouped_step_on_gpu.py
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
+from lora_fsdp.training.step import graph_recording
 from tests.support.several import DIFFERENT, several
 from tests.support.tiny import toy_table
 from tests.training.test_grouped_step import ALIKE, differences, with_each
@@ -58,8 +60,12 @@ def gradients_of(together, shares):
     return [member.adapter.gradients.clone() for member in together.members]
 
 
-def test_other_rows_of_one_leave_the_gradients_of_others_to_the_bit(tmp_path):
-    """In parts of the same sizes: with another number of tokens, cuBLAS may round otherwise."""
+def test_other_rows_of_one_leave_the_gradients_of_others_to_the_bit(tmp_path, monkeypatch):
+    """In parts of the same sizes: with another number of tokens, cuBLAS may round otherwise.
+
+    Fast kernels of attention add in whatever order in their backward, even of equal inputs.
+    """
+    monkeypatch.setattr(graph_recording, "_ATTENTION", [SDPBackend.MATH])
     together = several(tmp_path, ALIKE)
     for _ in range(2):
         assert together.make_step(together.members)
@@ -87,7 +93,7 @@ def test_other_rows_of_one_leave_the_gradients_of_others_to_the_bit(tmp_path):
 def test_one_that_diverges_stops_alone(tmp_path):
     members = with_each(ALIKE, num_train_epochs=3)
     whole = several(tmp_path, members)
-    members["seed-1"] |= {"learning_rate": 1e38}
+    members["seed-1"] |= {"learning_rate": 1e30}
     diverged = several(tmp_path, members)
     for one in (whole, diverged):
         one.train()
