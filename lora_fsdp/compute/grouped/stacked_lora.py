@@ -82,16 +82,17 @@ class StackedLora:
             return
         first = cast(nn.Linear, held[0][0].lora_A[held[0][2][0]]).weight
         wide = torch.promote_types(dtype, torch.float32)
-        room = {"device": first.device, "dtype": dtype}
+        device = first.device
         rank = 0
         for module, columns, own in held:
             most = max(int(module.r[name]) for name in own)
-            up = torch.zeros(self.count, columns.stop - columns.start, most, **room)
+            width = columns.stop - columns.start
+            up = torch.zeros(self.count, width, most, device=device, dtype=dtype)
             ranks = slice(rank, rank + most)
             gradient = torch.zeros_like(up, dtype=wide)
             self.members.append(StackedMember(module, columns, ranks, up, gradient))
             rank += most
-        self.down = torch.zeros(self.count, rank, first.shape[1], **room)
+        self.down = torch.zeros(self.count, rank, first.shape[1], device=device, dtype=dtype)
         self.down_gradient = torch.zeros_like(self.down, dtype=wide)
         scales = [[member.module.scaling.get(name) for member in self.members] for name in names]
         known = {scale for row in scales for scale in row if scale is not None}
@@ -103,9 +104,9 @@ class StackedLora:
                 [one or 0.0 for one, width in zip(row, widths, strict=True) for _ in range(width)]
                 for row in scales
             ]
-            self._scaling = torch.tensor(rows, **room)[:, None]
+            self._scaling = torch.tensor(rows, device=device, dtype=dtype)[:, None]
         # The frozen input of a first layer asks for no gradient: this does, and gets none.
-        self.anchor = torch.zeros((), device=first.device, requires_grad=True)
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
 
     def copies(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Where each adapter's matrices are to be copied before a pass: (copy, original)."""

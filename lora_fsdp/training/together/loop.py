@@ -191,7 +191,10 @@ class AdaptersTogether:
     def _grouped(self, asked: bool | None) -> GroupedStep | None:
         on_gpu = self.device.type == "cuda"
         chosen = on_gpu and self.args.step != "eager" if asked is None else asked
-        if not chosen or not self.placement.is_whole or self.objective.needs_reference:
+        possible = self.placement.is_whole and not self.objective.needs_reference
+        if asked and not possible:
+            raise ValueError("A grouped pass needs a whole base on every rank, and no reference.")
+        if not (chosen and possible):
             return None
         return GroupedStep(
             GroupedPass(self.shared, captured=on_gpu),
