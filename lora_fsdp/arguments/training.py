@@ -173,7 +173,7 @@ class FineTuningArguments(TrainingArguments):
     adapters_at_once: int | None = option(
         None,
         "The most adapters that share a pass over the base; 1 = one after the other. Without it 8 "
-        "on a CPU, and 1 on GPUs, where CUDA graphs of one are faster.",
+        "on a CPU, and 1 on GPUs, where more are faster and take more memory.",
     )
 
     def __post_init__(self) -> None:

@@ -66,7 +66,7 @@ TRAINING_OPTIONS = {
     "trials": "Of the settings of --grid, draw so many at random (--seed); with a range, as in "
     "learning_rate=1e-4..1e-2, from between its ends.",
     "adapters_at_once": "The most adapters that share a pass over the base; 1 = one after the "
-    "other. Without it 8 on a CPU, and 1 on GPUs, where CUDA graphs of one are faster.",
+    "other. Without it 8 on a CPU, and 1 on GPUs, where more are faster and take more memory.",
     "seed": "Of the sample, the split, the order and the adapter's first values.",
 }
 

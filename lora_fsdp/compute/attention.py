@@ -85,17 +85,28 @@ def dense_mask(
     its path. transformers hands a 4-D mask to SDPA and eager attention as it is (`masking_utils`),
     which is what makes packing work without our own kernel.
     """
-    example, answer = sequence.example_ids, sequence.answer_ids
-    index = torch.arange(len(sequence), device=example.device)
-    same_example = example[:, None] == example[None, :]
-    same_path = (answer[None, :] == 0) | (answer[:, None] == answer[None, :])
-    allowed = (example[None, :] == SHARED) | (same_example & same_path)
+    parts = (sequence.example_ids, sequence.answer_ids, sequence.position_ids)
+    return dense_masks(*(part[None] for part in parts), dtype=dtype, window=window)
+
+
+def dense_masks(
+    example: torch.Tensor,
+    answer: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    window: Window | None = None,
+) -> torch.Tensor:
+    """`dense_mask` of N sequences of T tokens, of which each row is one, [N, 1, T, T]."""
+    index = torch.arange(example.shape[1], device=example.device)
+    same_example = example[:, :, None] == example[:, None, :]
+    same_path = (answer[:, None, :] == 0) | (answer[:, :, None] == answer[:, None, :])
+    allowed = (example[:, None, :] == SHARED) | (same_example & same_path)
     allowed &= index[:, None] >= index[None, :]
     if window is not None:
-        positions = sequence.position_ids
-        allowed &= window.sees(positions[:, None], positions[None, :])
+        allowed &= window.sees(positions[:, :, None], positions[:, None, :])
     mask = torch.zeros(allowed.shape, dtype=dtype, device=example.device)
-    return mask.masked_fill_(~allowed, float("-inf"))[None, None]
+    return mask.masked_fill_(~allowed, float("-inf"))[:, None]
 
 
 def causal(

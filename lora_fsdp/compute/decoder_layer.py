@@ -41,16 +41,19 @@ class FusedLayer:
         layer: a decoder layer of Llama's shape (`why_not_fused`).
     """
 
+    #: What holds linear layers of one input.
+    joined: type[Projections] = Projections
+
     def __init__(self, layer: nn.Module) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.layer = layer
         self.original = layer.forward
         self.first_norm: nn.Module = layer.input_layernorm  # type: ignore[assignment]
         self.second_norm: nn.Module = layer.post_attention_layernorm  # type: ignore[assignment]
-        self.query_key_value = Projections([attention.q_proj, attention.k_proj, attention.v_proj])  # type: ignore[union-attr,list-item]
-        self.output = Projections([attention.o_proj])  # type: ignore[union-attr,list-item]
-        self.gate_up = Projections([mlp.gate_proj, mlp.up_proj])  # type: ignore[union-attr,list-item]
-        self.down = Projections([mlp.down_proj])  # type: ignore[union-attr,list-item]
+        self.query_key_value = self.joined([attention.q_proj, attention.k_proj, attention.v_proj])  # type: ignore[union-attr,list-item]
+        self.output = self.joined([attention.o_proj])  # type: ignore[union-attr,list-item]
+        self.gate_up = self.joined([mlp.gate_proj, mlp.up_proj])  # type: ignore[union-attr,list-item]
+        self.down = self.joined([mlp.down_proj])  # type: ignore[union-attr,list-item]
         self.scaling = float(attention.scaling)  # type: ignore[union-attr,arg-type]
         width = int(attention.head_dim)  # type: ignore[union-attr,arg-type]
         query, key, value = (
@@ -166,19 +169,49 @@ class FusedLayer:
     ) -> torch.Tensor:
         """The layer on `hidden` [T, H]."""
         normed, residual = rms_norm(hidden, *_norm(self.first_norm))
-        joined = project(self.query_key_value, normed)
+        joined = self.project(self.query_key_value, self.spread(normed))
         if self.head_norms:
             joined = self._norm_heads(joined)
         query, key, value = split_and_rotate(joined, cosine, sine, heads=self.heads)
         if self.only_at is not None and isinstance(mask, torch.Tensor):
-            residual = residual.index_select(0, self.only_at)
+            residual = self.residual_at(residual, self.only_at)
             query = query.index_select(2, self.only_at)
-            mask = mask.index_select(2, self.only_at)
-        context = attend(query, key, value, mask, scaling=self.scaling)
-        context = context[0].transpose(0, 1).flatten(1)
-        hidden = project(self.output, context, residual)
+            context = self.context(query, key, value, self.rows_of(mask, self.only_at))
+        else:
+            context = self.gather(self.context(query, key, value, mask))
+        hidden = self.project(self.output, context, residual)
         normed, residual = rms_norm(hidden, *_norm(self.second_norm))
-        return project(self.down, silu_multiply(project(self.gate_up, normed)), residual)
+        gated = silu_multiply(self.project(self.gate_up, normed))
+        return self.project(self.down, gated, residual)
+
+    def project(
+        self, projections: Projections, inputs: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As `fused_functions.project`."""
+        return project(projections, inputs, residual)
+
+    def context(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
+    ) -> torch.Tensor:
+        """What attention gives, [T, query heads * D]."""
+        found = attend(query, key, value, mask, scaling=self.scaling)
+        return found[0].transpose(0, 1).flatten(1)
+
+    def spread(self, normed: torch.Tensor) -> torch.Tensor:
+        """The tokens [T, H] as attention has them."""
+        return normed
+
+    def gather(self, context: torch.Tensor) -> torch.Tensor:
+        """What attention gives, [T, ...], as the residual has its tokens."""
+        return context
+
+    def residual_at(self, residual: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """The residual at places of attention's."""
+        return residual.index_select(0, positions)
+
+    def rows_of(self, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Of the mask, what `positions` see."""
+        return mask.index_select(2, positions)
 
     def _norm_heads(self, joined: torch.Tensor) -> torch.Tensor:
         """Queries and keys normed head by head (Qwen3)."""

@@ -64,15 +64,27 @@ def fuse_layers(
     if unfit:
         return Fusing(reason=unfit[0])
     fused = [FusedLayer(layer) for layer in layers]
+    if (reason := why_different(layers, filled_copy)) is not None:
+        return Fusing(reason=reason)
+    exchange_forwards(decoder, fused, patches=patches)
+    return Fusing(fused, reason="")
+
+
+def why_different(
+    layers: Sequence[nn.Module], filled_copy: Callable[[nn.Module], nn.Module] | None = None
+) -> str | None:
+    """Why fused layers do not compute what `layers`, of their shape, do; `None` if they do.
+
+    Args:
+        layers, filled_copy: as of `fuse_layers`.
+    """
     candidates = _candidates(layers, filled_copy)
     for index, candidate in enumerate(map(FusedLayer, candidates), start=-1):
         difference = _difference(candidate)
         if not difference < _TOLERANCE[candidate.dtype]:
             name = type(candidate.layer).__name__
-            reason = f"{name} {max(index, 0)} computes something else (by {difference:.2g})"
-            return Fusing(reason=reason)
-    exchange_forwards(decoder, fused, patches=patches)
-    return Fusing(fused, reason="")
+            return f"{name} {max(index, 0)} computes something else (by {difference:.2g})"
+    return None
 
 
 def exchange_forwards(decoder: nn.Module, fused: Sequence[FusedLayer], *, patches: Patches) -> None:

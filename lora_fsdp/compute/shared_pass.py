@@ -33,6 +33,9 @@ from lora_fsdp.errors import UnsupportedModelError
 
 _ATTENTION = "lora_fsdp_shared_pass"
 
+#: Of a LoRA layer, its inputs and its frozen layer's output: what it is to give.
+Route = Callable[[LoraLayer, torch.Tensor, torch.Tensor], torch.Tensor]
+
 #: What `peft.LoraConfig` may say of an adapter that shares a pass: ranks, scales, places and first
 #: values. Everything else must be as it is by default.
 SHARED_SETTINGS = frozenset(
@@ -95,6 +98,7 @@ class SharedPass:
             )
         self.packed = packed
         self._parts = _ONE_PART
+        self._route: Route | None = None
         head = packed.base.get_output_embeddings()
         for name, module in packed.model.named_modules():
             if not isinstance(module, LoraLayer):
@@ -119,6 +123,17 @@ class SharedPass:
             yield
         finally:
             self._parts = before
+
+    @contextmanager
+    def routed(self, route: Route) -> Iterator[None]:
+        """Within the block, `route` says what a LoRA layer gives, from its inputs and the frozen
+        layer's output.
+        """
+        before, self._route = self._route, route
+        try:
+            yield
+        finally:
+            self._route = before
 
     def label_log_probs(
         self, sequences: Sequence[PackedSequence], adapters: Sequence[str | None]
@@ -184,6 +199,8 @@ class SharedPass:
     def _forward_of(self, module: LoraLayer) -> Callable[..., torch.Tensor]:
         def forward(inputs: torch.Tensor, *rest: object, **named: object) -> torch.Tensor:
             output = module.base_layer(inputs, *rest, **named)
+            if self._route is not None:
+                return self._route(module, inputs, output)
             if module.disable_adapters:
                 return output
             names, lengths, _ = self._parts

@@ -81,7 +81,7 @@ def _attached(
         for name, (args, config) in members.items()
     ]
     common = copy(once.training)
-    common.output_dir, common.step = str(place), "eager"
+    common.output_dir = str(place)
     base = once.base.take(plans[0].config)
     together = AdaptersTogether(
         base,

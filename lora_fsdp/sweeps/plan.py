@@ -63,9 +63,9 @@ class SweepPlan:
             f"The sweep: {self.adapters} adapters of {self.settings} settings, in turns over one "
             f"base on {one.count} x {one.gpu.name}: {duration(self.seconds)}{cost}, up to "
             f"{one.memory.total / 1e9:.1f} GB on each GPU.",
-            "At once: 1 is best where a step is captured, as CUDA graphs of one adapter are faster "
-            f"than a shared pass; memory would hold about {self.at_once} in one "
-            "(--adapters_at_once).",
+            "At once: 1 unless --adapters_at_once says more, as is planned here; memory would hold "
+            f"about {self.at_once} in a shared pass, which is faster where the base is whole on "
+            "each GPU.",
         ]
         if self.does_not_fit:
             found.append(f"Nothing fits for: {', '.join(self.does_not_fit)}.")

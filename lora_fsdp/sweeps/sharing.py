@@ -81,8 +81,12 @@ def group(
     if at_once == 1:
         for_all = "--adapters_at_once 1"
     elif at_once is None and on_gpu:
-        # Measured: 8 adapters of a 135M in turns took a ninth of what their shared pass took.
-        for_all = for_all or "on a GPU, CUDA graphs of one are faster than a pass of several"
+        # Measured: a captured pass of 8 took 1.2 (7B) to 4 times (135M) less time than their turns
+        # (benchmarks/results/h200-adapters.json). How many the memory holds is not known here.
+        for_all = for_all or (
+            "a pass of several takes their memory together: --adapters_at_once 8 asks for it, and "
+            "on a GPU it is faster"
+        )
     at_once = at_once or _AT_ONCE
     apart: dict[str, str] = {}
     for name, (arguments, config) in members.items():

@@ -36,7 +36,7 @@ DIFFERENT: Mapping[str, dict[str, Any]] = {
         "use_rslora": True,
     },
 }
-_OF_THE_ADAPTER = {"r", "lora_alpha", "target_modules", "use_rslora"}
+_OF_THE_ADAPTER = {"r", "lora_alpha", "target_modules", "use_rslora", "fan_in_fan_out"}
 
 
 def arguments_of(output_dir: str | Path, **settings: Any) -> FineTuningArguments:
@@ -81,6 +81,7 @@ def several(
     *,
     kind: str = "llama",
     tables: Mapping[str, Any] | None = None,
+    grouped: bool | None = None,
     **common: Any,
 ) -> AdaptersTogether:
     """Adapters to train; `common` are arguments of all together, `tables` the rows of some."""
@@ -96,6 +97,7 @@ def several(
         plans=plans,
         encoder=encoder,
         held_out=held_out,
+        grouped=grouped,
     )
 
 

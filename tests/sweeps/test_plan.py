@@ -62,7 +62,7 @@ def test_the_plan_says_it_in_words_and_refuses_a_wrong_grid(capsys):
     assert main([*PLAN[:-1], "--grid", "lora_r=8,16"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "The sweep: 2 adapters of 2 settings, in turns over one base on 1 x H100" in said
-    assert "At once: 1 is best" in said
+    assert "At once: 1 unless" in said
     assert main([*PLAN, "--grid", "lora_rr=8"]) == 2
     assert "Did you mean 'lora_r'" in capsys.readouterr().err
 

@@ -11,32 +11,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_fsdp.compute.captured_sizes import captured_size
 from lora_fsdp.data.packing import PackedSequence, SequenceSize, empty_sequence
 from lora_fsdp.distributed.sharding import forget_broken_off_step
 from lora_fsdp.errors import CaptureError
 from lora_fsdp.placement.memory import LargestSequence
-from lora_fsdp.ranks import from_every_rank, is_joined, world_size
+from lora_fsdp.ranks import from_every_rank, world_size
 from lora_fsdp.training.logging.time_spent import spent_on
 from lora_fsdp.training.step.eager import EagerStep
+from lora_fsdp.training.step.graph_recording import GraphRecorder
 
 logger = logging.getLogger(__name__)
 
 _MOST_GRAPHS = 32
 _UNKNOWN = LargestSequence(tokens=0, labels=0)
-# cuDNN's attention is the fastest, and a captured size is planned only once.
-_ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -62,19 +54,7 @@ class CapturedStep(EagerStep):
     captured: list[SequenceSize] = field(default_factory=list, init=False)
     failed: str | None = field(default=None, init=False)
     _graphs: dict[SequenceSize, _CapturedSequence] = field(default_factory=dict, init=False)
-
-    @cached_property
-    def _pool(self) -> Any:
-        return torch.cuda.graph_pool_handle()
-
-    @cached_property
-    def _stream(self) -> torch.cuda.Stream:
-        """One for all captures: memory is used again by the stream that it was allocated for only.
-
-        Of a high priority: what the step does on other streams meanwhile (unpacking weights) takes
-        what this one leaves.
-        """
-        return torch.cuda.Stream(priority=-1)
+    _recorder: GraphRecorder = field(default_factory=GraphRecorder, init=False)
 
     def run(
         self,
@@ -103,7 +83,7 @@ class CapturedStep(EagerStep):
         Waits for nothing, as another rank may be gone: CUDA destroys a graph when it has run.
         """
         self._graphs.clear()
-        self.__dict__.pop("_pool", None)  # torch opens no pool again whose graphs are all gone
+        self._recorder.release_memory()
 
     def _graph_for(self, size: SequenceSize) -> _CapturedSequence | None:
         """For sequences of `size`, captured if there is none yet; `None` if none can be."""
@@ -171,21 +151,10 @@ class CapturedStep(EagerStep):
         static = _CapturedSequence(size, device=self.device)
         gradients = self.adapter.copy_gradients()
         random_state = torch.cuda.get_rng_state(self.device)
-        self._stream.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(self._stream), sdpa_kernel(_ATTENTION, set_priority=True):
+            with self._recorder.launching():
                 self._warm_up(static)
-            torch.cuda.current_stream().wait_stream(self._stream)
-            with (
-                torch.cuda.graph(
-                    static.graph,
-                    pool=self._pool,
-                    stream=self._stream,
-                    # A thread of NCCL's watches over its kernels meanwhile.
-                    capture_error_mode="thread_local" if is_joined() else "global",
-                ),
-                sdpa_kernel(_ATTENTION, set_priority=True),
-            ):
+            with self._recorder.recording(static.graph):
                 static.loss = self._forward_backward(static.sequence, scale=static.scale)
         finally:
             torch.cuda.synchronize()

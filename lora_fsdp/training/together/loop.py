@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -27,6 +27,7 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.base.streaming import OpenBase, StoredBase, WholeBase, model_of
 from lora_fsdp.compute.architectures import check_token_ids
 from lora_fsdp.compute.attention import avoid_kernels_planned_by_shape
+from lora_fsdp.compute.grouped.grouped_pass import GroupedPass
 from lora_fsdp.compute.packing_check import check_packing, sample_of, why_not_shared
 from lora_fsdp.compute.shared_pass import SharedPass, why_apart
 from lora_fsdp.data.encoding import EncodedExample, Encoder
@@ -45,6 +46,7 @@ from lora_fsdp.training.prepared import checked_base
 from lora_fsdp.training.run_fingerprints import run_fingerprints
 from lora_fsdp.training.step.objectives.objective import Objective
 from lora_fsdp.training.step.objectives.supervised import Supervised
+from lora_fsdp.training.together.grouped_step import GroupedStep
 from lora_fsdp.training.together.members import Member, MemberPlan, make_member
 from lora_fsdp.training.together.state import CommonState, facts_of
 from lora_fsdp.training.watching.heartbeat import Heartbeat
@@ -63,12 +65,14 @@ class AdaptersTogether:
         encoder: which encoded the examples.
         held_out: examples that will be scored.
         objective: what is minimised; `None` = supervised learning of the targets.
+        grouped: whether the parts are computed as batches of one size, on a GPU as CUDA graphs;
+            `None` = on a GPU, unless `--step eager` is asked for or the base is sharded.
 
     Attributes:
         members: the adapters, in the order of `plans`.
         shared: computes a batch, each part with its own adapter.
+        grouped: makes steps of parts of one size; `None` = each part is computed by itself.
         adapters: parameters and gradients of all.
-        passes: how often the base was run forward and backward so far.
 
     Raises:
         ArgumentError, UnsupportedModelError: the data or the model cannot be trained with.
@@ -83,6 +87,7 @@ class AdaptersTogether:
         encoder: Encoder,
         held_out: Sequence[EncodedExample] = (),
         objective: Objective | None = None,
+        grouped: bool | None = None,
     ) -> None:
         self.args, self.encoder, self.plans = args, encoder, list(plans)
         self.objective = objective or Supervised()
@@ -102,8 +107,13 @@ class AdaptersTogether:
         self._check_ranks(stored)
         self._place(stored)
         self.members = self._members()
-        self.passes = 0
-        self.step = 0
+        self.grouped = self._grouped(grouped)
+        self._passes = self.step = self._logged = 0
+
+    @property
+    def passes(self) -> int:
+        """How often the base was run forward and backward so far."""
+        return self._passes if self.grouped is None else self.grouped.passes
 
     # ---- before training ------------------------------------------------------------------------
 
@@ -175,6 +185,22 @@ class AdaptersTogether:
             )
         release_gathered(self.model)
 
+    def _grouped(self, asked: bool | None) -> GroupedStep | None:
+        on_gpu = self.device.type == "cuda"
+        chosen = on_gpu and self.args.step != "eager" if asked is None else asked
+        possible = self.placement.is_whole and not self.objective.needs_reference
+        if asked and not possible:
+            raise ValueError("A grouped pass needs a whole base on every rank, and no reference.")
+        if not (chosen and possible):
+            return None
+        return GroupedStep(
+            GroupedPass(self.shared, captured=on_gpu),
+            objective=self.objective,
+            adapters=self.adapters,
+            device=self.device,
+            captured=on_gpu,
+        )
+
     def _members(self) -> list[Member]:
         return [
             make_member(
@@ -217,19 +243,26 @@ class AdaptersTogether:
         folder = Path(str(self.args.output_dir))
         state = CommonState(folder, self.facts, limit=self.args.save_total_limit)
         self.step = state.put_back(self.members) if resume else 0
+        self._logged = max(member.step for member in self.members)
         place = {"rank": self.args.process_index, "world_size": self.args.world_size}
         stops = StopRequests(**place, max_hours=self.args.max_hours)
         heart = Heartbeat(**place, stall_seconds=self.args.stall_seconds, run_folder=folder)
         stops.begin(self.step + 1)
         self.model.train()
-        with stops.watching(), heart.watching():
+        with ExitStack() as held:
+            held.enter_context(stops.watching())
+            held.enter_context(heart.watching())
+            if self.grouped is not None:
+                held.callback(self.grouped.release)
             while live := [member for member in self.members if member.is_live]:
                 heart.beat(self.step + 1, "forward and backward")
-                self.make_step(live)
+                if not self.make_step(live):
+                    continue
                 heart.armed()
-                self._after_step(live)
+                self._after_step()
                 stopping = stops.is_last(self.step)
                 if stopping or self._saves_now(live):
+                    self.settle()
                     with heart.away("saving a checkpoint"):
                         self.adapters.check_equal()
                         state.save(self.members, step=self.step)
@@ -239,20 +272,30 @@ class AdaptersTogether:
                         f"({stops.reason}), with a checkpoint. Continue with "
                         "--resume_from_checkpoint true."
                     )
+            self.settle()
+            self._log_losses()
         self.adapters.drop_gradients()
         self.adapters.check_equal()
 
-    def make_step(self, live: Sequence[Member]) -> None:
-        """One optimizer step of each of `live`."""
+    def make_step(self, live: Sequence[Member]) -> bool:
+        """One optimizer step of each of `live`; whether any was left to make one."""
+        if self.grouped is not None:
+            made = self.grouped.make_step(live)
+            self.step += made
+            return made
         losses = self.gradients(live)
         self.adapters.sum_gradients()
         sum_over_ranks(losses)
         norms = torch.stack([member.clip() for member in live])
         for member, loss, norm in zip(live, losses.tolist(), norms.tolist(), strict=True):
             member.update(loss, norm)
-            if member.stopped is not None:
-                logger.warning("%s stops: %s. The others go on.", member.plan.name, member.stopped)
         self.step += 1
+        return True
+
+    def settle(self) -> None:
+        """Wait for steps that are under way, and take in what they came to."""
+        if self.grouped is not None:
+            self.grouped.settle()
 
     def gradients(self, live: Sequence[Member]) -> torch.Tensor:
         """Gradients of this rank's shares into the adapters' block; each one's loss, [live]."""
@@ -272,7 +315,7 @@ class AdaptersTogether:
             torch.stack(parts).sum().backward()
             for i, part in zip(places, parts, strict=True):
                 losses[i] += part.detach()
-            self.passes += 1
+            self._passes += 1
         return losses
 
     def _loss(
@@ -280,15 +323,23 @@ class AdaptersTogether:
     ) -> torch.Tensor:
         return self.objective.loss(sequence, log_probs, None) * (1.0 / share.denominator)
 
-    def _after_step(self, live: Sequence[Member]) -> None:
+    def _after_step(self) -> None:
         every = self.args.drift_check_steps
         if every and self.step % every == 0:
             check_no_drift(self.adapters, step=self.step, last_equal=self.step - every or None)
-        noted = [member for member in live if member.log and member.log[-1]["step"] == self.step]
-        if noted and rank() == 0:
+        self._log_losses()
+
+    def _log_losses(self) -> None:
+        """Say those of the newest step that is known and was not said."""
+        newest = max((one.log[-1]["step"] for one in self.members if one.log), default=0)
+        if newest <= self._logged:
+            return
+        self._logged = newest
+        noted = [one for one in self.members if one.log and one.log[-1]["step"] == newest]
+        if rank() == 0:
             last = max(member.last for member in self.members)
             losses = " · ".join(f"{one.plan.name} {one.log[-1]['loss']:.4f}" for one in noted)
-            logger.info("step %d/%d  loss %s", self.step, last, losses)
+            logger.info("step %d/%d  loss %s", newest, last, losses)
 
     def _saves_now(self, live: Sequence[Member]) -> bool:
         strategy = str(SaveStrategy(self.args.save_strategy).value)

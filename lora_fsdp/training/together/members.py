@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -17,6 +18,8 @@ from lora_fsdp.arguments import FineTuningArguments
 from lora_fsdp.data.encoding import EncodedExample
 from lora_fsdp.data.sampling import TrainingStep, TrainingSteps
 from lora_fsdp.data.schedule import Schedule
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,13 @@ class MemberPlan:
     def order_seed(self) -> int:
         """Seed of the order of examples."""
         return int(self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+
+class StepMade(NamedTuple):
+    """An optimizer step of an adapter: which one, counted from 1, and its learning rate."""
+
+    step: int
+    rate: float
 
 
 @dataclass(eq=False)
@@ -105,19 +115,34 @@ class Member:
             loss: the step's, over all ranks.
             norm: of its gradients before clipping.
         """
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            what = "loss" if not math.isfinite(loss) else "gradient"
-            self.stopped = f"its {what} was not finite at step {self.step + 1} of {self.last}"
-            return
+        if not self.stops(loss, norm, step=self.step + 1):
+            self.optimizer.step()
+            self.take_in(loss, norm, self.advance())
+
+    def advance(self) -> StepMade:
+        """Go on to the next step, once this one's update is made or on its way."""
         rate = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step()
         self.scheduler.step()
         self.step += 1
         self.moved = self.moved or rate > 0
+        return StepMade(self.step, rate)
+
+    def stops(self, loss: float, norm: float, *, step: int) -> bool:
+        """Stop before `step` if what it came to is not finite."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return False
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        self.stopped = f"its {what} was not finite at step {step} of {self.last}"
+        self.step = step - 1
+        logger.warning("%s stops: %s. The others go on.", self.plan.name, self.stopped)
+        return True
+
+    def take_in(self, loss: float, norm: float, made: StepMade) -> None:
+        """What a step came to, for the log."""
         self._loss, self._losses = self._loss + loss, self._losses + 1
         every = max(1, int(self.plan.args.logging_steps))
-        if self.step % every == 0 or self.step == self.last:
-            self._note(norm, rate=rate)
+        if made.step % every == 0 or made.step == self.last:
+            self._note(norm, made)
 
     def state(self) -> dict[str, Any]:
         """All that its next step depends on, for `write_state`."""
@@ -148,14 +173,14 @@ class Member:
         """A parameter's name in a model of this adapter alone, whatever it is called in a pass."""
         return name.replace(f".{self.adapter_name}.", ".default.")
 
-    def _note(self, norm: float, *, rate: float) -> None:
+    def _note(self, norm: float, made: StepMade) -> None:
         self.log.append(
             {
                 "loss": self._loss / self._losses,
                 "grad_norm": norm,
-                "learning_rate": rate,
-                "epoch": self.step / len(self.steps),
-                "step": self.step,
+                "learning_rate": made.rate,
+                "epoch": made.step / len(self.steps),
+                "step": made.step,
             }
         )
         self._loss, self._losses = 0.0, 0
