@@ -45,6 +45,7 @@ class PackedModel(AbstractContextManager["PackedModel"]):
             longer than one (`windows_of`); empty = all layers have one mask.
         packing: how examples are to be laid into the sequences that it is given; where each has one
             of its own, whether several are computed at once.
+        is_recomputed: activations are, in backward.
         shortened_last_layer: the last layer, if it is fused, is asked for label positions only. Not
             where its activations are recomputed.
     """
@@ -56,6 +57,7 @@ class PackedModel(AbstractContextManager["PackedModel"]):
         self.chunked_head = False
         self.windows: Mapping[str, Window | None] = {}
         self.packing = Packing.PACKED
+        self.is_recomputed = False
         self.shortened_last_layer = False
         self._follows_trees: bool | None = None
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 
 from lora_fsdp.base.loading import LOADING_ERRORS
-from lora_fsdp.base.unusable import unusable_weight
 from lora_fsdp.compute.architectures import why_apart, windows_of
+from lora_fsdp.compute.live_check.alone import lay, mean_difference, rounding
+from lora_fsdp.compute.live_check.gradients import few_of, why_gradients_differ
+from lora_fsdp.compute.live_check.texts import (
+    branching_trees,
+    short_trees,
+    tree_of,
+    trees_beyond_windows,
+)
 from lora_fsdp.compute.packed_model import (
     PackedModel,
     head_can_be_chunked,
@@ -19,13 +26,13 @@ from lora_fsdp.compute.packed_model import (
 )
 from lora_fsdp.compute.recurrent.layers import follows_trees
 from lora_fsdp.compute.shared_pass import SharedPass
-from lora_fsdp.data.packing import Batch, Pack, PackedSequence, Packing, Tree
+from lora_fsdp.data.packing import Packing, Tree
 from lora_fsdp.errors import UnsupportedModelError
 
 Example = TypeVar("Example")
 
-# In nats a token. Rounding alone makes, in SmolLM2, 5e-6 in float32 and 0.085 in bfloat16.
-_ROUNDING = {False: 1e-4, True: 0.3}
+# In nats a token, of a head that computes in float32.
+_HEAD_ROUNDING = 1e-4
 # How many times what rounding makes of two short texts the run's own examples may differ.
 _TIMES_ROUNDING = 5
 # Of the run's own examples, how many are computed alone as well.
@@ -56,7 +63,9 @@ def why_not_packed(
     Two short random texts with a common beginning catch what the architecture's name does not tell:
     attention that ignores the mask, positions that count along the sequence. The run's own examples
     at the run's own length catch what a model computes from the whole sequence: windows that count
-    along it, factors chosen by its length. A collective call under FSDP.
+    along it, factors chosen by its length. Where an adapter is trained, its gradients are compared
+    as well, by one backward: what is wrong in them alone (a path that is detached, a state that
+    leaks backward) shows nowhere else. A collective call under FSDP.
 
     Args:
         packed: the model.
@@ -70,32 +79,35 @@ def why_not_packed(
         UnsupportedModelError: they are not finite.
     """
     with _laid(packed, Packing.PACKED):
-        short = _short_trees(packed)
+        short = short_trees(packed)
         if follows_trees(packed.base):
-            short += _branching_trees(packed)
+            short += branching_trees(packed)
         try:
-            difference = _mean_difference(packed, short, short, device=device)
+            difference = mean_difference(packed, short, short, device=device)
         except (torch.OutOfMemoryError, UnsupportedModelError):
             raise
         except (NotImplementedError, *LOADING_ERRORS) as error:  # of its own code, over the mask
             said = (str(error).splitlines() or [""])[0][:120]
             name = type(packed.base).__name__
             return f"{name} cannot compute packed examples ({type(error).__name__}: {said})"
-        if not difference < _rounding(packed):
+        if not difference < rounding(packed):
             return _differs(packed, difference, "packed examples (short ones)")
         packed.chunked_head = _can_run_head_in_chunks(packed, short, device=device)
-        if longer := _trees_beyond_windows(packed):
-            found = _mean_difference(packed, [*short, *longer], longer, device=device)
-            if not found < _rounding(packed):
+        if longer := trees_beyond_windows(packed):
+            found = mean_difference(packed, [*short, *longer], longer, device=device)
+            if not found < rounding(packed):
                 return _differs(packed, found, "packed examples longer than a window")
         if len(sample) > 1:
             compared = sample[:: -max(1, len(sample) // _COMPARED)][:_COMPARED]  # last one first
-            most = max(_rounding(packed), _TIMES_ROUNDING * difference)
-            difference = _mean_difference(packed, sample, compared, device=device)
+            most = max(rounding(packed), _TIMES_ROUNDING * difference)
+            difference = mean_difference(packed, sample, compared, device=device)
             if not difference < most:
                 which = f"{len(sample)} of this run's in {sum(map(len, sample))} tokens"
                 return _differs(packed, difference, f"packed examples ({which})")
-    return None
+        few = few_of(sample)
+        which = f"{len(few)} of this run's" if few else "short ones"
+        what = f"packed examples ({which})"
+        return why_gradients_differ(packed, few or short, device=device, what=what)
 
 
 @torch.no_grad()
@@ -116,12 +128,12 @@ def why_not_shared(
     """
     packed = shared.packed
     with _laid(packed, Packing.PACKED), shared.only(None):
-        parts = [_short_trees(packed), _branching_trees(packed), *([sample] if sample else [])]
-        sequences = [_lay(packed, trees).to(device) for trees in parts]
+        parts = [short_trees(packed), branching_trees(packed), *([sample] if sample else [])]
+        sequences = [lay(packed, trees).to(device) for trees in parts]
         together = torch.cat(shared.label_log_probs(sequences, [None] * len(sequences)))
         alone = torch.cat([packed.label_log_probs(sequence) for sequence in sequences])
     difference = (together - alone).abs().mean().item()
-    if difference < _rounding(packed):
+    if difference < rounding(packed):
         return None
     return _differs(packed, difference, "parts of a pass that adapters share")
 
@@ -130,8 +142,8 @@ def why_not_shared(
 def why_not_batched(
     packed: PackedModel, *, device: torch.device, sample: Sequence[Tree] = ()
 ) -> str | None:
-    """Compare sequences of one example, several filled up to one length, with the same alone; and
-    find out whether the head can run in chunks.
+    """Compare sequences of one example, several filled up to one length, with the same alone, by
+    log-probabilities and gradients; and find out whether the head can run in chunks.
 
     Args and returns as of `why_not_packed`.
 
@@ -140,17 +152,19 @@ def why_not_batched(
     """
     with _laid(packed, Packing.BATCHED):
         _check_looks_back(packed, device=device)
-        short = [*_short_trees(packed), _tree_of(packed, 21)]
+        short = [*short_trees(packed), tree_of(packed, 21)]
         packed.chunked_head = _can_run_head_in_chunks(packed, short, device=device)
         by_length = sorted(sample, key=len)
         step = max(1, len(by_length) // _COMPARED)
         for trees, which in ((short, "three short ones"), (by_length[::-step][:_COMPARED], "its")):
             if len(trees) > 1:
-                difference = _mean_difference(packed, trees, trees, device=device)
-                if not difference < _rounding(packed):
+                difference = mean_difference(packed, trees, trees, device=device)
+                if not difference < rounding(packed):
                     what = f"sequences that are filled up to one length ({which})"
                     return _differs(packed, difference, what)
-    return None
+        few = few_of(by_length)
+        what = "sequences that are filled up to one length"
+        return why_gradients_differ(packed, few or short, device=device, what=what)
 
 
 def keep_apart_if_needed(packed: PackedModel, *, device: torch.device, longest: int) -> None:
@@ -201,12 +215,12 @@ def sample_of(
 
 def _check_looks_back(packed: PackedModel, *, device: torch.device) -> None:
     """Refuse a model in which a token changes what stands before it."""
-    tree = _tree_of(packed, 12)
+    tree = tree_of(packed, 12)
     ids = torch.tensor([tree.prompt_ids + tree.answers[0]] * 2, device=device)
     ids[1, -1] = (ids[1, -1] + 1) % packed.base.config.get_text_config().vocab_size
     before = plain_logits(packed.model, ids)[:, :-1].float().log_softmax(-1)
     difference = (before[0] - before[1]).abs().mean().item()
-    if difference > _rounding(packed):
+    if difference > rounding(packed):
         raise UnsupportedModelError(
             f"{type(packed.base).__name__} reads in both directions: another last token changes "
             f"the log-probabilities before it by {difference:.2g} nats. Choose a causal model."
@@ -220,54 +234,6 @@ def _differs(packed: PackedModel, difference: float, what: str) -> str:
     )
 
 
-def _not_finite(packed: PackedModel) -> UnsupportedModelError:
-    found = unusable_weight(packed.base)
-    where = found or (
-        f"its weights are finite here, so what it computes of them in {packed.dtype} is not. "
-        "Try --dtype float32, or take the original files of the base"
-    )
-    return UnsupportedModelError(
-        f"{type(packed.base).__name__} gives log-probabilities that are not finite: {where}."
-    )
-
-
-def _rounding(packed: PackedModel) -> float:
-    return _ROUNDING[packed.dtype == torch.bfloat16]
-
-
-def _mean_difference(
-    packed: PackedModel, trees: Sequence[Tree], compared: Sequence[Tree], *, device: torch.device
-) -> float:
-    """Between the label tokens of `compared` among `trees` in one sequence, and of each alone."""
-    sequence = _lay(packed, trees).to(device)
-    log_probs, owners = packed.label_log_probs(sequence), sequence.label_answers
-    differences, answer = [], 0
-    for tree in trees:
-        if any(tree is one for one in compared):
-            given = tree.given or [0] * len(tree.answers)
-            for place in sorted({0, len(given) // 2, len(given) - 1}):
-                before = given[place]
-                alone = _alone(packed, tree, place, device=device)
-                if not alone.isfinite().all():
-                    raise _not_finite(packed)
-                differences.append(log_probs[owners == answer + place] - alone[before:])
-        answer += len(tree.answers)
-    return torch.cat(differences).abs().mean().item()
-
-
-def _alone(packed: PackedModel, tree: Tree, place: int, *, device: torch.device) -> torch.Tensor:
-    """Log-probabilities of one of an example's answers by the model's own forward, [L]."""
-    answer = torch.tensor(tree.answers[place], device=device)
-    ids = torch.tensor([[*tree.prompt_ids, *tree.answers[place][:-1]]], device=device)
-    positions = torch.arange(len(tree.prompt_ids) - 1, ids.shape[1], device=device)
-    keep = {"logits_to_keep": positions} if keeps_logits(type(packed.base)) else {}  # type: ignore[arg-type]
-    logits = plain_logits(packed.model, ids, **keep)[0].float()
-    if not keep:
-        logits = logits[positions]
-    log_probs: torch.Tensor = logits.log_softmax(-1).gather(1, answer[:, None])[:, 0]
-    return log_probs
-
-
 def _can_run_head_in_chunks(
     packed: PackedModel, trees: Sequence[Tree], *, device: torch.device
 ) -> bool:
@@ -275,44 +241,8 @@ def _can_run_head_in_chunks(
     if not (kept and head_can_be_chunked(packed.base)):
         return False
     packed.chunked_head = False
-    sequence = _lay(packed, trees).to(device)
+    sequence = lay(packed, trees).to(device)
     whole = packed.label_log_probs(sequence)
     packed.chunked_head = True
     chunked = packed.label_log_probs(sequence, chunk_above=0)
-    return (chunked - whole).abs().max().item() < _ROUNDING[False]
-
-
-def _lay(packed: PackedModel, trees: Sequence[Tree]) -> PackedSequence:
-    return Batch(trees).lay() if packed.packing.is_apart else Pack(trees, share_prefix=True).lay()
-
-
-def _trees_beyond_windows(packed: PackedModel) -> list[Tree]:
-    sizes = {window.size for window in packed.windows.values() if window is not None}
-    return [_tree_of(packed, size + 12) for size in sorted(sizes)]
-
-
-def _tree_of(packed: PackedModel, length: int) -> Tree:
-    """Random tokens, so many, of which the last three are the answer."""
-    vocabulary = packed.base.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(length)
-    tokens = torch.randint(vocabulary, (length,), generator=generator).tolist()
-    return Tree(tokens[:-3], [tokens[-3:]])
-
-
-def _branching_trees(packed: PackedModel) -> list[Tree]:
-    """Prompts of unlike lengths, which begin alike, each with several answers."""
-    trees = [_tree_of(packed, length) for length in (9, 17, 30)]
-    shared = trees[0].prompt_ids[:4]
-    return [
-        Tree([*shared, *tree.prompt_ids[4:]], [tree.answers[0], tree.answers[0][1:], [1, 2, 3, 4]])
-        for tree in trees
-    ]
-
-
-def _short_trees(packed: PackedModel) -> list[Tree]:
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = packed.base.config.get_text_config().vocab_size
-    tokens = torch.randint(vocabulary, (2, 12), generator=generator)
-    tokens[1, :4] = tokens[0, :4]
-    texts = cast(list[list[int]], tokens.tolist())
-    return [Tree(text[:6], [text[6:]]) for text in texts]
+    return (chunked - whole).abs().max().item() < _HEAD_ROUNDING

@@ -213,4 +213,5 @@ def _prepare_layers(packed: PackedModel, layers: Sequence[nn.Module], placement:
             packed.unpack_ahead(recomputed=recomputed)
     if placement.step is Step.COMPILED:
         packed.compile(layers)
+    packed.is_recomputed = recomputed
     packed.shortened_last_layer = not recomputed
