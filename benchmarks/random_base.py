@@ -45,6 +45,10 @@ class RandomWeights:
         """Where in the model a parameter is."""
         return self._order[name]
 
+    def is_read_in_parts(self, name: str) -> bool:
+        """Drawn where it stays, at once: nothing is copied that threads could share."""
+        return False
+
     def read(self, name: str) -> torch.Tensor:
         """A whole parameter."""
         return self.reader(name)(())
