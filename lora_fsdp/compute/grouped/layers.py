@@ -62,7 +62,7 @@ class GroupedProjections(Projections):
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        super().__init__([m.base_layer if isinstance(m, LoraLayer) else m for m in modules])  # type: ignore[misc]
+        super().__init__([m.base_layer if isinstance(m, LoraLayer) else m for m in modules])
         self.stacked = StackedLora(
             [
                 (module, member.columns)
@@ -144,12 +144,13 @@ class GroupedLayer(FusedLayer):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
     ) -> torch.Tensor:
         """Attention of each part by itself, [T, query heads * D]; `mask` [parts, 1, ...]."""
-        parts = [
+        tokens = query.shape[2]
+        query, key, value = (
             one[0].unflatten(1, (self.parts.count, -1)).transpose(0, 1)
             for one in (query, key, value)
-        ]
-        found = attend(*parts, mask, scaling=self.scaling)
-        return found.transpose(1, 2).reshape(query.shape[2], -1)
+        )
+        found = attend(query, key, value, mask, scaling=self.scaling)
+        return found.transpose(1, 2).reshape(tokens, -1)
 
     def rows_of(self, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Of the mask, what each part's `positions` see; as many of every part."""

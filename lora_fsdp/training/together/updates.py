@@ -100,7 +100,7 @@ class DeviceUpdates:
         each = zip(self.members, self._states, self._rates, self._stopped, strict=True)
         for member, (step, first, second), rate, stopped in each:
             group = member.optimizer.param_groups[0]
-            parameters = list(member.adapter.parameters.values())
+            parameters: list[torch.Tensor] = list(member.adapter.parameters.values())
             step.add_(1.0 - stopped)
             torch._fused_adamw_(
                 parameters,
