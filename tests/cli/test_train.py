@@ -259,7 +259,7 @@ def test_small_table_with_the_recipe_of_make_sentiment(tmp_path):
     recipe = yaml.safe_load((ROOT / "examples/recipes/sentiment-default.yaml").read_text())
     table = tmp_path / "my.csv"
     toy_table(30).rename(columns={"label": "sentiment"}).to_csv(table, index=False)
-    for file, rows in ((table, (18, 12)), (ROOT / recipe["data_file"], (800, 500))):
+    for file, rows in ((table, (18, 12)), (ROOT / recipe["data_file"], (600, 400))):
         if not file.is_file():  # the embedded default, where it is not prepared
             continue
         arguments = DataArguments(
