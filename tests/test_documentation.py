@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.record import OPTION
 from lora_fsdp import DataArguments, FineTuningArguments, LoraArguments, ModelArguments, errors
 from tests.support.documented import commands_of, kind_of
 
@@ -140,11 +141,11 @@ def options_of_torchrun() -> set[str]:
 
 
 def options_in_examples() -> set[str]:
-    """Of the examples, benchmarks, and the fault campaign, that have a parser of their own."""
+    """Of the examples, benchmarks, and campaigns, that have a parser of their own."""
     paths = [path for folder in ("examples", "benchmarks") for path in (ROOT / folder).glob("*.py")]
-    paths.append(ROOT / "tests" / "faults" / "campaign.py")
+    paths += (ROOT / "tests").glob("*/campaign.py")
     sources = [path.read_text(encoding="utf-8") for path in paths]
-    return {
+    return {OPTION} | {
         option
         for source in sources
         for option in re.findall(r"""add_argument\(\s*["'](--[\w-]+)""", source)
