@@ -105,6 +105,7 @@ def start(machines, place, function, folder):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_machine_that_is_gone_is_a_change_like_one_that_comes(tmp_path):
     """torch's agents see it where processes fail only, which those that still start do not."""
     with hosts(2) as both:
@@ -118,6 +119,7 @@ def test_a_machine_that_is_gone_is_a_change_like_one_that_comes(tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_machine_is_lost_before_all_know_where_to_meet(tmp_path):
     with hosts(2) as both:
         for place, function in enumerate((stay, leave_untold)):

@@ -107,6 +107,7 @@ def learnt(folder):
     return run["losses"], run["metrics"], run["fingerprint"]
 
 
+@pytest.mark.slow
 def test_hybrid_learns_what_full_sharding_does(tmp_path):
     with hosts(2) as both:
         hybrid = run_ranks(learnt, tmp_path / "a", world_size=4, environment=HYBRID, hosts=both)

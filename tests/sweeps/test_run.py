@@ -234,6 +234,7 @@ def sweep_on_ranks(folder, output):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_two_ranks_give_the_same_figures(place, seeds):
     ranks = run_ranks(
         sweep_on_ranks, place, "ranks", environment=launch_environment("fsdp2_cpu.yaml")

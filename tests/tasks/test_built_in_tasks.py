@@ -45,6 +45,7 @@ def test_two_ranks_find_what_one_process_finds(results: dict[str, Any], recipe: 
 
 
 @each_recipe
+@pytest.mark.slow
 def test_the_saved_adapter_gives_the_metrics_of_training(
     results: dict[str, Any], recipe: str
 ) -> None:

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/training/test_weighted_losses.py
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,7 @@ class Weighted:
 
     def rows(self, folder) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "rows.csv"
+        file = folder / f"rows-{os.getpid()}.csv"  # ranks share the folder
         weighted_table().to_csv(file, index=False)
         arguments = DataArguments(data_file=str(file), eval_size=4, **self.data)
         return load_task_data(arguments, seed=0, task=ToyTask())
