@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +116,8 @@ def test_ctrl_c_gives_the_prompt_back_and_says_how_to_go_on(tmp_path, options, c
         [sys.executable, *map(str, command)],
         cwd=ROOT, env={**keep, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # As in a terminal: of a shell's job in the background, children would ignore Ctrl-C.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         until = time.monotonic() + 300
