@@ -131,6 +131,8 @@ def test_packages(request: pytest.FixtureRequest, bare: Path) -> None:
     ]
     done = subprocess.run(
         ["bash", "-c", "\n".join(lines)],
+        # A checkout on it would be an installation to pip.
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         cwd=bare, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
