@@ -46,7 +46,7 @@ def test_it_runs_top_to_bottom_on_toys(
 ) -> None:
     """The same cells, with a toy behind the model's name and a small table behind the tweets'."""
     make_checkout(tmp_path, model_folder)
-    run_notebook(tmp_path, monkeypatch, steps=4)
+    run_notebook(tmp_path, monkeypatch, steps=8)
 
 
 @needs_model
@@ -57,7 +57,7 @@ def test_it_runs_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """In a folder that looks like the project's, so that no run of the user's is touched."""
     for name in (".cache", "accelerate_configs", "examples"):
         (tmp_path / name).symlink_to(ROOT / name)
-    run_notebook(tmp_path, monkeypatch, steps=8)
+    run_notebook(tmp_path, monkeypatch, steps=16)
 
 
 def run_notebook(folder: Path, monkeypatch: pytest.MonkeyPatch, *, steps: int) -> None:
