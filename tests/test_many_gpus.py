@@ -35,7 +35,15 @@ def call(gpus, folder, *words):
 
 
 # One of each kind. All take three times as long, and 4 ranks twice as long again.
-REHEARSED = ["tweets-resident", "tweets-trl-fsdp2", "resume", "tests", "job", "experts-4bit"]
+REHEARSED = [
+    "tweets-resident",
+    "tweets-one-gpu",
+    "tweets-trl-fsdp2",
+    "resume",
+    "tests",
+    "job",
+    "experts-4bit",
+]
 
 
 @pytest.mark.slow
